@@ -1,0 +1,12 @@
+"""fusedkd: the losses of knowledge distillation, computed in one pass over the logits, on GPUs and CPUs.
+
+>>> loss = fusedkd.kd_loss(student_logits, teacher_logits, labels, temperature=2.0, kd_weight=0.5, ce_weight=0.5)
+>>> loss = fusedkd.cosine_hidden_loss(student_hidden, teacher_hidden, mask=attention_mask)
+"""
+
+from fusedkd import nn, ops
+from fusedkd.functional import KDTerms, cosine_hidden_loss, kd_loss
+from fusedkd.teachers import TeacherLogits
+
+__version__ = "0.1.0"
+__all__ = ["KDTerms", "TeacherLogits", "cosine_hidden_loss", "kd_loss", "nn", "ops"]

@@ -1,7 +1,8 @@
 """What each loss is, in plain PyTorch, in the precision of its input: slow, short, obviously right.
 
-Everything here works on rows: logits ``(N, V)`` give one value per row. The kernels compute what these functions say, the tests
-compare with them in float64, and :mod:`fusedkd.fallback` answers with them where the C++ extension was not built.
+Everything here works on rows: logits ``(N, V)`` give one value per row. The kernels compute what these functions say,
+the tests compare with them in float64, and :mod:`fusedkd.fallback` answers with them where the C++ extension was not
+built.
 
 Notation: z student logits, v teacher logits, s = z/T and t = v/T, q = softmax(s), p = softmax(t), δ = log p − log q.
 """
@@ -13,7 +14,9 @@ from torch import Tensor
 
 
 def cap_and_scale(logits: Tensor, softcap: float | Tensor = 0.0, scale: float | Tensor = 1.0) -> Tensor:
-    """c·tanh(scale·z/c), or scale·z where the cap c is 0 (none); −inf, a masked column, stays −inf (Gemma 2, arXiv:2408.00118, §2)."""
+    """c·tanh(scale·z/c), or scale·z where the cap c is 0 (none); −inf, a masked column, stays −inf (Gemma 2,
+    arXiv:2408.00118, §2).
+    """
     softcap, scale = (torch.as_tensor(x, dtype=logits.dtype, device=logits.device) for x in (softcap, scale))
     scaled = logits * scale
     capped = softcap * torch.tanh(scaled / torch.where(softcap > 0, softcap, 1))
@@ -21,7 +24,9 @@ def cap_and_scale(logits: Tensor, softcap: float | Tensor = 0.0, scale: float | 
 
 
 def cap_and_scale_derivative(logits: Tensor, softcap: float | Tensor = 0.0, scale: float | Tensor = 1.0) -> Tensor:
-    """d/dz of :func:`cap_and_scale`: scale·4e/(1+e)² with e = exp(−2|scale·z/c|), which 1 − tanh² would lose far from 0."""
+    """d/dz of :func:`cap_and_scale`: scale·4e/(1+e)² with e = exp(−2|scale·z/c|), which 1 − tanh² would lose far from
+    0.
+    """
     softcap, scale = (torch.as_tensor(x, dtype=logits.dtype, device=logits.device) for x in (softcap, scale))
     e = torch.exp(-2 * (logits * scale / torch.where(softcap > 0, softcap, 1)).abs())
     return scale * torch.where(softcap > 0, 4 * e / (1 + e) ** 2, 1)
@@ -32,7 +37,9 @@ def log_softmax(x: Tensor) -> Tensor:
     return torch.where((x == -torch.inf).all(-1, keepdim=True), -torch.inf, torch.log_softmax(x, -1))
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0, teacher_temperature: float | Tensor = 1.0) -> Tensor:
+def forward_kl(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0, teacher_temperature: float | Tensor = 1.0
+) -> Tensor:
     """KL(p‖q) = Σ p·δ per row, without T² (Hinton et al. 2015, arXiv:1503.02531, §2).
 
     A column both sides mask with −inf contributes 0; one that only the student masks makes the row +inf.
@@ -42,7 +49,9 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1
     return torch.where(log_p == -torch.inf, 0, terms).sum(-1)
 
 
-def forward_kl_gradient(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0, teacher_temperature: float | Tensor = 1.0) -> Tensor:
+def forward_kl_gradient(
+    student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0, teacher_temperature: float | Tensor = 1.0
+) -> Tensor:
     """∂KL(p‖q)/∂z = (q − p)/T per row; 0 for a student row that is all −inf (Hinton et al. 2015, eq. 2)."""
     log_q, log_p = log_softmax(student / temperature), log_softmax(teacher / teacher_temperature)
     dead = (student == -torch.inf).all(-1, keepdim=True)
@@ -76,7 +85,8 @@ COSINE_EPSILON = 1e-12
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 − cos per row of hidden states ``(N, H)``, cos = x·y / √((Σx² + ε)(Σy² + ε)) (DistilBERT, arXiv:1910.01108, §3).
+    """1 − cos per row of hidden states ``(N, H)``, cos = x·y / √((Σx² + ε)(Σy² + ε)) (DistilBERT, arXiv:1910.01108,
+    §3).
 
     Written as ½‖ax − by‖² + ε(a² + b²)/2 with a, b the inverse norms, which loses nothing when the two are close.
     """

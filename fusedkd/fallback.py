@@ -1,4 +1,5 @@
-"""Every operator answered by the definitions, in float64: for a CPU without the C++ extension, and the truth the kernels are tested with.
+"""Every operator answered by the definitions, in float64: for a CPU without the C++ extension, and the truth the
+kernels are tested with.
 
 The signatures are the operators' (:mod:`fusedkd.ops`). Memory and time are those of eager PyTorch.
 """
@@ -89,7 +90,9 @@ def kd_backward(
         ce = ce_weight / normalizers[1] * (labels != ignore_index).double().unsqueeze(-1)
         grad += torch.where(ce != 0, ce * definitions.cross_entropy_gradient(z, labels, smoothing), 0)
     if transform:
-        grad *= torch.where(grad != 0, cap_and_scale_derivative(student.flatten(0, 1).double(), options[6], options[7]), 1)
+        grad *= torch.where(
+            grad != 0, cap_and_scale_derivative(student.flatten(0, 1).double(), options[6], options[7]), 1
+        )
     grad *= upstream.double().unsqueeze(-1) if upstream.dim() else upstream.double()
     return grad.to(student.dtype).view(student.shape)
 

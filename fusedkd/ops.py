@@ -1,17 +1,22 @@
-"""Every operator of the namespace ``fusedkd``: its schema, its fake implementation, and which backend answers on which device.
+"""Every operator of the namespace ``fusedkd``: its schema, its fake implementation, and which backend answers on which
+device.
 
-N rows come as ``(B, L, V)`` tensors whose last stride is 1; the other strides are free, so that ``logits[:, :-1]`` needs no copy, and row
-``b·L + l`` belongs to entry ``b·L + l`` of every ``(N,)`` vector. The teacher arrives narrowed to the C = min(V_s, V_t) common columns.
-A is the accumulation type: float64 for a float64 student, float32 otherwise. Real options travel in one small float64 tensor, in the
-order of :class:`Option`, so that a new temperature compiles nothing. The mathematics is in :mod:`fusedkd.definitions`.
+N rows come as ``(B, L, V)`` tensors whose last stride is 1; the other strides are free, so that ``logits[:, :-1]``
+needs no copy; row (b, l) belongs to entry b·L + l of every ``(N,)`` vector. The teacher arrives narrowed to the
+C = min(V_s, V_t) common columns. A is the accumulation type: float64 for a float64 student, float32 otherwise. Real
+options travel in one small float64 tensor, in the order of :class:`Option`, so that a new temperature compiles nothing.
+The mathematics is in :mod:`fusedkd.definitions`.
 
-``kd_row_weights``  the KD weight of each row, ``(N,)`` float32: from the mask or the labels; 0 where the teacher row is all −inf.
-``kd_forward``      rows ``(2, N)``: T^k·w·D and CE; stats ``(N, 6)``: maximum and Σ exp((x − max)/T) of student and teacher over the common
-                    columns, and of the student at T = 1 over all of its columns; the gradient for upstream 1, or an empty tensor.
+``kd_row_weights``  the KD weight of each row, ``(N,)`` float32: from the mask or the labels; 0 where the teacher row is
+                    all −inf.
+``kd_forward``      rows ``(2, N)``: T^k·w·D and CE; stats ``(N, 6)``: maximum and Σ exp((x − max)/T) of student and
+                    teacher over the common columns, and of the student at T = 1 over all of its columns; the gradient
+                    for upstream 1, or an empty tensor.
 ``kd_forward_``     the same with the gradient written over the student's logits.
 ``kd_backward``     the gradient times the upstream, ``()`` or ``(N,)``, from the logits and the stats: one rounding.
 ``kd_rescale_``     the same into an existing gradient, which is already right, and left alone, if the upstream is 1.
-``cosine_*``        likewise for hidden states ``(B, L, H)``: rows ``(N,)``: w·(1 − cos); stats ``(N, 3)``: both inverse norms, 1 − cos.
+``cosine_*``        likewise for hidden states ``(B, L, H)``: rows ``(N,)``: w·(1 − cos); stats ``(N, 3)``: both inverse
+                    norms, 1 − cos.
 """
 
 from __future__ import annotations
@@ -44,16 +49,16 @@ class Option(IntEnum):
     TEACHER_SCALE = 9
 
 
-_KD_ROWS = "Tensor teacher, Tensor? labels, Tensor weights, Tensor options, Tensor normalizers"
+_KD = "Tensor teacher, Tensor? labels, Tensor weights, Tensor options, Tensor normalizers"
 _KD_FLAGS = "int ignore_index, bool transform"
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
 
 SCHEMAS = {
     "kd_row_weights": "(Tensor teacher, Tensor? labels, Tensor? kd_mask, int ignore_index) -> Tensor",
-    "kd_forward": f"(Tensor student, {_KD_ROWS}, {_KD_FLAGS}, bool gradient) -> (Tensor, Tensor, Tensor)",
-    "kd_forward_": f"(Tensor(a!) student, {_KD_ROWS}, {_KD_FLAGS}) -> (Tensor, Tensor)",
-    "kd_backward": f"(Tensor upstream, Tensor student, {_KD_ROWS}, Tensor stats, {_KD_FLAGS}) -> Tensor",
-    "kd_rescale_": f"(Tensor(a!) gradient, Tensor upstream, Tensor student, {_KD_ROWS}, Tensor stats, {_KD_FLAGS}) -> ()",
+    "kd_forward": f"(Tensor student, {_KD}, {_KD_FLAGS}, bool gradient) -> (Tensor, Tensor, Tensor)",
+    "kd_forward_": f"(Tensor(a!) student, {_KD}, {_KD_FLAGS}) -> (Tensor, Tensor)",
+    "kd_backward": f"(Tensor upstream, Tensor student, {_KD}, Tensor stats, {_KD_FLAGS}) -> Tensor",
+    "kd_rescale_": f"(Tensor(a!) gradient, Tensor upstream, Tensor student, {_KD}, Tensor stats, {_KD_FLAGS}) -> ()",
     "cosine_forward": f"({_COSINE}, bool gradient) -> (Tensor, Tensor, Tensor)",
     "cosine_backward": f"(Tensor upstream, {_COSINE}, Tensor stats) -> Tensor",
     "cosine_rescale_": f"(Tensor(a!) gradient, Tensor upstream, {_COSINE}, Tensor stats) -> ()",
@@ -109,12 +114,13 @@ def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return student.new_empty(n, dtype=dtype), student.new_empty(n, 3, dtype=dtype), gradient
 
 
-# ---------------------------------------------------------------------------------------------------------------- dispatch
+# -------------------------------------------------- dispatch
+
 backends: dict[tuple[str, str], tuple[str, str]] = {}
 """(operator, device) → (backend, reason): what ``python -m fusedkd.env`` prints."""
 
-_KD = [name for name in SCHEMAS if name.startswith("kd_")]
-_COSINE = [name for name in SCHEMAS if name.startswith("cosine_")]
+KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
+COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
 
 
 def load(library: str) -> str | None:
@@ -130,7 +136,9 @@ def load(library: str) -> str | None:
 
 
 def _serve(names: list[str], device: str, backend: str, reason: str, module: Any = None) -> None:
-    """Note who answers these operators on the device and why; a Python module is also registered (a library did that itself)."""
+    """Note who answers these operators on the device and why; a Python module is also registered (a library did that
+    itself).
+    """
     for name in names:
         backends[name, device] = backend, reason
         if module is not None:
@@ -142,8 +150,8 @@ class _Slow:
 
     def __init__(self, reason: str) -> None:
         self.message: str | None = (
-            f"fusedkd: {reason}, so slow PyTorch definitions answer instead of the fused kernels. With a C++17 compiler, "
-            "`pip install --no-build-isolation --force-reinstall --no-deps fusedkd` (or `.` in a checkout) builds it."
+            f"fusedkd: {reason}, so slow PyTorch definitions answer instead of the fused kernels. With a C++ compiler, "
+            "`pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout builds them."
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -161,8 +169,8 @@ def _dispatch_cpu() -> None:
     if choice == "definitions":
         _serve([*SCHEMAS], "CPU", "definitions", "FUSEDKD_BACKEND=definitions", fallback)
     elif choice == "triton":  # under TRITON_INTERPRET=1: how the Triton kernels are tested without a GPU
-        _serve(_KD, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.kernels.kd"))
-        _serve(_COSINE, "CPU", "definitions", "there is no Triton kernel for it", fallback)
+        _serve(KD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.kernels.kd"))
+        _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", fallback)
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
@@ -177,14 +185,14 @@ def _dispatch_cuda() -> None:
     if not torch.cuda.is_available():
         return
     try:
-        _serve(_KD, "CUDA", "Triton", "a GPU is present", import_module("fusedkd.kernels.kd"))
+        _serve(KD_OPERATORS, "CUDA", "Triton", "a GPU is present", import_module("fusedkd.kernels.kd"))
     except ImportError as error:
-        _serve(_KD, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
+        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
     missing = load("_C_cuda")
     if missing is None:
-        _serve(_COSINE, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
+        _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
     else:
-        _serve(_COSINE, "CUDA", "definitions", missing, fallback)
+        _serve(COSINE_OPERATORS, "CUDA", "definitions", missing, fallback)
 
 
 _dispatch_cpu()

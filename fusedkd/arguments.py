@@ -1,0 +1,160 @@
+"""Argument rules: every error names the argument, what it was and what it must be, before any kernel starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Real = float | Tensor
+"""A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing."""
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_VOCABULARY_PADDING = 1024
+"""Two paddings of one vocabulary differ by at most this; a larger difference means another tokenizer."""
+
+
+def float_rows(name: str, tensor: object, like: Tensor | None = None) -> None:
+    """A floating-point tensor ``(*, V)`` whose last dimension is contiguous, with the leading shape and device of
+    `like`.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, not {tensor.dtype}")
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name} must have a non-empty last dimension, but its shape is {tuple(tensor.shape)}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, but its strides are {tensor.stride()}")
+    if like is not None:
+        _matches(name, tensor, tensor.shape[:-1], like)
+
+
+def vocabularies(student: int, teacher: int, mismatch: str) -> None:
+    if mismatch not in ("error", "truncate"):
+        raise ValueError(f"vocab_mismatch must be 'error' or 'truncate', not {mismatch!r}")
+    if mismatch == "error" and abs(student - teacher) > MAX_VOCABULARY_PADDING:
+        raise ValueError(
+            f"student and teacher have vocabularies of {student} and {teacher}, more than {MAX_VOCABULARY_PADDING} "
+            "apart: no padding explains that, so do they use different tokenizers? vocab_mismatch='truncate' distils "
+            "the common prefix all the same"
+        )
+
+
+def _matches(name: str, tensor: Tensor, lead: torch.Size, student: Tensor) -> None:
+    if lead != student.shape[:-1]:
+        wanted, got = tuple(student.shape[:-1]), tuple(tensor.shape)
+        raise ValueError(f"{name} must have the student's leading shape {wanted}, but its shape is {got}")
+    if tensor.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, not on {tensor.device}")
+
+
+def row_vector(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | None:
+    """``(*)`` of the student's leading shape, flattened to ``(N,)``."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    _matches(name, tensor, tensor.shape, student)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be bool, integer or floating point, not {tensor.dtype}")
+    return tensor.reshape(-1).contiguous()
+
+
+def class_indices(labels: Tensor | None, classes: int, ignore_index: int) -> None:
+    """int64 labels, in range where that can be seen without waiting for a device."""
+    if labels is None:
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, not {labels.dtype}")
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            raise ValueError(
+                f"labels must be {ignore_index} (ignored) or in [0, {classes}), but one is {wrong[0].item()}"
+            )
+
+
+def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
+    """A number in [low, high] (``open_low``: above `low`), or a 0-d tensor without gradient, whose value is the
+    caller's word.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.requires_grad:
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor without gradient, not a tensor of shape {tuple(value.shape)}"
+                f" with requires_grad={value.requires_grad}"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, not {type(value).__name__}")
+    elif not (low < value if open_low else low <= value) or value > high or math.isinf(value):
+        floor = f"{'above' if open_low else 'at least'} {low:g}"
+        ceiling = f"at most {high:g}" if high < math.inf else "finite"
+        raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")
+
+
+def reduction(reduction: str, **normalizers: Real | None) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+    for name, value in normalizers.items():
+        if value is None:
+            continue
+        if reduction != "mean":
+            raise ValueError(
+                f"{name} replaces the row count of reduction='mean': it means nothing under reduction={reduction!r}"
+            )
+        real(name, value)
+
+
+def overwritable(student: Tensor) -> None:
+    """Logits that `inplace` may overwrite: a result nobody else holds a view of."""
+    if student.is_leaf:
+        raise ValueError(
+            "inplace=True cannot overwrite a leaf that needs a gradient: student_logits must be some operation's result"
+        )
+    if student._is_view():
+        raise ValueError(
+            "inplace=True cannot overwrite a view: pass the tensor student_logits was viewed from, or a clone"
+        )
+    if not student.is_contiguous():
+        raise ValueError(f"inplace=True needs contiguous student_logits, but their strides are {student.stride()}")
+
+
+def pack(values: Sequence[Real], device: torch.device) -> Tensor:
+    """Real options in one float64 tensor. Numbers alone are copied to a device once and kept, so that no later call
+    waits for the copy.
+    """
+    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
+        return _constant(tuple(float(value) for value in values), device)
+    tensors = (
+        value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+        for value in values
+    )
+    return torch.stack([tensor.detach().to(device, torch.float64, non_blocking=True) for tensor in tensors])
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(student, teacher rows, (B, L)): one grid in which both can be viewed as ``(B, L, V)``.
+
+    Any shape whose leading dimensions collapse to two, such as ``logits[:, :-1]``, is seen without a copy.
+    """
+    sizes = [(i, size) for i, size in enumerate(student.shape[:-1]) if size != 1]
+    splits = [
+        k
+        for k in range(1, len(sizes))
+        if any(t.stride(sizes[k - 1][0]) != t.stride(sizes[k][0]) * sizes[k][1] for t in (student, teacher))
+    ]
+    if len(splits) > 1:
+        student, teacher, splits = student.contiguous(), teacher.contiguous(), []
+    split = splits[0] if splits else 0
+    grid = (math.prod(size for _, size in sizes[:split]), math.prod(size for _, size in sizes[split:]))
+    return student, teacher.detach().view(*grid, teacher.shape[-1]), grid

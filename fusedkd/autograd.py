@@ -1,0 +1,146 @@
+"""One ``torch.autograd.Function`` per loss: which operator runs when, and what happens to the upstream gradient.
+
+`early` (bf16, float32, float64 under ``mean`` and ``sum`` in eager mode): the forward call leaves the gradient for
+upstream 1. The first backward rescales it in place, which is a launch that returns at once when the upstream is 1 and
+otherwise recomputes from the logits; a second backward recomputes into fresh memory. Everything else takes the value
+forward and the gradient backward. Either way the gradient is rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedkd.ops import Option
+
+ops = torch.ops.fusedkd
+
+
+class Plan(NamedTuple):
+    """What is decided on the host before an operator starts."""
+
+    grid: tuple[int, int]
+    """(B, L): how the leading dimensions are seen as rows without a copy."""
+    per_row: bool
+    early: bool
+    inplace: bool = False
+    ignore_index: int = -100
+    transform: bool = False
+
+
+class KDLossFunction(torch.autograd.Function):
+    """(loss, kd, ce, logits): the loss, its two terms for logging, and with ``inplace`` the overwritten logits (else
+    None).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        weights: Tensor,
+        options: Tensor,
+        normalizers: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        z = student.view(*plan.grid, student.shape[-1])
+        arguments = (teacher, labels, weights, options, normalizers, plan.ignore_index, plan.transform)
+        ctx.plan, ctx.gradient = plan, None
+        ctx.set_materialize_grads(False)
+        if plan.inplace:
+            rows, _ = ops.kd_forward_(z, *arguments)
+            ctx.mark_dirty(student)
+            ctx.save_for_backward(student)
+            ctx.spent = False
+        else:
+            rows, stats, gradient = ops.kd_forward(z, *arguments, plan.early)
+            ctx.gradient = gradient if plan.early else None
+            ctx.save_for_backward(student, teacher, labels, weights, options, normalizers, stats)
+        terms = rows if plan.per_row else rows.sum(1) / normalizers.to(rows.dtype)
+        scale = options[Option.KD_WEIGHT : Option.CE_WEIGHT + 1].to(rows.dtype).view(2, *[1] * (terms.dim() - 1))
+        loss = torch.where(scale == 0, 0, scale * terms).sum(0)
+        kd, ce = terms[0].clone(), terms[1].clone()
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce, student if plan.inplace else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, upstream: Tensor | None, _kd: None, _ce: None, logits: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if logits is not None:
+            raise RuntimeError(
+                "kd_loss(inplace=True) overwrote the student's logits with their gradient, "
+                "but a gradient reaches these logits from another use of them"
+            )
+        unused = (None,) * 6
+        if upstream is None:
+            return None, *unused
+        if ctx.plan.inplace:
+            return _overwritten(ctx, upstream), *unused
+        student, teacher, labels, weights, options, normalizers, stats = ctx.saved_tensors
+        z = student.view(*ctx.plan.grid, student.shape[-1])
+        arguments = (
+            upstream.contiguous(),
+            z,
+            teacher,
+            labels,
+            weights,
+            options,
+            normalizers,
+            stats,
+            ctx.plan.ignore_index,
+            ctx.plan.transform,
+        )
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None:
+            ops.kd_rescale_(gradient, *arguments)
+        else:
+            gradient = ops.kd_backward(*arguments)
+        return gradient.view(student.shape), *unused
+
+
+def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
+    """The gradient that lies where the logits were; an upstream other than 1 costs a second rounding here, the logits
+    being gone.
+    """
+    if ctx.spent:
+        raise RuntimeError(
+            "kd_loss(inplace=True) supports one backward: the gradient was handed over where the logits were"
+        )
+    ctx.spent = True
+    (student,) = ctx.saved_tensors
+    gradient = student.detach()
+    if gradient.is_cuda or upstream != 1:
+        gradient.mul_(upstream)
+    return gradient
+
+
+class CosineHiddenLossFunction(torch.autograd.Function):
+    """The cosine loss: a scalar, or ``(N,)`` per row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor | None, normalizer: Tensor, plan: Plan
+    ) -> Tensor:
+        x = student.view(*plan.grid, student.shape[-1])
+        rows, stats, gradient = ops.cosine_forward(x, teacher, weights, normalizer, plan.early)
+        ctx.plan, ctx.gradient = plan, gradient if plan.early else None
+        ctx.save_for_backward(student, teacher, weights, normalizer, stats)
+        return rows if plan.per_row else rows.sum() / normalizer.to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, weights, normalizer, stats = ctx.saved_tensors
+        x = student.view(*ctx.plan.grid, student.shape[-1])
+        upstream, gradient, ctx.gradient = upstream.contiguous(), ctx.gradient, None
+        if gradient is not None:
+            ops.cosine_rescale_(gradient, upstream, x, teacher, weights, normalizer, stats)
+        else:
+            gradient = ops.cosine_backward(upstream, x, teacher, weights, normalizer, stats)
+        return gradient.view(student.shape), None, None, None, None

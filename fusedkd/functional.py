@@ -1,0 +1,289 @@
+"""The losses as functions: what the arguments mean, which rows count, and what each term is divided by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fusedkd import arguments as check
+from fusedkd.arguments import Real
+from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
+from fusedkd.divergences import Divergence, resolve
+from fusedkd.teachers import TeacherLogits
+
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Teacher: TypeAlias = Tensor | TeacherLogits
+
+
+class KDTerms(NamedTuple):
+    """The terms of a KD loss, detached, for logging: ``kd`` includes T^k, neither includes its weight, both use the
+    loss's normalisers.
+    """
+
+    kd: Tensor
+    ce: Tensor
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher | Sequence[Teacher],
+    labels: Tensor | None = None,
+    *,
+    temperature: Real = 1.0,
+    teacher_temperature: Real | None = None,
+    divergence: str | Divergence = "forward_kl",
+    kd_weight: Real = 1.0,
+    ce_weight: Real = 0.0,
+    scale_by_t2: bool = True,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: Real = 0.0,
+    reduction: Reduction = "mean",
+    kd_normalizer: Real | None = None,
+    ce_normalizer: Real | None = None,
+    logit_softcap: Real | None = None,
+    logit_scale: Real | None = None,
+    vocab_mismatch: Literal["error", "truncate"] = "error",
+    teacher_weights: Sequence[Real] | None = None,
+    inplace: bool = False,
+    return_terms: bool = False,
+) -> Any:
+    r"""kd_weight · T^k · D(teacher, student) + ce_weight · CE(student, labels), and its gradient, in one fused call.
+
+    With p = softmax(v/T) of the teacher and q = softmax(z/T) of the student, ``forward_kl`` is D = KL(p‖q) with k = 2
+    (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, §2): the gradient is kd_weight · T
+    · (q − p), plus ce_weight · (softmax(z) − 1_y). No probability tensor is materialised; the gradient is computed in
+    float32 and rounded once.
+
+    Args:
+        student_logits: z, ``(*, V_s)``, float16, bfloat16, float32 or float64; last dimension contiguous, other strides
+            free.
+        teacher: logits v, ``(*, V_t)``, of any of these dtypes, a :class:`~fusedkd.TeacherLogits`, or a list of these.
+            Never receives a gradient. Where V_t differs from V_s (padded heads) the common prefix is distilled and
+            counts as the whole distribution; the student's surplus columns keep their cross-entropy.
+        labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
+            cross-entropy.
+        temperature, teacher_temperature: T > 0 of the KD term; the teacher's defaults to the student's. CE is always at
+            temperature 1.
+        divergence: a name of :data:`fusedkd.divergences.FAMILIES`.
+        kd_weight, ce_weight: the weights of the two terms, ≥ 0. A term whose weight is the number 0 is not computed.
+        scale_by_t2: the factor T^k in value and gradient, T the student's. False is the convention of TRL and Liger.
+        kd_mask: ``(*)``, the rows of the KD term. Bool or integer: non-zero selects; float: weights, 0 is not selected.
+            None: the rows whose label is not ``ignore_index``; without labels all rows. A teacher row that is all −inf
+            counts as not selected.
+        ignore_index, label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        reduction: ``"mean"``: each term over its own row count (float masks: the sum of weights); ``"sum"``;
+            ``"none"``: ``(*)``.
+        kd_normalizer, ce_normalizer: replace the counts under ``"mean"``. With the totals over an optimiser step and
+            over all ranks they make gradient accumulation and data parallelism exact.
+        logit_softcap, logit_scale: the student's logits are c·tanh(scale·z/c), for KD and CE alike.
+        vocab_mismatch: ``"error"``: V_s and V_t may differ by at most 1024; ``"truncate"``: by anything.
+        teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default.
+        inplace: lets the gradient overwrite the student's logits, which must be neither a leaf nor a view. Ignored
+            under ``torch.compile``, with grad mode off, and where the gradient is computed in backward (float16,
+            ``"none"``, a list of teachers). One backward only; an upstream gradient other than 1 rounds a second time.
+        return_terms: also return :class:`KDTerms`.
+
+    Real-valued options take a number or a 0-d tensor without gradient; a schedule given as tensors recompiles nothing.
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or ``(*)`` under ``"none"``; with ``return_terms`` the pair
+        (loss, terms).
+
+    Raises:
+        ValueError, TypeError: before any kernel starts, naming the argument, what it was and what it must be. On a GPU
+            a label out of range makes that row's loss NaN and its gradient 0 instead.
+    """
+    if isinstance(teacher, Sequence):
+        options = {
+            name: value
+            for name, value in locals().items()
+            if name not in ("student_logits", "teacher", "labels", "teacher_weights")
+        }
+        return _several_teachers(student_logits, teacher, labels, teacher_weights, options)
+    if teacher_weights is not None:
+        raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
+    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
+    family = resolve(divergence)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+
+    check.float_rows("student_logits", student_logits)
+    check.float_rows("teacher", form.logits, like=student_logits)
+    check.vocabularies(student_logits.shape[-1], form.logits.shape[-1], vocab_mismatch)
+    check.reduction(reduction, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer)
+    for name, value in {"temperature": temperature, "teacher_temperature": teacher_temperature}.items():
+        check.real(name, value, open_low=True)
+    for name, value in {"kd_weight": kd_weight, "ce_weight": ce_weight}.items():
+        check.real(name, value)
+    check.real("label_smoothing", label_smoothing, high=1.0)
+    transforms = {
+        "logit_softcap": logit_softcap,
+        "logit_scale": logit_scale,
+        "teacher.softcap": form.softcap,
+        "teacher.scale": form.scale,
+    }
+    for name, transform in transforms.items():
+        if transform is not None:
+            check.real(name, transform, open_low=True)
+    flat_labels = check.row_vector("labels", labels, student_logits)
+    mask = check.row_vector("kd_mask", kd_mask, student_logits)
+    wants_kd, wants_ce = not _is_zero(kd_weight), not _is_zero(ce_weight)
+    if wants_ce and flat_labels is None:
+        raise ValueError("ce_weight is not 0, so the cross-entropy term needs labels, which are None")
+    check.class_indices(flat_labels, student_logits.shape[-1] if wants_ce else 2**62, ignore_index)
+
+    columns = min(student_logits.shape[-1], form.logits.shape[-1])
+    student, teacher_rows, grid = check.as_rows(student_logits, form.logits[..., :columns])
+    device = student.device
+    if wants_kd:
+        weights = torch.ops.fusedkd.kd_row_weights(teacher_rows, flat_labels, mask, ignore_index)
+    else:
+        weights = torch.zeros(grid[0] * grid[1], device=device)
+    counts: list[Real] = [1.0, 1.0]
+    if reduction == "mean":
+        counts[0] = _count(weights, mask) if kd_normalizer is None else kd_normalizer
+        ce_count = (flat_labels != ignore_index).sum() if wants_ce and flat_labels is not None else 1.0
+        counts[1] = ce_count if ce_normalizer is None else ce_normalizer
+    normalizers = check.pack(counts, device)
+    normalizers = torch.where(normalizers > 0, normalizers, 1)
+    real_options = check.pack(
+        [
+            temperature,
+            teacher_temperature,
+            temperature**family.temperature_power if scale_by_t2 else 1.0,
+            kd_weight,
+            ce_weight,
+            label_smoothing,
+            0.0 if logit_softcap is None else logit_softcap,
+            1.0 if logit_scale is None else logit_scale,
+            0.0 if form.softcap is None else form.softcap,
+            1.0 if form.scale is None else form.scale,
+        ],
+        device,
+    )
+
+    early = _gradient_in_forward(student, reduction)
+    if inplace and early:
+        check.overwritable(student_logits)
+    plan = Plan(
+        grid=grid,
+        per_row=reduction == "none",
+        early=early,
+        inplace=inplace and early,
+        ignore_index=ignore_index,
+        transform=any(value is not None for value in transforms.values()),
+    )
+    ce_labels = flat_labels if wants_ce else None
+    loss, kd, ce, _ = KDLossFunction.apply(student, teacher_rows, ce_labels, weights, real_options, normalizers, plan)
+    if reduction == "none":
+        loss, kd, ce = (term.view(student_logits.shape[:-1]) for term in (loss, kd, ce))
+    return (loss, KDTerms(kd, ce)) if return_terms else loss
+
+
+def cosine_hidden_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: Reduction = "mean",
+    normalizer: Real | None = None,
+) -> Tensor:
+    """Mean of 1 − cos(student, teacher) over the selected rows (DistilBERT, arXiv:1910.01108, §3: aligns the directions
+    of hidden states).
+
+    Equal in value and gradient to :func:`torch.nn.functional.cosine_embedding_loss` with target 1 on the selected rows,
+    ε included, but without its cancellation when the two are close. Nothing is gathered or copied.
+
+    Args:
+        student_hidden, teacher_hidden: ``(*, H)`` each, float16, bfloat16, float32 or float64; last dimension
+            contiguous. The teacher never receives a gradient.
+        mask: ``(*)``. Bool or integer: non-zero selects; float: weights, 0 is not selected (its rows are not read).
+            None: all rows.
+        reduction: ``"mean"`` over the selected rows (float masks: over the sum of weights), ``"sum"``, or ``"none"``:
+            ``(*)``.
+        normalizer: replaces the count under ``"mean"``: a number or a 0-d tensor.
+
+    Returns:
+        float32 (float64 for float64 input): a scalar, or ``(*)`` under ``"none"``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it must be.
+    """
+    check.float_rows("student_hidden", student_hidden)
+    check.float_rows("teacher_hidden", teacher_hidden, like=student_hidden)
+    if student_hidden.shape[-1] != teacher_hidden.shape[-1]:
+        raise ValueError(
+            f"student_hidden and teacher_hidden must have the same last dimension, not {student_hidden.shape[-1]} and "
+            f"{teacher_hidden.shape[-1]}: project one of them first"
+        )
+    check.reduction(reduction, normalizer=normalizer)
+    flat_mask = check.row_vector("mask", mask, student_hidden)
+    student, teacher, grid = check.as_rows(student_hidden, teacher_hidden)
+    weights = None
+    if flat_mask is not None:
+        weights = flat_mask.to(torch.float32) if flat_mask.is_floating_point() else (flat_mask != 0).to(torch.float32)
+    count: Real = 1.0
+    if reduction == "mean":
+        default: Real = grid[0] * grid[1] if weights is None else _count(weights, flat_mask)
+        count = default if normalizer is None else normalizer
+    divisor = check.pack([count], student.device)[0]
+    divisor = torch.where(divisor > 0, divisor, 1)
+    plan = Plan(grid=grid, per_row=reduction == "none", early=_gradient_in_forward(student, reduction))
+    loss = CosineHiddenLossFunction.apply(student, teacher, weights, divisor, plan)
+    return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _several_teachers(
+    student_logits: Tensor,
+    teachers: Sequence[Teacher],
+    labels: Tensor | None,
+    teacher_weights: Sequence[Real] | None,
+    options: dict[str, Any],
+) -> Any:
+    """Σ w_m · KD_m + CE, one fused call per teacher; the cross-entropy goes with the first."""
+    if not teachers:
+        raise ValueError("teacher is an empty list: it must hold at least one teacher")
+    if teacher_weights is None:
+        teacher_weights = [1.0 / len(teachers)] * len(teachers)
+    if len(teacher_weights) != len(teachers):
+        raise ValueError(
+            f"teacher_weights must hold one weight per teacher: {len(teachers)}, not {len(teacher_weights)}"
+        )
+    return_terms, kd_weight = options.pop("return_terms"), options.pop("kd_weight")
+    options["inplace"] = False
+    losses, terms = [], []
+    for teacher, weight in zip(teachers, teacher_weights, strict=True):
+        check.real("teacher_weights", weight)
+        loss, term = kd_loss(
+            student_logits, teacher, labels, kd_weight=kd_weight * weight, return_terms=True, **options
+        )
+        losses.append(loss)
+        terms.append(KDTerms(weight * term.kd, term.ce))
+        options["ce_weight"] = 0.0
+    loss = torch.stack(losses).sum(0)
+    return (loss, KDTerms(torch.stack([term.kd for term in terms]).sum(0), terms[0].ce)) if return_terms else loss
+
+
+def _gradient_in_forward(student: Tensor, reduction: Reduction) -> bool:
+    """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
+    its own memory.
+    """
+    return (
+        torch.is_grad_enabled()
+        and student.requires_grad
+        and reduction != "none"
+        and student.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _count(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Selected rows, counted in int64; for a float mask the sum of its weights."""
+    return weights.sum() if mask is not None and mask.is_floating_point() else (weights != 0).sum()
+
+
+def _is_zero(weight: Real) -> bool:
+    return not isinstance(weight, Tensor) and weight == 0

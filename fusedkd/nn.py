@@ -1,0 +1,145 @@
+"""The losses as modules: the constructor takes the options, ``forward`` the tensors."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedkd.arguments import Real
+from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss
+
+
+class KDLoss(nn.Module):
+    """:func:`fusedkd.kd_loss` with its options fixed: ``KDLoss(temperature=2.0, ce_weight=0.5)(student_logits, teacher,
+    labels)``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = options.keys() - inspect.signature(kd_loss).parameters.keys()
+        if unknown:
+            raise TypeError(f"KDLoss got options that kd_loss does not have: {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def forward(
+        self, student_logits: Tensor, teacher: Teacher | list[Teacher], labels: Tensor | None = None, **options: Any
+    ) -> Any:
+        """As :func:`fusedkd.kd_loss`; options given here (``kd_mask``, the normalisers) go before the constructor's."""
+        return kd_loss(student_logits, teacher, labels, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class CosineHiddenLoss(nn.Module):
+    """:func:`fusedkd.cosine_hidden_loss` with its reduction fixed."""
+
+    def __init__(self, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.reduction: Reduction = reduction
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        mask: Tensor | None = None,
+        *,
+        normalizer: Real | None = None,
+    ) -> Tensor:
+        return cosine_hidden_loss(student_hidden, teacher_hidden, mask, reduction=self.reduction, normalizer=normalizer)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction}"
+
+
+class DistilBertTerms(NamedTuple):
+    """The terms of :class:`DistilBertLoss`, detached and unweighted; ``distil`` includes T²."""
+
+    distil: Tensor
+    mlm: Tensor
+    cos: Tensor
+
+
+class DistilBertLoss(nn.Module):
+    """DistilBERT's triple loss α_distil·T²·KL(teacher‖student) + α_mlm·MLM + α_cos·(1 − cos) (Sanh et al.,
+    arXiv:1910.01108, §3).
+
+    KL over the attended tokens, or over the masked ones (``kd_on="masked"``: the published code's
+    ``restrict_ce_to_mask``), MLM over the masked tokens (label not ``ignore_index``), cosine of the last hidden states
+    over the attended tokens: each divided by its own count, as in the published code, or by the normaliser given. The
+        defaults are the published run's: T = 2, weights 5, 2, 1.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        alpha_distil: float = 5.0,
+        alpha_mlm: float = 2.0,
+        alpha_cos: float = 1.0,
+        kd_on: Literal["attended", "masked"] = "attended",
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if kd_on not in ("attended", "masked"):
+            raise ValueError(f"kd_on must be 'attended' or 'masked', not {kd_on!r}")
+        self.temperature, self.kd_on, self.ignore_index = temperature, kd_on, ignore_index
+        self.alpha_distil, self.alpha_mlm, self.alpha_cos = alpha_distil, alpha_mlm, alpha_cos
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        student_hidden: Tensor | None = None,
+        teacher_hidden: Tensor | None = None,
+        *,
+        kd_normalizer: Real | None = None,
+        mlm_normalizer: Real | None = None,
+        cos_normalizer: Real | None = None,
+    ) -> tuple[Tensor, DistilBertTerms]:
+        """The loss and its terms.
+
+        Args:
+            student_logits, teacher_logits: ``(B, L, V)``; the teacher's may be None where ``alpha_distil`` is 0.
+            labels: ``(B, L)`` int64, ``ignore_index`` on all but the masked tokens.
+            attention_mask: ``(B, L)``, non-zero on real tokens; None: all.
+            student_hidden, teacher_hidden: ``(B, L, H)``, the last hidden states; may be None where ``alpha_cos`` is 0.
+            kd_normalizer, mlm_normalizer, cos_normalizer: replace the token counts (accumulation, data parallelism).
+
+        Raises:
+            ValueError: where a tensor is missing that a non-zero weight needs, and as the functions do.
+        """
+        if self.kd_on == "masked":
+            kd_mask = labels != self.ignore_index
+        else:
+            kd_mask = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask
+        if self.alpha_distil and teacher_logits is None:
+            raise ValueError("teacher_logits is None, but alpha_distil is not 0")
+        loss, terms = kd_loss(
+            student_logits,
+            student_logits.detach() if teacher_logits is None else teacher_logits,
+            labels,
+            temperature=self.temperature,
+            kd_weight=self.alpha_distil,
+            ce_weight=self.alpha_mlm,
+            kd_mask=kd_mask,
+            ignore_index=self.ignore_index,
+            kd_normalizer=kd_normalizer,
+            ce_normalizer=mlm_normalizer,
+            return_terms=True,
+        )
+        cos = loss.new_zeros(())
+        if self.alpha_cos:
+            if student_hidden is None or teacher_hidden is None:
+                raise ValueError("student_hidden or teacher_hidden is None, but alpha_cos is not 0")
+            cos = cosine_hidden_loss(student_hidden, teacher_hidden, attention_mask, normalizer=cos_normalizer)
+            loss = loss + self.alpha_cos * cos
+        return loss, DistilBertTerms(terms.kd, terms.ce, cos.detach())
+
+    def extra_repr(self) -> str:
+        names = ("temperature", "alpha_distil", "alpha_mlm", "alpha_cos", "kd_on")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
