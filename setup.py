@@ -1,0 +1,108 @@
+"""Builds the two libraries of fusedkd; everything else about the package is in pyproject.toml.
+
+    fusedkd/_C.abi3.so        from csrc/*.cpp, the CPU kernels: by the C++ compiler
+    fusedkd/_C_cuda.abi3.so   from csrc/*.cu, the CUDA kernels: by nvcc, called directly, where there is one
+
+Both use the LibTorch stable ABI and nothing of Python's, so that one build serves every Python >= 3.10 and
+torch >= 2.11; a CPU build of torch is enough to compile them. Neither is required: the package works without them, more
+slowly, and a failure to build one is a warning. Environment variables:
+
+    FUSEDKD_CPU, FUSEDKD_CUDA   0: do not build this library; 1: fail the installation if it cannot be built
+    FUSEDKD_CUDA_ARCHS          compute capabilities, "80 90a 90+PTX" unless set (+PTX: newer GPUs can translate it)
+    CUDA_HOME                   where nvcc is, if not on PATH
+"""
+
+import os
+import shutil
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError, CompileError
+
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that can load the libraries
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def nvcc() -> str | None:
+    cuda_home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{cuda_home}/bin") if cuda_home else None)
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's options for a list such as "80 90a 90+PTX"."""
+    flags = []
+    for arch in archs.replace(",", " ").replace(";", " ").split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        code = "compute" if arch.endswith("+PTX") else "sm"
+        flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
+    return flags
+
+
+class BuildKernels(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True  # both libraries at once
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            from torch.utils.cpp_extension import include_paths, library_paths
+
+            ext.include_dirs, ext.library_dirs = include_paths(), library_paths()
+            if ext.name.endswith("_cuda"):
+                self.build_with_nvcc(ext)
+            else:
+                super().build_extension(ext)
+            return
+        except ImportError as error:
+            reason = f"torch cannot be imported ({error}), use pip --no-build-isolation"
+        except OSError as error:
+            reason = str(error)
+        except (BaseError, CCompilerError):
+            reason = "the compiler is missing or failed, its message is above"
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build: it would be packed
+        raise CompileError(f"{reason}; fusedkd works without it, {ext.variable}=1 makes this an error")
+
+    def build_with_nvcc(self, ext: Extension) -> None:
+        compiler, target = nvcc(), Path(self.get_ext_fullpath(ext.name))
+        if compiler is None:
+            raise FileNotFoundError("nvcc is neither on PATH nor in CUDA_HOME/bin")
+        newest = max(Path(file).stat().st_mtime for file in ext.sources + ext.depends)
+        if not self.force and target.exists() and target.stat().st_mtime > newest:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [compiler, "-shared", *NVCC_FLAGS, *gencode(os.environ.get("FUSEDKD_CUDA_ARCHS", "80 90a 90+PTX"))]
+        command += [f"-D{name}={value}" for name, value in ext.define_macros]
+        command += [f"-isystem={path}" for path in ext.include_dirs]
+        command += [f"-L{path}" for path in ext.library_dirs]
+        # A CPU torch lacks what USE_CUDA declares; at run time libtorch brings it (libtorch_cuda). cudart is static.
+        command += ["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        self.spawn([*command, *ext.sources, "-o", str(target)])
+
+
+def library(
+    name: str, sources: str, variable: str, default: bool, macros: dict[str, str], **options
+) -> list[Extension]:
+    """The extension as a list; an empty one where it is not wanted."""
+    files, wish = sorted(glob(sources)), os.environ.get(variable, "")
+    if wish == "0" or not files or not (default or wish == "1"):
+        return []
+    macros = {"TORCH_TARGET_VERSION": TORCH_TARGET_VERSION, **macros}
+    extension = Extension(
+        name, files, define_macros=[*macros.items()], depends=glob("csrc/*.h") + glob("csrc/*.cuh"), **options
+    )
+    extension.py_limited_api, extension.optional, extension.variable = True, wish != "1", variable
+    return [extension]
+
+
+cpu = library(
+    "fusedkd._C", "csrc/*.cpp", "FUSEDKD_CPU", True, {}, extra_compile_args=CXX_FLAGS, libraries=["torch_cpu"]
+)
+cuda = library("fusedkd._C_cuda", "csrc/*.cu", "FUSEDKD_CUDA", nvcc() is not None, {"USE_CUDA": "1"})
+setup(
+    ext_modules=cpu + cuda,
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # the wheel's tag
+)
