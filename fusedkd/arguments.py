@@ -156,5 +156,5 @@ def as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, tuple[int
     if len(splits) > 1:
         student, teacher, splits = student.contiguous(), teacher.contiguous(), []
     split = splits[0] if splits else 0
-    grid = (math.prod(size for _, size in sizes[:split]), math.prod(size for _, size in sizes[split:]))
+    grid = (math.prod([size for _, size in sizes[:split]]), math.prod([size for _, size in sizes[split:]]))
     return student, teacher.detach().view(*grid, teacher.shape[-1]), grid
