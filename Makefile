@@ -1,0 +1,42 @@
+# make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
+# make test    the test suite
+# make bench   CPU benchmarks against PyTorch and torch.compile, into $(RESULTS)
+# make gpu     GPU tests, then GPU benchmarks, into $(RESULTS); needs no network and installs nothing
+# make lint    ruff and mypy
+#
+# All but `make gpu` run in .venv, which the first of them creates with the versions of constraints.txt.
+
+PYTHON ?= python3
+RESULTS ?= benchmarks/results
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test bench gpu lint clean
+
+demo: .venv/ready
+	.venv/bin/python -m fusedkd.distilbert
+
+test: .venv/ready
+	.venv/bin/python -m pytest
+
+bench: .venv/ready
+	.venv/bin/python -m benchmarks --results $(RESULTS)
+
+gpu:
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m benchmarks --device cuda --results $(RESULTS)
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/ready: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer: make PYTHON=/path/to/it")'
+	@echo "== .venv: the libraries of constraints.txt (minutes, once), then the C++ extension"
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt setuptools torch
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench]"
+	@touch $@
+
+clean:
+	rm -rf .venv build runs fusedkd/*.so *.egg-info
