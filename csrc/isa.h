@@ -1,0 +1,78 @@
+// Includes FUSEDKD_BODY once per instruction set, each time inside its own namespace of fusedkd. A body includes vec.h first.
+// FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
+// FUSEDKD_ISA = avx512 | avx2 | plain asks for, if that is not beyond it.
+#pragma once
+
+#include <cstdlib>
+#include <string_view>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FUSEDKD_X86
+#include <immintrin.h>
+#endif
+
+#ifdef __clang__
+#define FUSEDKD_PRAGMA(text) _Pragma(#text)
+#define FUSEDKD_TARGET(features) FUSEDKD_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FUSEDKD_END_TARGET _Pragma("clang attribute pop")
+#else
+#define FUSEDKD_PRAGMA(text) _Pragma(#text)
+#define FUSEDKD_TARGET(features) _Pragma("GCC push_options") FUSEDKD_PRAGMA(GCC target(features))
+#define FUSEDKD_END_TARGET _Pragma("GCC pop_options")
+#endif
+
+namespace fusedkd {
+
+enum class Isa { plain, avx2, avx512 };
+
+inline Isa isa() {
+  static const Isa chosen = [] {
+    Isa best = Isa::plain;
+#ifdef FUSEDKD_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = Isa::avx2;
+    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      best = Isa::avx512;
+#endif
+    const char* variable = std::getenv("FUSEDKD_ISA");
+    const std::string_view wish = variable ? variable : "";
+    return std::min(best, wish == "plain" ? Isa::plain : wish == "avx2" ? Isa::avx2 : Isa::avx512);
+  }();
+  return chosen;
+}
+
+}  // namespace fusedkd
+
+#ifdef FUSEDKD_X86
+#define FUSEDKD_CALL(function, ...)                                                   \
+  switch (isa()) {                                                                    \
+    case Isa::avx512: avx512::function(__VA_ARGS__); break;                           \
+    case Isa::avx2: avx2::function(__VA_ARGS__); break;                               \
+    case Isa::plain: plain::function(__VA_ARGS__); break;                             \
+  }
+
+FUSEDKD_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define FUSEDKD_VECTOR_BYTES 64
+namespace fusedkd { namespace avx512 {
+#include FUSEDKD_BODY
+} }
+#undef FUSEDKD_VECTOR_BYTES
+FUSEDKD_END_TARGET
+
+FUSEDKD_TARGET("avx2,fma,f16c")
+#define FUSEDKD_VECTOR_BYTES 32
+namespace fusedkd { namespace avx2 {
+#include FUSEDKD_BODY
+} }
+#undef FUSEDKD_VECTOR_BYTES
+FUSEDKD_END_TARGET
+#else
+#define FUSEDKD_CALL(function, ...) plain::function(__VA_ARGS__)
+#endif
+
+#define FUSEDKD_VECTOR_BYTES 16
+namespace fusedkd { namespace plain {
+#include FUSEDKD_BODY
+} }
+#undef FUSEDKD_VECTOR_BYTES

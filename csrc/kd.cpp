@@ -1,0 +1,144 @@
+// The CPU operators of kd_loss: their arguments become a KdCall, and kd_rows.h does the rest, compiled once per instruction set.
+#include "tensor.h"
+
+namespace fusedkd {
+
+struct KdCall {
+  Rows student, teacher;           // [B, L, V], [B, L, C]
+  const int64_t* labels;           // [N] or null
+  const float* weights;            // [N]
+  double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing;
+  double softcap, scale, teacher_softcap, teacher_scale;
+  double n_kd, n_ce;
+  int64_t ignore_index;
+  bool transform;
+  bool forward;                    // rows and stats are results, else stats are given
+  void *rows, *stats;              // [2, N] and [N, 6] of the accumulation type
+  std::optional<Rows> gradient;    // [B, L, V] like the student; may be the student itself
+  std::optional<PerRow> upstream;  // 1 if none
+};
+
+}  // namespace fusedkd
+
+#define FUSEDKD_BODY "kd_rows.h"
+#include "isa.h"
+
+namespace fusedkd {
+namespace {
+
+KdCall call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels, const Tensor& weights, const Tensor& options,
+            const Tensor& normalizers, int64_t ignore_index, bool transform) {
+  const Rows z(student), v(teacher);
+  STD_TORCH_CHECK(z.count == v.count && z.inner == v.inner && v.columns <= z.columns, "fusedkd: student and teacher rows do not match");
+  const double* o = contiguous_data<double>(options, ScalarType::Double, 10, "options");
+  const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
+  return {
+      z, v, labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, z.count, "labels") : nullptr,
+      contiguous_data<float>(weights, ScalarType::Float, z.count, "weights"),
+      o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7], o[8], o[9], n[0], n[1],
+      ignore_index, transform, false, nullptr, nullptr, std::nullopt, std::nullopt,
+  };
+}
+
+void run(const KdCall& k) {
+  over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(kd_rows, k, begin, end) });
+}
+
+std::tuple<Tensor, Tensor> run_forward(KdCall& k, const Tensor& student) {
+  const ScalarType type = accumulation_type(k.student.type);
+  Tensor rows = torch::stable::new_empty(student, {2, k.student.count}, type);
+  Tensor stats = torch::stable::new_empty(student, {k.student.count, 6}, type);
+  k.forward = true, k.rows = rows.data_ptr(), k.stats = stats.data_ptr();
+  run(k);
+  return {rows, stats};
+}
+
+void run_backward(KdCall& k, const Tensor& upstream, const Tensor& stats, const Tensor& gradient) {
+  const ScalarType type = accumulation_type(k.student.type);
+  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, 6 * k.student.count, "stats"));
+  k.upstream.emplace(upstream, type, k.student.count);
+  k.gradient.emplace(gradient);
+  STD_TORCH_CHECK(k.gradient->type == k.student.type && k.gradient->count == k.student.count && k.gradient->columns == k.student.columns,
+                  "fusedkd: the gradient must be like the student's logits");
+  run(k);
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights, Tensor options,
+                                              Tensor normalizers, int64_t ignore_index, bool transform, bool gradient) {
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+  Tensor out = gradient ? fresh_like(student) : torch::stable::new_empty(student, {0});
+  if (gradient) k.gradient.emplace(out);
+  auto [rows, stats] = run_forward(k, student);
+  return {rows, stats, out};
+}
+
+std::tuple<Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights, Tensor options,
+                                       Tensor normalizers, int64_t ignore_index, bool transform) {
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+  k.gradient = k.student;
+  return run_forward(k, student);
+}
+
+Tensor kd_backward(Tensor upstream, Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights, Tensor options,
+                   Tensor normalizers, Tensor stats, int64_t ignore_index, bool transform) {
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+  Tensor out = fresh_like(student);
+  run_backward(k, upstream, stats, out);
+  return out;
+}
+
+void kd_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights,
+                 Tensor options, Tensor normalizers, Tensor stats, int64_t ignore_index, bool transform) {
+  if (PerRow(upstream, accumulation_type(student.scalar_type()), 1)[0] == 1) return;
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+  run_backward(k, upstream, stats, gradient);
+}
+
+// Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.
+double mask_value(const void* data, ScalarType type, int64_t i) {
+  switch (type) {
+    case ScalarType::Float: return static_cast<const float*>(data)[i];
+    case ScalarType::Double: return static_cast<const double*>(data)[i];
+    case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
+    case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
+    case ScalarType::Bool: case ScalarType::Byte: case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
+    case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
+    case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
+    case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
+    default: STD_TORCH_CHECK(false, "fusedkd: kd_mask must be bool, integer or floating point"); return 0;
+  }
+}
+
+bool all_masked(const Rows& rows, int64_t i) {
+  for (int64_t j = 0; j < rows.columns; j++) {
+    const char* at = rows[i] + j * size_of(rows.type);
+    if (mask_value(at, rows.type, 0) != -std::numeric_limits<double>::infinity()) return false;
+  }
+  return true;
+}
+
+Tensor kd_row_weights(Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> kd_mask, int64_t ignore_index) {
+  const Rows v(teacher);
+  Tensor weights = torch::stable::new_empty(teacher, {v.count}, ScalarType::Float);
+  float* w = static_cast<float*>(weights.data_ptr());
+  const ScalarType type = kd_mask ? kd_mask->scalar_type() : ScalarType::Bool;
+  const void* mask = kd_mask ? contiguous_data<char>(*kd_mask, type, v.count, "kd_mask") : nullptr;
+  const int64_t* label = labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, v.count, "labels") : nullptr;
+  for (int64_t i = 0; i < v.count; i++) {
+    w[i] = mask ? float(mask_value(mask, type, i)) : label ? float(label[i] != ignore_index) : 1;
+    if (w[i] != 0 && all_masked(v, i)) w[i] = 0;
+  }
+  return weights;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
+  m.impl("kd_row_weights", TORCH_BOX(&kd_row_weights));
+  m.impl("kd_forward", TORCH_BOX(&kd_forward));
+  m.impl("kd_forward_", TORCH_BOX(&kd_forward_));
+  m.impl("kd_backward", TORCH_BOX(&kd_backward));
+  m.impl("kd_rescale_", TORCH_BOX(&kd_rescale_));
+}
+
+}  // namespace fusedkd

@@ -1,0 +1,147 @@
+// Vectors of the accumulation type A (float or double), their exponential, and columns of a row in A, for one instruction set: kernel
+// bodies include this first, and isa.h includes each body once per instruction set. GCC's vector extension carries the arithmetic; only what
+// it lacks is spelled out. The compiler may reassociate and contract nothing: no -ffast-math, and -ffp-contract=off.
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class A> struct Types;
+template <> struct Types<float> {
+  typedef float Vec __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  typedef int32_t Int __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  using Lane = int32_t;
+  static constexpr int mantissa = 23, bias = 127, exp_degree = 7, phi_degree = 8;  // cut off at 5e-9 and 3.5e-8
+};
+template <> struct Types<double> {
+  typedef double Vec __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  typedef int64_t Int __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+  using Lane = int64_t;
+  static constexpr int mantissa = 52, bias = 1023, exp_degree = 13, phi_degree = 16;  // cut off at 4e-18 and 1e-17
+};
+template <class A> using Vec = typename Types<A>::Vec;
+template <class A> using Int = typename Types<A>::Int;
+
+constexpr int STEP = 16;  // columns per step of a loop, and so partial sums, on every instruction set
+template <class A> constexpr int WIDTH = FUSEDKD_VECTOR_BYTES / sizeof(A);
+template <class A> constexpr int PER_STEP = STEP / WIDTH<A>;  // vectors per step
+template <class A> constexpr A INFINITE = std::numeric_limits<A>::infinity();
+
+template <class A> INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
+template <class A> INLINE Vec<A> load(const A* p) {
+  Vec<A> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class A> INLINE void store(A* p, Vec<A> x) { std::memcpy(p, &x, sizeof x); }
+
+template <class A> INLINE Vec<A> max(Vec<A> x, Vec<A> y) { return x > y ? x : y; }  // y where either is NaN
+template <class A> INLINE Vec<A> sign(Vec<A> x) { return (Vec<A>)((Int<A>)x & (Int<A>)splat<A>(-0.0)); }
+template <class A> INLINE Vec<A> flip(Vec<A> x, Vec<A> sign) { return (Vec<A>)((Int<A>)x ^ (Int<A>)sign); }
+template <class A> INLINE Vec<A> abs(Vec<A> x) { return flip<A>(x, sign<A>(x)); }
+
+#if FUSEDKD_VECTOR_BYTES == 64
+INLINE Vec<float> fma(Vec<float> x, Vec<float> y, Vec<float> z) { return (Vec<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
+INLINE Vec<double> fma(Vec<double> x, Vec<double> y, Vec<double> z) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+}
+#elif FUSEDKD_VECTOR_BYTES == 32
+INLINE Vec<float> fma(Vec<float> x, Vec<float> y, Vec<float> z) { return (Vec<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
+INLINE Vec<double> fma(Vec<double> x, Vec<double> y, Vec<double> z) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+}
+#else
+template <class V> INLINE V fma(V x, V y, V z) { return x * y + z; }
+#endif
+
+// Σ over the partial sums of a loop, in float64 and in a fixed order.
+template <class A> INLINE double total(const Vec<A>* partial) {
+  double sum = 0;
+  for (int i = 0; i < STEP; i++) sum += partial[i / WIDTH<A>][i % WIDTH<A>];
+  return sum;
+}
+
+// Σ_k c_k·x^k, k = 0 … degree, with c_k = c_(k−1)·ratio/(k + offset): Taylor series of exponentials.
+template <class A, int degree> struct Series {
+  A c[degree + 1];
+  constexpr Series(double first, double ratio, int offset) : c() {
+    for (int k = 0; k <= degree; first *= ratio / (++k + offset)) c[k] = A(first);
+  }
+  INLINE Vec<A> operator()(Vec<A> x) const {
+    Vec<A> sum = splat(c[degree]);
+    for (int k = degree - 1; k >= 0; k--) sum = fma(sum, x, splat(c[k]));
+    return sum;
+  }
+};
+
+// 2^x for x <= 0 as scale·(1 + tail): scale = 2^n with n = round(x), tail = 2^(x − n) − 1, so that 2^x − 1 is had without cancellation too.
+// 2^−∞ = 0, NaN stays NaN. What would be below the smallest normal number is 0.
+template <class A> struct Power {
+  Vec<A> scale, tail;
+  INLINE explicit Power(Vec<A> x) {
+    using T = Types<A>;
+    using Lane = typename T::Lane;
+    constexpr A round = A(int64_t(3) << (T::mantissa - 1));  // 1.5·2^mantissa: adding it rounds x and leaves n in the low bits
+    constexpr double ln2 = 0.693147180559945309417232;
+    constexpr Series<A, T::exp_degree - 1> series(ln2, ln2, 1);  // (2^f − 1)/f
+    x = max<A>(splat(A(-T::bias)), x);
+    const Vec<A> rounded = x + round, f = x - (rounded - round);
+    scale = (Vec<A>)(((Int<A>)rounded << T::mantissa) + (Lane(T::bias) << T::mantissa));
+    tail = f * series(f);
+  }
+  INLINE Vec<A> value() const { return fma(scale, tail, scale); }
+  INLINE Vec<A> minus_one() const { return fma(scale, tail, scale - A(1)); }
+};
+template <class A> INLINE Vec<A> exp2(Vec<A> x) { return Power<A>(x).value(); }
+
+// ------------------------------------------------------------------------------------------------ columns of a row in A
+constexpr int64_t BLOCK = 1024;  // columns that are converted and worked on at a time: they stay in L1
+
+template <class A, class S> INLINE void convert(const S* from, int64_t n, A* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = A(from[i]);
+}
+template <class S> INLINE void convert(const S* from, int64_t n, double* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = double(float(from[i]));
+}
+INLINE void convert(const double* from, int64_t n, double* to) { std::memcpy(to, from, n * sizeof(double)); }
+#if FUSEDKD_VECTOR_BYTES >= 32
+INLINE void convert(const Half* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  for (; i < n; i++) to[i] = _cvtsh_ss(from[i].x);
+}
+INLINE void convert(const float* from, int64_t n, Half* to) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < n; i++) to[i].x = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+constexpr int64_t whole_steps(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
+
+// Columns [j, j + n) of a row, n <= BLOCK: where they lie if loops can read them there, else in `buffer`, filled up with `rest` to whole steps.
+template <class A> INLINE const A* read(ScalarType type, const char* row, int64_t j, int64_t n, A* buffer, A rest, bool copy = false) {
+  switch (type) {
+    case ScalarType::Double:
+      if (std::is_same_v<A, double> && !copy && n % STEP == 0) return (const A*)row + j;
+      convert((const double*)row + j, n, buffer);
+      break;
+    case ScalarType::Float:
+      if (std::is_same_v<A, float> && !copy && n % STEP == 0) return (const A*)row + j;
+      convert((const float*)row + j, n, buffer);
+      break;
+    case ScalarType::BFloat16: convert((const BFloat16*)row + j, n, buffer); break;
+    default: convert((const Half*)row + j, n, buffer);
+  }
+  std::fill(buffer + n, buffer + whole_steps(n), rest);
+  return buffer;
+}
+
+// Where a loop puts columns [j, j + n) of a result of the accumulation type's student: in place, or into `buffer` for write() to take.
+template <class A> INLINE A* place(ScalarType type, char* row, int64_t j, int64_t n, A* buffer) {
+  return size_of(type) == sizeof(A) && n % STEP == 0 ? (A*)row + j : buffer;
+}
+template <class A> INLINE void write(ScalarType type, char* row, int64_t j, int64_t n, const A* from) {
+  if (size_of(type) == sizeof(A)) {
+    if (from != (A*)row + j) std::memcpy((A*)row + j, from, n * sizeof(A));
+  } else if (type == ScalarType::BFloat16) convert(from, n, (BFloat16*)row + j);
+  else convert(from, n, (Half*)row + j);
+}
