@@ -210,16 +210,16 @@ def kd_kernel(
             n_blocks = tl.where(active, n_ends if ENDS else n_body, 0)
             for i_block in range(n_blocks):
                 o, m = _columns(i_block, phase, head, body, V, ENDS, BLOCK, GROUP)
-                b_v, _ = _logits(p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_last")
-                b_z, _ = _logits(p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_last")
-                top_t, sum_t, _ = _accumulate(top_t, sum_t, sum_t, b_v, k_t, power, False)
+                b_v = _logits(p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_last")[0]
+                b_z = _logits(p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_last")[0]
+                top_t, sum_t = _accumulate(top_t, sum_t, sum_t, b_v, k_t, power, False)[:2]
                 if SURPLUS and ENDS:
                     if LABELS:
                         b_x = tl.where(o < stop_common, -INFINITY, b_z)
-                        top_x, sum_x, _ = _accumulate(top_x, sum_x, sum_x, b_x, LOG2E, power, False)
+                        top_x, sum_x = _accumulate(top_x, sum_x, sum_x, b_x, LOG2E, power, False)[:2]
                     b_z = tl.where(o < stop_common, b_z, -INFINITY)
                 top_s, sum_s, sum_1 = _accumulate(top_s, sum_s, sum_1, b_z, k_s, power, LABELS)
-            top_t, sum_t, _ = _merge(top_t, sum_t, sum_t, k_t)
+            top_t, sum_t = _merge(top_t, sum_t, sum_t, k_t)[:2]
             top_s, sum_s, sum_1 = _merge(top_s, sum_s, sum_1, k_s)
         top_s = tl.max(top_s)
         top_t = tl.max(top_t)
@@ -266,20 +266,19 @@ def kd_kernel(
 
     z_y = 0.0
     if FORWARD and LABELS:  # before pass 2, which may overwrite it
-        z_y, _ = _logits(p_student, phase + y, has_ce, cap_s, scale_s, A, TRANSFORM, "")
+        z_y = _logits(p_student, phase + y, has_ce, cap_s, scale_s, A, TRANSFORM, "")[0]
     o_label = (tl.where(has_ce, y, -1) + phase).to(tl.int32)
 
     # Pass 2, backwards
     divergence = tl.zeros([1], A)
     shifted = tl.zeros([1], A)  # Σ (z − max), for label smoothing
-    for PART in tl.static_range(2):
-        ENDS: tl.constexpr = PART == 0
+    for ENDS in tl.static_range(1, -1, -1):
         n_blocks = n_ends if ENDS else n_body
         b_divergence = tl.zeros([1 if ENDS else BLOCK // GROUP], A)
         b_shifted = b_divergence
         for i in range(n_blocks):
             o, m = _columns(n_blocks - 1 - i, phase, head, body, V, ENDS, BLOCK, GROUP)
-            b_v, _ = _logits(p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_first")
+            b_v = _logits(p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_first")[0]
             b_z, b_slope = _logits(p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_first")
             b_x = b_z - base_s
             if FORWARD and LABELS:
@@ -357,6 +356,17 @@ def kd_row_weights_kernel(
     tl.store(weights + row, tl.where(found != 0, w, 0.0))
 
 
+def block_options(dtype: torch.dtype, V: int, hip: bool = False) -> dict[str, int]:
+    """Eight columns of a block per thread; groups of one 16-byte access of the student. Two blocks of 16 warps fit an
+    SM, no more: their row pairs stay in the L2 cache for the second pass. Left alone, ptxas takes 106 registers and
+    only one fits; 64 are plenty (it then takes about 48).
+    """
+    wide = dtype == torch.float64
+    block = min(max(triton.next_power_of_2(V), 512), 2048 if wide else 4096)
+    options = {"BLOCK": block, "GROUP": 16 // dtype.itemsize, "num_warps": block // 8 // (64 if hip else 32)}
+    return options if hip or wide else options | {"maxnreg": 64}
+
+
 def _in_phase(x: Tensor, y: Tensor) -> bool:
     """Whether every row of x starts at the same column modulo UNIT as that of y."""
     return all((a - b) % UNIT.value == 0 for a, b, n in zip(x.stride()[:2], y.stride(), x.shape, strict=False) if n > 1)
@@ -383,10 +393,6 @@ def _launch(
     if B * L == 0:
         return
     out = student if gradient is None else gradient
-    # One 16-byte access of the student per thread and group, eight columns of each block per thread
-    group = 16 // max(student.element_size(), 2)
-    block = min(max(triton.next_power_of_2(V), 512), 4096)
-    threads_per_warp = 64 if torch.version.hip else 32
     with torch.cuda.device_of(student):
         kd_kernel[(B * L,)](
             student,
@@ -412,9 +418,7 @@ def _launch(
             RESCALE=rescale,
             TEACHER_IN_PHASE=_in_phase(teacher, student),
             GRADIENT_IN_PHASE=_in_phase(out, student),
-            BLOCK=block,
-            GROUP=group,
-            num_warps=block // 8 // threads_per_warp,
+            **block_options(student.dtype, V, torch.version.hip is not None),
         )
 
 
