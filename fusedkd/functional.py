@@ -254,6 +254,9 @@ def _several_teachers(
         )
     return_terms, kd_weight = options.pop("return_terms"), options.pop("kd_weight")
     options["inplace"] = False
+    check.float_rows("student_logits", student_logits)
+    if student_logits.dtype in (torch.float16, torch.bfloat16):
+        student_logits = student_logits.float()  # so that the gradients add up in float32 and are rounded once
     losses, terms = [], []
     for teacher, weight in zip(teachers, teacher_weights, strict=True):
         check.real("teacher_weights", weight)

@@ -1,0 +1,32 @@
+"""Which device and which backend the suite runs on.
+
+Every conformance test takes the `device` fixture: ``pytest`` runs it on the CPU, ``pytest -m gpu`` on a GPU. Who
+answers on the CPU is the environment's choice, as for any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or
+``FUSEDKD_BACKEND=triton TRITON_INTERPRET=1``, which is slow and leaves out the tests marked `wide`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from truth import INTERPRETED
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.fixture(scope="session", params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "wide: rows too wide for Triton's interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if INTERPRETED else []:
+        if item.get_closest_marker("wide"):
+            item.add_marker(pytest.mark.skip(reason="too wide for Triton's interpreter"))

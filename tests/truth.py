@@ -1,0 +1,315 @@
+"""The truth that kernels are held to, and the rule by which they are: the definitions in float64 on the same input.
+
+The rule, row by row:
+
+gradient  ‖error‖ ≤ 1.25 × ‖error of the true gradient rounded to the output's dtype‖ + 1e-6·S, S the sum of the norms
+          of the terms subtracted, with their factors: KD ‖p‖ + ‖q‖, CE ‖q₁‖ + ‖1_y‖, cosine ‖ax‖ + ‖by‖. Exactly 0
+          where S is 0.
+value     |error| ≤ 1e-5·D + 1e-8·√D for KL and cosine, before T² and weights; 1e-5·CE + 2e-7 for the cross-entropy,
+          whose log l near 1 float32 does not resolve below 1.2e-7.
+
+float64 is held to 1e-13·S and to 1e-11·D + 1e-14. A comparison that zeros would pass fails, unless zero is the truth.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedkd import TeacherLogits, cosine_hidden_loss, definitions, kd_loss
+
+INTERPRETED = os.environ.get("FUSEDKD_BACKEND") == "triton"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Term(NamedTuple):
+    """One term of a loss, reduced, and the error allowed to it."""
+
+    value: Tensor
+    tolerance: Tensor
+
+    def __mul__(self, weight: float) -> Term:
+        return Term(*(weight * x if weight else torch.zeros_like(x) for x in self))
+
+    def plus(self, other: Term) -> Term:
+        return Term(self.value + other.value, self.tolerance + other.tolerance)
+
+
+class Truth(NamedTuple):
+    """Float64 on the CPU. `subtracted` is S per row."""
+
+    loss: Term
+    kd: Term
+    ce: Term
+    gradient: Tensor
+    subtracted: Tensor
+
+
+def kd_truth(
+    student: Tensor,
+    teacher: Tensor | TeacherLogits,
+    labels: Tensor | None = None,
+    *,
+    temperature: Any = 1.0,
+    teacher_temperature: Any = None,
+    kd_weight: Any = 1.0,
+    ce_weight: Any = 0.0,
+    scale_by_t2: bool = True,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: Any = 0.0,
+    reduction: str = "mean",
+    kd_normalizer: Any = None,
+    ce_normalizer: Any = None,
+    logit_softcap: Any = None,
+    logit_scale: Any = None,
+    vocab_mismatch: str = "error",
+    upstream: Any = 1.0,
+) -> Truth:
+    """:func:`fusedkd.kd_loss` with these arguments, its terms, and its gradient times `upstream`."""
+    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
+    kd_weight, ce_weight = float(kd_weight), float(ce_weight)
+    t_s = float(temperature)
+    t_t = t_s if teacher_temperature is None else float(teacher_temperature)
+    t2 = t_s**2 if scale_by_t2 else 1.0
+
+    z, slope = _capped(student, logit_softcap, logit_scale)
+    v, _ = _capped(form.logits, form.softcap, form.scale)
+    columns = min(z.shape[1], v.shape[1])
+    z_kd, v = z[:, :columns], v[:, :columns]
+    y = None if labels is None else labels.cpu().flatten()
+
+    labelled = torch.ones(len(z)) if y is None else (y != ignore_index).double()
+    w, count = labelled.double(), None
+    if kd_mask is not None:
+        w = float64(kd_mask if kd_mask.is_floating_point() else kd_mask != 0).flatten()
+        count = w.sum() if kd_mask.is_floating_point() else None
+    w = torch.where((v == -torch.inf).all(-1), 0, w)
+    n_kd = _divisor(reduction, kd_normalizer, (w != 0).sum() if count is None else w.sum())
+    n_ce = _divisor(reduction, ce_normalizer, labelled.sum())
+
+    def column(x: Tensor) -> Tensor:
+        return x.unsqueeze(-1)
+
+    rows = torch.zeros_like(w)
+    gradient, subtracted = torch.zeros_like(z), torch.zeros_like(w)
+    kd, ce = Term(rows, rows), Term(rows, rows)
+    if kd_weight:
+        on = w != 0
+        kl = torch.where(on, definitions.forward_kl(z_kd, v, t_s, t_t), 0)
+        kd = Term(kl, _tolerance(kl, student.dtype)) * t2
+        kd = Term(*(torch.where(on, w * x, 0) for x in kd))
+        factor = column(kd_weight * t2 / n_kd * w) * slope[:, :columns]
+        full = torch.where(column(on), factor * definitions.forward_kl_gradient(z_kd, v, t_s, t_t), 0)
+        gradient[:, :columns] += full
+        for x in (z_kd / t_s, v / t_t):
+            subtracted += torch.where(on, (factor / t_s * definitions.log_softmax(x).exp()).norm(dim=-1), 0)
+    if ce_weight:
+        on = labelled != 0
+        nll = torch.where(on, definitions.cross_entropy(z, y, float(label_smoothing)), 0)
+        exact = student.dtype == torch.float64
+        ce = Term(nll, labelled * (1e-11 * nll + 1e-14 if exact else 1e-5 * nll + 2e-7))
+        factor = column(ce_weight / n_ce * labelled) * slope
+        full = torch.where(column(on), factor * definitions.cross_entropy_gradient(z, y, float(label_smoothing)), 0)
+        gradient += full
+        for x in (definitions.log_softmax(z).exp(), torch.zeros_like(z).scatter_(1, column(y.clamp(0, z.shape[1] - 1)), 1)):
+            subtracted += torch.where(on, (factor * x).norm(dim=-1), 0)
+
+    kd, ce = (_reduced(term, n, student, reduction) for term, n in ((kd, n_kd), (ce, n_ce)))
+    return Truth((kd * kd_weight).plus(ce * ce_weight), kd, ce, *_with_upstream(gradient, subtracted, upstream, student))
+
+
+def cosine_truth(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    normalizer: Any = None,
+    upstream: Any = 1.0,
+) -> Truth:
+    """:func:`fusedkd.cosine_hidden_loss` with these arguments, and its gradient times `upstream`."""
+    x, y = (_rows(t) for t in (student, teacher))
+    w = torch.ones(len(x), dtype=torch.float64)
+    count: Any = len(x)
+    if mask is not None:
+        w = float64(mask if mask.is_floating_point() else mask != 0).flatten()
+        count = w.sum()
+    n, on = _divisor(reduction, normalizer, count), w != 0
+    distance = torch.where(on, definitions.cosine_distance(x, y), 0)
+    rows = Term(w * distance, w * _tolerance(distance, student.dtype))
+    factor = (w / n).unsqueeze(-1)
+    gradient = torch.where(on.unsqueeze(-1), factor * definitions.cosine_distance_gradient(x, y), 0)
+    a, b = definitions.inverse_norm(x), definitions.inverse_norm(y)
+    subtracted = torch.where(on, (factor * a * a * x).norm(dim=-1) + (factor * a * b * y).norm(dim=-1), 0)
+    loss = _reduced(rows, n, student, reduction)
+    return Truth(loss, loss, loss, *_with_upstream(gradient, subtracted, upstream, student))
+
+
+def float64(x: Any) -> Tensor:
+    return torch.as_tensor(x).detach().to("cpu", torch.float64)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return float64(x).reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _capped(logits: Tensor, softcap: Any, scale: Any) -> tuple[Tensor, Tensor]:
+    """The logits as ``(N, V)`` after soft-cap and scale, and the slope of these at each."""
+    x = _rows(logits)
+    options = 0.0 if softcap is None else float(softcap), 1.0 if scale is None else float(scale)
+    return definitions.cap_and_scale(x, *options), definitions.cap_and_scale_derivative(x, *options)
+
+
+def _divisor(reduction: str, normalizer: Any, count: Any) -> float:
+    n = float(count if normalizer is None else normalizer) if reduction == "mean" else 1.0
+    return n if n > 0 else 1.0
+
+
+def _tolerance(divergence: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.float64:
+        return 1e-11 * divergence + 1e-14
+    return 1e-5 * divergence + 1e-8 * divergence.clamp(min=0).sqrt()
+
+
+def _reduced(rows: Term, n: float, student: Tensor, reduction: str) -> Term:
+    return Term(*(x.view(student.shape[:-1]) if reduction == "none" else x.sum() / n for x in rows))
+
+
+def _with_upstream(gradient: Tensor, subtracted: Tensor, upstream: Any, student: Tensor) -> tuple[Tensor, Tensor]:
+    factor = float64(upstream).flatten()
+    lead = student.shape[:-1]
+    return (gradient * factor.unsqueeze(-1)).view(student.shape), (subtracted * factor.abs()).view(lead)
+
+
+# -------------------------------------------------- the rule
+
+
+def assert_value(actual: Tensor, expected: Term, *, vacuous: bool = False) -> None:
+    value, tolerance = expected
+    actual = float64(actual)
+    assert actual.shape == value.shape
+    same = (actual == value) | (actual.isnan() & value.isnan())
+    wrong = ~same & ~((actual - value).abs() <= torch.where(value.isfinite(), tolerance, 0))
+    assert not wrong.any(), f"{actual[wrong][:4]} is not {value[wrong][:4]} within {tolerance[wrong][:4]}"
+    assert vacuous or bool((~value.isfinite() | (value.abs() > 2 * tolerance)).any()), "zero would pass"
+
+
+def assert_gradient(actual: Tensor, expected: Truth, *, vacuous: bool = False) -> None:
+    truth, subtracted = expected.gradient, expected.subtracted
+    assert actual.shape == truth.shape
+    on, exact = subtracted != 0, actual.dtype == torch.float64
+    got = float64(actual)
+    assert not got[~on].any(), "a row without a term has a gradient"
+    error = (got - truth).norm(dim=-1)
+    rounding = (float64(truth.to(actual.dtype)) - truth).norm(dim=-1)
+    factor = 2.1 if INTERPRETED and actual.dtype == torch.bfloat16 else 1.25  # the interpreter's casts truncate
+    bound = factor * rounding + (1e-13 if exact else 1e-6) * subtracted
+    wrong = on & ~(error <= bound)
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {int(on.sum())} rows, worst {float((error / bound)[wrong].max()):.3g} × the bound; "
+        f"errors {error[wrong][:4]}, bounds {bound[wrong][:4]}, norms {truth.norm(dim=-1)[wrong][:4]}"
+    )
+    assert vacuous or bool((truth.norm(dim=-1) > 2 * bound)[on].any()), "an all-zero gradient would pass"
+
+
+def check_kd(
+    student: Tensor,
+    teacher: Tensor | TeacherLogits,
+    labels: Tensor | None = None,
+    *,
+    upstream: Any = 1.0,
+    vacuous: bool = False,
+    **options: Any,
+) -> Truth:
+    """Loss, terms and gradient of one call by the rule; the strides of `student` are those the kernel sees."""
+    truth = kd_truth(student, teacher, labels, upstream=upstream, **options)
+    leaf = student.detach().requires_grad_()
+    loss, terms = kd_loss(leaf, teacher, labels, return_terms=True, **options)
+    assert loss.dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32)
+    for actual, expected in zip((loss, *terms), truth, strict=False):
+        assert_value(actual, expected, vacuous=vacuous or expected is not truth.loss)
+    assert not terms.kd.requires_grad
+    assert not terms.ce.requires_grad
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.as_tensor(upstream).to(loss).expand_as(loss))
+    assert gradient.dtype == student.dtype
+    assert_gradient(gradient, truth, vacuous=vacuous)
+    return truth
+
+
+def check_cosine(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    upstream: Any = 1.0,
+    vacuous: bool = False,
+    **options: Any,
+) -> Truth:
+    truth = cosine_truth(student, teacher, mask, upstream=upstream, **options)
+    leaf = student.detach().requires_grad_()
+    loss = cosine_hidden_loss(leaf, teacher, mask, **options)
+    assert loss.dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32)
+    assert_value(loss, truth.loss, vacuous=vacuous)
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.as_tensor(upstream).to(loss).expand_as(loss))
+    assert gradient.dtype == student.dtype
+    assert_gradient(gradient, truth, vacuous=vacuous)
+    return truth
+
+
+# -------------------------------------------------- input
+
+
+def pair(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    noise: float = 1.0,
+    offset: float = 0.0,
+    seed: int = 0,
+    teacher_dtype: torch.dtype | None = None,
+    teacher_columns: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher rows of spread 2: teacher + `noise` is the student, both around `offset`."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    student = teacher + noise * torch.randn(shape, generator=generator, dtype=torch.float64) + offset
+    if teacher_columns is not None:
+        surplus = torch.randn(*shape[:-1], max(0, teacher_columns - shape[-1]), generator=generator)
+        teacher = torch.cat([teacher, surplus], -1)[..., :teacher_columns]
+    return student.to(device, dtype), (teacher + offset).to(device, teacher_dtype or dtype)
+
+
+def targets(*shape: int, classes: int, device: str = "cpu", ignored: int | None = -100, seed: int = 1) -> Tensor:
+    """Random labels; every third is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, shape, generator=generator)
+    if ignored is not None:
+        labels.view(-1)[2::3] = ignored
+    return labels.to(device)
+
+
+def noise_for(kl: float, temperature: float = 1.0) -> float:
+    """The noise between logits that makes KL(p‖q) about `kl` at this temperature: half its variance."""
+    return temperature * (2 * kl) ** 0.5
+
+
+@contextmanager
+def operator_calls() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """The fusedkd operators called inside, with their arguments."""
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace == "fusedkd":
+                calls.append((function._opname, args))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        yield calls
