@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Argument
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (i >= p.count || (p.skip_if_one && *p.upstream == A(1))) return;
   const bool forward = p.upstream == nullptr, first = threadIdx.x == 0;
-  const A weight = p.weights ? p.weights[i] : A(1);
+  const A weight = p.weights ? p.weights[i] : A(1), upstream = forward ? A(1) : p.upstream[i * p.upstream_stride];
+  const A factor = upstream * weight / static_cast<A>(*p.normalizer);  // read now, not between the row and its write
   S* const gradient = p.gradient ? p.gradient + i * p.hidden : nullptr;
   A* const stats = p.stats + 3 * i;
 
@@ -204,8 +205,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Argument
   }
   if (!gradient) return;
 
-  const A upstream = forward ? A(1) : p.upstream[i * p.upstream_stride];
-  const A scale = upstream * weight / static_cast<A>(*p.normalizer) * (a * a), ratio = b / a;
+  const A scale = factor * (a * a), ratio = b / a;
   row.each([&](int64_t j, const Pack<S, W>& x, const Pack<T, W>& y) {
     Pack<S, W> out;
 #pragma unroll
