@@ -18,12 +18,22 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest
 
-bench: .venv/ready
-	.venv/bin/python -m benchmarks --results $(RESULTS)
+BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-json
 
+bench: .venv/ready
+	@mkdir -p $(RESULTS)
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu.json
+	.venv/bin/python -m benchmarks.report $(RESULTS)
+
+# A failing test does not keep the benchmarks from running, but fails the command.
 gpu:
-	$(PYTHON) -m pytest -m gpu tests
-	$(PYTHON) -m benchmarks --device cuda --results $(RESULTS)
+	@mkdir -p $(RESULTS)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	failed=0; \
+	$(PYTHON) -m pytest -m gpu tests || failed=1; \
+	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda.json --device cuda || failed=1; \
+	$(PYTHON) -m benchmarks.report $(RESULTS) || failed=1; \
+	exit $$failed
 
 lint: .venv/ready
 	.venv/bin/ruff check .

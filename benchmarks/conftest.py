@@ -1,0 +1,47 @@
+"""Glue to pytest-benchmark: options, one test per case and provider, and what its JSON says about the machine."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES
+from benchmarks.measure import copy_bandwidth
+from benchmarks.providers import available
+from fusedkd import env
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.addoption("--cases", default=None, choices=tuple(CASES), help="a list of benchmarks/cases.py; the device's")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = metafunc.config.getoption("device")
+    cases = CASES[metafunc.config.getoption("cases") or device]
+    tests = [(case, provider) for case in cases for provider in available(case, device)]
+    metafunc.parametrize(("case", "provider"), tests, ids=[f"{case}-{provider}" for case, provider in tests])
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    return {
+        **env.devices(),
+        "threads": torch.get_num_threads(),
+        "copy_gb_per_s": copy_bandwidth(config.getoption("device")) / 1e9,
+        "versions": env.versions(),
+        "command": "python -m pytest " + shlex.join(config.invocation_params.args),
+    }
+
+
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
+    from pytest_benchmark.utils import get_commit_info
+
+    return {name: value for name, value in get_commit_info().items() if name in ("id", "time", "dirty")}
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    for entry in output_json["benchmarks"]:
+        del entry["stats"]["data"], entry["params"], entry["options"]

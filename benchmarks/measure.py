@@ -1,0 +1,148 @@
+"""How it is measured: seconds in interleaved rounds, peak memory, and the error against float64 truth.
+
+The machine is shared and its clocks move, so every round runs each provider once, in an order that turns with the
+rounds, and what is compared is the ratio within a round. Data is random and rotates past the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.providers import VALUE_BUT_FOR_A_CONSTANT, Loss, loss_of
+
+SECONDS_PER_CASE = {"cpu": 8.0, "cuda": 2.0}
+ROUNDS = range(9, 60)  # the fewest and the most, within those seconds
+SLEEP_CYCLES = 4_000_000  # about 2 ms: longer than the host needs to launch any provider
+
+
+@dataclass
+class Measurement:
+    """What one provider did in one case; errors are relative, ``None`` where a device or provider cannot tell."""
+
+    seconds: list[float]
+    ratios: list[float]  # to fusedkd in the same round
+    peak_bytes: int | None  # beyond the inputs: temporaries and the gradient
+    value_error: float | None
+    gradient_error: float | None
+
+
+@lru_cache(maxsize=1)  # the tests of one case, one per provider, share its rounds
+def measure(case: Case, device: str, providers: tuple[str, ...]) -> dict[str, Measurement | Exception]:
+    """Every provider on one case, interleaved; one that fails yields its exception and leaves the others alone."""
+    sets = case.inputs(device)
+    truth = case.truth(*sets[0])
+    results: dict[str, Any] = {}
+    runs: dict[str, Callable[[int], Any]] = {}
+    seconds_per_round = 0.0
+    for provider in providers:
+        try:
+            loss = loss_of(provider, case)
+            value, gradient = evaluate(loss, case, sets[0])  # compiles
+            value_error = abs(value.item() - truth[0]) / abs(truth[0])
+            gradient_error = None
+            if gradient is not None:
+                gradient_error = ((gradient.double() - truth[1]).norm() / truth[1].norm()).item()
+            del value, gradient
+            run = _rotating(loss, case, sets)
+            seconds_per_round += seconds_of(run, 0, device)
+            peak = peak_bytes(lambda run=run: run(0), device)
+        except Exception as error:
+            results[provider] = error
+            continue
+        runs[provider] = run
+        value_known = provider not in VALUE_BUT_FOR_A_CONSTANT
+        results[provider] = Measurement([], [], peak, value_error if value_known else None, gradient_error)
+    del truth
+    rounds = min(max(round(SECONDS_PER_CASE[device] / seconds_per_round), ROUNDS.start), ROUNDS.stop)
+    seconds = interleave({name: lambda i, run=run: seconds_of(run, i, device) for name, run in runs.items()}, rounds)
+    for provider in runs:
+        results[provider].seconds = seconds[provider]
+        if "fusedkd" in seconds:
+            results[provider].ratios = [a / b for a, b in zip(seconds[provider], seconds["fusedkd"], strict=True)]
+    return results
+
+
+def interleave(timed: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each for each round; who comes first turns with the rounds, so that nobody always follows the same."""
+    names = list(timed)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(timed[name](i))
+    return seconds
+
+
+def evaluate(loss: Loss, case: Case, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Value and gradient, or the value alone."""
+    with torch.set_grad_enabled(case.backward):
+        value = loss(*inputs)
+    gradient = torch.autograd.grad(value, inputs[0])[0] if case.backward else None
+    return value.detach(), gradient
+
+
+def _rotating(loss: Loss, case: Case, sets: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[int], Any]:
+    return lambda i: evaluate(loss, case, sets[i % len(sets)])
+
+
+def seconds_of(run: Callable[[int], Any], i: int, device: str) -> float:
+    """Seconds of one run. What it returned is freed after the clock has stopped."""
+    if device == "cpu":
+        start = time.perf_counter()
+        _kept = run(i)
+        return time.perf_counter() - start
+    # The host queues the whole run while the device sleeps: what is timed is the device's work, without the gaps
+    # between launches, as in a training step whose host runs ahead.
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    start_event.record()
+    _kept = run(i)
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
+    """Growth of memory while it runs, its result included: of resident memory on the CPU (Linux), which sees whatever
+    any library allocates and touches; of the allocator's on a GPU.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # pages that malloc kept from earlier runs would hide what this one needs
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    except (OSError, AttributeError):
+        return None
+    before = _resident("VmRSS")
+    run()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@lru_cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and written: the ceiling of whatever only moves memory."""
+    source = torch.rand((256 << 20) if device == "cuda" else (32 << 20), device=device)
+    target = torch.empty_like(source)
+    times = [seconds_of(lambda _: target.copy_(source), i, device) for i in range(12)]
+    return 2 * source.nbytes / statistics.median(times[2:])
