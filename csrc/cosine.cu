@@ -6,9 +6,9 @@
 //   ∂D/∂x = a² (v − D x)
 //
 // Moves 6 bytes per element of 16-bit input: x and y in, the gradient out. Up to 16384 elements, the row pair waits in
-// registers, in its own precision, through two reductions (norms, then v) until the gradient is written: one warp per row
-// to H = 1024, then one block of H / 1024 warps. Longer rows, rows that 16-byte loads cannot serve and float64 are read
-// again for each sweep, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex, QuACK).
+// registers, in its own precision, through two reductions (norms, then v) until the gradient is written: one warp per
+// row to H = 1024, then one block of ⌈H / 1024⌉ warps. Longer rows, rows that 16-byte loads cannot serve and float64 are
+// read again for each sweep, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex, QuACK).
 // The operators and their arguments: fusedkd/ops.py.
 
 #include <torch/csrc/stable/library.h>
@@ -282,7 +282,8 @@ void run(const Task& task) {
   const int64_t warps = std::clamp<int64_t>((hidden + kWarp * kHeld - 1) / (kWarp * kHeld), 1, kMaxWarps);
   const int64_t rows = warps == 1 ? kRowsPerBlock : 1, blocks = (count + rows - 1) / rows;
   STD_TORCH_CHECK(blocks <= 0x7fffffff, "fusedkd: too many rows: ", count);
-  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(warps * kWarp), static_cast<unsigned>(rows));
+  const dim3 grid(static_cast<unsigned>(blocks));
+  const dim3 block(static_cast<unsigned>(warps * kWarp), static_cast<unsigned>(rows));
   if constexpr (constexpr int W = kWidth<S, T>; W > 1) {
     const bool fits = hidden % W == 0 && hidden <= kMaxWarps * kWarp * kHeld;
     const bool gradient_aligned = reinterpret_cast<uint64_t>(p.gradient) % 16 == 0;  // its rows are H apart
