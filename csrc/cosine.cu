@@ -7,8 +7,9 @@
 //
 // Moves 6 bytes per element of 16-bit input: x and y in, the gradient out. Up to 16384 elements, the row pair waits in
 // registers, in its own precision, through two reductions (norms, then v) until the gradient is written: one warp per
-// row to H = 1024, then one block of ⌈H / 1024⌉ warps. Longer rows, rows that 16-byte loads cannot serve and float64 are
-// read again for each sweep, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex, QuACK).
+// row to H = 1024, then one block of ⌈H / 1024⌉ warps. Longer rows, rows that 16-byte loads cannot serve and float64
+// are read again for each sweep, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex,
+// QuACK).
 // The operators and their arguments: fusedkd/ops.py.
 
 #include <torch/csrc/stable/library.h>
