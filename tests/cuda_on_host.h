@@ -1,5 +1,5 @@
 // Enough of CUDA to compile csrc/*.cu with a C++ compiler and run it on CPU tensors: the sources' own indexing, masks
-// and reductions, without a GPU. Every CUDA thread of a block is a fiber; fibers run in turn from one barrier or shuffle
+// and reductions, without a GPU. Every CUDA thread of a block is a fiber, run in turn from one barrier or shuffle
 // to the next. The operators are registered as `fusedkd_on_host`. Compile with `-include` this header, which stands in
 // for csrc/launch.cuh.
 #pragma once
