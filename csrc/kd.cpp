@@ -58,8 +58,7 @@ void run_backward(KdCall& k, const Tensor& upstream, const Tensor& stats, const 
   k.stats = const_cast<char*>(contiguous_data<char>(stats, type, 6 * k.student.count, "stats"));
   k.upstream.emplace(upstream, type, k.student.count);
   k.gradient.emplace(gradient);
-  STD_TORCH_CHECK(k.gradient->type == k.student.type && k.gradient->count == k.student.count && k.gradient->columns == k.student.columns,
-                  "fusedkd: the gradient must be like the student's logits");
+  STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
   run(k);
 }
 

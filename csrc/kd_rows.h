@@ -36,13 +36,12 @@ template <class A> struct Softmax {
     Vec<A> top[PER_STEP<A>], sum[PER_STEP<A>] = {}, sum_1[PER_STEP<A>] = {};
     for (auto& t : top) t = splat(-INFINITE<A>);
     for (int64_t j = 0; j < n; j += STEP)
-      for (int u = 0; u < PER_STEP<A>; u++) top[u] = max<A>(load(x + j + u * WIDTH<A>), top[u]);
-    A highest = -INFINITE<A>;
-    for (int i = 0; i < STEP; i++) highest = std::max(highest, top[i / WIDTH<A>][i % WIDTH<A>]);
-    if (highest > m) {
-      const double rise = (double(m) - highest) * c;
+      for (int u = 0; u < PER_STEP<A>; u++) top[u] = max(load(x + j + u * WIDTH<A>), top[u]);
+    const A most = highest<A>(top);
+    if (most > m) {
+      const double rise = (double(m) - most) * c;
       l *= std::exp2(rise), l_1 *= std::exp2(std::ldexp(rise, squarings));
-      m = highest;
+      m = most;
     }
     const A from = m == -INFINITE<A> ? 0 : m, scale = A(c);
     for (int64_t j = 0; j < n; j += STEP)
@@ -130,10 +129,6 @@ template <class A> struct KdRows {
     const A* v = read(k.teacher.type, row, j, n, v_buffer, -INFINITE<A>, k.transform);
     if (k.transform) cap_and_scale<A>(v_buffer, whole_steps(n), k.teacher_softcap, k.teacher_scale, nullptr);
     return v;
-  }
-
-  void run(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) row(i);
   }
 
   void row(int64_t i) {
@@ -250,6 +245,11 @@ template <class A> struct KdRows {
 };
 
 inline void kd_rows(const KdCall& k, int64_t begin, int64_t end) {
-  if (k.student.type == ScalarType::Double) KdRows<double>(k).run(begin, end);
-  else KdRows<float>(k).run(begin, end);
+  if (k.student.type == ScalarType::Double) {
+    KdRows<double> rows(k);
+    for (int64_t i = begin; i < end; i++) rows.row(i);
+  } else {
+    KdRows<float> rows(k);
+    for (int64_t i = begin; i < end; i++) rows.row(i);
+  }
 }

@@ -50,6 +50,7 @@ struct Rows {
     outer_bytes = t.stride(0) * size_of(type), inner_bytes = t.stride(1) * size_of(type);
   }
   char* operator[](int64_t i) const { return data + i / inner * outer_bytes + i % inner * inner_bytes; }
+  bool like(const Rows& other) const { return type == other.type && count == other.count && inner == other.inner && columns == other.columns; }
   int64_t row_bytes() const { return columns * size_of(type); }
 };
 

@@ -33,30 +33,51 @@ template <class A> INLINE Vec<A> load(const A* p) {
 }
 template <class A> INLINE void store(A* p, Vec<A> x) { std::memcpy(p, &x, sizeof x); }
 
-template <class A> INLINE Vec<A> max(Vec<A> x, Vec<A> y) { return x > y ? x : y; }  // y where either is NaN
 template <class A> INLINE Vec<A> sign(Vec<A> x) { return (Vec<A>)((Int<A>)x & (Int<A>)splat<A>(-0.0)); }
 template <class A> INLINE Vec<A> flip(Vec<A> x, Vec<A> sign) { return (Vec<A>)((Int<A>)x ^ (Int<A>)sign); }
 template <class A> INLINE Vec<A> abs(Vec<A> x) { return flip<A>(x, sign<A>(x)); }
 
+// max is x > y ? x : y, so y where either is NaN.
 #if FUSEDKD_VECTOR_BYTES == 64
+INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return (Vec<float>)_mm512_max_ps((__m512)x, (__m512)y); }
+INLINE Vec<double> max(Vec<double> x, Vec<double> y) { return (Vec<double>)_mm512_max_pd((__m512d)x, (__m512d)y); }
 INLINE Vec<float> fma(Vec<float> x, Vec<float> y, Vec<float> z) { return (Vec<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
 INLINE Vec<double> fma(Vec<double> x, Vec<double> y, Vec<double> z) {
   return (Vec<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
 }
 #elif FUSEDKD_VECTOR_BYTES == 32
+INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return (Vec<float>)_mm256_max_ps((__m256)x, (__m256)y); }
+INLINE Vec<double> max(Vec<double> x, Vec<double> y) { return (Vec<double>)_mm256_max_pd((__m256d)x, (__m256d)y); }
 INLINE Vec<float> fma(Vec<float> x, Vec<float> y, Vec<float> z) { return (Vec<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
 INLINE Vec<double> fma(Vec<double> x, Vec<double> y, Vec<double> z) {
   return (Vec<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
 }
 #else
-template <class V> INLINE V fma(V x, V y, V z) { return x * y + z; }
+template <class V> INLINE V max(V x, V y) { return x > y ? x : y; }
+template <class V> INLINE V fma(V x, V y, V z) {
+#ifdef __FP_FAST_FMAF
+  for (unsigned i = 0; i < sizeof(V) / sizeof x[0]; i++) z[i] = std::fma(x[i], y[i], z[i]);
+  return z;
+#else
+  return x * y + z;
+#endif
+}
 #endif
 
-// Σ over the partial sums of a loop, in float64 and in a fixed order.
-template <class A> INLINE double total(const Vec<A>* partial) {
-  double sum = 0;
-  for (int i = 0; i < STEP; i++) sum += partial[i / WIDTH<A>][i % WIDTH<A>];
-  return sum;
+// Σ over the partial sums of a loop, in float64 and in a fixed order; and the same of maxima.
+template <class A> INLINE double total(const Vec<A> (&partial)[PER_STEP<A>]) {
+  double sum[STEP];
+  for (int i = 0; i < STEP; i++) sum[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
+  for (int half = STEP / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+  return sum[0];
+}
+template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
+  A top[STEP];
+  for (int i = 0; i < STEP; i++) top[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
+  for (int half = STEP / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) top[i] = top[i] > top[i + half] ? top[i] : top[i + half];
+  return top[0];
 }
 
 // Σ_k c_k·x^k, k = 0 … degree, with c_k = c_(k−1)·ratio/(k + offset): Taylor series of exponentials.
@@ -82,7 +103,7 @@ template <class A> struct Power {
     constexpr A round = A(int64_t(3) << (T::mantissa - 1));  // 1.5·2^mantissa: adding it rounds x and leaves n in the low bits
     constexpr double ln2 = 0.693147180559945309417232;
     constexpr Series<A, T::exp_degree - 1> series(ln2, ln2, 1);  // (2^f − 1)/f
-    x = max<A>(splat(A(-T::bias)), x);
+    x = max(splat(A(-T::bias)), x);
     const Vec<A> rounded = x + round, f = x - (rounded - round);
     scale = (Vec<A>)(((Int<A>)rounded << T::mantissa) + (Lane(T::bias) << T::mantissa));
     tail = f * series(f);
