@@ -19,6 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", default=None, choices=tuple(CASES), help="a list of benchmarks/cases.py; the device's")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, but torch sees no GPU")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.getoption("device")
     cases = CASES[metafunc.config.getoption("cases") or device]

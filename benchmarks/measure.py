@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,6 +59,7 @@ def measure(case: Case, device: str, providers: tuple[str, ...]) -> dict[str, Me
             seconds_per_round += seconds_of(run, 0, device)
             peak = peak_bytes(lambda run=run: run(0), device)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold its tensors, which the next provider may need
             results[provider] = error
             continue
         runs[provider] = run
