@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that can load the libraries
-CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
