@@ -7,8 +7,9 @@ Row i has student logits z [V] and teacher logits v [C], C ≤ V: the KD term li
     ∂/∂z = A_kd·(q − p) + A_ce·(q₁ − (1 − ε)·1_y − ε/V)                         A: weight · scale · upstream / rows
 
 Every term of the middle sums is ≥ 0, so that D keeps its relative precision down to D = 0, and δ is never a difference
-of two log-sum-exps: δ = c_s·((v − z) − (max v − max z)) + (c_t − c_s)·(v − max v) − log(l_t/l_s), c = 1/T. An error in
-the last term moves D in second order only (Σ(p − q) = 0): it needs no log1p.
+of two log-sum-exps: δ = c_s·((v − z) − (max v − max z)) + (c_t − c_s)·(v − max v) − log(l_t/l_s), c = 1/T, where
+sides that are far apart are first reduced by their maxima. The logarithm needs no care: what is the same for all
+columns moves D in second order only, since Σ(p − q) = 0.
 
 Pass 1 takes the maxima and sums (max, l = Σ e^{(x − max)/T}) of both sides; pass 2 runs backwards over the row, while
 its end is still in the L2 cache, and takes D and the gradient in one sweep. Bytes per logit in 16 bit: 2 + 2 in pass 1,
@@ -32,6 +33,7 @@ from fusedkd.kernels.math import (
     divergence_factor,
     exp_at_one,
     finite_or_zero,
+    log,
     reciprocal_or_zero,
 )
 
@@ -139,9 +141,8 @@ def kd_kernel(
     up = 1.0
     if upstream is not None:
         up = tl.load(upstream + row.to(tl.int64) * upstream_stride)
-        if RESCALE:
-            if up == 1:
-                return
+        if RESCALE and up == 1:
+            return
 
     # Options. k turns a difference of logits into an exponent of 2.
     temperature = tl.load(options).to(A)
@@ -177,16 +178,10 @@ def kd_kernel(
     o_teacher = i_b * teacher_b + i_l * teacher_l
     phase = (o_student % UNIT).to(tl.int32)
     p_student = student + o_student // UNIT * UNIT
-    if TEACHER_IN_PHASE:
-        p_teacher = teacher + o_teacher // UNIT * UNIT
-    else:
-        p_teacher = teacher + (o_teacher - phase)
+    p_teacher = teacher + (o_teacher // UNIT * UNIT if TEACHER_IN_PHASE else o_teacher - phase)
     if gradient is not None:
         o_gradient = i_b * gradient_b + i_l * gradient_l
-        if GRADIENT_IN_PHASE:
-            p_gradient = gradient + o_gradient // UNIT * UNIT
-        else:
-            p_gradient = gradient + (o_gradient - phase)
+        p_gradient = gradient + (o_gradient // UNIT * UNIT if GRADIENT_IN_PHASE else o_gradient - phase)
     head = (phase + UNIT - 1) // UNIT * UNIT
     body = (phase + C) // UNIT * UNIT
     stop_common = phase + C
@@ -210,8 +205,12 @@ def kd_kernel(
             n_blocks = tl.where(active, n_ends if ENDS else n_body, 0)
             for i_block in range(n_blocks):
                 o, m = _columns(i_block, phase, head, body, V, ENDS, BLOCK, GROUP)
-                b_v = _logits(p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_last")[0]
-                b_z = _logits(p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_last")[0]
+                b_v = _logits(
+                    p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_last"
+                )[0]
+                b_z = _logits(
+                    p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_last"
+                )[0]
                 top_t, sum_t = _accumulate(top_t, sum_t, sum_t, b_v, k_t, power, False)[:2]
                 if SURPLUS and ENDS:
                     if LABELS:
@@ -252,7 +251,12 @@ def kd_kernel(
     r_t = reciprocal_or_zero(sum_t)
     r_1 = reciprocal_or_zero(sum_1)
     b_1 = r_1 * tl.exp2((top_s - base_1) * LOG2E)  # from e^{z − max over the common columns} to q₁
-    log_ratio = tl.where((sum_s == 0) | (sum_t == 0), 0.0, tl.log(sum_t / sum_s))
+    # δ = c_s·((v − near_t) − (z − near_s) − gap) + (c_t − c_s)·(v − max v) − log_ratio
+    far = tl.abs(base_t - base_s) > 16
+    near_s = tl.where(far, base_s, 0.0)
+    near_t = tl.where(far, base_t, 0.0)
+    gap = tl.where(far, 0.0, base_t - base_s)
+    log_ratio = tl.where((sum_s == 0) | (sum_t == 0), 0.0, log(sum_t / sum_s))
 
     # Coefficients of the gradient: 0 for a term the row does not have, or that is infinite for want of student logits
     broken = counted & (legal == 0)
@@ -278,12 +282,15 @@ def kd_kernel(
         b_shifted = b_divergence
         for i in range(n_blocks):
             o, m = _columns(n_blocks - 1 - i, phase, head, body, V, ENDS, BLOCK, GROUP)
-            b_v = _logits(p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_first")[0]
-            b_z, b_slope = _logits(p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_first")
+            b_v = _logits(
+                p_teacher, o, m & (o < (stop_v if ENDS else body_v)), cap_t, scale_t, A, TRANSFORM, "evict_first"
+            )[0]
+            b_z, b_slope = _logits(
+                p_student, o, m & (o < (stop_z if ENDS else body_z)), cap_s, scale_s, A, TRANSFORM, "evict_first"
+            )
             b_x = b_z - base_s
-            if FORWARD and LABELS:
-                if epsilon != 0:
-                    b_shifted += tl.sum(tl.where(m & (o < stop_z), b_x, 0.0), 1)
+            if FORWARD and LABELS and epsilon != 0:
+                b_shifted += tl.sum(tl.where(m & (o < stop_z), b_x, 0.0), 1)
             if SURPLUS and ENDS:
                 b_surplus = tl.exp2((tl.where(o < stop_common, -INFINITY, b_z) - base_1) * LOG2E) * r_1
                 b_z = tl.where(o < stop_common, b_z, -INFINITY)
@@ -292,7 +299,7 @@ def kd_kernel(
             b_p = tl.exp2((b_v - base_t) * k_t) * r_t
             b_d = b_e * r_s - b_p  # q − p
             if FORWARD:
-                b_delta = c_s * ((b_v - b_z) - (base_t - base_s)) + (c_t - c_s) * (b_v - base_t) - log_ratio
+                b_delta = c_s * ((b_v - near_t) - (b_z - near_s) - gap) + (c_t - c_s) * (b_v - base_t) - log_ratio
                 # p·δ. δ is −∞ or NaN where the teacher masks the column: 0. It is +∞ where only the student does, and
                 # so must be the product, even if p underflows; no other δ is below −1024 with p > 0.
                 b_pd = tl.where(b_delta > -1024, (b_p + 1.2e-38) * b_delta, 0.0)
@@ -318,7 +325,7 @@ def kd_kernel(
         ce = top_1 - z_y
         if LABELS and epsilon != 0:
             ce = (1.0 - epsilon) * ce + epsilon * ((top_1 - base_s) - tl.sum(shifted) / V)
-        ce = tl.where(top_1 == -INFINITY, INFINITY, tl.log(sum_1) + ce)
+        ce = tl.where(top_1 == -INFINITY, INFINITY, log(sum_1) + ce)
         ce = tl.where(has_ce, ce, tl.where(counted, float("nan"), 0.0))
         tl.store(rows + tl.num_programs(0) + row, ce)
 
