@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedkd.ops import Option
 
@@ -68,10 +67,10 @@ class KDLossFunction(torch.autograd.Function):
         return loss, kd, ce, student if plan.inplace else None
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, upstream: Tensor | None, _kd: None, _ce: None, logits: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
         if logits is not None:
             raise RuntimeError(
                 "kd_loss(inplace=True) overwrote the student's logits with their gradient, "
@@ -120,6 +119,14 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
     return gradient
 
 
+def _refuse_double_backward() -> None:
+    """Autograd runs backward in grad mode for ``create_graph=True`` alone. ``once_differentiable`` would return a
+    constant there, and a gradient penalty would vanish without a word.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("fusedkd's losses have no second derivative: backward was called with create_graph=True")
+
+
 class CosineHiddenLossFunction(torch.autograd.Function):
     """The cosine loss: a scalar, or ``(N,)`` per row."""
 
@@ -134,8 +141,8 @@ class CosineHiddenLossFunction(torch.autograd.Function):
         return rows if plan.per_row else rows.sum() / normalizer.to(rows.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
         student, teacher, weights, normalizer, stats = ctx.saved_tensors
         x = student.view(*ctx.plan.grid, student.shape[-1])
         upstream, gradient, ctx.gradient = upstream.contiguous(), ctx.gradient, None
