@@ -114,7 +114,9 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
     ctx.spent = True
     (student,) = ctx.saved_tensors
     gradient = student.detach()
-    if gradient.is_cuda or upstream != 1:
+    if gradient.is_cuda:
+        gradient.mul_(upstream.view(1))  # a 0-d operand would first be rounded to the gradient's dtype
+    elif upstream != 1:
         gradient.mul_(upstream)
     return gradient
 

@@ -1,0 +1,274 @@
+"""What happens between a loss and its gradients: upstream gradients, repeated backward, float16, grad mode, autocast,
+`inplace`, and which operators run for it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, operator_calls, pair, targets
+
+from fusedkd import cosine_hidden_loss, kd_loss
+
+OPTIONS = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+inplace_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+
+
+def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return *pair(3, 4, 70, dtype=dtype, device=device), targets(3, 4, classes=70, device=device)
+
+
+@dtypes
+@pytest.mark.parametrize("upstream", [0.37, -3.0, 1e-3, 1e4])
+def test_the_upstream_gradient_is_folded_in_with_one_rounding(
+    device: str, dtype: torch.dtype, upstream: float
+) -> None:
+    student, teacher, labels = batch(device, dtype)
+    check_kd(student, teacher, labels, upstream=upstream, **OPTIONS)
+    check_kd(student, teacher, labels, upstream=upstream, reduction="sum", **OPTIONS)
+
+
+def test_no_upstream_gradient(device: str) -> None:
+    student, teacher, labels = batch(device)
+    leaf = student.requires_grad_()
+    (0 * kd_loss(leaf, teacher, labels, **OPTIONS)).backward()
+    assert not leaf.grad.any()
+
+
+@dtypes
+@pytest.mark.parametrize("upstreams", [(1.0, 3.0), (3.0, 1.0), (1.0, 1.0)])
+def test_backward_again(device: str, dtype: torch.dtype, upstreams: tuple[float, float]) -> None:
+    """Into fresh memory: what the first backward handed out stays what it is."""
+    student, teacher, labels = batch(device, dtype)
+    leaf = student.requires_grad_()
+    loss = kd_loss(leaf, teacher, labels, **OPTIONS)
+    gradients = [torch.autograd.grad(loss, leaf, torch.tensor(u).to(loss), retain_graph=True)[0] for u in upstreams]
+    for gradient, upstream in zip(gradients, upstreams, strict=True):
+        assert_gradient(gradient, kd_truth(student, teacher, labels, upstream=upstream, **OPTIONS))
+
+
+def test_gradients_accumulate(device: str) -> None:
+    student, teacher, labels = batch(device)
+    leaf = student.requires_grad_()
+    loss = kd_loss(leaf, teacher, labels, **OPTIONS)
+    loss.backward(retain_graph=True)
+    (2 * loss).backward()
+    assert_gradient(leaf.grad, kd_truth(student, teacher, labels, upstream=3.0, **OPTIONS))
+
+
+@pytest.mark.wide
+def test_float16_with_a_loss_scale(device: str) -> None:
+    """The mean over 4096 rows alone is below what float16 resolves; times 2^14 it is not."""
+    student, teacher = pair(4096, 64, dtype=torch.float16, device=device, noise=0.1)
+    truth = check_kd(student, teacher, upstream=2.0**14)
+    unscaled = truth.gradient / 2**14
+    assert (unscaled.to(torch.float16).double() - unscaled).norm() > 0.01 * unscaled.norm()
+
+
+@dtypes
+def test_double_backward_raises(device: str, dtype: torch.dtype) -> None:
+    student, teacher, labels = batch(device, dtype)
+    leaf = student.requires_grad_()
+    for reduction in ("mean", "none"):
+        loss = kd_loss(leaf, teacher, labels, reduction=reduction, **OPTIONS)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+
+
+def test_the_teacher_gets_no_gradient(device: str) -> None:
+    student, teacher, labels = batch(device)
+    teacher.requires_grad_()
+    kd_loss(student.requires_grad_(), teacher, labels, **OPTIONS).backward()
+    assert teacher.grad is None
+    assert student.grad.any()
+    assert not kd_loss(student.detach(), teacher, labels, **OPTIONS).requires_grad
+
+
+def test_only_what_is_needed_is_computed(device: str) -> None:
+    student, teacher, labels = batch(device)
+    leaf = student.clone().requires_grad_()
+
+    def forwards(**options) -> list[bool]:
+        with operator_calls() as calls:
+            kd_loss(options.pop("student", leaf), teacher, labels, **OPTIONS, **options)
+        return [arguments[-1] for name, arguments in calls if name == "kd_forward"]
+
+    assert forwards() == [True]
+    assert forwards(student=student) == [False]
+    assert forwards(reduction="none") == [False]
+    assert forwards(student=student.half().requires_grad_()) == [False]
+    with torch.no_grad():
+        assert forwards() == [False]
+        assert forwards(student=leaf * 1, inplace=True) == [False]
+    with torch.inference_mode():
+        assert forwards() == [False]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "operators"),
+    [
+        (torch.float32, "mean", ["kd_rescale_", "kd_backward"]),
+        (torch.bfloat16, "sum", ["kd_rescale_", "kd_backward"]),
+        (torch.float16, "mean", ["kd_backward", "kd_backward"]),
+        (torch.float32, "none", ["kd_backward", "kd_backward"]),
+    ],
+    ids=str,
+)
+def test_operators_of_two_backward_calls(device: str, dtype: torch.dtype, reduction: str, operators: list[str]) -> None:
+    student, teacher, labels = batch(device, dtype)
+    loss = kd_loss(student.requires_grad_(), teacher, labels, reduction=reduction, **OPTIONS).sum()
+    with operator_calls() as calls:
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert [name for name, _ in calls] == operators
+
+
+def test_terms_that_weigh_nothing_are_not_computed(device: str) -> None:
+    student, teacher, labels = batch(device)
+    with operator_calls() as calls:
+        kd_loss(student, teacher, labels, kd_weight=0.0, ce_weight=1.0)
+        kd_loss(student, teacher, labels)
+    forwards = [arguments for name, arguments in calls if name == "kd_forward"]
+    assert not forwards[0][3].any()  # no row of the KD term
+    assert forwards[1][2] is None  # no labels
+    assert [name for name, _ in calls] == ["kd_forward", "kd_row_weights", "kd_forward"]
+
+
+def test_autocast(device: str) -> None:
+    """Inside the region as outside: 16-bit operands, float32 loss, gradients in the dtype of their input."""
+    x, teacher, labels = batch(device)
+    weight = (0.3 * pair(70, 70, device=device, seed=9)[0]).requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        student = x @ weight
+        student.retain_grad()
+        inside = kd_loss(student, teacher.bfloat16(), labels, **OPTIONS)
+        hidden = cosine_hidden_loss(student, teacher)
+    assert student.dtype == torch.bfloat16
+    assert inside.dtype == hidden.dtype == torch.float32
+    assert torch.equal(inside, kd_loss(student, teacher.bfloat16(), labels, **OPTIONS))
+    inside.backward()
+    assert student.grad.dtype == torch.bfloat16
+    assert_gradient(student.grad, kd_truth(student, teacher.bfloat16(), labels, **OPTIONS))
+    assert weight.grad.dtype == torch.float32
+    with torch.autocast(device, torch.bfloat16):
+        assert_value(kd_loss(x, teacher, labels, **OPTIONS), kd_truth(x, teacher, labels, **OPTIONS).loss)
+
+
+@dtypes
+def test_deterministic(device: str, dtype: torch.dtype) -> None:
+    def run() -> tuple[Tensor, ...]:
+        student, teacher, labels = batch(device, dtype)
+        leaf = student.requires_grad_()
+        loss, terms = kd_loss(leaf, teacher, labels, return_terms=True, **OPTIONS)
+        return loss, *terms, torch.autograd.grad(loss, leaf)[0], cosine_hidden_loss(leaf, teacher).detach()
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+# -------------------------------------------------- inplace
+
+
+@inplace_dtypes
+def test_inplace(device: str, dtype: torch.dtype) -> None:
+    """The gradient lies where the logits were, and is the one of inplace=False to the bit."""
+    values, teacher, labels = batch(device, dtype)
+    leaf = values.requires_grad_()
+    student = leaf * 1
+    truth = kd_truth(values, teacher, labels, **OPTIONS)
+    handed: list[int] = []
+    student.register_hook(lambda gradient: handed.append(gradient.data_ptr()))
+    loss, terms = kd_loss(student, teacher, labels, inplace=True, return_terms=True, **OPTIONS)
+    assert_value(loss, truth.loss)
+    assert_value(terms.kd, truth.kd)
+    assert_gradient(student.detach(), truth)
+    loss.backward()
+    assert handed == [student.data_ptr()]
+    assert_gradient(leaf.grad, truth)
+    (expected,) = torch.autograd.grad(kd_loss(leaf, teacher, labels, **OPTIONS), leaf)
+    assert torch.equal(leaf.grad, expected)
+
+
+@inplace_dtypes
+def test_inplace_with_an_upstream_gradient(device: str, dtype: torch.dtype) -> None:
+    values, teacher, labels = batch(device, dtype)
+    leaf = values.requires_grad_()
+    (one,) = torch.autograd.grad(kd_loss(leaf, teacher, labels, **OPTIONS), leaf)
+    loss = kd_loss(leaf * 1, teacher, labels, inplace=True, **OPTIONS)
+    (0.3 * loss).backward()
+    assert torch.equal(leaf.grad, (one.to(loss.dtype) * 0.3).to(dtype))  # the documented second rounding, no third
+
+
+def test_inplace_after_a_matrix_product(device: str) -> None:
+    """As a model uses it: the product's backward needs its operands, not its result."""
+    hidden = pair(3, 4, 16, device=device)[0].requires_grad_()
+    weight = (0.3 * pair(70, 16, device=device, seed=4)[0]).requires_grad_()
+    _, teacher, labels = batch(device)
+    gradients = []
+    for inplace in (False, True):
+        loss = kd_loss(hidden @ weight.T, teacher, labels, inplace=inplace, **OPTIONS)
+        gradients.append(torch.autograd.grad(loss, (hidden, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert gradients[0][1].norm() > 1e-3
+
+
+def test_inplace_refuses_what_it_cannot_overwrite(device: str) -> None:
+    values, teacher, labels = batch(device)
+    leaf = values.requires_grad_()
+    before = leaf.detach().clone()
+    for student, reason in [(leaf, "leaf"), ((leaf * 1)[:, :], "view"), ((leaf * 1).view(leaf.shape), "view")]:
+        with pytest.raises(ValueError, match=f"inplace=True.*{reason}"):
+            kd_loss(student, teacher, labels, inplace=True, **OPTIONS)
+    scattered = leaf.transpose(0, 1) * 1
+    with pytest.raises(ValueError, match="contiguous"):
+        kd_loss(scattered, teacher.transpose(0, 1), labels.T, inplace=True, **OPTIONS)
+    assert torch.equal(leaf, before)
+
+
+@pytest.mark.parametrize("use", ["used after", "view used after", "value saved before"])
+def test_inplace_never_gives_a_wrong_gradient_in_silence(device: str, use: str) -> None:
+    values, teacher, labels = batch(device)
+    student = values.requires_grad_() * 1
+    view, squares = student[:, 1:], student.square()
+    loss = kd_loss(student, teacher, labels, inplace=True, **OPTIONS)
+    other = {"used after": student, "view used after": view, "value saved before": squares}[use]
+    with pytest.raises(RuntimeError, match="inplace"):
+        (loss + other.sum()).backward()
+
+
+def test_inplace_beside_a_use_that_needs_no_values(device: str) -> None:
+    """A sum taken before: both gradients arrive."""
+    values, teacher, labels = batch(device)
+    leaf = values.clone().requires_grad_()
+    student = leaf * 1
+    total = student.sum()
+    (kd_loss(student, teacher, labels, inplace=True, **OPTIONS) + total).backward()
+    expected = kd_truth(values, teacher, labels, **OPTIONS).gradient + 1
+    torch.testing.assert_close(leaf.grad.double().cpu(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_inplace_backward_twice_raises(device: str) -> None:
+    values, teacher, labels = batch(device)
+    loss = kd_loss(values.requires_grad_() * 1, teacher, labels, inplace=True, **OPTIONS)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward"):
+        loss.backward()
+
+
+def test_inplace_is_ignored_where_nothing_may_be_overwritten(device: str) -> None:
+    values, teacher, labels = batch(device)
+    leaf = values.clone().requires_grad_()
+    with torch.no_grad():
+        kd_loss(leaf, teacher, labels, inplace=True, **OPTIONS)
+    assert torch.equal(leaf, values)
+    plain = values.clone()
+    kd_loss(plain, teacher, labels, inplace=True, **OPTIONS)
+    assert torch.equal(plain, values)
+    for dtype, options in [(torch.float16, {}), (torch.float32, {"reduction": "none"}), (torch.float32, {"many": True})]:
+        student = leaf.to(dtype) * 1
+        form = [teacher, teacher] if options.pop("many", False) else teacher
+        kd_loss(student, form, labels, inplace=True, **OPTIONS, **options).sum().backward()
+        assert torch.equal(student, values.to(dtype))
