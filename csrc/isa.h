@@ -30,7 +30,7 @@ inline Isa isa() {
     Isa best = Isa::plain;
 #ifdef FUSEDKD_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = Isa::avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;  // all of them have F16C
     if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       best = Isa::avx512;
@@ -68,7 +68,7 @@ namespace fusedkd { namespace avx2 {
 #undef FUSEDKD_VECTOR_BYTES
 FUSEDKD_END_TARGET
 #else
-#define FUSEDKD_CALL(function, ...) plain::function(__VA_ARGS__)
+#define FUSEDKD_CALL(function, ...) plain::function(__VA_ARGS__);
 #endif
 
 #define FUSEDKD_VECTOR_BYTES 16
