@@ -29,7 +29,7 @@ class KDTerms(NamedTuple):
 
 def kd_loss(
     student_logits: Tensor,
-    teacher: Teacher | Sequence[Teacher],
+    teacher: Teacher | list[Teacher] | tuple[Teacher, ...],
     labels: Tensor | None = None,
     *,
     temperature: Real = 1.0,
@@ -97,7 +97,7 @@ def kd_loss(
         ValueError, TypeError: before any kernel starts, naming the argument, what it was and what it must be. On a GPU
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
-    if isinstance(teacher, Sequence):
+    if isinstance(teacher, list | tuple):
         options = {
             name: value
             for name, value in locals().items()
@@ -252,6 +252,8 @@ def _several_teachers(
         raise ValueError(
             f"teacher_weights must hold one weight per teacher: {len(teachers)}, not {len(teacher_weights)}"
         )
+    for weight in teacher_weights:
+        check.real("teacher_weights", weight)
     return_terms, kd_weight = options.pop("return_terms"), options.pop("kd_weight")
     options["inplace"] = False
     check.float_rows("student_logits", student_logits)
@@ -259,7 +261,6 @@ def _several_teachers(
         student_logits = student_logits.float()  # so that the gradients add up in float32 and are rounded once
     losses, terms = [], []
     for teacher, weight in zip(teachers, teacher_weights, strict=True):
-        check.real("teacher_weights", weight)
         loss, term = kd_loss(
             student_logits, teacher, labels, kd_weight=kd_weight * weight, return_terms=True, **options
         )

@@ -22,9 +22,7 @@ def batch(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 @dtypes
 @pytest.mark.parametrize("upstream", [0.37, -3.0, 1e-3, 1e4])
-def test_the_upstream_gradient_is_folded_in_with_one_rounding(
-    device: str, dtype: torch.dtype, upstream: float
-) -> None:
+def test_the_upstream_gradient_is_folded_in_with_one_rounding(device: str, dtype: torch.dtype, upstream: float) -> None:
     student, teacher, labels = batch(device, dtype)
     check_kd(student, teacher, labels, upstream=upstream, **OPTIONS)
     check_kd(student, teacher, labels, upstream=upstream, reduction="sum", **OPTIONS)
@@ -267,8 +265,8 @@ def test_inplace_is_ignored_where_nothing_may_be_overwritten(device: str) -> Non
     plain = values.clone()
     kd_loss(plain, teacher, labels, inplace=True, **OPTIONS)
     assert torch.equal(plain, values)
-    for dtype, options in [(torch.float16, {}), (torch.float32, {"reduction": "none"}), (torch.float32, {"many": True})]:
+    cases = [(torch.float16, teacher, "mean"), (torch.float32, teacher, "none"), (torch.float32, [teacher] * 2, "mean")]
+    for dtype, form, reduction in cases:
         student = leaf.to(dtype) * 1
-        form = [teacher, teacher] if options.pop("many", False) else teacher
-        kd_loss(student, form, labels, inplace=True, **OPTIONS, **options).sum().backward()
+        kd_loss(student, form, labels, inplace=True, reduction=reduction, **OPTIONS).sum().backward()
         assert torch.equal(student, values.to(dtype))

@@ -79,9 +79,8 @@ def test_high_temperature_limit() -> None:
     limit = centred.square().sum(-1) / (2 * 50)
     t = 3e3
     torch.testing.assert_close(t**2 * definitions.forward_kl(z, v, t, t), limit, rtol=3e-3, atol=0)
-    torch.testing.assert_close(
-        t**2 * definitions.forward_kl_gradient(z, v, t, t), centred / 50, rtol=0.05, atol=1e-3 * float(centred.abs().max())
-    )
+    gradient = t**2 * definitions.forward_kl_gradient(z, v, t, t)
+    assert (gradient - centred / 50).norm() <= 1e-2 * gradient.norm()
 
 
 def test_infinite_logits() -> None:
@@ -142,4 +141,5 @@ def test_kl_properties(student: list[float], teacher: list[float], temperature: 
     assert gradient.sum().abs() <= 1e-14 * n / temperature
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(definitions.forward_kl(z[:, order], v[:, order], temperature, temperature), value)
-    torch.testing.assert_close(definitions.forward_kl(z + 3, v - 7, temperature, temperature), value, atol=1e-12, rtol=1e-9)
+    shifted = definitions.forward_kl(z + 3, v - 7, temperature, temperature)
+    torch.testing.assert_close(shifted, value, atol=1e-12, rtol=1e-9)

@@ -114,7 +114,7 @@ def test_a_row_with_one_term_reads_what_that_term_needs(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 def test_padded_vocabularies(device: str, dtype: torch.dtype, teacher_columns: int, temperature: float) -> None:
-    """The common prefix is distilled; the student's surplus columns keep their cross-entropy, labels there are legal."""
+    """The common prefix is distilled; the student's surplus columns keep their cross-entropy, and labels there."""
     student, teacher = pair(N, V, dtype=dtype, device=device, teacher_columns=teacher_columns)
     student[1, 43:] += 60  # the largest logit of the row lies in the surplus
     labels = targets(N, classes=V, device=device)
@@ -137,7 +137,7 @@ def test_teacher_masked_on_the_common_columns(device: str) -> None:
 def test_large_vocabulary_differences(device: str) -> None:
     student, teacher = pair(2, 2000, device=device, teacher_columns=976)
     check_kd(student, teacher)
-    with pytest.raises(ValueError, match="2000 and 975.*tokenizer"):
+    with pytest.raises(ValueError, match=r"2000 and 975.*tokenizer"):
         kd_loss(student, teacher[:, :975])
     check_kd(student, teacher[:, :100], targets(2, classes=2000, device=device), vocab_mismatch="truncate", **BOTH)
 

@@ -85,6 +85,9 @@ def kd_truth(
     z_kd, v = z[:, :columns], v[:, :columns]
     y = None if labels is None else labels.cpu().flatten()
 
+    def column(x: Tensor) -> Tensor:
+        return x.unsqueeze(-1)
+
     labelled = torch.ones(len(z)) if y is None else (y != ignore_index).double()
     w, count = labelled.double(), None
     if kd_mask is not None:
@@ -94,35 +97,31 @@ def kd_truth(
     n_kd = _divisor(reduction, kd_normalizer, (w != 0).sum() if count is None else w.sum())
     n_ce = _divisor(reduction, ce_normalizer, labelled.sum())
 
-    def column(x: Tensor) -> Tensor:
-        return x.unsqueeze(-1)
-
-    rows = torch.zeros_like(w)
     gradient, subtracted = torch.zeros_like(z), torch.zeros_like(w)
-    kd, ce = Term(rows, rows), Term(rows, rows)
+    kd = ce = Term(subtracted, subtracted)
     if kd_weight:
-        on = w != 0
+        on, factor = w != 0, column(kd_weight * t2 / n_kd * w) * slope[:, :columns]
         kl = torch.where(on, definitions.forward_kl(z_kd, v, t_s, t_t), 0)
-        kd = Term(kl, _tolerance(kl, student.dtype)) * t2
-        kd = Term(*(torch.where(on, w * x, 0) for x in kd))
-        factor = column(kd_weight * t2 / n_kd * w) * slope[:, :columns]
-        full = torch.where(column(on), factor * definitions.forward_kl_gradient(z_kd, v, t_s, t_t), 0)
-        gradient[:, :columns] += full
+        kd = Term(*(torch.where(on, w * t2 * x, 0) for x in (kl, _tolerance(kl, student.dtype))))
+        full = definitions.forward_kl_gradient(z_kd, v, t_s, t_t)
+        gradient[:, :columns] += torch.where(column(on), factor * full, 0)
         for x in (z_kd / t_s, v / t_t):
-            subtracted += torch.where(on, (factor / t_s * definitions.log_softmax(x).exp()).norm(dim=-1), 0)
+            norm = (factor / t_s * definitions.log_softmax(x).exp()).norm(dim=-1)
+            subtracted = subtracted + torch.where(on, norm, 0)
     if ce_weight:
-        on = labelled != 0
+        on, factor = labelled != 0, column(ce_weight / n_ce * labelled) * slope
         nll = torch.where(on, definitions.cross_entropy(z, y, float(label_smoothing)), 0)
         exact = student.dtype == torch.float64
         ce = Term(nll, labelled * (1e-11 * nll + 1e-14 if exact else 1e-5 * nll + 2e-7))
-        factor = column(ce_weight / n_ce * labelled) * slope
-        full = torch.where(column(on), factor * definitions.cross_entropy_gradient(z, y, float(label_smoothing)), 0)
-        gradient += full
-        for x in (definitions.log_softmax(z).exp(), torch.zeros_like(z).scatter_(1, column(y.clamp(0, z.shape[1] - 1)), 1)):
-            subtracted += torch.where(on, (factor * x).norm(dim=-1), 0)
+        full = definitions.cross_entropy_gradient(z, y, float(label_smoothing))
+        gradient += torch.where(column(on), factor * full, 0)
+        target = torch.zeros_like(z).scatter_(1, column(y.clamp(0, z.shape[1] - 1)), 1)
+        for x in (definitions.log_softmax(z).exp(), target):
+            subtracted = subtracted + torch.where(on, (factor * x).norm(dim=-1), 0)
 
     kd, ce = (_reduced(term, n, student, reduction) for term, n in ((kd, n_kd), (ce, n_ce)))
-    return Truth((kd * kd_weight).plus(ce * ce_weight), kd, ce, *_with_upstream(gradient, subtracted, upstream, student))
+    loss = (kd * kd_weight).plus(ce * ce_weight)
+    return Truth(loss, kd, ce, *_with_upstream(gradient, subtracted, upstream, student))
 
 
 def cosine_truth(
