@@ -1,0 +1,225 @@
+"""torch.compile(fullgraph=True) and torch.library.opcheck: one graph, the same numbers, no recompilation by a
+schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
+
+from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd.arguments import pack
+from fusedkd.nn import DistilBertLoss
+
+OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def graph(function: Any, backend: str = "aot_eager", **options: Any) -> Any:
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def check(loss: Tensor, leaf: Tensor, truth: Truth) -> None:
+    assert_value(loss, truth.loss)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    assert_gradient(gradient, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_kd_loss(device: str, dtype: torch.dtype, reduction: str) -> None:
+    student, teacher = pair(3, 5, 33, dtype=dtype, device=device)
+    labels = targets(3, 5, classes=33, device=device)
+    leaf = student.requires_grad_()
+    options = {**OPTIONS, "reduction": reduction}
+    loss = graph(kd_loss)(leaf, teacher, labels, **options)
+    check(loss, leaf, kd_truth(student, teacher, labels, **options))
+
+
+def test_kd_loss_with_inductor(device: str) -> None:
+    """A head, a loss over all but the last token, terms, and a scaled total, in one graph."""
+
+    def step(hidden: Tensor, weight: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.T
+        loss, terms = kd_loss(logits[:, :-1], teacher[:, :-1], labels[:, 1:], return_terms=True, **OPTIONS)
+        return 3 * loss, terms.kd
+
+    hidden, weight = pair(2, 6, 8, device=device)[0], pair(33, 8, device=device, seed=2)[0].requires_grad_()
+    teacher, labels = pair(2, 6, 33, device=device, seed=3)[1], targets(2, 6, classes=33, device=device)
+    results = []
+    for function in (step, graph(step, "inductor")):
+        loss, kd = function(hidden, weight, teacher, labels)
+        results.append((loss, kd, torch.autograd.grad(loss, weight)[0]))
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    assert results[0][2].norm() > 0.1
+    assert not results[1][1].requires_grad
+
+
+def test_every_option(device: str) -> None:
+    student, teacher = pair(3, 5, 33, device=device, teacher_columns=35)
+    labels = targets(3, 5, classes=33, device=device)
+    options = {
+        **OPTIONS,
+        "teacher_temperature": 1.5,
+        "scale_by_t2": False,
+        "label_smoothing": 0.1,
+        "kd_mask": torch.arange(15, device=device).view(3, 5) % 4,
+        "kd_normalizer": 11,
+        "ce_normalizer": torch.tensor(3, device=device),
+        "logit_softcap": 9.0,
+        "logit_scale": 0.5,
+    }
+    form, leaf = TeacherLogits(teacher, softcap=8.0), student.requires_grad_()
+
+    def step(z: Tensor) -> Tensor:
+        return kd_loss(z, form, labels, **options)
+
+    check(graph(step)(leaf), leaf, kd_truth(student, form, labels, **options))
+
+
+def test_several_teachers(device: str) -> None:
+    student, teacher = pair(4, 33, device=device)
+    leaf = student.requires_grad_()
+    eager = kd_loss(leaf, [teacher, teacher.flip(0)], teacher_weights=[0.3, 0.7])
+    compiled = graph(lambda z: kd_loss(z, [teacher, teacher.flip(0)], teacher_weights=[0.3, 0.7]))(leaf)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaf)[0] for loss in (compiled, eager)))
+
+
+def test_inplace_is_ignored(device: str) -> None:
+    values, teacher = pair(4, 33, device=device)
+    leaf = values.clone().requires_grad_()
+    loss = graph(lambda z: kd_loss(z * 1, teacher, inplace=True))(leaf)
+    check(loss, leaf, kd_truth(values, teacher))
+    loss = graph(lambda z: kd_loss(z, teacher, inplace=True))(
+        leaf
+    )  # not even a leaf is refused: nothing is overwritten
+    assert torch.equal(leaf, values)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cosine(device: str, reduction: str) -> None:
+    student, teacher = pair(3, 5, 33, device=device)
+    mask = torch.arange(15, device=device).view(3, 5) % 4
+    leaf = student.requires_grad_()
+    loss = graph(cosine_hidden_loss)(leaf, teacher, mask, reduction=reduction)
+    check(loss, leaf, cosine_truth(student, teacher, mask, reduction=reduction))
+
+
+def test_distilbert_loss(device: str) -> None:
+    (student, teacher), (x, y) = pair(3, 5, 33, device=device), pair(3, 5, 8, device=device, seed=4)
+    labels = targets(3, 5, classes=33, device=device)
+    mask = (torch.arange(5, device=device) < 4).expand(3, 5)
+    module, leaves = DistilBertLoss(), (student.requires_grad_(), x.requires_grad_())
+    results = []
+    for function in (module, graph(module)):
+        loss, terms = function(student, teacher, labels, mask, x, y)
+        results.append((loss, *terms, *torch.autograd.grad(loss, leaves)))
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_a_schedule_of_tensors_recompiles_nothing(device: str) -> None:
+    student, teacher = pair(4, 33, device=device)
+    labels = targets(4, classes=33, device=device)
+    leaf, step = student.requires_grad_(), graph(kd_loss)
+
+    def options(i: int) -> dict[str, float]:
+        return {"temperature": 1.0 + i, "kd_weight": 0.5 / (i + 1), "ce_weight": 0.1 * i, "label_smoothing": 0.05 * i}
+
+    for i in range(4):
+        tensors = {name: torch.tensor(x, dtype=torch.float64, device=device) for name, x in options(i).items()}
+        with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+            loss = step(leaf, teacher, labels, **tensors)
+            check(loss, leaf, kd_truth(student, teacher, labels, **options(i)))
+
+
+def test_normalizers_of_tensors_recompile_nothing(device: str) -> None:
+    student, teacher = pair(4, 33, device=device)
+    leaf, step = student.requires_grad_(), graph(kd_loss)
+    for n in range(3, 6):
+        with torch.compiler.set_stance("default" if n == 3 else "fail_on_recompile"):
+            loss = step(leaf, teacher, kd_normalizer=torch.tensor(n, device=device))
+            check(loss, leaf, kd_truth(student, teacher, kd_normalizer=n))
+
+
+def test_a_schedule_of_numbers_stays_one_graph(device: str) -> None:
+    """Numbers are guarded: they may recompile, and the second time as symbols, but never break the graph."""
+    student, teacher = pair(4, 33, device=device)
+    leaf, step = student.requires_grad_(), graph(kd_loss)
+    for temperature in (1.0, 2.5, 3.75):
+        options = {"temperature": temperature, "kd_weight": temperature / 4, "kd_normalizer": 3 * temperature}
+        check(step(leaf, teacher, **options), leaf, kd_truth(student, teacher, **options))
+
+
+def test_dynamic_shapes(device: str) -> None:
+    step = graph(kd_loss, dynamic=True)
+    for n, length in ((3, 5), (4, 7), (2, 9)):
+        student, teacher = pair(n, length, 33, device=device)
+        labels = targets(n, length, classes=33, device=device)
+        leaf = student.requires_grad_()
+        with torch.compiler.set_stance("default" if n == 3 else "fail_on_recompile"):
+            check(step(leaf, teacher, labels, **OPTIONS), leaf, kd_truth(student, teacher, labels, **OPTIONS))
+
+
+def test_double_backward_raises(device: str) -> None:
+    student, teacher = pair(4, 33, device=device)
+    leaf = student.requires_grad_()
+    loss = graph(kd_loss)(leaf, teacher)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss, leaf, create_graph=True)[0].sum().backward()
+
+
+def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments for every operator, dense and strided, with and without what is optional."""
+    ops = torch.ops.fusedkd
+    cases: dict[str, list[tuple[Any, ...]]] = {}
+    for dtype, strided, some in (
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+        (torch.float16, True, False),
+    ):
+        student, teacher = (x[:, :-1] if strided else x for x in pair(2, 4, 19, dtype=dtype, device=device))
+        n = student.shape[0] * student.shape[1]
+        labels = targets(n, classes=19, device=device) if some else None
+        mask = torch.arange(n, device=device) % 3 if some else None
+        options = pack([2.0, 1.5, 4.0, 0.5, 0.7 if some else 0.0, 0.1, 8.0, 0.5, 0.0, 1.0], student.device)
+        normalizers, upstream = pack([n, n], student.device), torch.full((), 0.3, device=device)
+        weights = ops.kd_row_weights(teacher, labels, mask, -100)
+        kd = (teacher, labels, weights, options, normalizers)
+        _, stats, gradient = ops.kd_forward(student, *kd, -100, some, True)
+        cases.setdefault("kd_row_weights", []).append((teacher, labels, mask, -100))
+        cases.setdefault("kd_forward", []).extend((student, *kd, -100, some, g) for g in (True, False))
+        cases.setdefault("kd_forward_", []).append((student.contiguous(), *kd, -100, some))
+        for u in (upstream, torch.rand(n, device=device)):
+            cases.setdefault("kd_backward", []).append((u, student, *kd, stats, -100, some))
+        cases.setdefault("kd_rescale_", []).append((gradient, upstream, student, *kd, stats, -100, some))
+
+        cosine = (student, teacher, weights if some else None, normalizers[0].clone())
+        _, stats, gradient = ops.cosine_forward(*cosine, True)
+        cases.setdefault("cosine_forward", []).extend((*cosine, g) for g in (True, False))
+        cases.setdefault("cosine_backward", []).append((upstream, *cosine, stats))
+        cases.setdefault("cosine_rescale_", []).append((gradient, upstream, *cosine, stats))
+    return cases
+
+
+OPERATORS = [f"kd_{x}" for x in ("row_weights", "forward", "forward_", "backward", "rescale_")]
+OPERATORS += [f"cosine_{x}" for x in ("forward", "backward", "rescale_")]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(device: str, name: str) -> None:
+    for arguments in operator_arguments(device)[name]:
+        torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, arguments)
