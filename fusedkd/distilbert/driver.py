@@ -186,8 +186,6 @@ def train(
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     run.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {what}, {steps} steps{resumed}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    if steps % eval_steps:
-        trainer.evaluate()  # the last step belongs to the curve
     trainer.save_model()
     tokens = run.counts.sum() / len(run.train) * arguments.train_batch_size * arguments.world_size
     stage = {

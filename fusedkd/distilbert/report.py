@@ -97,7 +97,7 @@ def table(results: dict[str, Any]) -> Table:
 
 
 def plot(config: Config, results: dict[str, Any], file: Path) -> None:
-    """Loss over steps and over seconds, accuracy and KL over steps: both students, every seed, the teacher as a line."""
+    """Loss over steps and over seconds, accuracy and KL over steps: both students, every seed, the teacher a line."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     teacher = results["teacher"]
     panels = [("loss", "steps"), ("loss", "seconds"), ("accuracy", "steps"), ("kl", "steps")]
@@ -117,7 +117,8 @@ def plot(config: Config, results: dict[str, Any], file: Path) -> None:
             level = teacher["curve"][-1][metric]
             axis.axhline(level, color="0.35", ls="--", lw=1.2, label="teacher")
             low, high = min(*trained, level), max(*trained, level)  # the untrained student falls out of the frame
-            axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            margin = 0.06 * (high - low) or 0.01
+            axis.set_ylim(low - margin, high + margin)
         axis.set_xlabel("seconds of training" if unit == "seconds" else "optimiser steps")
         axis.set_ylabel(METRICS[metric] + ("" if metric == "accuracy" else " (nats per masked token)"))
         axis.grid(alpha=0.25)

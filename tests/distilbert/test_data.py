@@ -130,10 +130,12 @@ def test_masking_statistics_follow_the_published_recipe(tokenizer):
 
 
 def test_rare_tokens_are_masked_more_often(tokenizer):
-    """p ~ count^-0.7: the share of a token's occurrences that is drawn falls with that power (few are drawn here, because
-    drawing without replacement flattens it)."""
+    """p ~ count^-0.7: the share of a token's occurrences that is drawn falls with that power.
+
+    Few are drawn here, because drawing without replacement flattens it.
+    """
     drawn = torch.zeros(len(tokenizer), dtype=torch.float64)
-    for counts, _, batch in masked_batches(tokenizer, 300, probability=0.03):
+    for counts, _, batch in masked_batches(tokenizer, 300, probability=0.03):  # noqa: B007
         drawn += torch.bincount(batch["labels"][batch["labels"] != -100], minlength=len(tokenizer))
     words = slice(5, None)
     share = drawn[words].numpy() / counts[words]

@@ -1,7 +1,5 @@
 """The student holds exactly the teacher's tensors, and computes what they compute."""
 
-# ruff: noqa: E402 (imports after importorskip)
-
 import pytest
 import torch
 

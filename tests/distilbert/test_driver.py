@@ -1,0 +1,189 @@
+"""`python -m fusedkd.distilbert`, from the command line to the folder it leaves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from .conftest import bert, sentences
+
+pytest.importorskip("transformers")
+
+from transformers import AutoTokenizer, BertTokenizer, DistilBertForMaskedLM
+
+from fusedkd.distilbert import report
+from fusedkd.distilbert.__main__ import main
+
+SHORT = ["--student_steps", "6", "--eval_steps", "4", "--block_size", "16", "--per_device_train_batch_size", "4"]
+SHORT += ["--report_to", "none", "--mlm_probability", "0.3", "--eval_blocks", "8"]
+SMALL = ["--teacher_steps", "6", "--teacher_layers", "2", "--teacher_hidden", "16", "--teacher_heads", "2"]
+
+
+def files(text_files) -> list[str]:
+    return ["--train_files", text_files[0], "--eval_files", text_files[1]]
+
+
+def tree(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_everything_from_text_files_and_again(tmp_path, text_files, capsys):
+    out = tmp_path / "out"
+    arguments = [*files(text_files), *SHORT, *SMALL, "--vocab_size", "60", "--output_dir", str(out)]
+    assert main([*arguments, "--seeds", "2"]) == 0
+    text = capsys.readouterr().out
+    for line in ("Tokenizer: training", "teacher: ", "student: ", "student-mlm: ", "student-seed57: ", "2 seeds"):
+        assert line in text
+
+    student = DistilBertForMaskedLM.from_pretrained(out / "student")
+    tokenizer = AutoTokenizer.from_pretrained(out / "student")
+    batch = tokenizer(["the cat [MASK] the dog"], return_tensors="pt", return_token_type_ids=False)
+    assert student(**batch).logits.shape == (1, batch["input_ids"].shape[1], len(tokenizer))
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    results = json.loads((out / "results.json").read_text())
+    assert results["settings"]["train_files"] == ["train.txt"]  # names, not paths
+    assert str(tmp_path) not in json.dumps(results)
+    for stages in results["students"].values():
+        assert [p["step"] for p in stages[0]["curve"]] == [0, 4, 6]
+        assert (
+            stages[0]["curve"][0] == results["students"][report.TRIPLE][0]["curve"][0]
+        )  # the same model to start from
+        assert stages[0]["curve"][-1] != stages[1]["curve"][-1]
+    losses = [s["curve"][-1]["loss"] for s in results["students"][report.ALONE]]
+    found = results["equal_steps"][report.ALONE]["loss"]
+    assert found == {"mean": pytest.approx(sum(losses) / 2), "spread": pytest.approx(abs(losses[0] - losses[1]))}
+
+    before = tree(out)
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert text.count("reusing") == 4  # tokenizer, teacher, both students
+    changed = {name for name, data in tree(out).items() if before.get(name) != data}
+    assert changed <= {"results.json", "curves.png"} | {n for n in before if n.startswith("tokenizer/")}
+
+    assert main([*arguments[:-1], str(out), "--alpha_cos", "0.5"]) == 2
+    assert "holds a run with --alpha_cos 1.0, not 0.5" in capsys.readouterr().err
+
+
+def test_teacher_and_data_set_folders(tmp_path, teacher_folder, tokenizer, capsys):
+    (tmp_path / "set").mkdir()
+    for split, count in (("train", 100), ("validation", 20)):
+        (tmp_path / "set" / f"{split}.txt").write_text("\n".join(sentences(count)) + "\n")
+    out = tmp_path / "out"
+    arguments = ["--dataset", str(tmp_path / "set"), "--teacher", str(teacher_folder), "--output_dir", str(out)]
+    assert main([*arguments, *SHORT]) == 0
+    assert not (out / "teacher").exists()
+    assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == tokenizer.get_vocab()
+    results = json.loads((out / "results.json").read_text())
+    assert results["settings"]["learning_rate"] == 5e-4  # the published recipe
+    assert results["teacher"]["parameters"] == bert(len(tokenizer)).num_parameters()
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(tmp_path, teacher_folder, text_files):
+    """With the triple loss the KL to the teacher falls well below that of the student as copied."""
+    out = tmp_path / "out"
+    more = [*SHORT, "--student_steps", "60", "--eval_steps", "60", "--learning_rate", "3e-3", "--output_dir", str(out)]
+    assert main([*files(text_files), "--teacher", str(teacher_folder), *more]) == 0
+    curves = {n: s[0]["curve"] for n, s in json.loads((out / "results.json").read_text())["students"].items()}
+    triple, alone = curves[report.TRIPLE], curves[report.ALONE]
+    assert triple[-1]["kl"] < 0.7 * triple[0]["kl"]
+    assert triple[-1]["kl"] < alone[-1]["kl"]
+
+
+@pytest.fixture
+def bad(tmp_path, text_files, teacher_folder):
+    """Command lines that cannot work, and what the one line of the answer says."""
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 5)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the"]))
+    mismatched = tmp_path / "mismatched"
+    bert(20).save_pretrained(mismatched)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(mismatched)
+    text = files(text_files)
+    return {
+        "missing file": (["--train_files", "nowhere.txt"], "no such file: nowhere.txt"),
+        "empty text": (["--train_files", str(tmp_path / "empty.txt")], "the training text is empty"),
+        "not utf-8": (["--train_files", str(tmp_path / "latin.txt")], "cannot read the text files"),
+        "empty held-out text": ([*text[:3], str(tmp_path / "empty.txt")], "the held-out text is empty"),
+        "no such data set": (["--dataset", str(tmp_path / "nothing")], "cannot read"),
+        "no such teacher": ([*text, "--teacher", str(tmp_path / "nothing")], "cannot load --teacher"),
+        "teacher's tokenizer too large": ([*text, "--teacher", str(mismatched)], "20 vocabulary rows"),
+        "another vocabulary": (
+            [*text, "--teacher", str(teacher_folder), "--vocab_file", str(tmp_path / "vocab.txt")],
+            "another vocabulary",
+        ),
+        "positions": ([*text, "--teacher", str(teacher_folder), "--block_size", "128"], "exceeds the teacher's 64"),
+        "negative steps": ([*text, "--student_steps", "-1"], "--student_steps must be positive"),
+    }
+
+
+CASES = ["missing file", "empty text", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
+         "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_writes_nothing(case, bad, tmp_path, capsys):
+    arguments, message = bad[case]
+    out = tmp_path / "out"
+    assert main([*arguments, *SMALL, "--vocab_size", "60", "--output_dir", str(out)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+    assert not out.exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, text_files, capsys):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter1.txt").write_text("precious")
+    assert main([*files(text_files), "--output_dir", str(out)]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert tree(out) == {"chapter1.txt": b"precious"}
+
+
+def test_without_the_training_extra_it_says_what_to_install():
+    hide = "import runpy, sys; sys.modules['transformers'] = None; "
+    hide += "runpy.run_module('fusedkd.distilbert', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == 'error: transformers is missing: the driver needs pip install "fusedkd[train]"'
+
+
+def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_files, capsys, monkeypatch):
+    """Killed after its checkpoint at step 4, the student's run ends where the uninterrupted one does."""
+    from fusedkd.distilbert.trainer import StepClock
+
+    arguments = [*files(text_files), "--teacher", str(teacher_folder), *SHORT, "--save_steps", "4", "--output_dir"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepClock, "on_step_begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main([*arguments, str(tmp_path / "cut")])
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "cut"), "--resume_from_checkpoint"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    for name in ("student", "student-mlm"):
+        whole, cut = (
+            DistilBertForMaskedLM.from_pretrained(tmp_path / folder / name).state_dict() for folder in ("whole", "cut")
+        )
+        assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert not list((tmp_path / "cut").rglob("checkpoint-*"))
+
+
+def test_cased_vocabularies_stay_cased(tmp_path, text_files):
+    words = sorted({w for line in sentences(200) for w in line.split()})
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", *words]))
+    out = tmp_path / "out"
+    more = ["--vocab_file", str(tmp_path / "vocab.txt"), "--output_dir", str(out)]
+    assert main([*files(text_files), *SHORT, *SMALL, *more]) == 0
+    again = BertTokenizer.from_pretrained(out / "student")
+    assert again("The the").input_ids == [2, 5, again.get_vocab()["the"], 3]
