@@ -24,6 +24,7 @@
 namespace fusedkd {
 
 enum class Isa { plain, avx2, avx512 };
+constexpr const char* ISA_NAMES[] = {"plain", "avx2", "avx512"};
 
 inline Isa isa() {
   static const Isa chosen = [] {

@@ -141,3 +141,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
 }
 
 }  // namespace fusedkd
+
+// The instruction set in use, for whoever asks (ctypes).
+extern "C" __attribute__((visibility("default"))) const char* fusedkd_isa() { return fusedkd::ISA_NAMES[int(fusedkd::isa())]; }
