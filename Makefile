@@ -21,13 +21,11 @@ test: .venv/ready
 BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-json
 
 bench: .venv/ready
-	@mkdir -p $(RESULTS)
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu.json
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
 # A failing test does not keep the benchmarks from running, but fails the command.
 gpu:
-	@mkdir -p $(RESULTS)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	failed=0; \
 	$(PYTHON) -m pytest -m gpu tests || failed=1; \
