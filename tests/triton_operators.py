@@ -70,8 +70,11 @@ def check(
     teacher_temperature: float | None = None,
     smoothing: float = 0.0,
     transforms: tuple[float, float, float, float] | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Every operator on these rows by the rule; returns rows and gradient of the forward call for more."""
+    """Forward and backward on these rows by the rule, on request also what writes in place, and the forward call
+    without gradient. Returns rows and gradient for more.
+    """
     n, V = student.shape[0] * student.shape[1], student.shape[2]
     student, teacher = between_nans(student), between_nans(teacher, before=11 if V % 2 else 4)
     y = None if labels is None else torch.tensor([i % V if 0 <= i < 10 else i for i in labels])
@@ -90,10 +93,6 @@ def check(
     tolerance = 1e-11 * divergence + 1e-14 if exact else 1e-5 * divergence + 1e-8 * w * (divergence / w).sqrt()
     assert_close(rows[0].double() / kd_scale, divergence, tolerance)
     assert_close(rows[1].double(), expected[1], 1e-11 * expected[1] + 1e-14 if exact else 1e-5 * expected[1] + 2e-7)
-    only, same, nothing = kd.kd_forward(student, teacher, *tail, *flags, False)
-    assert torch.equal(rows.nan_to_num(-1), only.nan_to_num(-1))
-    assert torch.equal(stats.nan_to_num(-1), same.nan_to_num(-1))
-    assert nothing.shape == (0,)
 
     # Gradients, and S: the norms of the terms subtracted
     z, v = student.double().flatten(0, 1), teacher.double().flatten(0, 1)
@@ -121,10 +120,16 @@ def check(
     upstream = torch.tensor([1.0, -0.3, 2.0, 0.7, 5.0, 0.0], dtype=stats.dtype)[:n]
     assert_gradient(gradient, one)
     assert_gradient(kd.kd_backward(upstream, student, teacher, *tail, stats, *flags), upstream)
+    if not in_place:
+        return rows, gradient
+
+    # The same bits again, and nothing outside the rows
+    only, same, nothing = kd.kd_forward(student, teacher, *tail, *flags, False)
+    assert torch.equal(rows.nan_to_num(-1), only.nan_to_num(-1))
+    assert torch.equal(stats.nan_to_num(-1), same.nan_to_num(-1))
+    assert nothing.shape == (0,)
     scaled = kd.kd_backward(one * 0.3, student, teacher, *tail, stats, *flags)
     assert_gradient(scaled, one * 0.3)
-
-    # In place: the same bits, and nothing outside the rows
     target = between_nans(gradient)
     poison = torch.full_like(student, NAN), torch.full_like(teacher, NAN)
     kd.kd_rescale_(target, one, *poison, *tail, stats * NAN, *flags)
@@ -133,10 +138,10 @@ def check(
     assert torch.equal(target, scaled)
     assert surroundings(target).isnan().sum() == target._base.numel() - target.numel()
     overwritten = between_nans(student)
-    in_place, in_place_stats = kd.kd_forward_(overwritten, teacher, *tail, *flags)
+    again, same = kd.kd_forward_(overwritten, teacher, *tail, *flags)
     assert torch.equal(overwritten, gradient)
-    assert torch.equal(in_place.nan_to_num(-1), rows.nan_to_num(-1))
-    assert torch.equal(in_place_stats.nan_to_num(-1), stats.nan_to_num(-1))
+    assert torch.equal(again.nan_to_num(-1), rows.nan_to_num(-1))
+    assert torch.equal(same.nan_to_num(-1), stats.nan_to_num(-1))
     assert surroundings(overwritten).isnan().sum() == overwritten._base.numel() - overwritten.numel()
     return rows, gradient
 
@@ -155,7 +160,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
 @pytest.mark.parametrize("V", [1, 7, 127, 257, 1000])
 def test_both_terms(V: int, dtype: torch.dtype) -> None:
     student, teacher = logits(V)
-    check(student.to(dtype), teacher.to(dtype), temperature=2.0)
+    check(student.to(dtype), teacher.to(dtype), temperature=2.0, in_place=dtype == torch.bfloat16)
 
 
 def test_vocabulary_of_bert() -> None:
@@ -168,7 +173,7 @@ def test_vocabulary_of_bert() -> None:
 )
 def test_pairs_of_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     student, teacher = logits(257)
-    check(student.to(dtypes[0]), teacher.to(dtypes[1]), temperature=1.5)
+    check(student.to(dtypes[0]), teacher.to(dtypes[1]), temperature=1.5, in_place=True)
 
 
 @pytest.mark.parametrize("labels", [None, LABELS])
@@ -183,13 +188,19 @@ def test_temperature_of_the_teacher() -> None:
     check(student.float(), teacher.float(), temperature=2.0, teacher_temperature=3.0)
 
 
-@pytest.mark.parametrize("surplus", [1, 13, 600])
-@pytest.mark.parametrize("temperature", [2.0, 3.0])
+@pytest.mark.parametrize(("surplus", "temperature"), [(1, 2.0), (13, 3.0), (600, 2.0)])
 def test_student_columns_without_a_teacher(surplus: int, temperature: float) -> None:
     student, teacher = logits(1000)
     student[..., -1] += 8  # the maximum of all columns lies beyond the common ones
     labels = (999, 0, -100, 3, -100, 1000 - surplus)
-    check(student.float(), teacher[..., :-surplus].float(), labels=labels, temperature=temperature, smoothing=0.1)
+    check(
+        student.float(),
+        teacher[..., :-surplus].float(),
+        labels=labels,
+        temperature=temperature,
+        smoothing=0.1,
+        in_place=True,
+    )
 
 
 def test_student_without_a_teacher() -> None:
@@ -208,7 +219,7 @@ def test_softcap_and_scale(transforms: tuple[float, float, float, float]) -> Non
     student, teacher = logits(257)
     student[0, :, 3] = teacher[0, :, 3] = -INF
     student[0, :, 4:6] = torch.tensor([300.0, -300.0])  # ten times the cap: the slope must not vanish
-    check(student.float(), teacher.float(), temperature=2.0, transforms=transforms)
+    check(student.float(), teacher.float(), temperature=2.0, transforms=transforms, in_place=True)
 
 
 @pytest.mark.parametrize("layout", ["without the last token", "transposed", "expanded"])
@@ -233,7 +244,7 @@ def test_strides(layout: str) -> None:
 # -------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("kl", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("kl", [1e-2, 1e-6])
 @pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0])
 def test_close_to_the_teacher(kl: float, offset: float) -> None:
     student, teacher = logits(1000, kl)

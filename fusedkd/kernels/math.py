@@ -1,6 +1,7 @@
 """Scalar mathematics of the Triton kernels, built from exp2 and arithmetic alone: what libdevice offers is neither
 interpreted on a CPU nor found on every GPU. Everything follows the dtype of its argument, float32 or float64.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
