@@ -95,12 +95,17 @@ def unescape(text: str) -> dict[str, str]:
 
 
 def train_tokenizer(text: datasets.Dataset, vocab_size: int) -> Tokenizer:
-    """An uncased WordPiece tokenizer with BERT's special tokens."""
+    """An uncased WordPiece tokenizer with BERT's special tokens.
+
+    `tokenizers` numbers the pieces differently each time, so they are numbered in alphabetical order here. (It breaks
+    ties between equally frequent pieces differently, too; that stays.)
+    """
     pieces = BertWordPieceTokenizer(lowercase=True)
 
     lines = (line.replace("[UNK]", " ") for batch in text.iter(batch_size=1000) for line in batch["text"])
     pieces.train_from_iterator(lines, vocab_size=vocab_size, special_tokens=[*SPECIAL], show_progress=False)
-    return BertTokenizer(vocab=pieces.get_vocab(), do_lower_case=True)
+    tokens = [*SPECIAL, *sorted(pieces.get_vocab().keys() - set(SPECIAL))]
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
 
 
 def load_vocab(file: str) -> Tokenizer:

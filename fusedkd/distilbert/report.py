@@ -2,19 +2,16 @@
 
 import datetime
 import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fusedkd import env, ops
 from fusedkd.distilbert.config import Config
 
 TRIPLE, ALONE = "triple loss", "MLM alone"
@@ -33,8 +30,9 @@ def write(config: Config, vocab: int, teacher: Stage, students: dict[str, list[S
     by_seconds = {name: [at(s, seconds / step_seconds[name]) for s in stages] for name, stages in students.items()}
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        "machine": env.devices(),
+        "versions": env.versions(),
+        "backends": {operator: backend for (operator, _), (backend, _) in ops.backends.items()},
         "settings": config.settings() | {"vocab_size": vocab, "seeds": config.student.seeds},
         "teacher": teacher,
         "equal_steps": {"steps": steps} | {name: summary(points) for name, points in by_steps.items()},
@@ -134,21 +132,3 @@ def plot(config: Config, results: dict[str, Any], file: Path) -> None:
         f"weights {weights}, {s['seeds']} seed{'s' * (s['seeds'] > 1)}"
     )
     figure.savefig(file, dpi=130)
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("fusedkd", "transformers", "datasets", "accelerate", "tokenizers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

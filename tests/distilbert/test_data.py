@@ -62,6 +62,14 @@ def test_trained_tokenizer_survives_saving_and_learns_no_escape(tmp_path):
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
+def test_a_trained_vocabulary_is_numbered_in_a_fixed_order():
+    vocab = train_tokenizer(datasets.Dataset.from_dict({"text": sentences(100)}), 80).get_vocab()
+    tokens = sorted(vocab, key=vocab.get)
+    assert list(vocab[t] for t in tokens) == list(range(len(vocab)))
+    assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert tokens[5:] == sorted(tokens[5:])
+
+
 def test_vocab_file(tmp_path):
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (tmp_path / "vocab.txt").write_text("\n".join([*special, *WORDS]) + "\n")
