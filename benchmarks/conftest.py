@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from benchmarks.cases import CASES
 from benchmarks.measure import copy_bandwidth
 from benchmarks.providers import available
 from fusedkd import env
+
+LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy machine says so
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +41,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
     return {
         **env.devices(),
         "threads": torch.get_num_threads(),
+        "load_before": LOAD,
         "copy_gb_per_s": copy_bandwidth(config.getoption("device")) / 1e9,
         "versions": env.versions(),
         "command": "python -m pytest " + shlex.join(config.invocation_params.args),

@@ -56,7 +56,7 @@ def size(count: int | None) -> str:
 
 
 def relative(error: float | None) -> str:
-    return "–" if error is None else f"{error:.0e}".replace("e-0", "e-")
+    return "–" if error is None else f"{error:.1e}".replace("e-0", "e-")
 
 
 def cases(data: dict[str, Any]) -> list[list[Entry]]:
@@ -139,7 +139,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
         _panel(axes, group)
     for axes in grid.flat[len(groups) :]:
         axes.axis("off")
-    figure.suptitle(f"Forward + backward unless noted: shorter is better\n{machine(data)}", fontsize=11)
+    figure.suptitle(f"Forward + backward unless noted: shorter is better\n{machine(data)}", fontsize=12)
     figure.supxlabel(
         "bar: median of interleaved rounds, line: p20–p80, ×: relative to fusedkd, MB: peak memory beyond inputs and "
         "gradient, error: of the gradient (forward only: of the value) against float64",
