@@ -207,9 +207,10 @@ def assert_gradient(actual: Tensor, expected: Truth, *, vacuous: bool = False) -
     got = float64(actual)
     assert not got[~on].any(), "a row without a term has a gradient"
     error = (got - truth).norm(dim=-1)
-    rounding = (float64(truth.to(actual.dtype)) - truth).norm(dim=-1)
-    factor = 2.1 if INTERPRETED and actual.dtype == torch.bfloat16 else 1.25  # the interpreter's casts truncate
-    bound = factor * rounding + (1e-13 if exact else 1e-6) * subtracted
+    rounding = 1.25 * (float64(truth.to(actual.dtype)) - truth).norm(dim=-1)
+    if INTERPRETED and actual.dtype == torch.bfloat16:
+        rounding = 2.0**-7 * truth.norm(dim=-1)  # the interpreter's casts truncate
+    bound = rounding + (1e-13 if exact else 1e-6) * subtracted
     wrong = on & ~(error <= bound)
     assert not wrong.any(), (
         f"{int(wrong.sum())} of {int(on.sum())} rows, worst {float((error / bound)[wrong].max()):.3g} × the bound; "
