@@ -1,4 +1,5 @@
-// The CPU operators of cosine_hidden_loss: their arguments become a CosineCall, and cosine_rows.h does the rest, once per instruction set.
+// The CPU operators of cosine_hidden_loss: their arguments become a CosineCall, and cosine_rows.h does the rest, once
+// per instruction set.
 #include "tensor.h"
 
 namespace fusedkd {
@@ -7,10 +8,10 @@ struct CosineCall {
   Rows student, teacher;           // [B, L, H]
   const float* weights;            // [N] or null: all 1
   double normalizer;
-  bool forward;                    // rows and stats are results, else stats are given
-  void *rows, *stats;              // [N] and [N, 3] of the accumulation type
-  std::optional<Rows> gradient;    // [B, L, H] like the student
-  std::optional<PerRow> upstream;  // 1 if none
+  bool forward = false;                       // rows and stats are results, else stats are given
+  void *rows = nullptr, *stats = nullptr;     // [N] and [N, 3] of the accumulation type
+  std::optional<Rows> gradient = {};          // [B, L, H] like the student
+  std::optional<PerRow> upstream = {};        // 1 if none
 };
 
 }  // namespace fusedkd
@@ -21,12 +22,15 @@ struct CosineCall {
 namespace fusedkd {
 namespace {
 
-CosineCall call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weights, const Tensor& normalizer) {
+CosineCall call(const Tensor& student, const Tensor& teacher, const Optional& weights, const Tensor& normalizer) {
   const Rows x(student), y(teacher);
-  STD_TORCH_CHECK(x.count == y.count && x.inner == y.inner && x.columns == y.columns, "fusedkd: student and teacher rows do not match");
+  STD_TORCH_CHECK(x.count == y.count && x.inner == y.inner && x.columns == y.columns,
+                  "fusedkd: student and teacher rows do not match");
   return {
-      x, y, weights ? contiguous_data<float>(*weights, ScalarType::Float, x.count, "weights") : nullptr,
-      *contiguous_data<double>(normalizer, ScalarType::Double, 1, "normalizer"), false, nullptr, nullptr, std::nullopt, std::nullopt,
+      .student = x,
+      .teacher = y,
+      .weights = weights ? contiguous_data<float>(*weights, ScalarType::Float, x.count, "weights") : nullptr,
+      .normalizer = *contiguous_data<double>(normalizer, ScalarType::Double, 1, "normalizer"),
   };
 }
 
@@ -43,7 +47,7 @@ void run_backward(CosineCall& k, const Tensor& upstream, const Tensor& stats, co
   run(k);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher, std::optional<Tensor> weights, Tensor normalizer,
+std::tuple<Tensor, Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher, Optional weights, Tensor normalizer,
                                                   bool gradient) {
   CosineCall k = call(student, teacher, weights, normalizer);
   const ScalarType type = accumulation_type(k.student.type);
@@ -56,15 +60,16 @@ std::tuple<Tensor, Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher
   return {rows, stats, out};
 }
 
-Tensor cosine_backward(Tensor upstream, Tensor student, Tensor teacher, std::optional<Tensor> weights, Tensor normalizer, Tensor stats) {
+Tensor cosine_backward(Tensor upstream, Tensor student, Tensor teacher, Optional weights, Tensor normalizer,
+                       Tensor stats) {
   CosineCall k = call(student, teacher, weights, normalizer);
   Tensor out = fresh_like(student);
   run_backward(k, upstream, stats, out);
   return out;
 }
 
-void cosine_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, std::optional<Tensor> weights, Tensor normalizer,
-                     Tensor stats) {
+void cosine_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, Optional weights,
+                     Tensor normalizer, Tensor stats) {
   if (PerRow(upstream, accumulation_type(student.scalar_type()), 1)[0] == 1) return;
   CosineCall k = call(student, teacher, weights, normalizer);
   run_backward(k, upstream, stats, gradient);

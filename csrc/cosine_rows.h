@@ -4,7 +4,8 @@
 //   1 − cos = ½·Σ(a·x − b·y)² + ½·ε·(a² + b²), which loses nothing when the two are close
 //   gradient = c·((a·x − b·y) − (1 − cos)·a·x),  c = a·w/n times the upstream
 //
-// A row pair is read from memory once, 4 + 4 bytes per element in float32, and later sweeps find it in cache; the gradient is 4 bytes more.
+// A row pair is read from memory once, 4 + 4 bytes per element in float32, and later sweeps find it in cache; the
+// gradient is 4 bytes more.
 
 #include "vec.h"
 
@@ -26,7 +27,10 @@ template <class A> struct CosineRows {
     }
     if (k.forward) {
       double xx = 0, yy = 0, sum = 0;
-      for (int64_t j = 0; j < H; j += BLOCK) xx += squares(student(i, j), steps(j)), yy += squares(teacher(i, j), steps(j));
+      for (int64_t j = 0; j < H; j += BLOCK) {
+        xx += squares(student(i, j), steps(j));
+        yy += squares(teacher(i, j), steps(j));
+      }
       const A a = A(1 / std::sqrt(xx + EPSILON)), b = A(1 / std::sqrt(yy + EPSILON));
       for (int64_t j = 0; j < H; j += BLOCK) sum += difference(student(i, j), teacher(i, j), steps(j), a, b);
       const double distance = 0.5 * sum + 0.5 * EPSILON * (double(a) * a + double(b) * b);

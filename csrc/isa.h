@@ -1,5 +1,5 @@
-// Includes FUSEDKD_BODY once per instruction set, each time inside its own namespace of fusedkd. A body includes vec.h first.
-// FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
+// Includes FUSEDKD_BODY once per instruction set, each time inside its own namespace of fusedkd. A body includes vec.h
+// first. FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
 // FUSEDKD_ISA = avx512 | avx2 | plain asks for, if that is not beyond it.
 #pragma once
 
@@ -11,12 +11,12 @@
 #include <immintrin.h>
 #endif
 
-#ifdef __clang__
 #define FUSEDKD_PRAGMA(text) _Pragma(#text)
-#define FUSEDKD_TARGET(features) FUSEDKD_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#ifdef __clang__
+#define FUSEDKD_TARGET(features) \
+  FUSEDKD_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define FUSEDKD_END_TARGET _Pragma("clang attribute pop")
 #else
-#define FUSEDKD_PRAGMA(text) _Pragma(#text)
 #define FUSEDKD_TARGET(features) _Pragma("GCC push_options") FUSEDKD_PRAGMA(GCC target(features))
 #define FUSEDKD_END_TARGET _Pragma("GCC pop_options")
 #endif

@@ -1,21 +1,22 @@
-// The CPU operators of kd_loss: their arguments become a KdCall, and kd_rows.h does the rest, compiled once per instruction set.
+// The CPU operators of kd_loss: their arguments become a KdCall, and kd_rows.h does the rest, compiled once per
+// instruction set.
 #include "tensor.h"
 
 namespace fusedkd {
 
 struct KdCall {
-  Rows student, teacher;           // [B, L, V], [B, L, C]
-  const int64_t* labels;           // [N] or null
-  const float* weights;            // [N]
+  Rows student, teacher;  // [B, L, V], [B, L, C]
+  const int64_t* labels;  // [N] or null
+  const float* weights;   // [N]
   double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing;
   double softcap, scale, teacher_softcap, teacher_scale;
   double n_kd, n_ce;
   int64_t ignore_index;
   bool transform;
-  bool forward;                    // rows and stats are results, else stats are given
-  void *rows, *stats;              // [2, N] and [N, 6] of the accumulation type
-  std::optional<Rows> gradient;    // [B, L, V] like the student; may be the student itself
-  std::optional<PerRow> upstream;  // 1 if none
+  bool forward = false;                    // rows and stats are results, else stats are given
+  void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, 6] of the accumulation type
+  std::optional<Rows> gradient = {};       // [B, L, V] like the student; may be the student itself
+  std::optional<PerRow> upstream = {};     // 1 if none
 };
 
 }  // namespace fusedkd
@@ -26,17 +27,21 @@ struct KdCall {
 namespace fusedkd {
 namespace {
 
-KdCall call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels, const Tensor& weights, const Tensor& options,
-            const Tensor& normalizers, int64_t ignore_index, bool transform) {
+KdCall call(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
+            const Tensor& options, const Tensor& normalizers, int64_t ignore_index, bool transform) {
   const Rows z(student), v(teacher);
-  STD_TORCH_CHECK(z.count == v.count && z.inner == v.inner && v.columns <= z.columns, "fusedkd: student and teacher rows do not match");
+  STD_TORCH_CHECK(z.count == v.count && z.inner == v.inner && v.columns <= z.columns,
+                  "fusedkd: student and teacher rows do not match");
   const double* o = contiguous_data<double>(options, ScalarType::Double, 10, "options");
   const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
   return {
-      z, v, labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, z.count, "labels") : nullptr,
-      contiguous_data<float>(weights, ScalarType::Float, z.count, "weights"),
-      o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7], o[8], o[9], n[0], n[1],
-      ignore_index, transform, false, nullptr, nullptr, std::nullopt, std::nullopt,
+      .student = z,
+      .teacher = v,
+      .labels = labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, z.count, "labels") : nullptr,
+      .weights = contiguous_data<float>(weights, ScalarType::Float, z.count, "weights"),
+      .temperature = o[0], .teacher_temperature = o[1], .kd_scale = o[2], .kd_weight = o[3], .ce_weight = o[4],
+      .smoothing = o[5], .softcap = o[6], .scale = o[7], .teacher_softcap = o[8], .teacher_scale = o[9],
+      .n_kd = n[0], .n_ce = n[1], .ignore_index = ignore_index, .transform = transform,
   };
 }
 
@@ -62,8 +67,9 @@ void run_backward(KdCall& k, const Tensor& upstream, const Tensor& stats, const 
   run(k);
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights, Tensor options,
-                                              Tensor normalizers, int64_t ignore_index, bool transform, bool gradient) {
+std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional labels, Tensor weights,
+                                              Tensor options, Tensor normalizers, int64_t ignore_index, bool transform,
+                                              bool gradient) {
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
   Tensor out = gradient ? fresh_like(student) : torch::stable::new_empty(student, {0});
   if (gradient) k.gradient.emplace(out);
@@ -71,14 +77,14 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, st
   return {rows, stats, out};
 }
 
-std::tuple<Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights, Tensor options,
+std::tuple<Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, Optional labels, Tensor weights, Tensor options,
                                        Tensor normalizers, int64_t ignore_index, bool transform) {
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
   k.gradient = k.student;
   return run_forward(k, student);
 }
 
-Tensor kd_backward(Tensor upstream, Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights, Tensor options,
+Tensor kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional labels, Tensor weights, Tensor options,
                    Tensor normalizers, Tensor stats, int64_t ignore_index, bool transform) {
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
   Tensor out = fresh_like(student);
@@ -86,7 +92,7 @@ Tensor kd_backward(Tensor upstream, Tensor student, Tensor teacher, std::optiona
   return out;
 }
 
-void kd_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor weights,
+void kd_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, Optional labels, Tensor weights,
                  Tensor options, Tensor normalizers, Tensor stats, int64_t ignore_index, bool transform) {
   if (PerRow(upstream, accumulation_type(student.scalar_type()), 1)[0] == 1) return;
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
@@ -100,7 +106,8 @@ double mask_value(const void* data, ScalarType type, int64_t i) {
     case ScalarType::Double: return static_cast<const double*>(data)[i];
     case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
     case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
-    case ScalarType::Bool: case ScalarType::Byte: case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
+    case ScalarType::Bool: case ScalarType::Byte:
+    case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
     case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
     case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
     case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
@@ -116,7 +123,7 @@ bool all_masked(const Rows& rows, int64_t i) {
   return true;
 }
 
-Tensor kd_row_weights(Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> kd_mask, int64_t ignore_index) {
+Tensor kd_row_weights(Tensor teacher, Optional labels, Optional kd_mask, int64_t ignore_index) {
   const Rows v(teacher);
   Tensor weights = torch::stable::new_empty(teacher, {v.count}, ScalarType::Float);
   float* w = static_cast<float*>(weights.data_ptr());
@@ -143,4 +150,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
 }  // namespace fusedkd
 
 // The instruction set in use, for whoever asks (ctypes).
-extern "C" __attribute__((visibility("default"))) const char* fusedkd_isa() { return fusedkd::ISA_NAMES[int(fusedkd::isa())]; }
+extern "C" __attribute__((visibility("default"))) const char* fusedkd_isa() {
+  return fusedkd::ISA_NAMES[int(fusedkd::isa())];
+}

@@ -1,4 +1,5 @@
-// What the CPU kernels need of a torch tensor, through LibTorch's stable ABI: rows with free strides, fresh results, threads over rows.
+// What the CPU kernels need of torch, through LibTorch's stable ABI: rows with free strides, fresh results, threads
+// over rows.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,6 +28,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 inline int64_t size_of(ScalarType type) {
   switch (type) {
@@ -50,7 +52,9 @@ struct Rows {
     outer_bytes = t.stride(0) * size_of(type), inner_bytes = t.stride(1) * size_of(type);
   }
   char* operator[](int64_t i) const { return data + i / inner * outer_bytes + i % inner * inner_bytes; }
-  bool like(const Rows& other) const { return type == other.type && count == other.count && inner == other.inner && columns == other.columns; }
+  bool like(const Rows& other) const {
+    return type == other.type && count == other.count && inner == other.inner && columns == other.columns;
+  }
   int64_t row_bytes() const { return columns * size_of(type); }
 };
 
@@ -62,28 +66,32 @@ inline ScalarType accumulation_type(ScalarType student) {
 template <class T>
 const T* contiguous_data(const Tensor& t, ScalarType type, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.numel() == count,
-                  "fusedkd: ", name, " must be a contiguous CPU tensor of ", count, " elements of ", torch::headeronly::toString(type));
+                  "fusedkd: ", name, " must be a contiguous CPU tensor of ", count, " elements of ",
+                  torch::headeronly::toString(type));
   return static_cast<const T*>(t.data_ptr());
 }
 
-// A fresh contiguous [B, L, columns] result like `t`. Writing 62 MB of fresh 4 KB pages costs 20 ms in page faults on the machine this was
-// tuned on, more than the kernel; with huge pages 4 ms.
+// A fresh contiguous [B, L, columns] result like `t`. Large ones ask for huge pages: first touching 62 MB in pages of 4
+// KB takes longer than the kernel that writes it, and a seventh of that with huge pages.
 inline Tensor fresh_like(const Tensor& t) {
   Tensor result = torch::stable::new_empty(t, t.sizes());
 #ifdef __linux__
   constexpr uintptr_t huge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr()), bytes = result.numel() * size_of(result.scalar_type());
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = (begin + bytes) / huge * huge;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());
+  const uintptr_t end = begin + result.numel() * size_of(result.scalar_type());
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
   if (last > first + 2 * huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return result;
 }
 
-// Calls work(begin, end) over rows on torch's threads. A row belongs to one thread, so that no result depends on their number.
+// Calls work(begin, end) over rows on torch's threads. A row belongs to one thread, so that no result depends on their
+// number.
 template <class Work>
 void over_rows(const Rows& rows, const Work& work) {
   constexpr int64_t worth_a_thread = 1 << 14;  // elements
-  torch::stable::parallel_for(0, rows.count, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, rows.columns)), work);
+  const int64_t grain = worth_a_thread / std::max<int64_t>(1, rows.columns);
+  torch::stable::parallel_for(0, rows.count, std::max<int64_t>(1, grain), work);
 }
 
 // A scalar ([]) or one value per row ([N]).

@@ -1,6 +1,7 @@
-// Vectors of the accumulation type A (float or double), their exponential, and columns of a row in A, for one instruction set: kernel
-// bodies include this first, and isa.h includes each body once per instruction set. GCC's vector extension carries the arithmetic; only what
-// it lacks is spelled out. The compiler may reassociate and contract nothing: no -ffast-math, and -ffp-contract=off.
+// Vectors of the accumulation type A (float or double), their exponential, and columns of a row in A, for one
+// instruction set: kernel bodies include this first, and isa.h includes each body once per instruction set. GCC's
+// vector extension carries the arithmetic; only what it lacks is spelled out. The compiler may reassociate and contract
+// nothing: no -ffast-math, and -ffp-contract=off.
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -37,22 +38,21 @@ template <class A> INLINE Vec<A> sign(Vec<A> x) { return (Vec<A>)((Int<A>)x & (I
 template <class A> INLINE Vec<A> flip(Vec<A> x, Vec<A> sign) { return (Vec<A>)((Int<A>)x ^ (Int<A>)sign); }
 template <class A> INLINE Vec<A> abs(Vec<A> x) { return flip<A>(x, sign<A>(x)); }
 
-// max is x > y ? x : y, so y where either is NaN. (GCC 12 warns of an undefined operand inside its own _mm512_max_ps, not of the masked form,
-// which it compiles to the same instruction.)
+using F = Vec<float>;
+using D = Vec<double>;
+
+// max is x > y ? x : y, so y where either is NaN. (GCC 12 warns of an undefined operand inside its own _mm512_max_ps,
+// not of the masked form, which it compiles to the same instruction.)
 #if FUSEDKD_VECTOR_BYTES == 64
-INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
-INLINE Vec<double> max(Vec<double> x, Vec<double> y) { return (Vec<double>)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y); }
-INLINE Vec<float> fma(Vec<float> x, Vec<float> y, Vec<float> z) { return (Vec<float>)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
-INLINE Vec<double> fma(Vec<double> x, Vec<double> y, Vec<double> z) {
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
-}
+INLINE F max(F x, F y) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
+INLINE D max(D x, D y) { return (D)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y); }
+INLINE F fma(F x, F y, F z) { return (F)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
+INLINE D fma(D x, D y, D z) { return (D)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z); }
 #elif FUSEDKD_VECTOR_BYTES == 32
-INLINE Vec<float> max(Vec<float> x, Vec<float> y) { return (Vec<float>)_mm256_max_ps((__m256)x, (__m256)y); }
-INLINE Vec<double> max(Vec<double> x, Vec<double> y) { return (Vec<double>)_mm256_max_pd((__m256d)x, (__m256d)y); }
-INLINE Vec<float> fma(Vec<float> x, Vec<float> y, Vec<float> z) { return (Vec<float>)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
-INLINE Vec<double> fma(Vec<double> x, Vec<double> y, Vec<double> z) {
-  return (Vec<double>)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
-}
+INLINE F max(F x, F y) { return (F)_mm256_max_ps((__m256)x, (__m256)y); }
+INLINE D max(D x, D y) { return (D)_mm256_max_pd((__m256d)x, (__m256d)y); }
+INLINE F fma(F x, F y, F z) { return (F)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
+INLINE D fma(D x, D y, D z) { return (D)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z); }
 #else
 template <class V> INLINE V max(V x, V y) { return x > y ? x : y; }
 template <class V> INLINE V fma(V x, V y, V z) {
@@ -94,14 +94,14 @@ template <class A, int degree> struct Series {
   }
 };
 
-// 2^x for x <= 0 as scale·(1 + tail): scale = 2^n with n = round(x), tail = 2^(x − n) − 1, so that 2^x − 1 is had without cancellation too.
-// 2^−∞ = 0, NaN stays NaN. What would be below the smallest normal number is 0.
+// 2^x for x <= 0 as scale·(1 + tail): scale = 2^n with n = round(x), tail = 2^(x − n) − 1, so that 2^x − 1 is had
+// without cancellation too. 2^−∞ = 0, NaN stays NaN. What would be below the smallest normal number is 0.
 template <class A> struct Power {
   Vec<A> scale, tail;
   INLINE explicit Power(Vec<A> x) {
     using T = Types<A>;
     using Lane = typename T::Lane;
-    constexpr A round = A(int64_t(3) << (T::mantissa - 1));  // 1.5·2^mantissa: adding it rounds x and leaves n in the low bits
+    constexpr A round = A(int64_t(3) << (T::mantissa - 1));  // adding it rounds x, n in the low bits
     constexpr double ln2 = 0.693147180559945309417232;
     constexpr Series<A, T::exp_degree - 1> series(ln2, ln2, 1);  // (2^f − 1)/f
     x = max(splat(A(-T::bias)), x);
@@ -114,7 +114,7 @@ template <class A> struct Power {
 };
 template <class A> INLINE Vec<A> exp2(Vec<A> x) { return Power<A>(x).value(); }
 
-// ------------------------------------------------------------------------------------------------ columns of a row in A
+// ------------------------------------------------------------------------------------------- columns of a row in A
 constexpr int64_t BLOCK = 1024;  // columns that are converted and worked on at a time: they stay in L1
 
 template <class A, class S> INLINE void convert(const S* from, int64_t n, A* to) {
@@ -132,15 +132,18 @@ INLINE void convert(const Half* from, int64_t n, float* to) {
 }
 INLINE void convert(const float* from, int64_t n, Half* to) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-  for (; i < n; i++) to[i].x = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), nearest));
+  for (; i < n; i++) to[i].x = _cvtss_sh(from[i], nearest);
 }
 #endif
 
 constexpr int64_t whole_steps(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
 
-// Columns [j, j + n) of a row, n <= BLOCK: where they lie if loops can read them there, else in `buffer`, filled up with `rest` to whole steps.
-template <class A> INLINE const A* read(ScalarType type, const char* row, int64_t j, int64_t n, A* buffer, A rest, bool copy = false) {
+// Columns [j, j + n) of a row, n <= BLOCK: where they lie if loops can read them there, else in `buffer`, filled up
+// with `rest` to whole steps.
+template <class A>
+INLINE const A* read(ScalarType type, const char* row, int64_t j, int64_t n, A* buffer, A rest, bool copy = false) {
   switch (type) {
     case ScalarType::Double:
       if (std::is_same_v<A, double> && !copy && n % STEP == 0) return (const A*)row + j;
@@ -157,7 +160,8 @@ template <class A> INLINE const A* read(ScalarType type, const char* row, int64_
   return buffer;
 }
 
-// Where a loop puts columns [j, j + n) of a result of the accumulation type's student: in place, or into `buffer` for write() to take.
+// Where a loop puts columns [j, j + n) of a result of the accumulation type's student: in place, or into `buffer` for
+// write() to take.
 template <class A> INLINE A* place(ScalarType type, char* row, int64_t j, int64_t n, A* buffer) {
   return size_of(type) == sizeof(A) && n % STEP == 0 ? (A*)row + j : buffer;
 }

@@ -304,6 +304,18 @@ def test_labels_out_of_range(dtype: torch.dtype) -> None:
     assert gradient[0].any(-1).tolist() == [False, False, False, True]
 
 
+@pytest.mark.parametrize("noise", [1.0, 1e-2])
+def test_offsets_far_apart(noise: float) -> None:
+    """v − z loses the digits of z and v between offsets ±1000 unless what its rounding drops is kept."""
+    student, teacher = pair(1, 8, 5000, noise=noise)
+    student, teacher = student + 1000, teacher - 1000.3
+    arguments = kd_arguments(student, teacher, None, temperature=1.0)
+    rows, _, gradient = ops.kd_forward(*arguments, True)
+    truth, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+    assert ((rows[0] - truth[0]).abs() <= 1e-5 * truth[0] + 1e-8 * truth[0].sqrt()).all()
+    assert_gradient(gradient, exact, 0.5 * 8**0.5)
+
+
 def test_equal_logits_have_no_gradient() -> None:
     """Exactly: a product contracted into the subtraction q − p would leave its rounding behind."""
     student, _ = pair(1, 4, 1000)
