@@ -1,5 +1,6 @@
 """Teacher in, DistilBERT student out (Sanh et al. 2019, arXiv:1910.01108, section 3)."""
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from fusedkd.distilbert.config import TeacherOptions, UsageError
 def new_teacher(options: TeacherOptions, vocab_size: int, block_size: int) -> BertForMaskedLM:
     """A small BERT whose initial weights let it learn within minutes.
 
-    BERT's own defaults sit on the unigram plateau for a thousand steps; wider weights and sinusoidal positions to start
-    from leave it at once. Token types are zero and stay zero: DistilBERT has none, so dropping them loses nothing.
+    BERT's own defaults sit on the unigram plateau for thousands of steps, until a head happens to find the neighbouring
+    tokens. Here positions start as sinusoids and the lower half of the layers starts with heads that look there. Token
+    types are zero and stay zero: DistilBERT has none, so dropping them loses nothing.
     """
     hidden = options.teacher_hidden
     teacher = BertForMaskedLM(
@@ -30,13 +32,31 @@ def new_teacher(options: TeacherOptions, vocab_size: int, block_size: int) -> Be
         )
     )
     embeddings = teacher.bert.embeddings
-    position = torch.arange(block_size)[:, None] / 10000 ** (torch.arange(0, hidden, 2) / hidden)
+    frequency = 10000 ** (-torch.arange(0, hidden, 2) / hidden)
+    angle = torch.arange(block_size)[:, None] * frequency
     with torch.no_grad():
-        embeddings.position_embeddings.weight[:, 0::2] = 0.1 * position.sin()
-        embeddings.position_embeddings.weight[:, 1::2] = 0.1 * position.cos()
+        embeddings.position_embeddings.weight.copy_(0.1 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
         embeddings.token_type_embeddings.weight.zero_()
+        for layer in teacher.bert.encoder.layer[: (options.teacher_layers + 1) // 2]:
+            look_at_neighbours(layer.attention.self, frequency)
     embeddings.token_type_embeddings.weight.requires_grad_(False)
     return teacher
+
+
+def look_at_neighbours(attention: Any, frequency: torch.Tensor, gain: float = 1.5) -> None:
+    """Heads that attend to the tokens at −1, +1, −2, +2, … of each: on sinusoidal positions a shift is a rotation.
+
+    Keys are the fastest sinusoids of the position, queries the same ones rotated to the position wanted: their product
+    Σ cos(frequency · (distance − shift)) is largest where the distance is the shift.
+    """
+    query, key, width = attention.query.weight, attention.key.weight, attention.attention_head_size
+    for head in range(attention.num_attention_heads):
+        shift = (head // 2 + 1) * (-1) ** (head + 1)
+        for i, angle in enumerate((frequency[: width // 2] * shift).tolist()):
+            at, pair = slice(head * width + 2 * i, head * width + 2 * i + 2), slice(2 * i, 2 * i + 2)
+            query[at], key[at] = 0, 0
+            turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+            query[at, pair], key[at, pair] = gain * turn, gain * torch.eye(2)
 
 
 def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None) -> tuple[BertForMaskedLM, Tokenizer]:

@@ -80,3 +80,16 @@ def test_teachers_that_do_not_fit_are_refused(teacher_folder, tokenizer, tmp_pat
     student_from_teacher(bert(24)).save_pretrained(teacher_folder)
     with pytest.raises(UsageError, match="a distilbert model"):
         load_teacher(str(teacher_folder), 32)
+
+
+def test_the_heads_of_a_new_teacher_look_at_the_neighbours():
+    torch.manual_seed(0)
+    teacher = new_teacher(TeacherOptions(), 30, 32).eval()
+    with torch.no_grad():
+        teacher.bert.embeddings.word_embeddings.weight.zero_()  # positions alone
+        hidden = teacher.bert.embeddings(torch.zeros(1, 32, dtype=torch.long))
+        attention = teacher.bert.encoder.layer[0].attention.self
+        query, key = (f(hidden).view(32, 4, 32).transpose(0, 1) for f in (attention.query, attention.key))
+    distance = (query @ key.transpose(1, 2)).argmax(-1) - torch.arange(32)
+    for head, shift in enumerate((-1, 1, -2, 2)):
+        assert (distance[head, 8:-8] == shift).all()
