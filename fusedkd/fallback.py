@@ -89,6 +89,7 @@ def kd_backward(
     if labels is not None:
         ce = ce_weight / normalizers[1] * (labels != ignore_index).double().unsqueeze(-1)
         grad += torch.where(ce != 0, ce * definitions.cross_entropy_gradient(z, labels, smoothing), 0)
+        grad[(labels != ignore_index) & ((labels < 0) | (labels >= z.shape[1]))] = 0  # its loss is NaN
     if transform:
         grad *= torch.where(
             grad != 0, cap_and_scale_derivative(student.flatten(0, 1).double(), options[6], options[7]), 1
