@@ -194,6 +194,10 @@ def quote(name: str) -> str:
     """What the README says about benchmarks/results/NAME.json."""
     folder = RECORD.relative_to(ROOT).as_posix()
     data = json.loads((RECORD / f"{name}.json").read_text())
+    if "benchmarks" not in data:  # a run of the DistilBERT driver
+        from fusedkd.distilbert.report import markdown
+
+        return f"![{name}: held-out loss, accuracy and KL]({folder}/{name}.png)\n\n{markdown(data)}\n"
     return f"![{name}: time of each loss and provider]({folder}/{name}.png)\n\n{table(data)}\n"
 
 

@@ -1,6 +1,7 @@
 """What came out: the table, `results.json` and `curves.png`."""
 
 import datetime
+import io
 import json
 from pathlib import Path
 from statistics import mean
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -92,6 +94,22 @@ def table(results: dict[str, Any]) -> Table:
         for name in (TRIPLE, ALONE):
             row(f"student, {name}", f"{results[key][unit]:.0f} {unit}", results["students"][name], results[key][name])
     return grid
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table and what follows from it, for a page."""
+    grid = table(results)
+    grid.box, grid.title = box.MARKDOWN, None
+    page = io.StringIO()
+    Console(width=200, file=page, color_system=None).print(grid)
+    lines = [line.strip() for line in page.getvalue().splitlines() if line.strip(" |")]
+    settings, steps = results["settings"], results["equal_steps"]["steps"]
+    outcomes = "; ".join(f"{METRICS[m]} {v}" for m, v in results["triple_loss_against_mlm_alone"].items())
+    where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
+    seeds = f"Mean of {settings['seeds']} seeds ± spread, on" if settings["seeds"] > 1 else "On"
+    share = f"{settings['mlm_probability']:.0%}"
+    legend = f"{where}. {seeds} the masked tokens ({share}) of held-out text. After {steps} steps the triple loss is, "
+    return "\n".join([*lines, "", f"{legend}against MLM alone: {outcomes}."])
 
 
 def plot(config: Config, results: dict[str, Any], file: Path) -> None:

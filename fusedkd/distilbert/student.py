@@ -37,7 +37,8 @@ def new_teacher(options: TeacherOptions, vocab_size: int, block_size: int) -> Be
     with torch.no_grad():
         embeddings.position_embeddings.weight.copy_(0.1 * torch.stack([angle.sin(), angle.cos()], -1).flatten(1))
         embeddings.token_type_embeddings.weight.zero_()
-        for layer in teacher.bert.encoder.layer[: (options.teacher_layers + 1) // 2]:
+        lower: Any = teacher.bert.encoder.layer[: (options.teacher_layers + 1) // 2]
+        for layer in lower:
             look_at_neighbours(layer.attention.self, frequency)
     embeddings.token_type_embeddings.weight.requires_grad_(False)
     return teacher
