@@ -61,6 +61,8 @@ def row_vector(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | No
     _matches(name, tensor, tensor.shape, student)
     if tensor.is_complex():
         raise TypeError(f"{name} must be bool, integer or floating point, not {tensor.dtype}")
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it gets none, so detach it")
     return tensor.reshape(-1).contiguous()
 
 
@@ -127,19 +129,30 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
     """Real options in one float64 tensor. Numbers alone are copied to a device once and kept, so that no later call
     waits for the copy.
     """
-    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
-        return _constant(tuple(float(value) for value in values), device)
-    tensors = (
-        value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
-        for value in values
-    )
-    return torch.stack([tensor.detach().to(device, torch.float64, non_blocking=True) for tensor in tensors])
+    cached = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0  # no fake tensors
+    if not cached or any(isinstance(value, Tensor) for value in values):
+        return torch.stack([real_tensor(value, device) for value in values])
+    constant = _constant(tuple(float(value) for value in values), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[constant.data_ptr()] = constant
+    return constant
+
+
+def real_tensor(value: Real, device: torch.device) -> Tensor:
+    """A float64 0-d tensor: a number reaches the device as a kernel's argument, without a copy to wait for."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+_captured: dict[int, Tensor] = {}
+"""The constants that CUDA graphs read at every replay, which may be long after `_constant` forgot them."""
 
 
 def as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -58,7 +58,7 @@ class KDLossFunction(torch.autograd.Function):
         else:
             rows, stats, gradient = ops.kd_forward(z, *arguments, plan.early)
             ctx.gradient = gradient if plan.early else None
-            ctx.save_for_backward(student, teacher, labels, weights, options, normalizers, stats)
+            _save(ctx, student, teacher, labels, weights, options, normalizers, stats)
         terms = rows if plan.per_row else rows.sum(1) / normalizers.to(rows.dtype)
         scale = options[Option.KD_WEIGHT : Option.CE_WEIGHT + 1].to(rows.dtype).view(2, *[1] * (terms.dim() - 1))
         loss = torch.where(scale == 0, 0, scale * terms).sum(0)
@@ -121,6 +121,19 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
     return gradient
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``save_for_backward`` refuses what ``torch.inference_mode`` made, as it often did the teacher's logits: of that,
+    an ordinary tensor on the same memory is saved.
+    """
+
+    def ordinary(t: Tensor | None) -> Tensor | None:
+        if t is None or torch.compiler.is_compiling() or not t.is_inference():
+            return t
+        return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+    ctx.save_for_backward(*map(ordinary, tensors))
+
+
 def _refuse_double_backward() -> None:
     """Autograd runs backward in grad mode for ``create_graph=True`` alone. ``once_differentiable`` would return a
     constant there, and a gradient penalty would vanish without a word.
@@ -139,7 +152,7 @@ class CosineHiddenLossFunction(torch.autograd.Function):
         x = student.view(*plan.grid, student.shape[-1])
         rows, stats, gradient = ops.cosine_forward(x, teacher, weights, normalizer, plan.early)
         ctx.plan, ctx.gradient = plan, gradient if plan.early else None
-        ctx.save_for_backward(student, teacher, weights, normalizer, stats)
+        _save(ctx, student, teacher, weights, normalizer, stats)
         return rows if plan.per_row else rows.sum() / normalizer.to(rows.dtype)
 
     @staticmethod

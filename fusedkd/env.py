@@ -25,8 +25,8 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     """The processor with what torch makes of it, and every GPU."""
-    cpu = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    found = {"CPU": cpu}
+    isa = torch.backends.cpu.get_cpu_capability()
+    found = {"CPU": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {isa}"}
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         found[f"CUDA {index}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"

@@ -111,7 +111,7 @@ def kd_rescale_(
     ignore_index: int,
     transform: bool,
 ) -> None:
-    if upstream != 1:
+    if not upstream.is_cpu or upstream != 1:  # a GPU would have to be waited for
         arguments = (student, teacher, labels, weights, options, normalizers, stats, ignore_index, transform)
         gradient.copy_(kd_backward(upstream, *arguments))
 
@@ -148,7 +148,7 @@ def cosine_rescale_(
     normalizer: Tensor,
     stats: Tensor,
 ) -> None:
-    if upstream != 1:
+    if not upstream.is_cpu or upstream != 1:
         gradient.copy_(cosine_backward(upstream, student, teacher, weights, normalizer, stats))
 
 

@@ -148,7 +148,7 @@ def kd_loss(
         ce_count = (flat_labels != ignore_index).sum() if wants_ce and flat_labels is not None else 1.0
         counts[1] = ce_count if ce_normalizer is None else ce_normalizer
     normalizers = check.pack(counts, device)
-    normalizers = torch.where(normalizers > 0, normalizers, 1)
+    normalizers = torch.where(normalizers <= 0, 1, normalizers)  # a NaN stays one
     real_options = check.pack(
         [
             temperature,
@@ -229,8 +229,8 @@ def cosine_hidden_loss(
     if reduction == "mean":
         default: Real = grid[0] * grid[1] if weights is None else _count(weights, flat_mask)
         count = default if normalizer is None else normalizer
-    divisor = check.pack([count], student.device)[0]
-    divisor = torch.where(divisor > 0, divisor, 1)
+    divisor = check.real_tensor(count, student.device)
+    divisor = torch.where(divisor <= 0, 1, divisor)
     plan = Plan(grid=grid, per_row=reduction == "none", early=_gradient_in_forward(student, reduction))
     loss = CosineHiddenLossFunction.apply(student, teacher, weights, divisor, plan)
     return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from truth import operator_calls, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
@@ -68,6 +69,7 @@ KD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "sum", "kd_normalizer": 3}, ValueError, "kd_normalizer .*reduction='sum'"),
     ({"reduction": "none", "ce_normalizer": 3}, ValueError, "ce_normalizer .*reduction='none'"),
     ({"kd_normalizer": -3}, ValueError, "kd_normalizer must be at least 0"),
+    ({"kd_mask": torch.ones(Y.shape, requires_grad=True)}, ValueError, "kd_mask must not require a gradient"),
     ({"ce_normalizer": torch.ones(3)}, ValueError, "ce_normalizer must be .*0-d"),
     ({"logit_softcap": 0.0}, ValueError, "logit_softcap must be above 0"),
     ({"logit_scale": -1.0}, ValueError, "logit_scale must be above 0"),
@@ -154,3 +156,15 @@ def test_numbers_are_copied_to_a_device_once() -> None:
     assert pack([1.0, 2.0], device) is pack([1, 2.0], device)
     schedule = torch.tensor(3.0)
     assert pack([1.0, schedule], device).tolist() == [1.0, 3.0]
+
+
+def test_fake_tensors_leave_no_trace(device: str) -> None:
+    """Memory estimators and tracers call with fake tensors between real calls."""
+    student, teacher = pair(3, 10, device=device)
+    real = kd_loss(student, teacher, temperature=1.75)
+    for temperature in (1.75, 1.875):
+        with FakeTensorMode() as mode:
+            fake = kd_loss(mode.from_tensor(student), mode.from_tensor(teacher), temperature=temperature)
+        assert fake.shape == real.shape
+    assert torch.equal(kd_loss(student, teacher, temperature=1.75), real)
+    assert kd_loss(student, teacher, temperature=1.875) > 0

@@ -84,6 +84,27 @@ def test_the_teacher_gets_no_gradient(device: str) -> None:
     assert not kd_loss(student.detach(), teacher, labels, **OPTIONS).requires_grad
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_from_inference_mode(device: str, reduction: str) -> None:
+    """Whose tensors autograd refuses to save; labels and masks come from there as well."""
+    student, teacher, labels = batch(device)
+    expected = student.clone().requires_grad_()
+    leaf = student.clone().requires_grad_()
+    options = {**OPTIONS, "reduction": reduction}
+
+    def gradients(leaf: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor) -> list[Tensor]:
+        kd = kd_loss(leaf[:, :-1], teacher[:, :-1], labels[:, 1:], **options).sum()
+        loss = 3 * (kd + cosine_hidden_loss(leaf, teacher, mask))
+        return [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+
+    with torch.inference_mode():
+        inferred = [x.clone() for x in (teacher, labels, (labels > 3).float())]
+    assert all(x.is_inference() for x in inferred)
+    ordinary = gradients(expected, teacher, labels, (labels > 3).float())
+    assert all(torch.equal(a, b) for a, b in zip(gradients(leaf, *inferred), ordinary, strict=True))
+    assert ordinary[0].norm() > 0.01
+
+
 def test_only_what_is_needed_is_computed(device: str) -> None:
     student, teacher, labels = batch(device)
     leaf = student.clone().requires_grad_()

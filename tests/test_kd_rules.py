@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, pair, targets
 
-from fusedkd import TeacherLogits, kd_loss
+from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N, V = 12, 50
@@ -152,6 +152,15 @@ def test_normalizers(device: str, as_tensor: bool) -> None:
     check_kd(student, teacher, labels, kd_normalizer=number(37), ce_normalizer=number(5.5), **BOTH)
     check_kd(student, teacher, labels, kd_normalizer=number(37), **BOTH)
     check_kd(student, teacher, labels, ce_normalizer=number(3), **BOTH)
+
+
+def test_a_normalizer_that_is_not_a_number_shows(device: str) -> None:
+    """0, no row, divides by 1; a NaN, from whatever counted the rows, does not."""
+    student, teacher = pair(N, V, device=device)
+    for divisor, finite in ((0.0, True), (float("nan"), False)):
+        normalizer = torch.tensor(divisor, device=device)
+        assert kd_loss(student, teacher, kd_normalizer=normalizer).isfinite() == finite
+        assert cosine_hidden_loss(student, teacher, normalizer=normalizer).isfinite() == finite
 
 
 def test_accumulation_is_exact_with_the_normalizers_of_the_step(device: str) -> None:
