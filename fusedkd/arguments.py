@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -90,7 +91,7 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
                 f"{name} must be a number or a 0-d tensor without gradient, not a tensor of shape {tuple(value.shape)}"
                 f" with requires_grad={value.requires_grad}"
             )
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, not {type(value).__name__}")
     elif not (low < value if open_low else low <= value) or value > high or value == math.inf:
         floor = f"{'above' if open_low else 'at least'} {low:g}"

@@ -55,8 +55,8 @@ def main() -> None:
     print("operators")
     for (operator, device), (backend, reason) in ops.backends.items():
         print(f"  {operator:<15} {device:<5} {backend:<12} {reason}")
-    if not torch.cuda.is_available():
-        print("  (CUDA operators are registered where torch sees a GPU: Triton for kd_*, CUDA C++ for cosine_*)")
+    if not any(device == "CUDA" for _, device in ops.backends):
+        print("  (this torch is built without CUDA and ROCm: with either, Triton serves kd_* and CUDA C++ cosine_*)")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,9 @@ def kd_loss(
             ``"none"``, a list of teachers). One backward only; an upstream gradient other than 1 rounds a second time.
         return_terms: also return :class:`KDTerms`.
 
-    Real-valued options take a number or a 0-d tensor without gradient; a schedule given as tensors recompiles nothing.
+    Real-valued options take a number or a 0-d tensor without gradient. A schedule given as tensors on the logits'
+    device recompiles nothing and waits for nothing; numbers are copied to a GPU once per set of values, which waits for
+    the copy. Do not overwrite the teacher's logits before backward.
 
     Returns:
         float32 (float64 for float64 logits): a scalar, or ``(*)`` under ``"none"``; with ``return_terms`` the pair
@@ -255,6 +257,7 @@ def _several_teachers(
     for weight in teacher_weights:
         check.real("teacher_weights", weight)
     return_terms, kd_weight = options.pop("return_terms"), options.pop("kd_weight")
+    check.real("kd_weight", kd_weight)
     options["inplace"] = False
     check.float_rows("student_logits", student_logits)
     if student_logits.dtype in (torch.float16, torch.bfloat16):
@@ -265,7 +268,8 @@ def _several_teachers(
             student_logits, teacher, labels, kd_weight=kd_weight * weight, return_terms=True, **options
         )
         losses.append(loss)
-        terms.append(KDTerms(weight * term.kd, term.ce))
+        kd = weight * term.kd
+        terms.append(KDTerms(torch.where(kd.isnan() & ~term.kd.isnan(), 0, kd), term.ce))  # 0·∞ is 0
         options["ce_weight"] = 0.0
     loss = torch.stack(losses).sum(0)
     return (loss, KDTerms(torch.stack([term.kd for term in terms]).sum(0), terms[0].ce)) if return_terms else loss

@@ -182,10 +182,10 @@ def _dispatch_cpu() -> None:
 
 
 def _dispatch_cuda() -> None:
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        _serve(KD_OPERATORS, "CUDA", "Triton", "a GPU is present", import_module("fusedkd.kernels.kd"))
+        _serve(KD_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.kernels.kd"))
     except ImportError as error:
         _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
     missing = load("_C_cuda")
