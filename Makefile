@@ -47,4 +47,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build runs fusedkd/*.so *.egg-info
+	rm -rf .venv build fusedkd/*.so *.egg-info

@@ -67,7 +67,7 @@ class StudentOptions:
 @dataclass
 class RunOptions:
     _argument_group_name = "training (teacher and students)"
-    output_dir: str = option("out/distilbert", "where everything goes; finished stages found there are reused")
+    output_dir: str = option("runs/distilbert", "where everything goes; finished stages found there are reused")
     per_device_train_batch_size: int = option(32, "blocks per device and forward pass")
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step")
     warmup_ratio: float = option(0.05, "share of the steps with a rising learning rate; it falls linearly afterwards")
@@ -92,6 +92,10 @@ PUBLISHED = {"block_size": 128, "mlm_probability": 0.15, "mask_smoothing": 0.7, 
 # Options that may change between two runs in the same folder: they do not change what a finished stage is.
 FREE = {"output_dir", "seeds", "logging_steps", "save_steps", "report_to", "resume_from_checkpoint"}
 FREE |= {"dataloader_num_workers"}
+
+POSITIVE = {"vocab_size", "teacher_layers", "teacher_hidden", "teacher_heads", "teacher_steps", "student_steps"}
+POSITIVE |= {"per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "logging_steps", "save_steps"}
+POSITIVE |= {"learning_rate", "teacher_learning_rate", "seeds", "temperature"}
 
 
 @dataclass
@@ -129,7 +133,10 @@ def parse(argv: list[str] | None) -> Config:
         "trained by masked-language modelling alone. Without arguments: everything, teacher included, from "
         "Python's own documentation, in a few minutes on a CPU.",
     )
-    config = Config(*parser.parse_args_into_dataclasses(argv))
+    *options, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UsageError(f"no such option: {' '.join(unknown)} (see --help)")
+    config = Config(*options)
     for name, value in (PUBLISHED if config.teacher.teacher else TRAINED_HERE).items():
         for group in (config.text, config.student):
             if getattr(group, name, 0) is None:
@@ -147,9 +154,17 @@ def parse(argv: list[str] | None) -> Config:
         raise UsageError(f"--block_size must be at least 8, not {text.block_size}")
     if not 0 < text.mlm_probability < 1:
         raise UsageError(f"--mlm_probability must lie between 0 and 1, not {text.mlm_probability}")
-    for name in ("teacher_steps", "student_steps", "eval_steps", "seeds", "temperature"):
-        if config.settings(everything=True)[name] <= 0:
+    values = config.settings(everything=True)
+    for name in sorted(POSITIVE):
+        if values[name] <= 0:
             raise UsageError(f"--{name} must be positive")
+    for name in ("alpha_distil", "alpha_mlm", "alpha_cos"):
+        if values[name] < 0:
+            raise UsageError(f"--{name} must not be negative")
+    if config.teacher.teacher_hidden % (2 * config.teacher.teacher_heads):
+        raise UsageError("--teacher_hidden must be a multiple of twice --teacher_heads")
+    if config.run.bf16 and config.run.fp16:
+        raise UsageError("--bf16 and --fp16 exclude each other")
     return config
 
 
@@ -159,7 +174,11 @@ def check_folder(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file")
     if run.is_file():
-        before, now = json.loads(run.read_text()), json.loads(json.dumps(config.settings()))
+        try:
+            before = dict(json.loads(run.read_text()))
+        except (ValueError, TypeError):
+            raise UsageError(f"{folder} holds something else (its run.json is not ours): choose another") from None
+        now = json.loads(json.dumps(config.settings()))
         for name in now:
             if before.get(name) != now[name]:
                 was = f"--{name} {before.get(name)}, not {now[name]}"

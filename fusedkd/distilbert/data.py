@@ -62,8 +62,8 @@ def read_text(options: TextOptions) -> tuple[datasets.Dataset, datasets.Dataset]
             files = {"train": options.train_files} | ({"validation": options.eval_files} if options.eval_files else {})
             splits = datasets.load_dataset("text", data_files=files)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"cannot read {options.dataset or 'the text files'}: {cause[0]}") from error
+        cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise UsageError(f"cannot read {options.dataset or 'the text files'}: {cause}") from error
     if "train" not in splits:
         raise UsageError(f"{options.dataset} has no train split (it has {', '.join(splits)})")
     train = splits["train"]
@@ -110,7 +110,10 @@ def train_tokenizer(text: datasets.Dataset, vocab_size: int) -> Tokenizer:
 
 def load_vocab(file: str) -> Tokenizer:
     """A tokenizer from a BERT vocab.txt: cased if any entry is."""
-    vocab = {token: i for i, token in enumerate(Path(file).read_text(encoding="utf-8").splitlines())}
+    try:
+        vocab = {token: i for i, token in enumerate(Path(file).read_text(encoding="utf-8").splitlines())}
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is no BERT vocabulary: it is not UTF-8 text") from None
     if missing := set(SPECIAL) - vocab.keys():
         raise UsageError(f"{file} is no BERT vocabulary: it lacks {' '.join(sorted(missing))}")
     cased = any(token != token.lower() for token in vocab.keys() - set(SPECIAL) if not token.startswith("[unused"))

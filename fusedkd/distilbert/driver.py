@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # without it, torchrun on CPUs is not noticed
     console = Console(quiet=not state.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 110)
     try:
         config = parse(argv)
@@ -93,7 +93,10 @@ def prepare(config: Config, console: Console) -> Run:
     counts = token_counts(train, teacher.config.vocab_size if teacher else len(tokenizer))
     console.print(f"      {counts.sum():,} tokens in {len(train):,} blocks; {len(held_out):,} blocks held out")
     if PartialState().is_main_process:
-        config.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            config.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make --output_dir {config.folder}: {error.strerror}") from error
         (config.folder / "run.json").write_text(json.dumps(config.settings(), indent=1) + "\n")
         tokenizer.save_pretrained(saved)
     return Run(config, console, tokenizer, teacher, train, held_out, counts)
@@ -142,6 +145,8 @@ def train(
     model = make()
     arguments = TrainingArguments(
         output_dir=str(folder),
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
         max_steps=steps,
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_train_batch_size,

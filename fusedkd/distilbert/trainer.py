@@ -103,10 +103,13 @@ class DistilBertTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Held-out loss, accuracy and KL to the teacher on the masked tokens; each rank takes its share."""
         blocks: Any = self.eval_dataset
+        model: Any = self.model
         loader = DataLoader(blocks, self.args.per_device_eval_batch_size, collate_fn=self.eval_collator)
         mine = islice(loader, self.args.process_index, None, self.args.world_size)
         with self.accelerator.autocast():
-            sums = held_out_sums(self.model_wrapped, self.teacher, mine, self.args.device)
+            # Not the wrapped model: DistributedDataParallel synchronises buffers in every forward pass, and the ranks'
+            # numbers of batches differ.
+            sums = held_out_sums(model, self.teacher, mine, self.args.device)
         metrics = {f"eval_{k}": v for k, v in held_out_means(self.accelerator.reduce(sums, "sum")).items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -1,8 +1,10 @@
 """`python -m fusedkd.distilbert`, from the command line to the folder it leaves."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,18 +119,23 @@ def bad(tmp_path, text_files, teacher_folder):
         ),
         "positions": ([*text, "--teacher", str(teacher_folder), "--block_size", "128"], "exceeds the teacher's 64"),
         "negative steps": ([*text, "--student_steps", "-1"], "--student_steps must be positive"),
+        "negative weight": ([*text, "--alpha_distil", "-1"], "--alpha_distil must not be negative"),
+        "heads": ([*text, "--teacher_hidden", "30", "--teacher_heads", "4"], "multiple of twice --teacher_heads"),
+        "binary vocabulary": ([*text, "--vocab_file", str(tmp_path / "latin.txt")], "it is not UTF-8 text"),
+        "unknown option": (["--no_such_option"], "no such option: --no_such_option"),
     }
 
 
 CASES = ["missing file", "empty text", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
-         "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps"]  # fmt: skip
+         "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps", "negative weight",
+         "heads", "binary vocabulary", "unknown option"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_writes_nothing(case, bad, tmp_path, capsys):
     arguments, message = bad[case]
     out = tmp_path / "out"
-    assert main([*arguments, *SMALL, "--vocab_size", "60", "--output_dir", str(out)]) == 2
+    assert main([*SMALL, "--vocab_size", "60", *arguments, "--output_dir", str(out)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert message in error
@@ -143,6 +150,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, text_files, 
     assert main([*files(text_files), "--output_dir", str(out)]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert tree(out) == {"chapter1.txt": b"precious"}
+    (out / "run.json").write_text("[1]")
+    assert main([*files(text_files), "--output_dir", str(out)]) == 2
+    assert "run.json is not ours" in capsys.readouterr().err
+    assert tree(out) == {"chapter1.txt": b"precious", "run.json": b"[1]"}
 
 
 def test_without_the_training_extra_it_says_what_to_install():
@@ -151,6 +162,20 @@ def test_without_the_training_extra_it_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == 'error: transformers is missing: the driver needs pip install "fusedkd[train]"'
+
+
+def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files):
+    """Three held-out batches for two ranks: one evaluates twice, the other once."""
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "fusedkd.distilbert", *files(text_files), "--teacher", str(teacher_folder), *SHORT]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command += ["--eval_blocks", "12", "--output_dir", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("student-mlm: ") == 1  # one process speaks
+    assert (out / "results.json").is_file()
+    DistilBertForMaskedLM.from_pretrained(out / "student")
 
 
 def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_files, capsys, monkeypatch):
