@@ -123,8 +123,11 @@ def _legend(data: dict[str, Any]) -> str:
 
 def plot(data: dict[str, Any], path: Path) -> None:
     """A panel per case, a bar per provider: time with its p20–p80, ratio, temporaries and error."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from truth import DTYPES, check_kd, kd_truth, noise_for, pair, targets
@@ -262,28 +260,3 @@ def test_equals_torch_on_ordinary_input(device: str) -> None:
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-8)
-
-
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
-def test_properties(device: str, data: st.DataObject) -> None:
-    """Any shape and options by the rule; and what a KL must be: ≥ 0, blind to shifts and to the order of columns, with
-    a gradient that sums to 0 per row.
-    """
-    n, v = data.draw(st.integers(1, 6)), data.draw(st.integers(2, 70))
-    temperature, seed = data.draw(st.sampled_from(T)), data.draw(st.integers(0, 99))
-    student, teacher = pair(n, v, device=device, noise=data.draw(st.sampled_from([0.1, 1.0, 5.0])), seed=seed)
-    labels = targets(n, classes=v, device=device, ignored=None, seed=seed)
-    smoothing = data.draw(st.sampled_from([0.0, 0.2]))
-    check_kd(student, teacher, labels, temperature=temperature, label_smoothing=smoothing, **BOTH)
-
-    leaf = student.clone().requires_grad_()
-    rows = kd_loss(leaf, teacher, temperature=temperature, reduction="none")
-    rows.sum().backward()
-    assert (rows >= 0).all()
-    assert leaf.grad.sum(-1).abs().max() <= 1e-6 * temperature * v**0.5
-    order = torch.randperm(v, generator=torch.Generator().manual_seed(seed)).to(device)
-    permuted = kd_loss(student[:, order], teacher[:, order], temperature=temperature, reduction="none")
-    torch.testing.assert_close(permuted, rows.detach(), rtol=2e-5, atol=1e-8 * temperature**2)
-    shifted = kd_loss(student + 4, teacher - 8, temperature=temperature, reduction="none")
-    torch.testing.assert_close(shifted, rows.detach(), rtol=1e-4, atol=1e-6 * temperature**2)  # z + 4 is rounded

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
@@ -292,15 +290,3 @@ def test_several_teachers(device: str, dtype: torch.dtype, reduction: str, teach
     assert_value(terms.ce, parts[3].ce)
     actual.sum().backward()
     assert_gradient(leaf.grad, truth)
-
-
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.booleans(), min_size=N, max_size=N), st.lists(st.booleans(), min_size=N, max_size=N))
-def test_a_mask_is_as_good_as_dropping_rows(device: str, kd_rows: list[bool], ce_rows: list[bool]) -> None:
-    student, teacher = pair(N, V, device=device)
-    kd_on, ce_on = (torch.tensor(x, device=device) for x in (kd_rows, ce_rows))
-    labels = torch.where(ce_on, targets(N, classes=V, device=device, ignored=None), -100)
-    loss = kd_loss(student, teacher, labels, kd_mask=kd_on, **BOTH)
-    dropped = kd_truth(student[kd_on], teacher[kd_on], kd_weight=0.5, temperature=2.0).loss
-    dropped = dropped.plus(kd_truth(student[ce_on], teacher[ce_on], labels[ce_on], kd_weight=0.0, ce_weight=0.7).loss)
-    assert_value(loss, dropped, vacuous=not any(kd_rows + ce_rows))

@@ -67,10 +67,13 @@ def verdict(points: dict[str, Points], metric: str) -> str:
     """Whether the triple loss wins, by more than its seeds or those of MLM alone differ."""
     triple, alone = (summary(points[name])[metric] for name in (TRIPLE, ALONE))
     gain = (triple["mean"] - alone["mean"]) * (1 if metric == "accuracy" else -1)
+    outcome = f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4f}"
+    if len(points[TRIPLE]) == 1:
+        return f"{outcome} (one seed)"
     spread = max(triple["spread"], alone["spread"])
     if abs(gain) <= spread:
         return f"no difference beyond the seeds' {spread:.4f}"
-    return f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4f} (spread of the seeds {spread:.4f})"
+    return f"{outcome} (spread of the seeds {spread:.4f})"
 
 
 def table(results: dict[str, Any]) -> Table:
