@@ -47,14 +47,14 @@ class TeacherOptions:
     teacher_layers: int = option(4, "depth of the teacher that is trained")
     teacher_hidden: int = option(128, "its width")
     teacher_heads: int = option(4, "its attention heads")
-    teacher_steps: int = option(800, "its optimiser steps")
+    teacher_steps: int = option(1200, "its optimiser steps")
     teacher_learning_rate: float = option(3e-3, "its peak learning rate")
 
 
 @dataclass
 class StudentOptions:
     _argument_group_name = "distillation"
-    student_steps: int = option(200, "optimiser steps of each student")
+    student_steps: int = option(120, "optimiser steps of each student")
     learning_rate: float = option(None, "peak learning rate of the students; None: 1e-3, with --teacher 5e-4")
     seeds: int = option(1, "repeat both students with this many seeds and report mean and spread")
     temperature: float = option(2.0, "softmax temperature of the KD term")
@@ -74,7 +74,7 @@ class RunOptions:
     max_grad_norm: float = option(5.0, "gradient clipping")
     bf16: bool = option(False, "mixed precision, bfloat16")
     fp16: bool = option(False, "mixed precision, float16")
-    eval_steps: int = option(25, "evaluate the students every so many steps (the teacher at the same number of points)")
+    eval_steps: int = option(20, "evaluate the students every so many steps (the teacher at the same number of points)")
     eval_blocks: int = option(256, "held-out blocks evaluated (0: all)")
     logging_steps: int = option(10, "log every so many steps")
     save_steps: int = option(200, "checkpoint every so many steps")
