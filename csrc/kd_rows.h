@@ -68,6 +68,8 @@ template <class A> struct Terms {
   A m_1, inv_l_1, target;                             // CE softmax, and what is subtracted from q_1
   A a, b;                                             // coefficients of the gradient
   int squarings;                                      // that make e_1 of e_s
+  const char *next_z, *next_v;                        // the same columns of the next row, fetched while this one is computed
+  int64_t z_bytes, v_bytes;
 };
 enum class E1 { none, power, own };  // e_1 is not needed, a power of e_s, an exponential of its own
 
@@ -75,7 +77,9 @@ enum class E1 { none, power, own };  // e_1 is not needed, a power of e_s, an ex
 template <class Divergence, class A, bool value, bool gradient, bool kd, E1 e_1>
 double block(Terms<A> r, const A* z, const A* v, int64_t n, A* g) {
   Vec<A> sum[PER_STEP<A>] = {};
-  for (int64_t j = 0; j < n; j += STEP)
+  for (int64_t j = 0; j < n; j += STEP) {
+    __builtin_prefetch(r.next_z + j * r.z_bytes, 0, 2);
+    __builtin_prefetch(r.next_v + j * r.v_bytes, 0, 2);
     for (int u = 0; u < PER_STEP<A>; u++) {
       const int64_t at = j + u * WIDTH<A>;
       const Vec<A> x = load(z + at);
@@ -99,6 +103,7 @@ double block(Terms<A> r, const A* z, const A* v, int64_t n, A* g) {
       if constexpr (e_1 != E1::none) slope = fma(e * r.inv_l_1 - r.target, splat(r.b), slope);
       if constexpr (gradient) store(g + at, slope);
     }
+  }
   return value ? total<A>(sum) : 0;
 }
 
@@ -194,10 +199,12 @@ template <class A> struct KdRows {
     const bool pull = out && alive && legal && a != 0, push = out && ce && stats[5] != 0 && b != 0;  // of KD and CE
     const E1 e_1 = !push ? E1::none : squarings >= 0 && pull ? E1::power : E1::own;
     const A v_y = pull && push && label < C ? *teacher(label, 1) : 0;
-    const Terms<A> r = terms(a, b);
+    Terms<A> r = terms(a, b);
+    const int64_t next = i + 1 < k.student.count && k.weights[i + 1] != 0 ? i + 1 : i;
     double divergence = kd && stats[1] == 0 && stats[3] != 0 ? INFINITE<double> : 0;
     for (int64_t j = 0, n; j < (push ? V : pull || measure ? C : 0); j += n) {
       n = block_at(j);
+      r.next_z = k.student[next] + j * r.z_bytes, r.next_v = k.teacher[next] + j * r.v_bytes;
       const bool common = j < C, pull_here = pull && common, measure_here = measure && common;
       const A* z = student(j, n, true);
       const A* v = pull_here || measure_here ? teacher(j, n) : nullptr;
@@ -233,6 +240,7 @@ template <class A> struct KdRows {
     r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
     r.m_1 = stats[4], r.inv_l_1 = A(1 / double(stats[5])), r.target = A(k.smoothing / V);
     r.a = A(a), r.b = A(b), r.squarings = squarings;
+    r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);
     return r;
   }
 
