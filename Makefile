@@ -1,6 +1,6 @@
 # make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
 # make test    the test suite
-# make bench   CPU benchmarks against PyTorch and torch.compile, into $(RESULTS)
+# make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     GPU tests, then GPU benchmarks, into $(RESULTS); needs no network and installs nothing
 # make lint    ruff and mypy
 #
@@ -22,6 +22,7 @@ BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,
 
 bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu.json
+	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
 # A failing test does not keep the benchmarks from running, but fails the command.
@@ -30,6 +31,7 @@ gpu:
 	failed=0; \
 	$(PYTHON) -m pytest -m gpu tests || failed=1; \
 	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda.json --device cuda || failed=1; \
+	$(PYTHON) -m benchmarks.accuracy $(RESULTS) --device cuda || failed=1; \
 	$(PYTHON) -m benchmarks.report $(RESULTS) || failed=1; \
 	exit $$failed
 

@@ -23,7 +23,8 @@ from setuptools.errors import BaseError, CCompilerError, CompileError
 
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that can load the libraries
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "--split-compile=0"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def nvcc() -> str | None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import providers
 from benchmarks.cases import CASES
 from benchmarks.measure import copy_bandwidth
-from benchmarks.providers import available
 from fusedkd import env
 
 LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy machine says so
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.getoption("device")
     cases = CASES[metafunc.config.getoption("cases") or device]
-    tests = [(case, provider) for case in cases for provider in available(case, device)]
+    tests = [(case, provider) for case in cases for provider in providers.available(case, device)]
     metafunc.parametrize(("case", "provider"), tests, ids=[f"{case}-{provider}" for case, provider in tests])
 
 
@@ -43,7 +43,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
         "threads": torch.get_num_threads(),
         "load_before": LOAD,
         "copy_gb_per_s": copy_bandwidth(config.getoption("device")) / 1e9,
-        "versions": env.versions(),
+        "versions": {**env.versions(), **providers.versions()},
         "command": "python -m pytest " + shlex.join(config.invocation_params.args),
     }
 

@@ -1,64 +1,99 @@
 """Who is measured: the loss of each provider, called as its users call it, and whether it is installed.
 
-Every provider of kd_loss takes (student, teacher, labels, temperature, ce_weight) and returns
-(1 − ce_weight)·T²·KL + ce_weight·CE, the mean over rows; of cosine_hidden_loss (student, teacher, labels): 1 − cos,
-the mean over rows.
+A provider makes of a case a function of (student, teacher, labels). For kd_loss that is (1 − ce_weight)·T^k·D +
+ce_weight·CE, for cosine_hidden_loss 1 − cos; the mean over rows.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fusedkd
+from benchmarks import eager
 from benchmarks.cases import Case
 
-
-def eager_kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ce_weight: float) -> Tensor:
-    """The careful expression: 16-bit logits are converted once, softmax and loss are float32."""
-    z, v = student.float(), teacher.float()
-    log_q, log_p = F.log_softmax(z / temperature, -1), F.log_softmax(v / temperature, -1)
-    loss = (1 - ce_weight) * temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return loss + ce_weight * F.cross_entropy(z, labels) if ce_weight else loss
+Loss = Callable[[Tensor, Any, Tensor], Tensor]
 
 
-def fusedkd_kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ce_weight: float) -> Tensor:
-    return fusedkd.kd_loss(
-        student, teacher, labels, temperature=temperature, kd_weight=1 - ce_weight, ce_weight=ce_weight
-    )
+def fusedkd_kd(case: Case) -> Loss:
+    options: dict[str, Any] = {
+        "temperature": case.temperature,
+        "divergence": case.family,
+        "kd_weight": 1 - case.ce_weight,
+        "ce_weight": case.ce_weight,
+    }
+    return lambda student, teacher, labels: fusedkd.kd_loss(student, teacher, labels, **options)
 
 
-def liger_kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ce_weight: float) -> Tensor:
-    """Liger's KL takes log-probabilities: the softmaxes before it, and the cross-entropy, are part of the cost."""
+def in_float32(case: Case, divergence: Callable[[Tensor, Any, Tensor], Tensor]) -> Loss:
+    """The loss around a mean divergence of float32 logits: 16-bit ones are converted once."""
+    scale, ce_weight, listed = case.kd_scale, case.ce_weight, case.listed
+
+    def loss(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
+        z = student.float()
+        result = scale * divergence(z, teacher if listed else teacher.float(), labels)
+        return result + ce_weight * F.cross_entropy(z, labels) if ce_weight else result
+
+    return loss
+
+
+def eager_kd(case: Case) -> Loss:
+    t = case.temperature
+    if case.listed:
+        known = eager.LISTED[case.teacher]
+        return in_float32(case, lambda z, teacher, labels: known(z, teacher, t))
+    expression, family = eager.DIVERGENCES[case.divergence], case.family
+    return in_float32(case, lambda z, v, labels: expression(z, v, labels, family, t))
+
+
+def liger_kd(case: Case) -> Loss:
+    """Liger's take log-probabilities: the softmaxes before them, and the cross-entropy, are part of the cost."""
     liger = import_module("liger_kernel.transformers")
-    z, v = student.float(), teacher.float()
-    log_q, log_p = F.log_softmax(z / temperature, -1), F.log_softmax(v / temperature, -1)
-    loss = (1 - ce_weight) * temperature**2 * liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_q, log_p)
-    return loss + ce_weight * F.cross_entropy(z, labels) if ce_weight else loss
+    if case.divergence == "forward_kl":
+        kernel = liger.LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    else:
+        kernel = liger.LigerJSD(beta={"jsd": 0.5, "reverse_kl": 1.0}[case.divergence])
+
+    def divergence(z: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+        log_p, log_q = eager.log_softmaxes(z, v, case.temperature)
+        return kernel(log_q, log_p)
+
+    return in_float32(case, divergence)
 
 
-def torchtune_kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, ce_weight: float) -> Tensor:
-    """torchtune's is −Σ p log q: the gradient of KL, its value but for the teacher's entropy."""
-    kl = import_module("torchtune.modules.loss").ForwardKLLoss()
-    loss = (1 - ce_weight) * temperature**2 * kl(student / temperature, teacher / temperature, labels)
-    return loss + ce_weight * F.cross_entropy(student.float(), labels) if ce_weight else loss
+def torchtune_kd(case: Case) -> Loss:
+    """torchtune's forward KL is −Σ p log q: the gradient of KL, its value but for the teacher's entropy."""
+    losses = import_module("torchtune.modules.loss")
+    kl = (losses.ForwardKLLoss if case.divergence == "forward_kl" else losses.ReverseKLLoss)()
+    t, scale, ce_weight = case.temperature, case.kd_scale, case.ce_weight
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        result = scale * kl(eager.at(student, t), eager.at(teacher, t), labels)
+        return result + ce_weight * F.cross_entropy(student.float(), labels) if ce_weight else result
+
+    return loss
 
 
-def eager_cosine(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    return F.cosine_embedding_loss(student.float(), teacher.float(), student.new_ones(1, dtype=torch.float32))
+def eager_cosine(case: Case) -> Loss:
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return F.cosine_embedding_loss(student.float(), teacher.float(), student.new_ones(1, dtype=torch.float32))
+
+    return loss
 
 
-def fusedkd_cosine(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    return fusedkd.cosine_hidden_loss(student, teacher)
+def fusedkd_cosine(case: Case) -> Loss:
+    return lambda student, teacher, labels: fusedkd.cosine_hidden_loss(student, teacher)
 
 
-Loss = Callable[..., Tensor]
-PROVIDERS: dict[str, dict[str, Loss]] = {
+PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
     "kd_loss": {
         "fusedkd": fusedkd_kd,
         "eager": eager_kd,
@@ -68,8 +103,12 @@ PROVIDERS: dict[str, dict[str, Loss]] = {
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
 }
-PEERS = {"liger": "liger_kernel.transformers", "torchtune": "torchtune.modules.loss"}  # on a GPU, where installed
-VALUE_BUT_FOR_A_CONSTANT = {"torchtune"}
+# On a GPU, where installed: package, module, divergences. Both wait for the device in backward or forward, so neither
+# can be captured in a graph. flash-linear-attention's KL takes hidden states and heads, not logits.
+PEERS = {
+    "liger": ("liger-kernel", "liger_kernel.transformers", ("forward_kl", "reverse_kl", "jsd")),
+    "torchtune": ("torchtune", "torchtune.modules.loss", ("forward_kl", "reverse_kl")),
+}
 
 
 @cache
@@ -82,13 +121,31 @@ def _imports(module: str) -> bool:
 
 
 def available(case: Case, device: str) -> list[str]:
-    return [p for p in PROVIDERS[case.loss] if p not in PEERS or (device == "cuda" and _imports(PEERS[p]))]
+    return [provider for provider in PROVIDERS[case.loss] if _takes(provider, case, device)]
+
+
+def _takes(provider: str, case: Case, device: str) -> bool:
+    if provider in PEERS:
+        _, module, divergences = PEERS[provider]
+        plain = not case.listed and not case.graph and case.divergence in divergences
+        return plain and device == "cuda" and _imports(module)
+    return provider == "fusedkd" or bool(case.listed) or case.divergence in eager.DIVERGENCES
+
+
+def value_is_known(provider: str, case: Case) -> bool:
+    """Whether its value can be compared: it may lack the teacher's entropy."""
+    return provider != "torchtune" or case.divergence != "forward_kl"
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are measured here."""
+    return {package: importlib.metadata.version(package) for package, module, _ in PEERS.values() if _imports(module)}
 
 
 def loss_of(provider: str, case: Case) -> Loss:
     """The provider's loss with the options of the case, taking (student, teacher, labels)."""
-    loss = PROVIDERS[case.loss][provider]
+    loss = PROVIDERS[case.loss][provider](case)
     if provider == "torch.compile":
         torch.compiler.reset()  # each case compiles for its own shape, as a training script would
-        loss = torch.compile(loss, fullgraph=True, dynamic=False)
-    return partial(loss, temperature=case.temperature, ce_weight=case.ce_weight) if case.loss == "kd_loss" else loss
+        return torch.compile(loss, fullgraph=True, dynamic=False)
+    return loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import pytest
 
@@ -51,13 +52,7 @@ def test_loss(case: Case, provider: str, request: pytest.FixtureRequest, benchma
     fifths = statistics.quantiles(measured.seconds, n=5)
     median = statistics.median(measured.seconds)
     benchmark.extra_info.update(
-        loss=case.loss,
-        rows=case.rows,
-        columns=case.columns,
-        dtype=case.dtype,
-        temperature=case.temperature,
-        ce=case.ce,
-        backward=case.backward,
+        **asdict(case),
         provider=provider,
         rounds=len(measured.seconds),
         median=median,

@@ -9,11 +9,34 @@
 
 #include "vec.h"
 
+// The rows of one side in A, a block of columns at a time; the block that was read last is not converted again.
+template <class A> struct Side {
+  const Rows& rows;
+  alignas(64) A buffer[BLOCK];
+  const A* block = nullptr;
+  int64_t row = -1, column = -1;
+  explicit Side(const Rows& rows) : rows(rows) {}
+
+  const A* operator()(int64_t i, int64_t j) {
+    if (i != row || j != column) block = read<A>(rows.type, rows[row = i], column = j, length(j), buffer, 0);
+    return block;
+  }
+  int64_t length(int64_t j) const { return std::min(BLOCK, rows.columns - j); }
+  // Rows are too short for the processor to see that the next one follows: asked for while this one is worked on.
+  void fetch_next(int64_t i, int64_t j) const {
+    if (i + 1 == rows.count) return;
+    const int64_t bytes = size_of(rows.type), n = length(j) * bytes;
+    const char* next = rows[i + 1] + j * bytes;
+    for (int64_t at = 0; at < n; at += 64) __builtin_prefetch(next + at);
+  }
+};
+
 template <class A> struct CosineRows {
   static constexpr double EPSILON = 1e-12;
   const CosineCall& k;
-  explicit CosineRows(const CosineCall& call) : k(call) {}
-  alignas(64) A x_buffer[BLOCK], y_buffer[BLOCK], g_buffer[BLOCK];
+  Side<A> student, teacher;
+  alignas(64) A g_buffer[BLOCK];
+  explicit CosineRows(const CosineCall& call) : k(call), student(call.student), teacher(call.teacher) {}
 
   void row(int64_t i) {
     const double weight = k.weights ? k.weights[i] : 1;
@@ -27,12 +50,12 @@ template <class A> struct CosineRows {
     }
     if (k.forward) {
       double xx = 0, yy = 0, sum = 0;
-      for (int64_t j = 0; j < H; j += BLOCK) {
-        xx += squares(student(i, j), steps(j));
-        yy += squares(teacher(i, j), steps(j));
-      }
+      for (int64_t j = 0; j < H; j += BLOCK) squares(student(i, j), teacher(i, j), steps(j), xx, yy);
       const A a = A(1 / std::sqrt(xx + EPSILON)), b = A(1 / std::sqrt(yy + EPSILON));
-      for (int64_t j = 0; j < H; j += BLOCK) sum += difference(student(i, j), teacher(i, j), steps(j), a, b);
+      for (int64_t j = 0; j < H; j += BLOCK) {
+        student.fetch_next(i, j), teacher.fetch_next(i, j);
+        sum += difference(student(i, j), teacher(i, j), steps(j), a, b);
+      }
       const double distance = 0.5 * sum + 0.5 * EPSILON * (double(a) * a + double(b) * b);
       stats[0] = a, stats[1] = b, stats[2] = A(distance);
       static_cast<A*>(k.rows)[i] = A(weight * distance);
@@ -41,21 +64,14 @@ template <class A> struct CosineRows {
     const double upstream = k.upstream ? (*k.upstream)[i] : 1;
     const A a = stats[0], b = stats[1], distance = stats[2], c = A(a * (weight / k.normalizer * upstream));
     for (int64_t j = 0; j < H; j += BLOCK) {
-      const int64_t n = std::min(BLOCK, H - j);
+      const int64_t n = student.length(j);
       A* g = place(k.student.type, out, j, n, g_buffer);
       gradient(student(i, j), teacher(i, j), steps(j), a, b, distance, c, g);
       write(k.student.type, out, j, n, g);
     }
   }
 
-  // The block of columns that starts at j, and its length in whole steps (filled up with 0).
-  const A* student(int64_t i, int64_t j) {
-    return read<A>(k.student.type, k.student[i], j, std::min(BLOCK, k.student.columns - j), x_buffer, 0);
-  }
-  const A* teacher(int64_t i, int64_t j) {
-    return read<A>(k.teacher.type, k.teacher[i], j, std::min(BLOCK, k.student.columns - j), y_buffer, 0);
-  }
-  int64_t steps(int64_t j) const { return whole_steps(std::min(BLOCK, k.student.columns - j)); }
+  int64_t steps(int64_t j) const { return whole_steps(student.length(j)); }
 
   // a·x − b·y without the rounding of the products, which would be all that is left of it near convergence.
   static INLINE Vec<A> apart(Vec<A> x, Vec<A> y, Vec<A> a, Vec<A> b) {
@@ -63,14 +79,14 @@ template <class A> struct CosineRows {
     return fma(a, x, -by) - fma(b, y, -by);
   }
 
-  static double squares(const A* x, int64_t n) {
-    Vec<A> sum[PER_STEP<A>] = {};
+  static void squares(const A* x, const A* y, int64_t n, double& xx, double& yy) {
+    Vec<A> of_x[PER_STEP<A>] = {}, of_y[PER_STEP<A>] = {};
     for (int64_t j = 0; j < n; j += STEP)
       for (int u = 0; u < PER_STEP<A>; u++) {
-        const Vec<A> value = load(x + j + u * WIDTH<A>);
-        sum[u] = fma(value, value, sum[u]);
+        const Vec<A> here = load(x + j + u * WIDTH<A>), there = load(y + j + u * WIDTH<A>);
+        of_x[u] = fma(here, here, of_x[u]), of_y[u] = fma(there, there, of_y[u]);
       }
-    return total<A>(sum);
+    xx += total<A>(of_x), yy += total<A>(of_y);
   }
 
   static double difference(const A* x, const A* y, int64_t n, A a, A b) {

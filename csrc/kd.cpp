@@ -4,17 +4,20 @@
 
 namespace fusedkd {
 
+constexpr int64_t OPTIONS = 16, STATS = 8;
+
 struct KdCall {
   Rows student, teacher;  // [B, L, V], [B, L, C]
   const int64_t* labels;  // [N] or null
   const float* weights;   // [N]
   double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing;
   double softcap, scale, teacher_softcap, teacher_scale;
+  const double* coefficients;  // a0 … a5 of the form
   double n_kd, n_ce;
-  int64_t ignore_index;
-  bool transform;
+  int64_t ignore_index, form;
+  bool transform, ce;
   bool forward = false;                    // rows and stats are results, else stats are given
-  void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, 6] of the accumulation type
+  void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, STATS] of the accumulation type
   std::optional<Rows> gradient = {};       // [B, L, V] like the student; may be the student itself
   std::optional<PerRow> upstream = {};     // 1 if none
 };
@@ -28,11 +31,13 @@ namespace fusedkd {
 namespace {
 
 KdCall call(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
-            const Tensor& options, const Tensor& normalizers, int64_t ignore_index, bool transform) {
+            const Tensor& options, const Tensor& normalizers, int64_t ignore_index, int64_t form, bool transform,
+            bool ce) {
   const Rows z(student), v(teacher);
   STD_TORCH_CHECK(z.count == v.count && z.inner == v.inner && v.columns <= z.columns,
                   "fusedkd: student and teacher rows do not match");
-  const double* o = contiguous_data<double>(options, ScalarType::Double, 10, "options");
+  STD_TORCH_CHECK(form >= 0 && form <= int64_t(plain::Form::dkd), "fusedkd: there is no form ", form);
+  const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
   const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
   return {
       .student = z,
@@ -41,7 +46,8 @@ KdCall call(const Tensor& student, const Tensor& teacher, const Optional& labels
       .weights = contiguous_data<float>(weights, ScalarType::Float, z.count, "weights"),
       .temperature = o[0], .teacher_temperature = o[1], .kd_scale = o[2], .kd_weight = o[3], .ce_weight = o[4],
       .smoothing = o[5], .softcap = o[6], .scale = o[7], .teacher_softcap = o[8], .teacher_scale = o[9],
-      .n_kd = n[0], .n_ce = n[1], .ignore_index = ignore_index, .transform = transform,
+      .coefficients = o + 10, .n_kd = n[0], .n_ce = n[1], .ignore_index = ignore_index, .form = form,
+      .transform = transform, .ce = ce,
   };
 }
 
@@ -52,7 +58,7 @@ void run(const KdCall& k) {
 std::tuple<Tensor, Tensor> run_forward(KdCall& k, const Tensor& student) {
   const ScalarType type = accumulation_type(k.student.type);
   Tensor rows = torch::stable::new_empty(student, {2, k.student.count}, type);
-  Tensor stats = torch::stable::new_empty(student, {k.student.count, 6}, type);
+  Tensor stats = torch::stable::new_empty(student, {k.student.count, STATS}, type);
   k.forward = true, k.rows = rows.data_ptr(), k.stats = stats.data_ptr();
   run(k);
   return {rows, stats};
@@ -60,7 +66,7 @@ std::tuple<Tensor, Tensor> run_forward(KdCall& k, const Tensor& student) {
 
 void run_backward(KdCall& k, const Tensor& upstream, const Tensor& stats, const Tensor& gradient) {
   const ScalarType type = accumulation_type(k.student.type);
-  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, 6 * k.student.count, "stats"));
+  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, STATS * k.student.count, "stats"));
   k.upstream.emplace(upstream, type, k.student.count);
   k.gradient.emplace(gradient);
   STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
@@ -68,9 +74,9 @@ void run_backward(KdCall& k, const Tensor& upstream, const Tensor& stats, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional labels, Tensor weights,
-                                              Tensor options, Tensor normalizers, int64_t ignore_index, bool transform,
-                                              bool gradient) {
-  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+                                              Tensor options, Tensor normalizers, int64_t ignore_index, int64_t form,
+                                              bool transform, bool ce, bool gradient) {
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
   Tensor out = gradient ? fresh_like(student) : torch::stable::new_empty(student, {0});
   if (gradient) k.gradient.emplace(out);
   auto [rows, stats] = run_forward(k, student);
@@ -78,24 +84,26 @@ std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Op
 }
 
 std::tuple<Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, Optional labels, Tensor weights, Tensor options,
-                                       Tensor normalizers, int64_t ignore_index, bool transform) {
-  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+                                       Tensor normalizers, int64_t ignore_index, int64_t form, bool transform,
+                                       bool ce) {
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
   k.gradient = k.student;
   return run_forward(k, student);
 }
 
 Tensor kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional labels, Tensor weights, Tensor options,
-                   Tensor normalizers, Tensor stats, int64_t ignore_index, bool transform) {
-  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+                   Tensor normalizers, Tensor stats, int64_t ignore_index, int64_t form, bool transform, bool ce) {
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
   Tensor out = fresh_like(student);
   run_backward(k, upstream, stats, out);
   return out;
 }
 
 void kd_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, Optional labels, Tensor weights,
-                 Tensor options, Tensor normalizers, Tensor stats, int64_t ignore_index, bool transform) {
+                 Tensor options, Tensor normalizers, Tensor stats, int64_t ignore_index, int64_t form, bool transform,
+                 bool ce) {
   if (PerRow(upstream, accumulation_type(student.scalar_type()), 1)[0] == 1) return;
-  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, transform);
+  KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
   run_backward(k, upstream, stats, gradient);
 }
 
@@ -115,26 +123,70 @@ double mask_value(const void* data, ScalarType type, int64_t i) {
   }
 }
 
-bool all_masked(const Rows& rows, int64_t i) {
+// Whether a row has a column, of the list where there are ids, that is not −∞.
+bool known(const Rows& rows, int64_t i, const int64_t* ids) {
   for (int64_t j = 0; j < rows.columns; j++) {
+    if (ids && ids[i * rows.columns + j] < 0) continue;
     const char* at = rows[i] + j * size_of(rows.type);
-    if (mask_value(at, rows.type, 0) != -std::numeric_limits<double>::infinity()) return false;
+    if (mask_value(at, rows.type, 0) != -std::numeric_limits<double>::infinity()) return true;
   }
-  return true;
+  return false;
 }
 
-Tensor kd_row_weights(Tensor teacher, Optional labels, Optional kd_mask, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional labels, Optional kd_mask,
+                                          int64_t ignore_index, bool kd) {
   const Rows v(teacher);
   Tensor weights = torch::stable::new_empty(teacher, {v.count}, ScalarType::Float);
+  Tensor counts = torch::stable::new_empty(teacher, {2}, ScalarType::Double);
   float* w = static_cast<float*>(weights.data_ptr());
   const ScalarType type = kd_mask ? kd_mask->scalar_type() : ScalarType::Bool;
   const void* mask = kd_mask ? contiguous_data<char>(*kd_mask, type, v.count, "kd_mask") : nullptr;
   const int64_t* label = labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, v.count, "labels") : nullptr;
+  const int64_t* id = ids ? contiguous_data<int64_t>(*ids, ScalarType::Long, v.count * v.columns, "ids") : nullptr;
+  const bool summed = mask && is_floating(type);
+  double selected = 0, labelled = 0;
   for (int64_t i = 0; i < v.count; i++) {
-    w[i] = mask ? float(mask_value(mask, type, i)) : label ? float(label[i] != ignore_index) : 1;
-    if (w[i] != 0 && all_masked(v, i)) w[i] = 0;
+    const bool has_label = label && label[i] != ignore_index;
+    w[i] = !kd ? 0 : mask ? float(mask_value(mask, type, i)) : !label || has_label;
+    if (w[i] != 0 && !known(v, i, id)) w[i] = 0;
+    selected += summed ? w[i] : w[i] != 0, labelled += has_label;
   }
-  return weights;
+  double* n = static_cast<double*>(counts.data_ptr());
+  n[0] = selected <= 0 ? 1 : selected, n[1] = labelled <= 0 ? 1 : labelled;
+  return {weights, counts};
+}
+
+// (loss, kd, ce): per row, or sums over rows and normalisers, in a fixed order. A term whose weight is 0 adds 0.
+template <class A>
+void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, Tensor (&out)[3]) {
+  const int64_t n = rows.size(1);
+  const A* x = static_cast<const A*>(rows.data_ptr());
+  A* to[3];
+  for (int k = 0; k < 3; k++) to[k] = static_cast<A*>(out[k].data_ptr());
+  const auto put = [&](int64_t i, double kd, double ce) {
+    const double kd_weight = options[3], ce_weight = options[4];
+    to[0][i] = A((kd_weight == 0 ? 0 : kd_weight * kd) + (ce_weight == 0 ? 0 : ce_weight * ce));
+    to[1][i] = A(kd), to[2][i] = A(ce);
+  };
+  double kd = 0, ce = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (per_row) put(i, x[i], x[n + i]);
+    kd += x[i], ce += x[n + i];
+  }
+  if (!per_row) put(0, kd / normalizers[0], ce / normalizers[1]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor rows, Tensor options, Tensor normalizers, bool per_row) {
+  const ScalarType type = accumulation_type(rows.scalar_type());
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == 2, "fusedkd: rows must be [2, N]");
+  contiguous_data<char>(rows, type, rows.numel(), "rows");
+  const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
+  const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
+  const int64_t size = rows.size(1);
+  const auto fresh = [&] { return torch::stable::new_empty(rows, {&size, size_t(per_row)}); };
+  Tensor out[3] = {fresh(), fresh(), fresh()};
+  type == ScalarType::Double ? terms<double>(rows, o, n, per_row, out) : terms<float>(rows, o, n, per_row, out);
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace
@@ -145,6 +197,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
   m.impl("kd_forward_", TORCH_BOX(&kd_forward_));
   m.impl("kd_backward", TORCH_BOX(&kd_backward));
   m.impl("kd_rescale_", TORCH_BOX(&kd_rescale_));
+  m.impl("kd_terms", TORCH_BOX(&kd_terms));
 }
 
 }  // namespace fusedkd

@@ -17,6 +17,8 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -37,6 +39,11 @@ inline int64_t size_of(ScalarType type) {
     case ScalarType::Half: case ScalarType::BFloat16: return 2;
     default: STD_TORCH_CHECK(false, "fusedkd: expected float16, bfloat16, float32 or float64"); return 0;
   }
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
 }
 
 // The rows of a [B, L, columns] tensor whose last stride is 1. Row b·L + l.

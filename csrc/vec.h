@@ -1,5 +1,5 @@
-// Vectors of the accumulation type A (float or double), their exponential, and columns of a row in A, for one
-// instruction set: kernel bodies include this first, and isa.h includes each body once per instruction set. GCC's
+// Vectors of the accumulation type A (float or double), their exponential and logarithm, and columns of a row in A, for
+// one instruction set: kernel bodies include this first, and isa.h includes each body once per instruction set. GCC's
 // vector extension carries the arithmetic; only what it lacks is spelled out. The compiler may reassociate and contract
 // nothing: no -ffast-math, and -ffp-contract=off.
 
@@ -10,16 +10,27 @@ template <> struct Types<float> {
   typedef float Vec __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   typedef int32_t Int __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   using Lane = int32_t;
-  static constexpr int mantissa = 23, bias = 127, exp_degree = 7, phi_degree = 8;  // cut off at 5e-9 and 3.5e-8
+  static constexpr int mantissa = 23, bias = 127, exp_degree = 7, phi_degree = 8;  // cut off at 5e-9 and 3.5e-8,
+  static constexpr int log_degree = 4;                                             // 2e-9
 };
 template <> struct Types<double> {
   typedef double Vec __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   typedef int64_t Int __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   using Lane = int64_t;
-  static constexpr int mantissa = 52, bias = 1023, exp_degree = 13, phi_degree = 16;  // cut off at 4e-18 and 1e-17
+  static constexpr int mantissa = 52, bias = 1023, exp_degree = 13, phi_degree = 16;  // cut off at 4e-18, 1e-17
+  static constexpr int log_degree = 9;                                                // and 2e-17
 };
 template <class A> using Vec = typename Types<A>::Vec;
 template <class A> using Int = typename Types<A>::Int;
+using F = Vec<float>;
+using D = Vec<double>;
+
+template <class X> struct Element { using Type = X; };  // what X is a vector of, X itself if it is a scalar
+template <> struct Element<F> { using Type = float; };
+template <> struct Element<D> { using Type = double; };
+template <class X> using Scalar = typename Element<X>::Type;
+
+constexpr double LOG2E = 1.44269504088896340735992;
 
 constexpr int STEP = 16;  // columns per step of a loop, and so partial sums, on every instruction set
 template <class A> constexpr int WIDTH = FUSEDKD_VECTOR_BYTES / sizeof(A);
@@ -37,12 +48,13 @@ template <class A> INLINE void store(A* p, Vec<A> x) { std::memcpy(p, &x, sizeof
 template <class A> INLINE Vec<A> sign(Vec<A> x) { return (Vec<A>)((Int<A>)x & (Int<A>)splat<A>(-0.0)); }
 template <class A> INLINE Vec<A> flip(Vec<A> x, Vec<A> sign) { return (Vec<A>)((Int<A>)x ^ (Int<A>)sign); }
 template <class A> INLINE Vec<A> abs(Vec<A> x) { return flip<A>(x, sign<A>(x)); }
-
-using F = Vec<float>;
-using D = Vec<double>;
+INLINE F absolute(F x) { return abs<float>(x); }
+INLINE D absolute(D x) { return abs<double>(x); }
+INLINE double absolute(double x) { return std::abs(x); }
 
 // max is x > y ? x : y, so y where either is NaN. (GCC 12 warns of an undefined operand inside its own _mm512_max_ps,
 // not of the masked form, which it compiles to the same instruction.)
+template <class X> INLINE X max(X x, X y) { return x > y ? x : y; }
 #if FUSEDKD_VECTOR_BYTES == 64
 INLINE F max(F x, F y) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
 INLINE D max(D x, D y) { return (D)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y); }
@@ -54,7 +66,6 @@ INLINE D max(D x, D y) { return (D)_mm256_max_pd((__m256d)x, (__m256d)y); }
 INLINE F fma(F x, F y, F z) { return (F)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
 INLINE D fma(D x, D y, D z) { return (D)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z); }
 #else
-template <class V> INLINE V max(V x, V y) { return x > y ? x : y; }
 template <class V> INLINE V fma(V x, V y, V z) {
 #ifdef __FP_FAST_FMAF
   for (unsigned i = 0; i < sizeof(V) / sizeof x[0]; i++) z[i] = std::fma(x[i], y[i], z[i]);
@@ -64,6 +75,7 @@ template <class V> INLINE V fma(V x, V y, V z) {
 #endif
 }
 #endif
+INLINE double fma(double x, double y, double z) { return x * y + z; }
 
 // Σ over the partial sums of a loop, in float64 and in a fixed order; and the same of maxima.
 template <class A> INLINE double total(const Vec<A> (&partial)[PER_STEP<A>]) {
@@ -81,16 +93,21 @@ template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   return top[0];
 }
 
-// Σ_k c_k·x^k, k = 0 … degree, with c_k = c_(k−1)·ratio/(k + offset): Taylor series of exponentials.
+// Σ_k c_k·x^k, k = 0 … degree, with c_k = c_(k−1)·ratio/(k + offset): Taylor series of exponentials. Even and odd
+// powers are summed apart: half the latency, and a series of −x beside that of x costs nothing.
 template <class A, int degree> struct Series {
   A c[degree + 1];
   constexpr Series(double first, double ratio, int offset) : c() {
     for (int k = 0; k <= degree; first *= ratio / (++k + offset)) c[k] = A(first);
   }
-  INLINE Vec<A> operator()(Vec<A> x) const {
-    Vec<A> sum = splat(c[degree]);
-    for (int k = degree - 1; k >= 0; k--) sum = fma(sum, x, splat(c[k]));
-    return sum;
+  template <class X> INLINE X operator()(X x) const {
+    const X square = x * x;
+    X last = X{} + c[degree], other = X{} + c[degree - 1];
+    for (int k = degree - 2; k >= 0; k--) {
+      const X next = fma(last, square, X{} + c[k]);
+      last = other, other = next;
+    }
+    return fma(last, x, other);
   }
 };
 
@@ -113,6 +130,43 @@ template <class A> struct Power {
   INLINE Vec<A> minus_one() const { return fma(scale, tail, scale - A(1)); }
 };
 template <class A> INLINE Vec<A> exp2(Vec<A> x) { return Power<A>(x).value(); }
+// For any x: 0 below the range, +∞ above it.
+template <class X> INLINE X exp2_any(X x) {
+  using A = Scalar<X>;
+  const auto beyond = x > A(Types<A>::bias);
+  return beyond ? X{} + INFINITE<A> : exp2<A>(beyond ? X{} : x);
+}
+
+// e^x and e^x − 1 for x <= 0.
+template <class X> struct Exp {
+  X value, minus_one;
+  INLINE explicit Exp(X x) {
+    const Power<Scalar<X>> power(x * Scalar<X>(LOG2E));
+    value = power.value(), minus_one = power.minus_one();
+  }
+};
+
+// (e^−x − 1 + x)/x² for |x| < 1.
+template <class X> INLINE X phi(X x) {
+  constexpr Series<Scalar<X>, Types<Scalar<X>>::phi_degree> series(0.5, -1, 2);
+  return series(x);
+}
+
+// log u of a normal u > 0 that is 1 + x, where x has the digits that u lacks near 1: with u = 2^k·(1 + f),
+// √½ <= 1 + f < √2 and so f = x if k = 0, it is k·log 2 + 2·artanh(f/(2 + f)). +∞ and NaN are not provided for.
+template <class X> INLINE X log1p(X x, X u) {
+  using A = Scalar<X>;
+  using T = Types<A>;
+  using Lane = typename T::Lane;
+  constexpr A round = A(int64_t(3) << (T::mantissa - 1));
+  const Int<A> root = (Int<A>)splat(A(0.707106781186547524401)), above = (Int<A>)u - root, k = above >> T::mantissa;
+  const X of_u = (X)((above & ((Lane(1) << T::mantissa) - 1)) + root) - A(1), f = k == 0 ? x : of_u;
+  const X t = f / (f + A(2)), square = t * t;
+  X sum = splat(A(1) / (2 * T::log_degree + 1));
+  for (int i = T::log_degree - 1; i >= 0; i--) sum = fma(sum, square, splat(A(1) / (2 * i + 1)));
+  const X exponent = (X)(k + (Int<A>)splat(round)) - round;
+  return fma(exponent, splat(A(0.693147180559945309417232)), (t + t) * sum);
+}
 
 // ------------------------------------------------------------------------------------------- columns of a row in A
 constexpr int64_t BLOCK = 1024;  // columns that are converted and worked on at a time: they stay in L1
@@ -124,6 +178,21 @@ template <class S> INLINE void convert(const S* from, int64_t n, double* to) {
   for (int64_t i = 0; i < n; i++) to[i] = double(float(from[i]));
 }
 INLINE void convert(const double* from, int64_t n, double* to) { std::memcpy(to, from, n * sizeof(double)); }
+// bfloat16 by its bits, which compilers vectorise; to nearest even, and a NaN stays one.
+INLINE void convert(const BFloat16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t bits = uint32_t(from[i].x) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+INLINE void convert(const float* from, int64_t n, BFloat16* to) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i].x = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
 #if FUSEDKD_VECTOR_BYTES >= 32
 INLINE void convert(const Half* from, int64_t n, float* to) {
   int64_t i = 0;

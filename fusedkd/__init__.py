@@ -5,8 +5,41 @@
 """
 
 from fusedkd import nn, ops
+from fusedkd.divergences import (
+    DKD,
+    JSD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Jeffreys,
+    LogitMSE,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 from fusedkd.functional import KDTerms, cosine_hidden_loss, kd_loss
-from fusedkd.teachers import TeacherLogits
+from fusedkd.teachers import TeacherLogits, TeacherSamples, TeacherTopK
 
 __version__ = "0.1.0"
-__all__ = ["KDTerms", "TeacherLogits", "cosine_hidden_loss", "kd_loss", "nn", "ops"]
+__all__ = [
+    "DKD",
+    "JSD",
+    "AlphaBeta",
+    "Divergence",
+    "ForwardKL",
+    "Jeffreys",
+    "KDTerms",
+    "LogitMSE",
+    "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
+    "TeacherLogits",
+    "TeacherSamples",
+    "TeacherTopK",
+    "TotalVariation",
+    "cosine_hidden_loss",
+    "kd_loss",
+    "nn",
+    "ops",
+]

@@ -14,6 +14,9 @@ Real = float | Tensor
 """A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing."""
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_LISTED = 1024
+"""Columns per row of a sparse teacher: what one GPU program holds in registers."""
+
 MAX_VOCABULARY_PADDING = 1024
 """Two paddings of one vocabulary differ by at most this; a larger difference means another tokenizer."""
 
@@ -32,6 +35,29 @@ def float_rows(name: str, tensor: object, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be contiguous in its last dimension, but its strides are {tensor.stride()}")
     if like is not None:
         _matches(name, tensor, tensor.shape[:-1], like)
+
+
+def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool) -> Tensor:
+    """Column numbers ``(*, K)`` that go with the floating-point `values` called `name`, as int64 ``(N, K)``. Which they
+    are is checked on the CPU alone.
+    """
+    float_rows(name, values, like=student)
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids must be an int32 or int64 tensor, not {getattr(ids, 'dtype', type(ids).__name__)}")
+    if ids.shape != values.shape:
+        raise ValueError(f"ids and {name} must have the same shape, not {tuple(ids.shape)} and {tuple(values.shape)}")
+    if ids.device != student.device:
+        raise ValueError(f"ids must be on the student's device {student.device}, not on {ids.device}")
+    if ids.shape[-1] > MAX_LISTED:
+        raise ValueError(f"ids must list at most {MAX_LISTED} columns per row, not {ids.shape[-1]}")
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        wrong = ids[(ids < -1) | (ids >= student.shape[-1])]
+        if wrong.numel():
+            raise ValueError(f"ids must be −1 (padding) or in [0, {student.shape[-1]}), but one is {wrong[0].item()}")
+        order = ids.sort(-1).values
+        if unique and ((order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)).any():
+            raise ValueError("ids must list a column at most once per row, but some row repeats one")
+    return ids.reshape(-1, ids.shape[-1]).to(torch.int64).contiguous()
 
 
 def vocabularies(student: int, teacher: int, mismatch: str) -> None:

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd.ops import Option
-
 ops = torch.ops.fusedkd
 
 
@@ -27,12 +25,18 @@ class Plan(NamedTuple):
     early: bool
     inplace: bool = False
     ignore_index: int = -100
+    form: int = 0
     transform: bool = False
+    ce: bool = False
+
+    @property
+    def flags(self) -> tuple[int, int, bool, bool]:
+        return self.ignore_index, self.form, self.transform, self.ce
 
 
 class KDLossFunction(torch.autograd.Function):
     """(loss, kd, ce, logits): the loss, its two terms for logging, and with ``inplace`` the overwritten logits (else
-    None).
+    None). ``ids``: the teacher is known at these columns alone.
     """
 
     @staticmethod
@@ -40,6 +44,7 @@ class KDLossFunction(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
+        ids: Tensor | None,
         labels: Tensor | None,
         weights: Tensor,
         options: Tensor,
@@ -47,22 +52,21 @@ class KDLossFunction(torch.autograd.Function):
         plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         z = student.view(*plan.grid, student.shape[-1])
-        arguments = (teacher, labels, weights, options, normalizers, plan.ignore_index, plan.transform)
+        known = (teacher,) if ids is None else (teacher, ids)
+        arguments = (*known, labels, weights, options, normalizers, *plan.flags)
         ctx.plan, ctx.gradient = plan, None
         ctx.set_materialize_grads(False)
         if plan.inplace:
-            rows, _ = ops.kd_forward_(z, *arguments)
+            rows, _ = (ops.kd_forward_ if ids is None else ops.topk_forward_)(z, *arguments)
             ctx.mark_dirty(student)
             ctx.save_for_backward(student)
             ctx.spent = False
         else:
-            rows, stats, gradient = ops.kd_forward(z, *arguments, plan.early)
+            forward = ops.kd_forward if ids is None else ops.topk_forward
+            rows, stats, gradient = forward(z, *arguments, plan.early)
             ctx.gradient = gradient if plan.early else None
-            _save(ctx, student, teacher, labels, weights, options, normalizers, stats)
-        terms = rows if plan.per_row else rows.sum(1) / normalizers.to(rows.dtype)
-        scale = options[Option.KD_WEIGHT : Option.CE_WEIGHT + 1].to(rows.dtype).view(2, *[1] * (terms.dim() - 1))
-        loss = torch.where(scale == 0, 0, scale * terms).sum(0)
-        kd, ce = terms[0].clone(), terms[1].clone()
+            _save(ctx, student, teacher, ids, labels, weights, options, normalizers, stats)
+        loss, kd, ce = ops.kd_terms(rows, options, normalizers, plan.per_row)
         ctx.mark_non_differentiable(kd, ce)
         return loss, kd, ce, student if plan.inplace else None
 
@@ -76,30 +80,20 @@ class KDLossFunction(torch.autograd.Function):
                 "kd_loss(inplace=True) overwrote the student's logits with their gradient, "
                 "but a gradient reaches these logits from another use of them"
             )
-        unused = (None,) * 6
+        unused = (None,) * 7
         if upstream is None:
             return None, *unused
         if ctx.plan.inplace:
             return _overwritten(ctx, upstream), *unused
-        student, teacher, labels, weights, options, normalizers, stats = ctx.saved_tensors
+        student, teacher, ids, *rest = ctx.saved_tensors
         z = student.view(*ctx.plan.grid, student.shape[-1])
-        arguments = (
-            upstream.contiguous(),
-            z,
-            teacher,
-            labels,
-            weights,
-            options,
-            normalizers,
-            stats,
-            ctx.plan.ignore_index,
-            ctx.plan.transform,
-        )
+        known = (teacher,) if ids is None else (teacher, ids)
+        arguments = (upstream.contiguous(), z, *known, *rest, *ctx.plan.flags)
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
-            ops.kd_rescale_(gradient, *arguments)
+            (ops.kd_rescale_ if ids is None else ops.topk_rescale_)(gradient, *arguments)
         else:
-            gradient = ops.kd_backward(*arguments)
+            gradient = (ops.kd_backward if ids is None else ops.topk_backward)(*arguments)
         return gradient.view(student.shape), *unused
 
 

@@ -2,9 +2,7 @@
 
 Everything here works on rows: logits ``(N, V)`` give one value per row. The kernels compute what these functions say,
 the tests compare with them in float64, and :mod:`fusedkd.fallback` answers with them where the C++ extension was not
-built.
-
-Notation: z student logits, v teacher logits, s = z/T and t = v/T, q = softmax(s), p = softmax(t), δ = log p − log q.
+built. The divergences are in :mod:`fusedkd.divergences`, and for teachers known at K columns in :mod:`fusedkd.sparse`.
 """
 
 from __future__ import annotations
@@ -37,27 +35,6 @@ def log_softmax(x: Tensor) -> Tensor:
     return torch.where((x == -torch.inf).all(-1, keepdim=True), -torch.inf, torch.log_softmax(x, -1))
 
 
-def forward_kl(
-    student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0, teacher_temperature: float | Tensor = 1.0
-) -> Tensor:
-    """KL(p‖q) = Σ p·δ per row, without T² (Hinton et al. 2015, arXiv:1503.02531, §2).
-
-    A column both sides mask with −inf contributes 0; one that only the student masks makes the row +inf.
-    """
-    log_q, log_p = log_softmax(student / temperature), log_softmax(teacher / teacher_temperature)
-    terms = torch.where(log_q == -torch.inf, torch.inf, log_p.exp() * (log_p - log_q))
-    return torch.where(log_p == -torch.inf, 0, terms).sum(-1)
-
-
-def forward_kl_gradient(
-    student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0, teacher_temperature: float | Tensor = 1.0
-) -> Tensor:
-    """∂KL(p‖q)/∂z = (q − p)/T per row; 0 for a student row that is all −inf (Hinton et al. 2015, eq. 2)."""
-    log_q, log_p = log_softmax(student / temperature), log_softmax(teacher / teacher_temperature)
-    dead = (student == -torch.inf).all(-1, keepdim=True)
-    return torch.where(dead, 0, (log_q.exp() - log_p.exp()) / temperature)
-
-
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
     """−(1 − ε)·log q_y − ε·mean_j log q_j per row at temperature 1, as in :func:`torch.nn.functional.cross_entropy`.
 
@@ -67,7 +44,8 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float | Tens
     legal = (labels >= 0) & (labels < student.shape[-1])
     nll = -log_q.gather(-1, torch.where(legal, labels, 0).unsqueeze(-1)).squeeze(-1)
     smoothing = torch.as_tensor(label_smoothing, dtype=student.dtype, device=student.device)
-    loss = torch.where(smoothing == 0, nll, (1 - smoothing) * nll - smoothing * log_q.mean(-1))
+    hit = torch.where(smoothing == 1, 0, (1 - smoothing) * nll)
+    loss = torch.where(smoothing == 0, nll, hit - smoothing * log_q.mean(-1))
     return torch.where(legal, loss, torch.nan)
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fusedkd import arguments as check
+from fusedkd import teachers
 from fusedkd.arguments import Real
 from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
 from fusedkd.divergences import Divergence, resolve
-from fusedkd.teachers import TeacherLogits
+from fusedkd.ops import OPTIONS
 
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-Teacher: TypeAlias = Tensor | TeacherLogits
+Teacher: TypeAlias = teachers.Teacher
 
 
 class KDTerms(NamedTuple):
@@ -55,20 +56,24 @@ def kd_loss(
 
     With p = softmax(v/T) of the teacher and q = softmax(z/T) of the student, ``forward_kl`` is D = KL(p‖q) with k = 2
     (Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, §2): the gradient is kd_weight · T
-    · (q − p), plus ce_weight · (softmax(z) − 1_y). No probability tensor is materialised; the gradient is computed in
-    float32 and rounded once.
+    · (q − p), plus ce_weight · (softmax(z) − 1_y). The other divergences are listed, with their sources, in
+    :mod:`fusedkd.divergences`. No probability tensor is materialised; the gradient is computed in float32 and rounded
+    once.
 
     Args:
         student_logits: z, ``(*, V_s)``, float16, bfloat16, float32 or float64; last dimension contiguous, other strides
             free.
-        teacher: logits v, ``(*, V_t)``, of any of these dtypes, a :class:`~fusedkd.TeacherLogits`, or a list of these.
-            Never receives a gradient. Where V_t differs from V_s (padded heads) the common prefix is distilled and
-            counts as the whole distribution; the student's surplus columns keep their cross-entropy.
+        teacher: logits v, ``(*, V_t)``, of any of these dtypes; a :class:`~fusedkd.TeacherLogits`; a few columns per
+            row, :class:`~fusedkd.TeacherTopK` or :class:`~fusedkd.TeacherSamples`; or a list of these. Never receives a
+            gradient. Where V_t differs from V_s (padded heads) the common prefix is distilled and counts as the whole
+            distribution; the student's surplus columns keep their cross-entropy.
         labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
             cross-entropy.
         temperature, teacher_temperature: T > 0 of the KD term; the teacher's defaults to the student's. CE is always at
             temperature 1.
-        divergence: a name of :data:`fusedkd.divergences.FAMILIES`.
+        divergence: a name of :data:`fusedkd.divergences.FAMILIES`, or an object where it has parameters:
+            ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; a teacher of few columns serves
+            ``forward_kl`` and, top-k, ``reverse_kl``.
         kd_weight, ce_weight: the weights of the two terms, ≥ 0. A term whose weight is the number 0 is not computed.
         scale_by_t2: the factor T^k in value and gradient, T the student's. False is the convention of TRL and Liger.
         kd_mask: ``(*)``, the rows of the KD term. Bool or integer: non-zero selects; float: weights, 0 is not selected.
@@ -100,72 +105,75 @@ def kd_loss(
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
     if isinstance(teacher, list | tuple):
-        options = {
+        shared = {
             name: value
             for name, value in locals().items()
             if name not in ("student_logits", "teacher", "labels", "teacher_weights")
         }
-        return _several_teachers(student_logits, teacher, labels, teacher_weights, options)
+        return _several_teachers(student_logits, teacher, labels, teacher_weights, shared)
     if teacher_weights is not None:
         raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
-    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
     family = resolve(divergence)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-
     check.float_rows("student_logits", student_logits)
-    check.float_rows("teacher", form.logits, like=student_logits)
-    check.vocabularies(student_logits.shape[-1], form.logits.shape[-1], vocab_mismatch)
     check.reduction(reduction, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer)
     for name, value in {"temperature": temperature, "teacher_temperature": teacher_temperature}.items():
         check.real(name, value, open_low=True)
     for name, value in {"kd_weight": kd_weight, "ce_weight": ce_weight}.items():
         check.real(name, value)
     check.real("label_smoothing", label_smoothing, high=1.0)
+    temperatures = (temperature, teacher_temperature)
+    known = teachers.known(teacher, student_logits, family, temperatures, vocab_mismatch)
     transforms = {
         "logit_softcap": logit_softcap,
         "logit_scale": logit_scale,
-        "teacher.softcap": form.softcap,
-        "teacher.scale": form.scale,
+        "teacher.softcap": known.softcap,
+        "teacher.scale": known.scale,
     }
     for name, transform in transforms.items():
         if transform is not None:
             check.real(name, transform, open_low=True)
     flat_labels = check.row_vector("labels", labels, student_logits)
     mask = check.row_vector("kd_mask", kd_mask, student_logits)
-    wants_kd, wants_ce = not _is_zero(kd_weight), not _is_zero(ce_weight)
+    wants_kd, wants_ce = not _is(0, kd_weight), not _is(0, ce_weight)
     if wants_ce and flat_labels is None:
         raise ValueError("ce_weight is not 0, so the cross-entropy term needs labels, which are None")
-    check.class_indices(flat_labels, student_logits.shape[-1] if wants_ce else 2**62, ignore_index)
+    targets = wants_kd and family.needs_labels
+    if targets and flat_labels is None:
+        raise ValueError(f"{family.name} needs labels, which are None")
+    if targets and flat_labels is not None:
+        classes = known.rows.shape[-1], student_logits.shape[-1]
+        mask = _with_target(mask, flat_labels, *classes, ignore_index)
+    check.class_indices(flat_labels, student_logits.shape[-1] if wants_ce or targets else 2**62, ignore_index)
 
-    columns = min(student_logits.shape[-1], form.logits.shape[-1])
-    student, teacher_rows, grid = check.as_rows(student_logits, form.logits[..., :columns])
+    student, teacher_rows, grid = check.as_rows(student_logits, known.rows)
     device = student.device
-    if wants_kd:
-        weights = torch.ops.fusedkd.kd_row_weights(teacher_rows, flat_labels, mask, ignore_index)
-    else:
-        weights = torch.zeros(grid[0] * grid[1], device=device)
-    counts: list[Real] = [1.0, 1.0]
-    if reduction == "mean":
-        counts[0] = _count(weights, mask) if kd_normalizer is None else kd_normalizer
-        ce_count = (flat_labels != ignore_index).sum() if wants_ce and flat_labels is not None else 1.0
-        counts[1] = ce_count if ce_normalizer is None else ce_normalizer
-    normalizers = check.pack(counts, device)
-    normalizers = torch.where(normalizers <= 0, 1, normalizers)  # a NaN stays one
-    real_options = check.pack(
-        [
-            temperature,
-            teacher_temperature,
-            temperature**family.temperature_power if scale_by_t2 else 1.0,
-            kd_weight,
-            ce_weight,
-            label_smoothing,
-            0.0 if logit_softcap is None else logit_softcap,
-            1.0 if logit_scale is None else logit_scale,
-            0.0 if form.softcap is None else form.softcap,
-            1.0 if form.scale is None else form.scale,
-        ],
-        device,
+    weights, counts = torch.ops.fusedkd.kd_row_weights(
+        teacher_rows, known.ids, flat_labels, mask, ignore_index, wants_kd
     )
+    if reduction != "mean":
+        normalizers = check.pack([1.0, 1.0], device)
+    elif kd_normalizer is None and ce_normalizer is None:
+        normalizers = counts
+    else:
+        kd_count = counts[0] if kd_normalizer is None else kd_normalizer  # no comprehension: `counts` in a cell would
+        ce_count = counts[1] if ce_normalizer is None else ce_normalizer  # keep dynamo from reading locals() above
+        normalizers = check.pack([kd_count, ce_count], device)
+        normalizers = torch.where(normalizers <= 0, 1, normalizers)  # a NaN stays one
+    real_options = [
+        temperature,
+        teacher_temperature,
+        temperature**family.temperature_power if scale_by_t2 else 1.0,
+        kd_weight,
+        ce_weight,
+        label_smoothing,
+        0.0 if logit_softcap is None else logit_softcap,
+        1.0 if logit_scale is None else logit_scale,
+        0.0 if known.softcap is None else known.softcap,
+        1.0 if known.scale is None else known.scale,
+        *known.coefficients,
+    ]
+    options = check.pack(real_options + [0.0] * (OPTIONS - len(real_options)), device)
 
     early = _gradient_in_forward(student, reduction)
     if inplace and early:
@@ -176,10 +184,14 @@ def kd_loss(
         early=early,
         inplace=inplace and early,
         ignore_index=ignore_index,
+        form=known.form,
         transform=any(value is not None for value in transforms.values()),
+        ce=wants_ce,
     )
-    ce_labels = flat_labels if wants_ce else None
-    loss, kd, ce, _ = KDLossFunction.apply(student, teacher_rows, ce_labels, weights, real_options, normalizers, plan)
+    used_labels = flat_labels if wants_ce or targets else None
+    loss, kd, ce, _ = KDLossFunction.apply(
+        student, teacher_rows, known.ids, used_labels, weights, options, normalizers, plan
+    )
     if reduction == "none":
         loss, kd, ce = (term.view(student_logits.shape[:-1]) for term in (loss, kd, ce))
     return (loss, KDTerms(kd, ce)) if return_terms else loss
@@ -240,19 +252,19 @@ def cosine_hidden_loss(
 
 def _several_teachers(
     student_logits: Tensor,
-    teachers: Sequence[Teacher],
+    members: Sequence[Teacher],
     labels: Tensor | None,
     teacher_weights: Sequence[Real] | None,
     options: dict[str, Any],
 ) -> Any:
     """Σ w_m · KD_m + CE, one fused call per teacher; the cross-entropy goes with the first."""
-    if not teachers:
+    if not members:
         raise ValueError("teacher is an empty list: it must hold at least one teacher")
     if teacher_weights is None:
-        teacher_weights = [1.0 / len(teachers)] * len(teachers)
-    if len(teacher_weights) != len(teachers):
+        teacher_weights = [1.0 / len(members)] * len(members)
+    if len(teacher_weights) != len(members):
         raise ValueError(
-            f"teacher_weights must hold one weight per teacher: {len(teachers)}, not {len(teacher_weights)}"
+            f"teacher_weights must hold one weight per teacher: {len(members)}, not {len(teacher_weights)}"
         )
     for weight in teacher_weights:
         check.real("teacher_weights", weight)
@@ -263,7 +275,7 @@ def _several_teachers(
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()  # so that the gradients add up in float32 and are rounded once
     losses, terms = [], []
-    for teacher, weight in zip(teachers, teacher_weights, strict=True):
+    for teacher, weight in zip(members, teacher_weights, strict=True):
         loss, term = kd_loss(
             student_logits, teacher, labels, kd_weight=kd_weight * weight, return_terms=True, **options
         )
@@ -273,6 +285,16 @@ def _several_teachers(
         options["ce_weight"] = 0.0
     loss = torch.stack(losses).sum(0)
     return (loss, KDTerms(torch.stack([term.kd for term in terms]).sum(0), terms[0].ce)) if return_terms else loss
+
+
+def _with_target(mask: Tensor | None, labels: Tensor, common: int, classes: int, ignore_index: int) -> Tensor:
+    """The KD rows of a divergence that needs a target: those selected whose label is a common column, or no column at
+    all, for the kernel to make of it what it makes of any label out of range.
+    """
+    has = (labels != ignore_index) & ((labels < common) | (labels >= classes))
+    if mask is None:
+        return has
+    return torch.where(has, mask, 0) if mask.is_floating_point() else has & (mask != 0)
 
 
 def _gradient_in_forward(student: Tensor, reduction: Reduction) -> bool:
@@ -293,5 +315,5 @@ def _count(weights: Tensor, mask: Tensor | None) -> Tensor:
     return weights.sum() if mask is not None and mask.is_floating_point() else (weights != 0).sum()
 
 
-def _is_zero(weight: Real) -> bool:
-    return not isinstance(weight, Tensor) and weight == 0
+def _is(number: float, value: Real) -> bool:
+    return not isinstance(value, Tensor) and value == number

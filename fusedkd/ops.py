@@ -5,16 +5,24 @@ N rows come as ``(B, L, V)`` tensors whose last stride is 1; the other strides a
 needs no copy; row (b, l) belongs to entry b·L + l of every ``(N,)`` vector. The teacher arrives narrowed to the
 C = min(V_s, V_t) common columns. A is the accumulation type: float64 for a float64 student, float32 otherwise. Real
 options travel in one small float64 tensor, in the order of :class:`Option`, so that a new temperature compiles nothing.
-The mathematics is in :mod:`fusedkd.definitions`.
+The mathematics is in :mod:`fusedkd.definitions`, :mod:`fusedkd.divergences` and :mod:`fusedkd.sparse`.
 
-``kd_row_weights``  the KD weight of each row, ``(N,)`` float32: from the mask or the labels; 0 where the teacher row is
-                    all −inf.
-``kd_forward``      rows ``(2, N)``: T^k·w·D and CE; stats ``(N, 6)``: maximum and Σ exp((x − max)/T) of student and
-                    teacher over the common columns, and of the student at T = 1 over all of its columns; the gradient
-                    for upstream 1, or an empty tensor.
+``kd_row_weights``  the KD weight of each row, ``(N,)`` float32, from the mask or the labels: 0 where the teacher row is
+                    all −inf (with ids: has no finite entry), and everywhere, with nothing read, unless ``kd``; and both
+                    normalisers of ``"mean"``, ``(2,)`` float64: selected rows, or the sum of a float mask, and labelled
+                    rows; 1 for none.
+``kd_forward``      rows ``(2, N)``: T^k·w·D and CE (of ``ce`` alone: a divergence may need the labels for itself);
+                    stats ``(N, 8)``: maximum and Σ exp((x − max)/T) of student and teacher over the columns of the KD
+                    term, and of the student at T = 1 over all of its columns; Σw of the gradient w − q·Σw, +inf where D
+                    is infinite; one more for the backend's own use; and the gradient for upstream 1, or an empty
+                    tensor.
 ``kd_forward_``     the same with the gradient written over the student's logits.
 ``kd_backward``     the gradient times the upstream, ``()`` or ``(N,)``, from the logits and the stats: one rounding.
 ``kd_rescale_``     the same into an existing gradient, which is already right, and left alone, if the upstream is 1.
+``topk_*``          the four for a teacher known at K columns per row: ids ``(N, K)`` int64, −1 for padding, and as
+                    ``teacher`` its log-probabilities or weights there, ``(B, L, K)``.
+``kd_terms``        (loss, kd, ce) from rows: sums over the normalisers, or per row.
+``kd_cluster``      kd_forward, kd_backward or kd_rescale_ in one pass on a Hopper GPU, into tensors that it is given.
 ``cosine_*``        likewise for hidden states ``(B, L, H)``: rows ``(N,)``: w·(1 − cos); stats ``(N, 3)``: both inverse
                     norms, 1 − cos.
 """
@@ -35,7 +43,9 @@ from fusedkd import fallback
 
 
 class Option(IntEnum):
-    """Positions in the ``options`` tensor of the KD operators. A soft-cap of 0 is none."""
+    """Positions in the ``options`` tensor ``(16,)`` of the KD operators. A soft-cap of 0 is none. From COEFFICIENTS on:
+    a₀, a₁, … of the divergence's form, then zeros.
+    """
 
     TEMPERATURE = 0
     TEACHER_TEMPERATURE = 1
@@ -47,26 +57,48 @@ class Option(IntEnum):
     SCALE = 7
     TEACHER_SOFTCAP = 8
     TEACHER_SCALE = 9
+    COEFFICIENTS = 10
 
 
-_KD = "Tensor teacher, Tensor? labels, Tensor weights, Tensor options, Tensor normalizers"
-_KD_FLAGS = "int ignore_index, bool transform"
+OPTIONS = 16
+
+
+STATS = 8
+
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
+_FLAGS = "int ignore_index, int form, bool transform, bool ce"
+
+
+def _kd_schemas(prefix: str, ids: str) -> dict[str, str]:
+    inputs = f"Tensor teacher, {ids}Tensor? labels, Tensor weights, Tensor options, Tensor normalizers"
+    return {
+        f"{prefix}_forward": f"(Tensor student, {inputs}, {_FLAGS}, bool gradient) -> (Tensor, Tensor, Tensor)",
+        f"{prefix}_forward_": f"(Tensor(a!) student, {inputs}, {_FLAGS}) -> (Tensor, Tensor)",
+        f"{prefix}_backward": f"(Tensor upstream, Tensor student, {inputs}, Tensor stats, {_FLAGS}) -> Tensor",
+        f"{prefix}_rescale_": f"(Tensor(a!) gradient, Tensor upstream, Tensor student, {inputs}, Tensor stats, "
+        f"{_FLAGS}) -> ()",
+    }
+
 
 SCHEMAS = {
-    "kd_row_weights": "(Tensor teacher, Tensor? labels, Tensor? kd_mask, int ignore_index) -> Tensor",
-    "kd_forward": f"(Tensor student, {_KD}, {_KD_FLAGS}, bool gradient) -> (Tensor, Tensor, Tensor)",
-    "kd_forward_": f"(Tensor(a!) student, {_KD}, {_KD_FLAGS}) -> (Tensor, Tensor)",
-    "kd_backward": f"(Tensor upstream, Tensor student, {_KD}, Tensor stats, {_KD_FLAGS}) -> Tensor",
-    "kd_rescale_": f"(Tensor(a!) gradient, Tensor upstream, Tensor student, {_KD}, Tensor stats, {_KD_FLAGS}) -> ()",
+    "kd_row_weights": "(Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, int ignore_index, bool kd)"
+    " -> (Tensor, Tensor)",
+    **_kd_schemas("kd", ""),
+    **_kd_schemas("topk", "Tensor ids, "),
+    "kd_terms": "(Tensor rows, Tensor options, Tensor normalizers, bool per_row) -> (Tensor, Tensor, Tensor)",
     "cosine_forward": f"({_COSINE}, bool gradient) -> (Tensor, Tensor, Tensor)",
     "cosine_backward": f"(Tensor upstream, {_COSINE}, Tensor stats) -> Tensor",
     "cosine_rescale_": f"(Tensor(a!) gradient, Tensor upstream, {_COSINE}, Tensor stats) -> ()",
 }
+CLUSTER = (
+    "kd_cluster(Tensor student, Tensor teacher, Tensor? labels, Tensor weights, Tensor options, Tensor normalizers, "
+    f"Tensor? upstream, Tensor(a!)? rows, Tensor(b!) stats, Tensor(c!)? gradient, {_FLAGS}, bool rescale) -> ()"
+)
 
 _library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
+_library.define(CLUSTER)  # called by kd_* alone, below everything that traces
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,34 +109,46 @@ def _rows(tensor: Tensor) -> Any:
     return tensor.shape[0] * tensor.shape[1]
 
 
+def _rows_and_stats(student: Tensor) -> tuple[Tensor, Tensor]:
+    n, dtype = _rows(student), accumulation_dtype(student.dtype)
+    return student.new_empty(2, n, dtype=dtype), student.new_empty(n, STATS, dtype=dtype)
+
+
 @torch.library.register_fake("fusedkd::kd_row_weights")
-def _(teacher: Tensor, labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int) -> Tensor:
-    return teacher.new_empty(_rows(teacher), dtype=torch.float32)
+def _(teacher: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return teacher.new_empty(_rows(teacher), dtype=torch.float32), teacher.new_empty(2, dtype=torch.float64)
 
 
 @torch.library.register_fake("fusedkd::kd_forward")
+@torch.library.register_fake("fusedkd::topk_forward")
 def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = _rows(student), accumulation_dtype(student.dtype)
-    gradient = student.new_empty(student.shape) if arguments[-1] else student.new_empty(0)
-    return student.new_empty(2, n, dtype=dtype), student.new_empty(n, 6, dtype=dtype), gradient
+    return *_rows_and_stats(student), student.new_empty(student.shape if arguments[-1] else 0)
 
 
 @torch.library.register_fake("fusedkd::kd_forward_")
+@torch.library.register_fake("fusedkd::topk_forward_")
 def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    n, dtype = _rows(student), accumulation_dtype(student.dtype)
-    return student.new_empty(2, n, dtype=dtype), student.new_empty(n, 6, dtype=dtype)
+    return _rows_and_stats(student)
 
 
 @torch.library.register_fake("fusedkd::kd_backward")
+@torch.library.register_fake("fusedkd::topk_backward")
 @torch.library.register_fake("fusedkd::cosine_backward")
 def _(upstream: Tensor, student: Tensor, *arguments: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
 @torch.library.register_fake("fusedkd::kd_rescale_")
+@torch.library.register_fake("fusedkd::topk_rescale_")
 @torch.library.register_fake("fusedkd::cosine_rescale_")
 def _(*arguments: Any) -> None:
     return None
+
+
+@torch.library.register_fake("fusedkd::kd_terms")
+def _(rows: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (rows.shape[1],) if per_row else ()
+    return rows.new_empty(shape), rows.new_empty(shape), rows.new_empty(shape)
 
 
 @torch.library.register_fake("fusedkd::cosine_forward")
@@ -120,6 +164,7 @@ backends: dict[tuple[str, str], tuple[str, str]] = {}
 """(operator, device) → (backend, reason): what ``python -m fusedkd.env`` prints."""
 
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
+TOPK_OPERATORS = [name for name in SCHEMAS if name.startswith("topk_")]
 COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
 
 
@@ -169,7 +214,8 @@ def _dispatch_cpu() -> None:
     if choice == "definitions":
         _serve([*SCHEMAS], "CPU", "definitions", "FUSEDKD_BACKEND=definitions", fallback)
     elif choice == "triton":  # under TRITON_INTERPRET=1: how the Triton kernels are tested without a GPU
-        _serve(KD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.kernels.kd"))
+        for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk")):
+            _serve(names, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module(f"fusedkd.kernels.{module}"))
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", fallback)
     elif choice == "auto":
         missing = load("_C")
@@ -185,12 +231,14 @@ def _dispatch_cuda() -> None:
     if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        _serve(KD_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.kernels.kd"))
+        for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk")):
+            _serve(names, "CUDA", "Triton", "Triton is installed", import_module(f"fusedkd.kernels.{module}"))
     except ImportError as error:
-        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
+        _serve(KD_OPERATORS + TOPK_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
     missing = load("_C_cuda")
     if missing is None:
         _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
+        _serve(["kd_cluster"], "CUDA", "CUDA C++", "fusedkd._C_cuda is built; Triton's kd_* call it on Hopper GPUs")
     else:
         _serve(COSINE_OPERATORS, "CUDA", "definitions", missing, fallback)
 

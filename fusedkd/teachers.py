@@ -1,10 +1,18 @@
-"""The forms in which a teacher can be given to the losses."""
+"""The forms in which a teacher can be given to the losses, and what the operators take of each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
+
+from fusedkd import arguments as check
+from fusedkd.arguments import Real
+from fusedkd.divergences import Divergence, Form
+from fusedkd.sparse import TAILS, SparseForm
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,5 +26,151 @@ class TeacherLogits:
     """
 
     logits: Tensor
-    softcap: float | Tensor | None = None
-    scale: float | Tensor | None = None
+    softcap: Real | None = None
+    scale: Real | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTopK:
+    """The log-probabilities of a few columns per row: a teacher that was cached or is served. Never expanded to V.
+
+    Args:
+        ids: ``(*, K)``, int32 or int64, K ≤ 1024: columns of the student, each at most once per row; −1 is padding, at
+            any place. Repeated ids are an error on the CPU and unchecked on a GPU.
+        logprobs: ``(*, K)``, floating point: log p there, p the softmax over the teacher's whole vocabulary.
+        tail: what becomes of the probability that is not listed, 1 − Σ_K p.
+
+            ``"renormalize"``: p is divided by Σ_K p. Forward KL compares with the student's full softmax, reverse KL
+            with the student renormalised over the K columns. The temperature may differ from the log-probabilities'.
+            Biased: it sharpens the teacher (Sparse Logit Sampling, arXiv:2503.16870, §3).
+
+            ``"bucket"``: all other columns are one class, on both sides. Where the listed columns are all there are, or
+            hold all of the teacher's probability, rounding decides whether that class is empty, and so finite.
+
+            ``"ignore"``: Σ_K p·δ alone; may be negative.
+        logprobs_temperature: the temperature at which they were taken. Only ``"renormalize"`` can change it; the others
+            need it equal to the loss's.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
+    logprobs_temperature: Real = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSamples:
+    """A weighted random sample of columns per row, whose cross-entropy Σ_k w_k·(−log q) is in expectation that of the
+    whole teacher (Sparse Logit Sampling, arXiv:2503.16870, §4).
+
+    The loss is that cross-entropy: the gradient of forward KL without bias, its value but for the teacher's entropy.
+
+    Args:
+        ids: ``(*, K)``, int32 or int64, K ≤ 1024; −1 is padding. An id drawn twice counts twice.
+        weights: ``(*, K)``, floating point, ≥ 0.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def draw(
+        cls,
+        logits: Tensor,
+        samples: int,
+        *,
+        temperature: float = 1.0,
+        exponent: float = 1.0,
+        generator: torch.Generator | None = None,
+        block: int = 8192,
+    ) -> TeacherSamples:
+        """Draw `samples` columns per row, independently, from p^exponent / Σ p^exponent, p = softmax(logits /
+        temperature), and weight each by p over its expected count, so that the weighted sample is unbiased.
+
+        One pass over the vocabulary in blocks of columns: each slot keeps its candidate from the blocks so far, or
+        takes one from the new block with the probability that this block has in the total (A-Chao reservoir sampling
+        with replacement). No probability tensor larger than a block exists.
+
+        Args:
+            logits: ``(*, V)``, floating point.
+            samples: K.
+            exponent: 1 draws from p itself: every weight is 1/K. Less than 1 spreads the draws over the tail.
+        """
+        rows = logits.reshape(-1, logits.shape[-1])
+        shape = (*logits.shape[:-1], samples)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        ids = torch.zeros(len(rows), samples, dtype=torch.int64, device=logits.device)
+        chosen = torch.zeros(ids.shape, dtype=dtype, device=logits.device)  # log p of each, not yet normalised
+        log_z = log_total = torch.full((len(rows), 1), -torch.inf, dtype=dtype, device=logits.device)
+        for start in range(0, rows.shape[1], block):
+            scores = rows[:, start : start + block].to(dtype) / temperature
+            log_z = torch.logaddexp(log_z, scores.logsumexp(-1, keepdim=True))
+            proposal = scores * exponent
+            log_block = proposal.logsumexp(-1, keepdim=True)
+            log_total = torch.logaddexp(log_total, log_block)
+            alive = log_block > -torch.inf  # a block that is masked throughout is never taken
+            share = torch.where(alive, (log_block - log_total).exp(), 0)
+            probabilities = torch.where(alive, (proposal - log_block).exp(), 1)
+            drawn = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
+            taken = torch.rand(ids.shape, dtype=dtype, device=ids.device, generator=generator) < share
+            ids = torch.where(taken, drawn + start, ids)
+            chosen = torch.where(taken, scores.gather(-1, drawn), chosen)
+        log_weights = (chosen - log_z) - (chosen * exponent - log_total)
+        weights = torch.where(log_total > -torch.inf, log_weights.exp() / samples, 0)
+        return cls(torch.where(log_total > -torch.inf, ids, -1).view(shape), weights.view(shape))
+
+
+Teacher: TypeAlias = Tensor | TeacherLogits | TeacherTopK | TeacherSamples
+
+
+class Known(NamedTuple):
+    """What the operators take of a teacher: rows ``(*, C)``, the ids ``(N, K)`` they belong to unless they are the
+    first C columns, the form of the divergence with its coefficients, and the transform of the rows.
+    """
+
+    rows: Tensor
+    ids: Tensor | None
+    form: int
+    coefficients: Sequence[Real]
+    softcap: Real | None = None
+    scale: Real | None = None
+
+
+def known(
+    teacher: Teacher, student: Tensor, family: Divergence, temperatures: tuple[Real, Real], vocab_mismatch: str
+) -> Known:
+    """The teacher of these student logits, checked. ``temperatures``: the student's and the teacher's."""
+    if isinstance(teacher, TeacherTopK):
+        return _top_k(teacher, student, family, temperatures)
+    if isinstance(teacher, TeacherSamples):
+        if family.form != Form.FORWARD_KL:
+            raise ValueError(f"TeacherSamples estimates forward_kl alone, not {family.name}")
+        ids = check.listed("weights", teacher.ids, teacher.weights, student, unique=False)
+        return Known(teacher.weights.contiguous(), ids, SparseForm.SAMPLES, ())
+    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
+    check.float_rows("teacher", form.logits, like=student)
+    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch)
+    if family.temperature_power == 0 and any(not isinstance(t, Tensor) and t != 1 for t in temperatures):
+        both = "the student's is {}, the teacher's {}".format(*temperatures)
+        raise ValueError(f"temperature must be 1 for {family.name}, which has no softmax, but {both}")
+    rows = form.logits[..., : student.shape[-1]]
+    return Known(rows, None, family.form, family.coefficients(), form.softcap, form.scale)
+
+
+def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> Known:
+    ids = check.listed("logprobs", teacher.ids, teacher.logprobs, student, unique=True)
+    if family.name not in ("forward_kl", "reverse_kl"):
+        raise ValueError(f"TeacherTopK serves forward_kl and reverse_kl; {family.name} needs the teacher's logits")
+    if teacher.tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {teacher.tail!r}")
+    taken = teacher.logprobs_temperature
+    check.real("logprobs_temperature", taken, open_low=True)
+    numbers = {t for t in (taken, *temperatures) if not isinstance(t, Tensor)}
+    if teacher.tail != "renormalize" and len(numbers) > 1:
+        raise ValueError(
+            f"tail={teacher.tail!r} needs log-probabilities at the loss's temperature, for a tail cannot be taken to "
+            f"another: logprobs_temperature is {taken}, but the student's and the teacher's are {temperatures}"
+        )
+    form = TAILS[teacher.tail] + (family.name == "reverse_kl")
+    return Known(teacher.logprobs.contiguous(), ids, form, (taken,))

@@ -9,9 +9,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from truth import operator_calls, pair, targets
 
-from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd import (
+    DKD,
+    JSD,
+    AlphaBeta,
+    Jeffreys,
+    LogitMSE,
+    SkewKL,
+    SkewReverseKL,
+    TeacherLogits,
+    TeacherSamples,
+    TeacherTopK,
+    cosine_hidden_loss,
+    kd_loss,
+)
 from fusedkd.arguments import as_rows, pack
-from fusedkd.ops import Option
+from fusedkd.divergences import Form
+from fusedkd.ops import OPTIONS, Option
+from fusedkd.sparse import SparseForm
 
 Z, V = pair(3, 4, 10)
 Y = targets(3, 4, classes=10)
@@ -58,7 +73,7 @@ KD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": torch.ones(2)}, ValueError, r"temperature must be .*0-d tensor.*shape \(2,\)"),
     ({"temperature": torch.tensor(1.0, requires_grad=True)}, ValueError, "temperature must be .* without gradient"),
     ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be above 0"),
-    ({"divergence": "kl"}, ValueError, "divergence must be one of forward_kl.*'kl'"),
+    ({"divergence": "kl"}, ValueError, "divergence must be a Divergence or one of forward_kl.*'kl'"),
     ({"kd_weight": -0.5}, ValueError, "kd_weight must be at least 0"),
     ({"kd_weight": NAN}, ValueError, "kd_weight must be at least 0"),
     ({"ce_weight": -1}, ValueError, "ce_weight must be at least 0"),
@@ -75,6 +90,20 @@ KD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logit_scale": -1.0}, ValueError, "logit_scale must be above 0"),
     ({"teacher": TeacherLogits(V, softcap=-1.0)}, ValueError, "teacher.softcap must be above 0"),
     ({"teacher": TeacherLogits(V, scale=0.0)}, ValueError, "teacher.scale must be above 0"),
+    ({"divergence": 3}, ValueError, "divergence must be a Divergence or one of forward_kl.*dkd, not 3"),
+    ({"divergence": JSD}, ValueError, "divergence must be a Divergence or one of"),
+    ({"divergence": "dkd", "labels": None, "ce_weight": 0.0}, ValueError, "dkd.*needs labels"),
+    ({"divergence": "dkd", "labels": Y.clamp(min=0) + 10, "ce_weight": 0.0}, ValueError, "labels must be -100"),
+    (
+        {"divergence": "logit_mse", "temperature": 2.0},
+        ValueError,
+        "temperature must be 1 for logit_mse.*student's is 2.0, the teacher's 2.0",
+    ),
+    (
+        {"divergence": "logit_mse", "teacher_temperature": 2},
+        ValueError,
+        "temperature must be 1 for logit_mse.*the teacher's 2",
+    ),
 ]
 
 
@@ -84,6 +113,82 @@ def test_kd_loss_errors(change: dict[str, Any], error: type[Exception], message:
     with operator_calls() as calls, pytest.raises(error, match=message):
         kd_loss(**arguments)
     assert not calls or isinstance(change["teacher"], list)  # the first of several teachers is done by then
+
+
+PARAMETER_ERRORS: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [
+    (JSD, (1.5,), ValueError, "beta must be at least 0 and at most 1, not 1.5"),
+    (JSD, (-0.1,), ValueError, "beta must be"),
+    (JSD, (NAN,), ValueError, "beta must be"),
+    (JSD, ("0.5",), TypeError, "beta must be a number or a 0-d tensor, not str"),
+    (JSD, (torch.ones(2),), ValueError, r"beta must be .*shape \(2,\)"),
+    (JSD, (torch.tensor(0.5, requires_grad=True),), ValueError, "beta must be .*without gradient"),
+    (SkewKL, (2,), ValueError, "alpha must be at least 0 and at most 1"),
+    (SkewReverseKL, (-1,), ValueError, "alpha must be"),
+    (Jeffreys, (-1.0, 1.0), ValueError, "forward must be at least 0"),
+    (Jeffreys, (1.0, INF), ValueError, "reverse must be at least 0 and finite"),
+    (AlphaBeta, (INF, 1.0), ValueError, "alpha must be"),
+    (AlphaBeta, (1.0, NAN), ValueError, "beta must be"),
+    (AlphaBeta, (0.5, -0.5), ValueError, r"alpha \+ beta must be above 0"),
+    (LogitMSE, (0.0,), ValueError, "scale must be above 0"),
+    (DKD, (-1.0,), ValueError, "alpha must be at least 0"),
+    (DKD, (1.0, True), TypeError, "beta must be a number"),
+]
+
+
+@pytest.mark.parametrize(("family", "parameters", "error", "message"), PARAMETER_ERRORS)
+def test_parameters(family: Any, parameters: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        family(*parameters)
+
+
+IDS, LP = (x[..., :3].contiguous() for x in (Y[..., None].clamp(min=0) * 0 + torch.arange(10), V.log_softmax(-1)))
+REPEATED, FAR = IDS * 0 + 4, IDS + 8
+TEACHER_ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    (TeacherTopK([1], LP), {}, TypeError, "ids must be an int32 or int64 tensor, not list"),
+    (TeacherTopK(IDS.to(torch.int16), LP), {}, TypeError, "ids must be .*int16"),
+    (TeacherTopK(IDS, LP.long()), {}, TypeError, "logprobs must be float16.*int64"),
+    (TeacherTopK(IDS, None), {}, TypeError, "logprobs must be a tensor"),
+    (TeacherTopK(IDS[..., :2], LP), {}, ValueError, r"ids and logprobs must have the same shape, not \(3, 4, 2\)"),
+    (TeacherTopK(IDS[:2], LP[:2]), {}, ValueError, "logprobs must have the student's leading shape"),
+    (TeacherTopK(IDS[..., :0], LP[..., :0]), {}, ValueError, "logprobs must have a non-empty last dimension"),
+    (TeacherTopK(FAR, LP), {}, ValueError, r"ids must be −1 \(padding\) or in \[0, 10\), but one is 10"),
+    (TeacherTopK(IDS - 2, LP), {}, ValueError, "ids must be −1 .*but one is -2"),
+    (TeacherTopK(REPEATED, LP), {}, ValueError, "ids must list a column at most once per row"),
+    (TeacherTopK(IDS, LP, "drop"), {}, ValueError, "tail must be one of renormalize, bucket, ignore, not 'drop'"),
+    (TeacherTopK(IDS, LP, logprobs_temperature=0.0), {}, ValueError, "logprobs_temperature must be above 0"),
+    (TeacherTopK(IDS, LP, "bucket", 2.0), {}, ValueError, r"'bucket'.*logprobs_temperature is 2.0, but .*\(1.0, 1.0\)"),
+    (
+        TeacherTopK(IDS, LP, "ignore"),
+        {"temperature": 2.0},
+        ValueError,
+        r"'ignore'.*logprobs_temperature is 1.0, but .*\(2.0, 2.0\)",
+    ),
+    (TeacherTopK(IDS, LP), {"divergence": "jsd"}, ValueError, "TeacherTopK serves forward_kl and reverse_kl; jsd"),
+    (TeacherTopK(IDS, LP), {"divergence": "dkd"}, ValueError, "TeacherTopK serves .*; dkd"),
+    (
+        TeacherTopK(IDS.repeat(1, 1, 400), LP.repeat(1, 1, 400)),
+        {},
+        ValueError,
+        "at most 1024 columns per row, not 1200",
+    ),
+    (TeacherSamples(IDS, LP.int()), {}, TypeError, "weights must be float16"),
+    (TeacherSamples(IDS, LP[..., :2]), {}, ValueError, "ids and weights must have the same shape"),
+    (TeacherSamples(FAR, LP), {}, ValueError, "ids must be −1"),
+    (
+        TeacherSamples(IDS, LP),
+        {"divergence": "reverse_kl"},
+        ValueError,
+        "TeacherSamples estimates forward_kl alone, not reverse_kl",
+    ),
+]
+
+
+@pytest.mark.parametrize(("teacher", "options", "error", "message"), TEACHER_ERRORS, ids=lambda x: None)
+def test_teachers(teacher: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    for wrong in (teacher, [V, teacher]):
+        with operator_calls() as calls, pytest.raises(error, match=message):
+            kd_loss(Z, wrong, Y, ce_weight=1.0, **options)
+        assert not calls or wrong is not teacher
 
 
 COSINE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -132,13 +237,41 @@ def test_label_out_of_range_inside_the_operator(device: str) -> None:
     student, teacher = (x[None] for x in pair(4, 10, device=device))
     labels = torch.tensor([10, -1, 2**40, 3], device=device)
     values = dict.fromkeys(Option, 1.0) | {o: 0.0 for o in Option if o >= Option.LABEL_SMOOTHING}
-    options, ones = pack(list(values.values()), student.device), pack([1.0, 1.0], student.device)
+    options = pack([*values.values(), *[0.0] * (OPTIONS - len(values))], student.device).clone()
+    ones = pack([1.0, 1.0], student.device)
     weights = torch.zeros(4, device=device)
     rows, _, gradient = torch.ops.fusedkd.kd_forward(
-        student, teacher, labels, weights, options, ones, -100, False, True
+        student, teacher, labels, weights, options, ones, -100, Form.FORWARD_KL, False, True, True
     )
     assert rows[1].isnan().tolist() == [True, True, True, False]
     assert gradient[0].any(-1).tolist() == [False, False, False, True]
+    options[Option.COEFFICIENTS :] = 1.0
+    rows, _, gradient = torch.ops.fusedkd.kd_forward(  # as a target
+        student, teacher, labels, weights + 1, options, ones, -100, Form.DKD, False, False, True
+    )
+    assert rows[0].isnan().tolist() == [True, True, True, False]
+    assert not rows[1].any()
+    assert gradient[0].any(-1).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("form", SparseForm)
+def test_id_out_of_range_inside_the_operator(device: str, form: SparseForm) -> None:
+    """NaN for the row, gradient 0, its cross-entropy's included, nothing read past the row."""
+    student, logits = (x[None] for x in pair(4, 10, device=device))
+    ids = torch.tensor([[3, 10], [-2, 1], [2**40, 2], [-1, 4]], device=device)
+    teacher = logits[..., :2].log_softmax(-1) - 1
+    if form == SparseForm.SAMPLES:
+        teacher = teacher.exp()
+    values = dict.fromkeys(Option, 1.0) | {o: 0.0 for o in (Option.LABEL_SMOOTHING, Option.SOFTCAP)}
+    options = pack([*values.values(), *[0.0] * (OPTIONS - len(values))], student.device)
+    ones, labels = pack([1.0, 1.0], student.device), torch.tensor([1, 2, 3, 4], device=device)
+    rest = ids, labels, torch.ones(4, device=device), options, ones
+    rows, stats, gradient = torch.ops.fusedkd.topk_forward(student, teacher, *rest, -100, form, False, True, True)
+    assert rows[0].isnan().tolist() == [True, True, True, False]
+    one = torch.ones((), device=device)
+    again = torch.ops.fusedkd.topk_backward(one, student, teacher, *rest, stats, -100, form, False, True)
+    for x in (gradient, again):
+        assert x[0].any(-1).tolist() == [False, False, False, True]
 
 
 def test_one_grid_without_a_copy() -> None:

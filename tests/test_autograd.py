@@ -149,10 +149,11 @@ def test_terms_that_weigh_nothing_are_not_computed(device: str) -> None:
     with operator_calls() as calls:
         kd_loss(student, teacher, labels, kd_weight=0.0, ce_weight=1.0)
         kd_loss(student, teacher, labels)
-    forwards = [arguments for name, arguments in calls if name == "kd_forward"]
+    weights, forwards = ([x for name, x in calls if name == wanted] for wanted in ("kd_row_weights", "kd_forward"))
+    assert [x[-1] for x in weights] == [False, True]  # whether the teacher is looked at
     assert not forwards[0][3].any()  # no row of the KD term
     assert forwards[1][2] is None  # no labels
-    assert [name for name, _ in calls] == ["kd_forward", "kd_row_weights", "kd_forward"]
+    assert [name for name, _ in calls] == ["kd_row_weights", "kd_forward", "kd_terms"] * 2
 
 
 def test_autocast(device: str) -> None:

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from families import at, families, samples, top_k
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
 from fusedkd.arguments import pack
+from fusedkd.divergences import Divergence, Form
 from fusedkd.nn import DistilBertLoss
+from fusedkd.ops import OPTIONS as REALS
+from fusedkd.ops import SCHEMAS
+from fusedkd.sparse import TAILS, SparseForm
 
 OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.7}
 
@@ -26,7 +32,7 @@ def _fresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def graph(function: Any, backend: str = "aot_eager", **options: Any) -> Any:
+def graph(function: Any, backend: Any = "aot_eager", **options: Any) -> Any:
     return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
@@ -182,30 +188,84 @@ def test_double_backward_raises(device: str) -> None:
         torch.autograd.grad(loss, leaf, create_graph=True)[0].sum().backward()
 
 
+# -------------------------------------------------- divergences and teachers
+
+
+@families
+def test_divergences(device: str, divergence: Divergence) -> None:
+    """Parameters, temperature and weight as tensors that change: one graph, no recompilation, the right numbers."""
+    student, teacher = pair(4, 33, device=device)
+    labels = targets(4, classes=33, device=device)
+    leaf, kind = student.requires_grad_(), type(divergence)
+    numbers = {k: x for k, x in vars(divergence).items() if not isinstance(x, bool)}
+    options, compilations = at(divergence, 2.0), []
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def step(z: Tensor, parameters: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return kd_loss(z, teacher, labels, **{**options, "divergence": kind(**parameters), "kd_weight": weight})
+
+    compiled = graph(step, graphs)
+    for i in range(3):
+        fixed = {k: x / (1 + 0.5 * i) for k, x in numbers.items()}
+        tensors = {k: torch.tensor(x, dtype=torch.float64, device=device) for k, x in fixed.items()}
+        with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
+            loss = compiled(leaf, tensors, torch.tensor(1.0 + i, device=device))
+        compilations.append(graphs.frame_count)
+        check(
+            loss,
+            leaf,
+            kd_truth(student, teacher, labels, **{**options, "divergence": kind(**fixed)}, kd_weight=1.0 + i),
+        )
+    assert compilations == compilations[:1] * 3
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("tail", [*TAILS, "samples"])
+def test_listed_teachers(device: str, tail: str, divergence: str) -> None:
+    if tail == "samples" and divergence == "reverse_kl":
+        return
+    student, logits = pair(3, 4, 33, device=device)
+    labels = targets(3, 4, classes=33, device=device)
+    teacher = samples(logits, 6) if tail == "samples" else top_k(logits, 6, tail, 2.0, padding=1)
+    leaf, options = student.requires_grad_(), {**OPTIONS, "divergence": divergence}
+    check(graph(kd_loss)(leaf, teacher, labels, **options), leaf, kd_truth(student, teacher, labels, **options))
+
+
+# -------------------------------------------------- operators
+
+
 def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
     """Arguments for every operator, dense and strided, with and without what is optional."""
     ops = torch.ops.fusedkd
     cases: dict[str, list[tuple[Any, ...]]] = {}
-    for dtype, strided, some in (
-        (torch.float32, False, True),
-        (torch.bfloat16, True, True),
-        (torch.float16, True, False),
+    for dtype, strided, some, form in (
+        (torch.float32, False, True, Form.FORWARD_KL),
+        (torch.bfloat16, True, True, Form.DKD),
+        (torch.float16, True, False, Form.MIXTURE),
     ):
         student, teacher = (x[:, :-1] if strided else x for x in pair(2, 4, 19, dtype=dtype, device=device))
         n = student.shape[0] * student.shape[1]
         labels = targets(n, classes=19, device=device) if some else None
-        mask = torch.arange(n, device=device) % 3 if some else None
-        options = pack([2.0, 1.5, 4.0, 0.5, 0.7 if some else 0.0, 0.1, 8.0, 0.5, 0.0, 1.0], student.device)
+        mask = torch.arange(n, device=device) % 3 if form == Form.FORWARD_KL else None
+        reals = [2.0, 1.5, 4.0, 0.5, 0.7 if some else 0.0, 0.1, 8.0, 0.5, 0.0, 1.0, 0.5, 0.5, 0.5, 0.0]
+        options = pack(reals + [0.0] * (REALS - len(reals)), student.device)
         normalizers, upstream = pack([n, n], student.device), torch.full((), 0.3, device=device)
-        weights = ops.kd_row_weights(teacher, labels, mask, -100)
-        kd = (teacher, labels, weights, options, normalizers)
-        _, stats, gradient = ops.kd_forward(student, *kd, -100, some, True)
-        cases.setdefault("kd_row_weights", []).append((teacher, labels, mask, -100))
-        cases.setdefault("kd_forward", []).extend((student, *kd, -100, some, g) for g in (True, False))
-        cases.setdefault("kd_forward_", []).append((student.contiguous(), *kd, -100, some))
-        for u in (upstream, torch.rand(n, device=device)):
-            cases.setdefault("kd_backward", []).append((u, student, *kd, stats, -100, some))
-        cases.setdefault("kd_rescale_", []).append((gradient, upstream, student, *kd, stats, -100, some))
+        listed = top_k(teacher, 4, "renormalize", 1.5, padding=1)
+        ids = listed.ids.view(n, 4)
+        for prefix, known in (("kd", (teacher,)), ("topk", (listed.logprobs, ids))):
+            rows = (known[0], ids if prefix == "topk" else None, labels, mask, -100, True)
+            cases.setdefault("kd_row_weights", []).append(rows)
+            weights, _ = ops.kd_row_weights(*rows)
+            flags = -100, form if prefix == "kd" else SparseForm.BUCKET, some, some
+            kd = (*known, labels, weights, options, normalizers)
+            rows, stats, gradient = getattr(ops, f"{prefix}_forward")(student, *kd, *flags, True)
+            cases.setdefault(f"{prefix}_forward", []).extend((student, *kd, *flags, g) for g in (True, False))
+            cases.setdefault(f"{prefix}_forward_", []).append((student.contiguous(), *kd, *flags))
+            for u in (upstream, torch.rand(n, device=device)):
+                cases.setdefault(f"{prefix}_backward", []).append((u, student, *kd, stats, *flags))
+            cases.setdefault(f"{prefix}_rescale_", []).append((gradient, upstream, student, *kd, stats, *flags))
+        cases.setdefault("kd_row_weights", []).append((teacher, None, labels, mask, -100, False))
+        cases.setdefault("kd_terms", []).extend((rows, options, normalizers, x) for x in (True, False))
 
         cosine = (student, teacher, weights if some else None, normalizers[0].clone())
         _, stats, gradient = ops.cosine_forward(*cosine, True)
@@ -215,11 +275,7 @@ def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
     return cases
 
 
-OPERATORS = [f"kd_{x}" for x in ("row_weights", "forward", "forward_", "backward", "rescale_")]
-OPERATORS += [f"cosine_{x}" for x in ("forward", "backward", "rescale_")]
-
-
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(device: str, name: str) -> None:
     for arguments in operator_arguments(device)[name]:
         torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, arguments)

@@ -1,7 +1,8 @@
-"""What is specific to the C++ kernels: instruction sets, the exponential, nothing outside of a row, threads.
+"""What is specific to the C++ kernels: instruction sets, exponential and logarithm, nothing outside of a row, threads.
 
-A plain run uses the best instruction set of the processor; `test_other_instruction_sets` runs this file and those of
-the losses, test_kd_loss.py and test_cosine.py, again with each lower one, which FUSEDKD_ISA asks for.
+A plain run uses the best instruction set of the processor; `test_other_instruction_sets` runs this file, those of the
+losses, test_kd_loss.py and test_cosine.py, and some of test_divergences.py again with each lower one, which FUSEDKD_ISA
+asks for.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import divergences, families
 from torch import Tensor
 from truth import DTYPES, pair, targets
 
-from fusedkd import fallback
+from fusedkd import DKD, JSD, SkewKL, SkewReverseKL, fallback
+from fusedkd.divergences import FINITE_GRADIENT, Divergence, Form, ForwardKL
 from fusedkd.ops import backends
 
 if backends["kd_forward", "CPU"][0] != "C++":
@@ -39,10 +42,16 @@ def isa() -> str:
 
 
 def kd_arguments(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, weights: Tensor | None = None, **values: float
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None = None,
+    divergence: Divergence | None = None,
+    **values: float,
 ) -> tuple[Any, ...]:
     """The arguments of kd_forward up to `gradient`; `values` are entries of `options`, by name."""
-    t = values.get("temperature", 2.0)
+    divergence = ForwardKL() if divergence is None else divergence
+    t = 1.0 if divergence.form == Form.LOGIT_MSE else values.get("temperature", 2.0)
     defaults = {
         "temperature": t,
         "teacher_temperature": t,
@@ -57,10 +66,12 @@ def kd_arguments(
     }
     rows = student.shape[0] * student.shape[1]
     weights = torch.ones(rows) if weights is None else weights
-    options = torch.tensor([*(defaults | values).values()], dtype=torch.float64)
+    coefficients = [float(x) for x in divergence.coefficients()]
+    options = [*(defaults | values | {"temperature": t}).values(), *coefficients, *[0.0] * (6 - len(coefficients))]
     normalizers = torch.tensor([2.0, 3.0], dtype=torch.float64)
     transform = bool({"softcap", "scale", "teacher_softcap", "teacher_scale"} & values.keys())
-    return student, teacher, labels, weights, options, normalizers, -100, transform
+    flags = -100, int(divergence.form), transform, labels is not None
+    return student, teacher, labels, weights, torch.tensor(options, dtype=torch.float64), normalizers, *flags
 
 
 def kd_operators(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -130,9 +141,11 @@ def test_other_instruction_sets(lower: str) -> None:
     if isa() in (lower, "plain"):
         pytest.skip(f"{isa()} is what the processor has")
     here = Path(__file__).parent
+    tests = ["test_cpu_kernels.py", "test_kd_loss.py", "test_cosine.py"]
+    tests += [f"test_divergences.py::test_{name}" for name in ("parameters", "far_apart", "underflow_on_both_sides")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "not wide and not gpu", "-p", "no:cacheprovider"]
-        + [str(here / name) for name in ("test_cpu_kernels.py", "test_kd_loss.py", "test_cosine.py")],
+        + [str(here / name) for name in tests],
         env=os.environ | {"FUSEDKD_ISA": lower},
         cwd=here.parent,
         capture_output=True,
@@ -146,7 +159,7 @@ def test_the_wish_is_obeyed() -> None:
     assert isa() == os.environ["FUSEDKD_ISA"]
 
 
-# -------------------------------------------------- the exponential
+# -------------------------------------------------- exponential and logarithm
 
 
 def two_columns(x: Tensor) -> Tensor:
@@ -173,17 +186,35 @@ def test_exponential(dtype: torch.dtype, least: int, tolerance: float) -> None:
     assert not two_columns(torch.tensor([least - 2.0, -5000.0, -3e38, -INF], dtype=dtype)).any()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str)
+@pytest.mark.parametrize("share", [1e-4, 0.1, 0.5, 0.9])
+def test_logarithm(dtype: torch.dtype, tolerance: float, share: float) -> None:
+    """log(1 + share·(e^−x − 1)) in mixtures of p and q that differ in one column of two, x from 0.01 to 60."""
+    x = torch.logspace(-2, math.log10(60), 20_001, dtype=torch.float64).to(dtype)
+    teacher = torch.stack([torch.zeros_like(x), -x], -1)[None]
+    for divergence in (SkewKL(share), SkewReverseKL(share), JSD(share)):
+        for student, other in ((torch.zeros_like(teacher), teacher), (teacher, torch.zeros_like(teacher))):
+            arguments = kd_arguments(student, other, None, divergence=divergence, temperature=1.0)
+            value = ops.kd_forward(*arguments, False)[0][0]
+            truth = fallback.kd_forward(student.double(), other.double(), *arguments[2:], False)[0][0]
+            noise = 1e-15  # of a definition that subtracts
+            assert (value.double() - truth).abs().sub(noise).div(truth).max() <= tolerance
+
+
+@families
 @dtypes
 @pytest.mark.parametrize("at", [0, 15, 16, 30])
-def test_nan_shows(dtype: torch.dtype, at: int) -> None:
+def test_nan_shows(divergence: Divergence, dtype: torch.dtype, at: int) -> None:
     for bad in (NAN, INF):
         for which in (0, 1):
             operands = pair(1, 3, 31, dtype=dtype)
             operands[which][0, 1, at] = bad
-            rows, _, gradient = ops.kd_forward(*kd_arguments(*operands, torch.tensor([1, 2, 3])), True)
-            assert rows[0].isnan().tolist() == [False, True, False]
+            arguments = kd_arguments(*operands, torch.tensor([1, 2, 3]), divergence=divergence)
+            rows, _, gradient = ops.kd_forward(*arguments, True)
+            if divergence.form != Form.LOGIT_MSE or bad != INF:  # (∞ − v)² is ∞, without a gradient
+                assert rows[0].isnan().tolist() == [False, True, False]
+                assert gradient[0].isnan().any(-1).tolist() == [False, True, False]
             assert rows[1].isnan().tolist() == [False, which == 0, False]
-            assert gradient[0].isnan().any(-1).tolist() == [False, True, False]
 
 
 @dtypes
@@ -196,7 +227,7 @@ def test_minus_infinity(dtype: torch.dtype) -> None:
     student[0, 3] = -INF
     teacher[0, 4] = -INF
     labels = torch.tensor([0, 1, 2, 3, 17])
-    weights = ops.kd_row_weights(teacher, labels, None, -100)
+    weights, _ = ops.kd_row_weights(teacher, None, labels, None, -100, True)
     assert weights.tolist() == [1, 1, 1, 1, 0]
     arguments = kd_arguments(student, teacher, labels, weights)
     rows, _, gradient = ops.kd_forward(*arguments, True)
@@ -230,7 +261,7 @@ def test_kd_operators(dtype: torch.dtype, teacher_dtype: torch.dtype, vocabulary
         student, teacher = pair(2, 2, vocabulary, dtype=dtype, teacher_dtype=teacher_dtype)
         teacher = teacher[..., : max(1, vocabulary - narrower)]
         labels, weights = targets(4, classes=vocabulary, seed=3), torch.tensor([1.0, 0.0, 0.5, 1.0])
-        arguments = kd_arguments(guarded(student), guarded(teacher), labels, weights, **values)
+        arguments = kd_arguments(guarded(student), guarded(teacher), labels, weights, None, **values)
         rows, _, gradient, tripled = kd_operators(arguments)
         exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
@@ -238,6 +269,45 @@ def test_kd_operators(dtype: torch.dtype, teacher_dtype: torch.dtype, vocabulary
         if vocabulary > 1:
             assert_gradient(gradient, exact, 4.0)
             assert_gradient(tripled, 3 * exact, 12.0)
+
+
+@divergences
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_every_divergence(divergence: Divergence, dtype: torch.dtype) -> None:
+    """Forward, backward, rescale, in place, over blocks with an end; test_divergences.py has the numbers."""
+    for vocabulary in (7, 2100):
+        for narrower, values in CASES:
+            student, teacher = pair(2, 2, vocabulary, dtype=dtype, teacher_dtype=torch.float32)
+            teacher = teacher[..., : vocabulary - narrower]
+            labels, weights = targets(4, classes=vocabulary - narrower, seed=3), torch.tensor([1.0, 0.0, 0.0, 1.0])
+            arguments = kd_arguments(guarded(student), guarded(teacher), labels, weights, divergence, **values)
+            rows, stats, gradient, tripled = kd_operators(arguments)
+            exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+            tolerance = 1e-9 if dtype == torch.float64 else 3e-5  # αβ near an end: of the definition
+            torch.testing.assert_close(rows.double(), exact_rows, rtol=tolerance, atol=tolerance / 10)
+            scale = 1 + sum(abs(float(x)) for x in divergence.coefficients())
+            assert_gradient(gradient, exact, 8 * scale)
+            assert_gradient(tripled, 3 * exact, 24 * scale)
+            assert stats[:, 6].isfinite().all()
+
+
+@divergences
+def test_infinite_divergence(divergence: Divergence) -> None:
+    """Without a gradient, of the cross-entropy's beside it, or with a right one."""
+    student, teacher = pair(1, 4, 50)
+    student[0, 1, 3], teacher[0, 2, 3] = -INF, -INF
+    arguments = kd_arguments(student, teacher, torch.tensor([0, 1, 2, -100]), None, divergence)
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0]) if divergence.form == Form.DKD else arguments[3]
+    arguments = (*arguments[:3], weights, *arguments[4:])
+    rows, stats, gradient, _ = kd_operators(arguments)
+    exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+    infinite = exact_rows[0].isinf()
+    assert rows[0].isinf().tolist() == infinite.tolist()
+    if divergence.form not in FINITE_GRADIENT:
+        assert (stats[:, 6] == INF).tolist() == infinite.tolist()
+    for row in range(4):
+        if exact[0, row].any():
+            assert_gradient(gradient[0, row], exact[0, row], 20.0)
 
 
 @pytest.mark.parametrize("width", [1, 7, 31, 768, 4099])
@@ -273,19 +343,22 @@ def test_last_row_ends_at_a_fault(dtype: torch.dtype, vocabulary: int) -> None:
     gradient, zero = before_a_fault(cosine[2]), torch.zeros_like(cosine[0][0])
     ops.cosine_rescale_(gradient, zero, student, teacher, None, normalizer, cosine[1])
     assert not gradient.any()
-    ops.kd_row_weights(teacher, None, None, -100)
+    ops.kd_row_weights(teacher, None, None, None, -100, True)
+    ops.kd_forward(*kd_arguments(student, teacher, None, None, JSD()), True)
+    ops.kd_forward(*kd_arguments(student, teacher, torch.tensor([0, 0, vocabulary - 1]), None, DKD()), True)
     ops.kd_forward_(*kd_arguments(student, teacher, None))
     assert identical(student, expected)
 
 
+@families
 @dtypes
-def test_unselected_rows_are_not_read(dtype: torch.dtype) -> None:
+def test_unselected_rows_are_not_read(divergence: Divergence, dtype: torch.dtype) -> None:
     student, teacher = pair(2, 3, 40, dtype=dtype)
     student[0, 1] = teacher[0, 1] = NAN
     teacher[1, 2] = NAN  # no KD, but a label
     labels, weights = targets(6, classes=40, ignored=None), torch.tensor([1.0, 0, 1, 1, 1, 0])
     labels[1] = -100
-    rows, _, gradient = ops.kd_forward(*kd_arguments(student, teacher, labels, weights), True)
+    rows, _, gradient = ops.kd_forward(*kd_arguments(student, teacher, labels, weights, divergence), True)
     assert rows.isfinite().all()
     assert rows[:, 1].tolist() == [0, 0]
     assert gradient.isfinite().all()
@@ -302,6 +375,11 @@ def test_labels_out_of_range(dtype: torch.dtype) -> None:
     rows, _, gradient = ops.kd_forward(*kd_arguments(student, teacher, labels), True)
     assert rows[1].isnan().tolist() == [True, True, True, False]
     assert gradient[0].any(-1).tolist() == [False, False, False, True]
+    arguments = kd_arguments(student, teacher, labels, None, DKD())
+    for ce in (True, False):
+        rows, _, gradient = ops.kd_forward(*arguments[:-1], ce, True)
+        assert rows[0].isnan().tolist() == [True, True, True, False]
+        assert gradient[0].any(-1).tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("noise", [1.0, 1e-2])
@@ -343,9 +421,36 @@ def test_row_weights(dtype: torch.dtype) -> None:
     mask = torch.tensor([2, 2, 2, 2, 0, 0]).to(dtype)
     weight = 2.0 if dtype.is_floating_point else 1.0
     labels = torch.tensor([0, 1, -100, -100, 4, 5])
-    assert ops.kd_row_weights(teacher, labels, mask, -100).tolist() == [weight, 0, weight, weight, 0, 0]
-    assert ops.kd_row_weights(teacher, labels, None, -100).tolist() == [1, 0, 0, 0, 1, 1]
-    assert ops.kd_row_weights(teacher, None, None, -100).tolist() == [1, 0, 1, 1, 1, 1]
+    some, few = (torch.tensor([0, -1, 1, 2, k]).expand(6, 5).contiguous() for k in (3, -1))
+    for ids, row_labels, row_mask, expected, counts in (
+        (None, labels, mask, [weight, 0, weight, weight, 0, 0], [3 * weight, 4]),
+        (None, labels, None, [1, 0, 0, 0, 1, 1], [3, 4]),
+        (None, None, None, [1, 0, 1, 1, 1, 1], [5, 1]),
+        (torch.full((6, 5), -1), labels, mask, [0] * 6, [1, 4]),
+        (some, None, None, [1, 0, 1, 1, 1, 1], [5, 1]),
+        (few, None, None, [1, 0, 0, 1, 1, 1], [4, 1]),
+    ):
+        for backend in (ops, fallback):
+            found = backend.kd_row_weights(teacher, ids, row_labels, row_mask, -100, True)
+            assert [x.tolist() for x in found] == [expected, counts]
+    nothing = torch.full_like(teacher, NAN)
+    found = ops.kd_row_weights(nothing, None, labels, mask, -100, False)
+    assert [x.tolist() for x in found] == [[0] * 6, [1, 4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_terms(dtype: torch.dtype) -> None:
+    rows = torch.rand(2, 1001, dtype=dtype)
+    for bad in (None, INF, NAN):
+        if bad is not None:
+            rows[0, 3] = bad
+        for kd_weight, ce_weight in ((0.5, 0.7), (0.0, 2.0), (3.0, 0.0)):
+            options = torch.zeros(16, dtype=torch.float64)
+            options[3], options[4] = kd_weight, ce_weight
+            for per_row, normalizers in ((False, [7.0, 3.0]), (True, [1.0, 1.0])):
+                arguments = rows, options, torch.tensor(normalizers, dtype=torch.float64), per_row
+                for actual, expected in zip(ops.kd_terms(*arguments), fallback.kd_terms(*arguments), strict=True):
+                    torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 def test_threads_do_not_matter() -> None:
@@ -354,7 +459,9 @@ def test_threads_do_not_matter() -> None:
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append([*kd_operators(arguments), *ops.cosine_forward(student, teacher, None, arguments[5][0], True)])
+        measured = kd_operators(kd_arguments(student, teacher, arguments[2], None, JSD(0.1)))
+        cosine = ops.cosine_forward(student, teacher, None, arguments[5][0], True)
+        results.append([*kd_operators(arguments), *measured, *cosine])
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -1,4 +1,6 @@
-"""Every CUDA source compiles for Ampere and Hopper with no spill and no stack, and rows move 16 bytes at a time."""
+"""Every CUDA source compiles for Ampere and Hopper with no spill and no stack, and rows move 16 bytes at a time; the
+kernels of kd_cluster.cu by bulk copies, and on Hopper alone.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ def compiled(request, source, tmp_path_factory) -> tuple[str, str]:
     command = ["nvcc", "-std=c++20", "-O3", f"-gencode=arch=compute_{request.param},code=sm_{request.param}", "-cubin"]
     command += ["-Xptxas=-v", "--keep", f"--keep-dir={folder}", "-DUSE_CUDA", f"-o={folder}/kernels.cubin", str(source)]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-isystem={path}" for path in include_paths())]
+    command += ["--split-compile=0"]  # the kernels of a file on all cores
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stderr, (folder / f"{source.stem}.ptx").read_text()
@@ -38,11 +41,16 @@ def test_no_spill_and_no_stack(compiled):
     assert set(frames) == {("0", "0", "0")}, report
 
 
-def test_rows_in_registers_move_16_bytes_at_a_time(compiled):
+def entries_of(ptx: str, kernel: str) -> list[str]:
+    return [entry for entry in re.split(r"\.entry ", ptx)[1:] if re.match(rf"\S*{kernel}", entry)]
+
+
+def test_rows_in_registers_move_16_bytes_at_a_time(source, compiled):
+    if source.name != "cosine.cu":
+        pytest.skip("of cosine.cu")
     _, ptx = compiled
-    entries = re.split(r"\.entry ", ptx)[1:]
     # The last template argument of cosine_kernel is the elements of a load: 1, or 16 bytes of the narrower side.
-    wide = [entry for entry in entries if re.match(r"\S*cosine_kernelI\S+Li[48]EE", entry)]
+    wide = entries_of(ptx, r"cosine_kernelI\S+Li[48]EE")
     assert len(wide) == 9
     for entry in wide:
         loads = re.findall(r"ld\.global\.(v4\.[a-z]?\d+|[a-z]?16)", entry)
@@ -50,3 +58,23 @@ def test_rows_in_registers_move_16_bytes_at_a_time(compiled):
         assert len(loads) >= 8
         assert len(stores) >= 4
         assert all(kind.startswith("v4") for kind in loads + stores)
+
+
+def test_clusters_copy_in_bulk_and_store_16_bytes(source, compiled):
+    if source.name != "kd_cluster.cu":
+        pytest.skip("of kd_cluster.cu")
+    _, ptx = compiled
+    kernels = entries_of(ptx, "kd_cluster_kernelI")
+    assert len(kernels) == 3 * 8  # dtypes; forms, and soft-caps with forward KL
+    for kernel in kernels:
+        copies = kernel.count("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes")
+        if ".target sm_80" in ptx:
+            assert "trap;" in kernel
+            continue
+        assert copies > 0
+        assert "mbarrier.try_wait" in kernel
+        assert "st.shared::cluster" in kernel
+        assert "barrier.cluster.wait.acquire" in kernel
+        assert len(re.findall(r"st\.global\.cs\.v4", kernel)) >= 2
+        assert len(re.findall(r"ld\.shared\.v4", kernel)) + len(re.findall(r"ld\.v4", kernel)) >= 4
+        assert ".local" not in kernel

@@ -4,49 +4,26 @@ against float64, where there is no GPU. Inputs lie in NaN, so that a read past a
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
+import on_host
 import pytest
 import torch
+from on_host import guarded
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths, library_paths
 
 from fusedkd.ops import SCHEMAS
 
-ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(scope="module")
 def ops(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("build") / "cosine_on_host.so"
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-fvisibility=hidden"]
-    command += ["-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-isystem{path}" for path in include_paths())]
-    command += ["-include", str(ROOT / "tests/cuda_on_host.h"), "-x", "c++", str(ROOT / "csrc/cosine.cu"), "-x", "none"]
-    command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-o", str(library)]
-    subprocess.run(command, check=True)
-    definitions = torch.library.Library("fusedkd_on_host", "DEF")
+    definitions = torch.library.Library("fusedkd_on_host", "FRAGMENT")
     for name, schema in SCHEMAS.items():
         if name.startswith("cosine"):
             definitions.define(name + schema)
-    torch.ops.load_library(library)
+    on_host.load("cosine.cu", tmp_path_factory.mktemp("build"))
     yield torch.ops.fusedkd_on_host
     del definitions
-
-
-def guarded(values: Tensor, dtype: torch.dtype, offset: int = 0, gap: int = 0) -> Tensor:
-    """The values (B, L, H) as a strided view into NaN: rows `gap` elements apart, starting `offset` past 16 bytes."""
-    b, length, h = values.shape
-    stride = h + gap
-    buffer = torch.full(((b * (length + 1) + 1) * stride + offset + 64,), torch.nan, dtype=dtype)
-    view = buffer.as_strided((b, length, h), ((length + 1) * stride, stride, 1), 32 + offset)
-    return view.copy_(values)
 
 
 def truth(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -271,22 +271,5 @@ def test_several_teachers(device: str, dtype: torch.dtype, reduction: str, teach
     second, third = (pair(3, 4, V, dtype=dtype, device=device, seed=s, teacher_columns=V + 3)[1] for s in (5, 6))
     teachers = [first, TeacherLogits(second, softcap=8.0), third]
     labels = targets(3, 4, classes=V, device=device)
-    weights = teacher_weights or [1 / 3] * 3
-    options = {"temperature": 2.0, "reduction": reduction}
-    parts = [kd_truth(student, t, labels, kd_weight=0.5 * w, **options) for t, w in zip(teachers, weights, strict=True)]
-    parts.append(kd_truth(student, first, labels, kd_weight=0.0, ce_weight=0.7, **options))
-    loss = parts[0].loss
-    for part in parts[1:]:
-        loss = loss.plus(part.loss)
-    truth = parts[0]._replace(
-        loss=loss, gradient=sum(p.gradient for p in parts), subtracted=sum(p.subtracted for p in parts)
-    )
-
-    leaf = student.clone().requires_grad_()
-    arguments = {"kd_weight": 0.5, "ce_weight": 0.7, "teacher_weights": teacher_weights, **options}
-    actual, terms = kd_loss(leaf, teachers, labels, return_terms=True, **arguments)
-    assert_value(actual, truth.loss)
-    assert_value(terms.kd, (parts[0].kd * weights[0]).plus(parts[1].kd * weights[1]).plus(parts[2].kd * weights[2]))
-    assert_value(terms.ce, parts[3].ce)
-    actual.sum().backward()
-    assert_gradient(leaf.grad, truth)
+    check_kd(student, teachers, labels, teacher_weights=teacher_weights, reduction=reduction, **BOTH)
+    check_kd(student, teachers, labels, teacher_weights=teacher_weights, reduction=reduction, temperature=2.0)

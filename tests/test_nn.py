@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from families import top_k
 from torch import Tensor, nn
 from truth import check_cosine, check_kd, pair, targets
 
 import fusedkd
+from fusedkd import JSD
+from fusedkd.divergences import FAMILIES
 from fusedkd.nn import CosineHiddenLoss, DistilBertLoss, KDLoss
 
 B, L, V, H = 4, 9, 61, 24
@@ -147,6 +150,12 @@ def test_kd_loss_module(device: str) -> None:
     assert summed > module(student, teacher, labels)
     assert terms.ce > 0
     assert "temperature=2.0" in repr(module)
+    jsd = check_kd(student, teacher, labels, temperature=2.0, divergence=JSD(0.3)).loss.value
+    module = KDLoss(temperature=2.0, divergence=JSD(0.3))
+    torch.testing.assert_close(module(student, teacher, labels).double().cpu(), jsd, rtol=1e-5, atol=0)
+    assert "divergence=JSD(beta=0.3)" in repr(module)
+    listed = check_kd(student, top_k(teacher, 5, "bucket"), labels).loss.value
+    torch.testing.assert_close(KDLoss()(student, top_k(teacher, 5, "bucket"), labels).double().cpu(), listed)
     with pytest.raises(TypeError, match="temprature"):
         KDLoss(temprature=2.0)
 
@@ -164,3 +173,5 @@ def test_cosine_module(device: str) -> None:
 
 def test_public_names() -> None:
     assert {"kd_loss", "cosine_hidden_loss", "KDTerms", "TeacherLogits", "nn", "ops"} <= set(fusedkd.__all__)
+    assert {"TeacherTopK", "TeacherSamples", "Divergence"} <= set(fusedkd.__all__)
+    assert {family.__name__ for family in FAMILIES.values()} <= set(fusedkd.__all__)

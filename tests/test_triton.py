@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: `triton_operators.py`, run by Triton's interpreter.
+"""The Triton kernels without a GPU: `triton_operators.py` and `triton_launches.py`, run by Triton's interpreter.
 
 Triton decides when it is imported whether it interprets, hence a process of its own.
 """
@@ -15,9 +15,9 @@ import pytest
 
 def test_operators_under_the_interpreter() -> None:
     pytest.importorskip("triton")
-    operators = Path(__file__).with_name("triton_operators.py")
+    files = [str(Path(__file__).with_name(name)) for name in ("triton_operators.py", "triton_launches.py")]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", str(operators)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -20,21 +20,46 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
+from fusedkd.divergences import Form  # noqa: E402
 from fusedkd.kernels import kd  # noqa: E402
+from fusedkd.kernels.choice import RESIDENT_REGISTERS, layout  # noqa: E402
+from fusedkd.kernels.divergences import MEASURED  # noqa: E402
+from fusedkd.kernels.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)]
+NVIDIA = SM80, SM90, SM100 = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)]
 AMD = GPUTarget("hip", "gfx942", 64)
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 BF16, FP32, FP64 = NAMES
 STRUCTURE = {
+    "FORM": Form.FORWARD_KL,
+    "CE": True,
     "TRANSFORM": False,
     "SURPLUS": False,
     "RESCALE": False,
+    "RESIDENT": False,
+    "SPLIT": False,
+    "STAGE": WHOLE,
     "TEACHER_IN_PHASE": True,
     "GRADIENT_IN_PHASE": True,
 }
-FORWARD, BACKWARD = {"upstream": None}, {"rows": None}
+FORWARD, BACKWARD = {"upstream": None, "partials": None}, {"rows": None, "partials": None}
+EVERYTHING = {"TRANSFORM": True, "SURPLUS": True}
+OUT_OF_PHASE = {"TEACHER_IN_PHASE": False, "GRADIENT_IN_PHASE": False}
+RESIDENT = FORWARD | {"RESIDENT": True}
+STAGES = [
+    {"SPLIT": True, "STAGE": STATISTICS, "rows": None, "gradient": None, "upstream": None},
+    {"SPLIT": True, "STAGE": VALUES, "rows": None, "upstream": None},
+    {"SPLIT": True, "STAGE": FINISH, "upstream": None},
+]
+FORMS = [form for form in Form if form != Form.FORWARD_KL]
+
+
+def describe(x: Any) -> str | None:
+    """For test ids."""
+    if isinstance(x, Form):
+        return x.name.lower().replace("_", " ")
+    return f"sm_{x.arch}" if isinstance(x, GPUTarget) else str(x)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,13 +72,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **structure: Any) -> CompiledKernel:
     constants = STRUCTURE | structure
-    in_phase = constants["TEACHER_IN_PHASE"] and constants["GRADIENT_IN_PHASE"]
-    options = kd.block_options(student, 50257, in_phase, target.backend == "hip")
+    constants |= {key: int(getattr(constants[key], "value", constants[key])) for key in ("FORM", "STAGE")}
+    constants["MEASURED"] = constants["FORM"] in MEASURED
+    options = layout(
+        student,
+        4096 if constants["RESIDENT"] else 50257,
+        constants["FORM"],
+        resident=constants["RESIDENT"],
+        transform=constants["TRANSFORM"],
+        in_phase=constants["TEACHER_IN_PHASE"] and constants["GRADIENT_IN_PHASE"],
+        hip=target.backend == "hip",
+    )
     constants |= {key: options.pop(key) for key in ("BLOCK", "GROUP")}
     real = f"*{'fp64' if student == FP64 else 'fp32'}"
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "options": "*fp64", "normalizers": "*fp64"}
-    types |= {"upstream": real, "rows": real, "stats": real}
+    types |= {"upstream": real, "rows": real, "stats": real, "partials": real}
     return _compile(kd.kd_kernel, target, types, constants, options)
 
 
@@ -81,84 +115,141 @@ def bits(ptx: str, kind: str, hint: str) -> list[int]:
     return sorted((int(lanes or 1) * int(width) for lanes, width in found), reverse=True)
 
 
+def does_not_spill(kernel: CompiledKernel, tmp_path: Path) -> int:
+    """And the registers it takes."""
+    if kernel.metadata.target.backend == "cuda":
+        use = resources(kernel, tmp_path)
+        assert use["STACK"] == use["LOCAL"] == 0
+        return use["REG"]
+    # Scalar registers are spilled to vector registers, not to memory.
+    spilled = re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"])
+    assert spilled == ["0", "0"]
+    return 0
+
+
 # Per access: whole vectors in the loop over the body of a row, then single columns at its two ends.
-@pytest.mark.parametrize("target", NVIDIA, ids=lambda t: f"sm_{t.arch}")
 @pytest.mark.parametrize(
-    ("student", "teacher", "reads", "writes"),
+    ("target", "student", "teacher", "reads", "writes"),
     [
-        (BF16, BF16, [128, 128, 16, 16], [128, 16]),
-        (FP32, FP32, [128, 128, 128, 128, 32, 32], [128, 128, 32]),
-        (FP32, BF16, [128, 128, 64, 64, 32, 16], [128, 128, 32]),  # a thread's four columns, whatever their dtype
+        *((target, BF16, BF16, [128, 128, 16, 16], [128, 16]) for target in NVIDIA),
+        (SM90, FP32, FP32, [128, 128, 128, 128, 32, 32], [128, 128, 32]),
+        (SM90, FP32, BF16, [128, 128, 64, 64, 32, 16], [128, 128, 32]),  # a thread's columns, whatever their dtype
     ],
-    ids=["bf16", "fp32", "fp32-bf16"],
+    ids=describe,
 )
 def test_accesses_are_wide(
     target: GPUTarget, student: Any, teacher: Any, reads: list, writes: list, tmp_path: Path
 ) -> None:
     kernel = compiled(target, student, teacher, **FORWARD)
     ptx = kernel.asm["ptx"]
-    assert bits(ptx, "ld", "evict_last") == reads, "first pass"
-    assert bits(ptx, "ld", "evict_first") == reads, "second pass"
+    assert bits(ptx, "ld", "evict_last") == reads, "first sweep"
+    assert bits(ptx, "ld", "evict_first") == reads, "second sweep"
     assert bits(ptx, "st", "evict_first") == writes
-    use = resources(kernel, tmp_path)
-    assert use["STACK"] == use["LOCAL"] == 0
-    assert use["REG"] <= 64, "two blocks of 16 warps no longer fit"
+    assert does_not_spill(kernel, tmp_path) <= 64, "two blocks of 16 warps no longer fit"
 
 
+@pytest.mark.parametrize("form", FORMS, ids=describe)
+def test_forms(form: Form, tmp_path: Path) -> None:
+    kernel = compiled(SM90, BF16, BF16, FORM=form, **FORWARD)
+    ptx = kernel.asm["ptx"]
+    sweeps = 3 if form in MEASURED else 2
+    assert bits(ptx, "ld", "evict_last") == [128] * 2 * (sweeps - 1) + [16] * 2 * (sweeps - 1)
+    assert bits(ptx, "ld", "evict_first") == [128, 128, 16, 16]
+    assert bits(ptx, "st", "evict_first") == [128, 16]
+    registers = does_not_spill(kernel, tmp_path)
+    assert registers * kernel.metadata.num_warps * 32 <= 65536 // 2, "two programs on a processor"
+
+
+@pytest.mark.parametrize("form", [Form.FORWARD_KL, Form.TOTAL_VARIATION, Form.MIXTURE, Form.DKD], ids=describe)
+def test_resident_rows_are_read_once(form: Form, tmp_path: Path) -> None:
+    kernel = compiled(SM90, BF16, BF16, FORM=form, **RESIDENT)
+    assert bits(kernel.asm["ptx"], "ld", "evict_first") == [128, 128, 16, 16]
+    assert not bits(kernel.asm["ptx"], "ld", "evict_last")
+    assert bits(kernel.asm["ptx"], "st", "evict_first") == [128, 16]
+    assert does_not_spill(kernel, tmp_path) <= (64 if form in RESIDENT_REGISTERS else 128)
+
+
+# Everything at once, and each kernel of the others that is not the above
 VARIANTS = {
-    "backward": BACKWARD,
-    "KD alone": FORWARD | {"labels": None},
-    "without gradient": FORWARD | {"gradient": None},
-    "everything": FORWARD | {"TRANSFORM": True, "SURPLUS": True, "TEACHER_IN_PHASE": False, "GRADIENT_IN_PHASE": False},
-    "rescale, everything": BACKWARD | {"TRANSFORM": True, "SURPLUS": True, "RESCALE": True},
+    "backward": (SM90, BACKWARD),
+    "without gradient": (SM100, FORWARD | {"gradient": None}),
+    "rescale, everything": (SM90, BACKWARD | EVERYTHING | {"RESCALE": True}),
+    "out of phase, everything": (SM90, FORWARD | EVERYTHING | OUT_OF_PHASE),
+    "resident, everything": (SM100, RESIDENT | EVERYTHING),
+    "resident mixture": (SM100, RESIDENT | {"FORM": Form.MIXTURE}),
+    "resident jeffreys, everything": (SM80, RESIDENT | EVERYTHING | {"FORM": Form.JEFFREYS}),
 }
+for _form, _target in ((Form.JEFFREYS, SM90), (Form.MIXTURE, SM100), (Form.DKD, SM80)):
+    VARIANTS[f"{describe(_form)}, everything"] = _target, FORWARD | EVERYTHING | {"FORM": _form}
+for _stage, _form in zip(STAGES, (Form.FORWARD_KL, Form.FORWARD_KL, Form.MIXTURE), strict=True):
+    VARIANTS[f"{describe(_form)}, stage {_stage['STAGE'].value}"] = SM90, _stage | {"FORM": _form}
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize("target", NVIDIA, ids=lambda t: f"sm_{t.arch}")
+@pytest.mark.parametrize(("target", "variant"), VARIANTS.values(), ids=VARIANTS.keys())
 def test_nothing_spills(target: GPUTarget, variant: dict[str, Any], tmp_path: Path) -> None:
-    use = resources(compiled(target, BF16, BF16, **variant), tmp_path)
-    assert use["STACK"] == use["LOCAL"] == 0
+    does_not_spill(compiled(target, BF16, BF16, **variant), tmp_path)
 
 
 def test_float64_does_not_spill(tmp_path: Path) -> None:
-    use = resources(compiled(NVIDIA[1], FP64, FP64, **FORWARD), tmp_path)
-    assert use["STACK"] == use["LOCAL"] == 0
+    does_not_spill(compiled(SM90, FP64, FP64, **FORWARD), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "variant", [FORWARD, BACKWARD, VARIANTS["everything"]], ids=["forward", "backward", "everything"]
+    ("student", "teacher", "variant"),
+    [
+        (BF16, BF16, FORWARD),
+        (BF16, BF16, BACKWARD),
+        (FP32, BF16, FORWARD | EVERYTHING | OUT_OF_PHASE),
+        (BF16, BF16, FORWARD | {"FORM": Form.MIXTURE}),
+        (BF16, BF16, RESIDENT),
+    ],
+    ids=["forward", "backward", "everything", "mixture", "resident"],
 )
-@pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP32, FP32), (FP32, BF16)], ids=str)
-def test_amd(dtypes: tuple[torch.dtype, torch.dtype], variant: dict[str, Any]) -> None:
-    assembly = compiled(AMD, *dtypes, **variant).asm["amdgcn"]
-    spilled = re.findall(r"(?:[sv]gpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly)
-    assert len(spilled) == 3
-    assert set(spilled) == {"0"}
-    assert "global_load_dwordx4" in assembly
+def test_amd(student: Any, teacher: Any, variant: dict[str, Any], tmp_path: Path) -> None:
+    kernel = compiled(AMD, student, teacher, **variant)
+    does_not_spill(kernel, tmp_path)
+    assert "global_load_dwordx4" in kernel.asm["amdgcn"]
     if variant.get("GRADIENT_IN_PHASE", True):
-        assert "global_store_dwordx4" in assembly
+        assert "global_store_dwordx4" in kernel.asm["amdgcn"]
 
 
-def test_a_row_that_starts_elsewhere_than_the_student(tmp_path: Path) -> None:
+def test_a_row_that_starts_elsewhere_than_the_student() -> None:
     """Only the side out of step pays with narrow accesses."""
-    ptx = compiled(NVIDIA[1], BF16, BF16, **FORWARD, TEACHER_IN_PHASE=False).asm["ptx"]
+    ptx = compiled(SM90, BF16, BF16, **FORWARD, TEACHER_IN_PHASE=False).asm["ptx"]
     assert bits(ptx, "ld", "evict_last") == [128] + [16] * 10
     assert bits(ptx, "st", "evict_first") == [128, 16]
 
 
-@pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=lambda t: str(t.arch))
-def test_row_weights(target: GPUTarget, tmp_path: Path) -> None:
-    pointers = {"teacher": "*bf16", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"}
-    kernel = _compile(kd.kd_row_weights_kernel, target, pointers, {"BLOCK": 128}, {"num_warps": 1})
-    if target is not AMD:
-        assert resources(kernel, tmp_path)["STACK"] == 0
+SMALL = {
+    "weights": (
+        kd.kd_row_weights_kernel,
+        {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"},
+        {"BLOCK": 128},
+    ),
+    "counts": (
+        kd.kd_counts_kernel,
+        {"weights": "*fp32", "labels": "*i64", "counts": "*fp64"},
+        {"SUM": True, "BLOCK": 8192},
+    ),
+    "terms": (
+        kd.kd_terms_kernel,
+        {name: "*fp32" for name in ("rows", "loss", "kd", "ce")} | {"options": "*fp64", "normalizers": "*fp64"},
+        {"PER_ROW": False, "BLOCK": 2048},
+    ),
+}
 
 
-@pytest.mark.parametrize("kernel", [kd.kd_kernel, kd.kd_row_weights_kernel], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("target", [SM90, AMD], ids=describe)
+@pytest.mark.parametrize(("kernel", "pointers", "constants"), SMALL.values(), ids=SMALL.keys())
+def test_small_kernels(kernel: Any, pointers: dict, constants: dict, target: GPUTarget, tmp_path: Path) -> None:
+    warps = 1 if kernel is kd.kd_row_weights_kernel else 16
+    does_not_spill(_compile(kernel, target, pointers, dict(constants), {"num_warps": warps}), tmp_path)
+
+
+@pytest.mark.parametrize("kernel", [kd.kd_kernel, *(x[0] for x in SMALL.values())], ids=lambda k: k.__name__)
 def test_one_binary_serves_every_shape(kernel: Any) -> None:
-    pointers = {"student", "teacher", "labels", "kd_mask", "weights", "options", "normalizers"}
-    pointers |= {"upstream", "rows", "stats", "gradient"}
+    pointers = {"student", "teacher", "labels", "kd_mask", "weights", "options", "normalizers", "ids", "counts"}
+    pointers |= {"upstream", "rows", "stats", "gradient", "partials", "loss", "kd", "ce"}
     integers = [p for p in kernel.params if not p.is_constexpr and p.name not in pointers]
     assert integers
     assert all(p.do_not_specialize for p in integers)

@@ -25,20 +25,49 @@ def reciprocal_or_zero(total):
 @triton.jit
 def log(x):
     """log x. The hardware's float32 logarithm is good to 2⁻²² absolute, no more, about 1, where that of a sure
-    prediction lies: there, 2·artanh((x − 1)/(x + 1)) as a series.
+    prediction lies: there, 2·artanh((x − 1)/(x + 1)).
     """
     y = tl.log(x)
     if x.dtype == tl.float32:
-        r = (x - 1.0) / (x + 1.0)
-        u = r * r
-        t = 0.13333333 * u + 0.15384615
-        t = t * u + 0.18181818
-        t = t * u + 0.22222222
-        t = t * u + 0.28571429
-        t = t * u + 0.4
-        t = t * u + 0.66666667
-        y = tl.where((x > 0.5) & (x < 2), 2.0 * r + r * u * t, y)
+        y = tl.where((x > 0.5) & (x < 2), _twice_artanh((x - 1.0) / (x + 1.0)), y)
     return y
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > −1, to a relative 4e-7, 1e-7 near 0. At −1: −∞."""
+    u = 1.0 + x
+    if x.dtype == tl.float32:
+        y = tl.where((x > -0.5) & (x < 1), _twice_artanh(x / (2.0 + x)), tl.log(u))
+    else:  # what u lost of x, put right in first order (Higham, Accuracy and Stability, §1.14.1)
+        y = tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1.0)))
+        y = tl.where((u == 0) | (u == INFINITY), tl.log(u), y)
+    return y
+
+
+@triton.jit
+def _twice_artanh(r):
+    """2·artanh r for |r| < 1/3, float32."""
+    u = r * r
+    t = 0.13333333 * u + 0.15384615
+    t = t * u + 0.18181818
+    t = t * u + 0.22222222
+    t = t * u + 0.28571429
+    t = t * u + 0.4
+    t = t * u + 0.66666667
+    return 2.0 * r + r * u * t
+
+
+@triton.jit
+def expm1(x):
+    """e^x − 1, to a relative 1e-7 near 0, where e^x − 1 would lose everything; elsewhere to that of exp2."""
+    return tl.where(tl.abs(x) < 0.5, x + x * x * divergence_factor(-x), tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log_sigmoid(x):
+    """−log(1 + e^−x), ±∞ included."""
+    return tl.where(x < 0, x, 0.0) - log1p(tl.exp2(-tl.abs(x) * LOG2E))
 
 
 @triton.jit

@@ -12,6 +12,10 @@ from fusedkd.kernels.math import INFINITY, LOG2E, cap_and_scale, exp_at_one, fin
 UNIT = tl.constexpr(16)
 """Columns. Block loops start on a multiple of it, counted from a 16-byte aligned address, wherever the row starts."""
 
+PARTIALS = tl.constexpr(10)
+"""What each part of a split row leaves: the six statistics, D, W, Σ(z − max), and once the label's logit."""
+MAX_PARTS = tl.constexpr(64)
+
 
 @triton.jit
 def columns(i_block, phase, head, body, V, ENDS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
@@ -42,6 +46,32 @@ def logits(p_row, o, m, cap, scale, A: tl.constexpr, TRANSFORM: tl.constexpr, PO
 
 
 @triton.jit
+def pair(
+    i_block,
+    places,
+    transforms,
+    A: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    POLICY: tl.constexpr,
+    ENDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A block of both sides: offsets, mask, teacher and student as `logits` gives them, and the student's derivative.
+
+    Each side's logits end at `stop`, and in the body at `edge`, a whole number of vectors: 0 for a side not to be read.
+    """
+    p_teacher, p_student, phase, head, body, V, stop_t, edge_t, stop_s, edge_s = places
+    cap_t, scale_t, cap_s, scale_s = transforms
+    o, m = columns(i_block, phase, head, body, V, ENDS, BLOCK, GROUP)
+    m_t = m & (o < (stop_t if ENDS else edge_t))
+    m_s = m & (o < (stop_s if ENDS else edge_s))
+    b_t = logits(p_teacher, o, m_t, cap_t, scale_t, A, TRANSFORM, POLICY)[0]
+    b_s, b_slope = logits(p_student, o, m_s, cap_s, scale_s, A, TRANSFORM, POLICY)
+    return o, m, b_t, b_s, b_slope
+
+
+@triton.jit
 def accumulate(top, total, total_1, b, k, power, AT_ONE: tl.constexpr):
     """Take a block [G, n] into the running state of G groups: maximum, Σ e^{(b − max)/T}, and Σ e^{b − max}."""
     new = tl.maximum(top, tl.max(b, 1))
@@ -64,6 +94,51 @@ def merge(top, total, total_1, k):
     total = tl.sum(total * tl.exp2(shift * k), 0, keep_dims=True)
     total_1 = tl.sum(total_1 * tl.exp2(shift * LOG2E), 0, keep_dims=True)
     return new, total, total_1
+
+
+@triton.jit
+def put(p_state, stride, state):
+    """Six statistics: maximum and sum of student, teacher, and student at T = 1."""
+    for i in tl.static_range(6):
+        tl.store(p_state + i * stride, state[i])
+
+
+@triton.jit
+def take(p_state):
+    return (
+        tl.load(p_state),
+        tl.load(p_state + 1),
+        tl.load(p_state + 2),
+        tl.load(p_state + 3),
+        tl.load(p_state + 4),
+        tl.load(p_state + 5),
+    )
+
+
+@triton.jit
+def share(n, part, parts, SPLIT: tl.constexpr):
+    """The blocks of n that fall to a part of the row: the first, and how many."""
+    first = 0
+    if SPLIT:
+        each = tl.cdiv(n, parts)
+        first = part * each
+        n = tl.maximum(tl.minimum(each, n - first), 0)
+    return first, n
+
+
+@triton.jit
+def merged(p_tops, parts, k):
+    """Maximum and Σ e^{(x − max)/T} of the whole row from those of its parts, [parts] each, one after the other."""
+    i = tl.arange(0, MAX_PARTS)
+    tops = tl.load(p_tops + i, i < parts, other=-INFINITY)
+    top = tl.max(tops, 0)
+    return top, tl.sum(tl.load(p_tops + parts + i, i < parts, other=0.0) * tl.exp2((tops - finite_or_zero(top)) * k), 0)
+
+
+@triton.jit
+def total(p_sums, parts):
+    i = tl.arange(0, MAX_PARTS)
+    return tl.sum(tl.load(p_sums + i, i < parts, other=0.0), 0)
 
 
 def aligned(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

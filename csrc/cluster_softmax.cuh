@@ -1,0 +1,104 @@
+// Softmax statistics of rows, and sums, over the threads of a cluster. Included inside the namespace.
+#ifndef FUSEDKD_CLUSTER_SOFTMAX
+#define FUSEDKD_CLUSTER_SOFTMAX
+
+// Sums of exponentials are taken relative to 2^M, M = m·k rounded, k = log2(e)/T: exp2(x·k − M) is one FMA and one
+// exponential, and exact where x − m is.
+
+// add(i, e^x) for W columns, given e = 2^(x·k) and `power`, which is T where T is 1, 2 or 4. The branches are uniform,
+// and each does all that there is to do, lest it be computed and thrown away.
+template <int W, typename Add>
+INLINE void at_one(const float (&e)[W], const float (&x)[W], float M_1, int power, const Add& add) {
+  if (power == 1) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) add(i, e[i]);
+  } else if (power == 2) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) add(i, e[i] * e[i]);
+  } else if (power == 4) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) add(i, (e[i] * e[i]) * (e[i] * e[i]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < W; ++i) add(i, exp2_of(fma(x[i], LOG2E, -M_1)));
+  }
+}
+
+// The maximum m of the columns seen so far, l = Σ 2^(x·k − M), and l_1, the same at T = 1; at power 1 it is l.
+struct Softmax {
+  float m = -INFINITE<float>, M = m, l = 0, l_1 = 0;
+
+  template <int W>
+  INLINE void add(const float (&x)[W], float k, int power, bool with_one) {
+    float top = x[0];
+#pragma unroll
+    for (int i = 1; i < W; ++i) top = max(top, x[i]);
+    if (top > m) {
+      const float risen = product(top, k);
+      l *= exp2_of(M - risen), l_1 *= exp2_of(product(m, LOG2E) - product(top, LOG2E));
+      m = top, M = risen;
+    }
+    const float from = finite_or_zero(M);
+    float e[W];
+#pragma unroll
+    for (int i = 0; i < W; ++i) e[i] = exp2_of(fma(x[i], k, -from)), l += e[i];
+    if (with_one && power != 1) {
+      at_one(e, x, product(finite_or_zero(m), LOG2E), power, [&](int, float one) { l_1 += one; });
+    }
+  }
+};
+
+// 2^(±(m·k − M)): from sums relative to e^(m/T), as they are stored, to sums relative to 2^M, or back.
+INLINE float beyond(float m, float k, float sign) {
+  const float base = finite_or_zero(m);
+  return exp2_of(sign * fma(base, k, -product(base, k)));
+}
+
+// Over the lanes of a warp, the same bits in all of them.
+template <typename Combine>
+INLINE float over_lanes(float x, const Combine& combine) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x = combine(x, __shfl_xor_sync(~0u, x, lane));
+  return x;
+}
+INLINE float sum_over_lanes(float x) {
+  return over_lanes(x, [](float a, float b) { return a + b; });
+}
+// Brings sums relative to maxima of their own to the maximum of all lanes, and adds them.
+INLINE float merge_over_lanes(float& m, float l, float k) {
+  const float own = m;
+  m = over_lanes(m, [](float a, float b) { return max(a, b); });
+  return sum_over_lanes(l * exp2_of(product(own, k) - product(finite_or_zero(m), k)));
+}
+
+// What a thread knows of all threads of the cluster after merge(), called on each K values by whole warps, first over
+// the lanes, then over the warps, then over the blocks. `inbox`: [ranks][K]. Nobody reads what was there before.
+template <int K, typename Merge>
+INLINE void over_cluster(float (&values)[K], const float (&none)[K], const Merge& merge, float* scratch, float* inbox,
+                         bool& met) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
+  merge(values);
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) scratch[warp * K + k] = values[k];
+  }
+  if (!met) cluster_wait(), met = true;  // all blocks run, so that their memory can be written to
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) values[k] = lane < kWarps ? scratch[lane * K + k] : none[k];
+    merge(values);
+    if (lane < ranks) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) send(&inbox[rank * K + k], lane, values[k]);
+    }
+  }
+  cluster_arrive();
+  cluster_wait();
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = lane < ranks ? inbox[lane * K + k] : none[k];
+  merge(values);
+}
+
+#endif

@@ -1,0 +1,151 @@
+// The operator of kd_loss on Hopper GPUs: how many blocks share a row, and which kernel of kd_cluster_kernel.cuh runs.
+// Its arguments: fusedkd/ops.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <type_traits>
+
+#include "cluster.cuh"
+#include "launch.cuh"
+
+namespace fusedkd {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+#ifndef FUSEDKD_CLUSTER_THREADS  // the tests on the CPU take fewer
+#define FUSEDKD_CLUSTER_THREADS 192
+#endif
+constexpr int kThreads = FUSEDKD_CLUSTER_THREADS, kWarps = kThreads / 32;
+constexpr int kResident = 3;   // blocks of an SM, if their columns fit: one's copies hide behind the others' work
+constexpr int kMaxRanks = 16;  // blocks of a cluster; not every GPU has more than 8
+constexpr int kState = 7, kSums = 3;  // floats that blocks tell each other: softmax statistics; D, W, Σ (z − m)
+
+// In this order: each builds on those before it.
+#include "scalar.cuh"
+#include "divergences.h"
+#include "cluster_row.cuh"
+#include "cluster_softmax.cuh"
+#include "kd_cluster_kernel.cuh"
+
+template <typename T>
+T* data_of(const Tensor& tensor, const Tensor& student, int64_t count, const char* name) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count && tensor.device() == student.device(),
+                  "fusedkd: ", name, " must be contiguous, of ", count, " elements, on the student's device");
+  return tensor.mutable_data_ptr<T>();
+}
+
+// Bytes that one block of `ranks` needs for rows of `columns`.
+template <typename S>
+int shared_bytes(int columns, int ranks) {
+  constexpr int W = 16 / sizeof(S);
+  const int share = per_block(columns / W, ranks) * W;
+  return columns_at(ranks) + 2 * held_bytes(share * sizeof(S));
+}
+
+// Blocks per row: three of them fit into an SM (two or one only if that takes more than 16), and few rows spread over
+// all SMs.
+template <typename S>
+int choose_ranks(int columns, int64_t count, const Multiprocessors& sm) {
+  int ranks = 1;
+  while (ranks < kMaxRanks && kResident * (shared_bytes<S>(columns, ranks) + sm.reserved) > sm.shared) ranks *= 2;
+  while (ranks < 8 && count * ranks < 2 * sm.count && columns > 2048 * ranks) ranks *= 2;
+  return ranks;
+}
+
+template <typename F, bool kTransform, typename S>
+void run(const Arguments<S>& p, const Tensor& where) {
+  const Multiprocessors sm = multiprocessors(where);
+  const int ranks = choose_ranks<S>(p.columns, p.count, sm), bytes = shared_bytes<S>(p.columns, ranks);
+  STD_TORCH_CHECK(bytes <= sm.shared_per_block, "fusedkd: rows of ", p.columns, " columns do not fit into a cluster");
+  STD_TORCH_CHECK(p.count <= 0x7fffffff / ranks, "fusedkd: too many rows: ", p.count);
+  launch_clusters(kd_cluster_kernel<F, S, kTransform>, p.count, ranks, kThreads, bytes, where, p);
+}
+
+// Soft-caps come with forward KL alone: twice as many kernels would compile for twice as long.
+template <typename S>
+void run(Form form, bool transform, const Arguments<S>& p, const Tensor& where) {
+  STD_TORCH_CHECK(!transform || form == Form::forward_kl, "fusedkd: kd_cluster soft-caps for forward KL alone");
+  switch (form) {
+    case Form::forward_kl:
+      return transform ? run<ForwardKL<float>, true>(p, where) : run<ForwardKL<float>, false>(p, where);
+    case Form::jeffreys: return run<Jeffreys<float>, false>(p, where);
+    case Form::mixture: return run<Mixture<float>, false>(p, where);
+    case Form::alpha_beta: return run<AlphaBeta<float>, false>(p, where);
+    case Form::total_variation: return run<TotalVariation<float>, false>(p, where);
+    case Form::logit_mse: return run<LogitMSE<float>, false>(p, where);
+    case Form::dkd: return run<DKD<float>, false>(p, where);
+  }
+  STD_TORCH_CHECK(false, "fusedkd: unknown form ", int(form));
+}
+
+template <typename Use>
+void with_type(ScalarType type, const Use& use) {
+  switch (type) {
+    case ScalarType::BFloat16: return use(BFloat16{});
+    case ScalarType::Half: return use(Half{});
+    case ScalarType::Float: return use(float{});
+    default: STD_TORCH_CHECK(false, "fusedkd: kd_cluster takes bfloat16, float16 and float32");
+  }
+}
+
+void kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
+                const Tensor& options, const Tensor& normalizers, const Optional& upstream, const Optional& rows,
+                const Tensor& stats, const Optional& gradient, int64_t ignore_index, int64_t form, bool transform,
+                bool ce, bool rescale) {
+  for (const Tensor* logits : {&student, &teacher, gradient ? &*gradient : &student}) {
+    STD_TORCH_CHECK(logits->dim() == 3 && (logits->size(2) <= 1 || logits->stride(2) == 1) &&
+                        logits->size(0) == student.size(0) && logits->size(1) == student.size(1) &&
+                        logits->scalar_type() == student.scalar_type() && logits->device() == student.device(),
+                    "fusedkd: logits must be [B, L, columns] of one type, with a contiguous last dimension");
+  }
+  const int64_t length = student.size(1), count = student.size(0) * length;
+  STD_TORCH_CHECK(teacher.size(2) <= student.size(2) && (!gradient || gradient->size(2) == student.size(2)),
+                  "fusedkd: the teacher has more columns than the student, or the gradient others");
+  STD_TORCH_CHECK(student.size(2) < (1 << 24), "fusedkd: too many columns");
+  STD_TORCH_CHECK(upstream.has_value() != rows.has_value(), "fusedkd: expected an upstream gradient, or rows to write");
+  if (count == 0) return;
+  with_type(student.scalar_type(), [&](auto zero) {
+    using S = decltype(zero);
+    Arguments<S> p{};
+    p.student = student.const_data_ptr<S>(), p.teacher = teacher.const_data_ptr<S>();
+    p.gradient = gradient ? gradient->mutable_data_ptr<S>() : nullptr;
+    for (int d = 0; d < 2; ++d) {
+      p.z_strides[d] = student.stride(d), p.v_strides[d] = teacher.stride(d);
+      p.gradient_strides[d] = gradient ? gradient->stride(d) : 0;
+    }
+    p.labels = labels ? data_of<int64_t>(*labels, student, count, "labels") : nullptr;
+    p.weights = data_of<float>(weights, student, count, "weights");
+    p.options = data_of<double>(options, student, 16, "options");
+    p.normalizers = data_of<double>(normalizers, student, 2, "normalizers");
+    if (upstream) {
+      p.upstream_stride = upstream->dim() == 0 ? 0 : 1;
+      p.upstream = data_of<float>(*upstream, student, p.upstream_stride ? count : 1, "upstream");
+    }
+    p.rows = rows ? data_of<float>(*rows, student, 2 * count, "rows") : nullptr;
+    p.stats = data_of<float>(stats, student, 8 * count, "stats");
+    p.ignore_index = ignore_index, p.count = count, p.length = length;
+    p.columns = static_cast<int>(student.size(2)), p.common = static_cast<int>(teacher.size(2));
+    p.ce = ce, p.skip_if_one = rescale;
+    run(static_cast<Form>(form), transform, p, student);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedkd, CUDA, m) {
+  m.impl("kd_cluster", TORCH_BOX(&kd_cluster));
+}
+
+}  // namespace fusedkd

@@ -1,0 +1,120 @@
+"""Which kernel answers a KD call, by shape, dtype, form and device; and how its blocks are laid out.
+
+cluster   row pair in the shared memory of a thread-block cluster (CUDA C++ for Hopper): 6 bytes per 16-bit logit
+resident  row pair in the registers of one program: 6 bytes
+split     each row divided among several programs, one launch per sweep: 10 or 14 bytes
+whole     one program per row, two or three sweeps: 10 or 14 bytes, of which the caches serve what they hold
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from fusedkd.divergences import Form
+from fusedkd.kernels.rows import MAX_PARTS, UNIT
+
+CLUSTER_BYTES = 1 << 20
+"""Of a student row: with the teacher's, what a cluster of 16 blocks holds in the shared memory of as many processors;
+half of it where every processor is to hold two or three blocks.
+"""
+
+RESIDENT_COLUMNS = 4096
+"""Eight columns of both sides for each of 512 threads. Twice as many compile without a spill at 128 registers, but then
+a processor has one row, and nothing to compute while it waits for the next; two sweeps over 8192 columns find the
+second in L1 and L2. Neither float64 fits nor the soft-capped mixture.
+"""
+
+PART_COLUMNS = 8192
+"""Two blocks: a shorter part is done before its launch has paid for itself."""
+
+PROGRAMS = 2
+"""Of 16 warps on a processor at a time: the parts of all rows run at once, in one wave."""
+
+
+class Device(NamedTuple):
+    processors: int
+    cluster: bool
+    """Whether `kd_cluster` is built and the device can run it."""
+    hip: bool
+
+
+@cache
+def describe(device: torch.device) -> Device:
+    """What the table needs to know, asked once. The interpreter counts as one processor: there, rows are never few."""
+    if device.type != "cuda":
+        return Device(1, False, False)
+    properties, hip = torch.cuda.get_device_properties(device), torch.version.hip is not None
+    built = torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_cluster", "CUDA")
+    return Device(properties.multi_processor_count, built and not hip and properties.major == 9, hip)
+
+
+class Case(NamedTuple):
+    rows: int
+    V: int
+    C: int
+    student: torch.dtype
+    teacher: torch.dtype
+    form: int
+    transform: bool
+    forward: bool
+    """Statistics are to be taken. Otherwise one sweep is left, which nothing has to be kept for."""
+
+
+def choose(case: Case, device: Device) -> tuple[str, int]:
+    """A kernel, the first line that fits, and the number of parts into which it splits a row."""
+    rows, V, C, dtype, teacher, form, transform, forward = case
+    wide = dtype == torch.float64
+    cluster = device.cluster and not wide and dtype == teacher and (form == Form.FORWARD_KL or not transform)
+    resident = forward and not wide and not (form == Form.MIXTURE and transform)
+    at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
+    parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
+
+    if cluster and RESIDENT_COLUMNS < V and V * dtype.itemsize <= CLUSTER_BYTES:
+        return "cluster", 1
+    if resident and C <= RESIDENT_COLUMNS and at_the_ends <= _columns(C) // 8:
+        return "resident", 1
+    if parts > 1:  # few rows, and long ones
+        return "split", parts
+    return "whole", 1
+
+
+REGISTERS = {Form.MIXTURE: 128, Form.ALPHA_BETA: 80, Form.DKD: 128}
+"""Where 64 do not do for two or three sweeps; then in programs of 8 warps, of which a processor runs two or three."""
+RESIDENT_REGISTERS = {Form.FORWARD_KL: 64, Form.TOTAL_VARIATION: 64, Form.LOGIT_MSE: 64}
+"""Where 64 do for resident rows without soft-cap. The others keep more from sweep to sweep, in 128."""
+
+
+def layout(
+    dtype: torch.dtype,
+    columns: int,
+    form: int,
+    *,
+    resident: bool = False,
+    transform: bool = False,
+    in_phase: bool = True,
+    hip: bool = False,
+) -> dict[str, int]:
+    """Block and warps: eight columns of a block per thread (float64: four), groups of one 16-byte access of a student.
+
+    Two blocks of 16 warps share an SM, no more, so that their row pairs are still in the L2 cache for the second sweep.
+    That takes at most 64 registers, which are enough where accesses are wide, but which ptxas does not keep to unasked.
+    """
+    wide = dtype == torch.float64
+    registers, largest = REGISTERS.get(Form(form), 64), 4096
+    if resident:
+        registers = 128 if transform else RESIDENT_REGISTERS.get(Form(form), 128)
+    elif wide or registers > 64:
+        largest = 2048
+    threads = min(_columns(columns), largest) // 8
+    block = threads * (4 if wide else 8)
+    options = {"BLOCK": block, "GROUP": 16 // dtype.itemsize, "num_warps": threads // (64 if hip else 32)}
+    if hip or wide:
+        return options
+    return options | {"maxnreg": registers if in_phase else min(2 * registers, 255)}
+
+
+def _columns(n: int) -> int:
+    return max(1 << max(n - 1, 0).bit_length(), 512)

@@ -1,0 +1,113 @@
+"""Calls of the operator kd_cluster and their truth: six rows, of which some lack a term or both, inside NaN."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from families import at
+from on_host import guarded
+from torch import Tensor
+from truth import Term, assert_gradient, assert_value, kd_truth, noise_for, pair
+
+from fusedkd import TeacherLogits
+from fusedkd.divergences import Divergence, Form, resolve
+from fusedkd.ops import OPTIONS, STATS
+
+NORMALIZERS = (3.5, 5.0)
+WEIGHTS = torch.tensor([1, 0, 0.5, 1, 1, 0])  # of the KD term: rows 1 and 5 have none
+LABELS = [3, 5, 0, -1, -100, -100]  # −1: the last column; row 4 has no CE, row 5 nothing at all
+
+
+class Case(NamedTuple):
+    """Arguments of the operator, and what truth.py says of them with every normaliser folded into the weights."""
+
+    operator: Any
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    weights: Tensor
+    options: Tensor
+    flags: tuple[Any, ...]
+    truth_options: dict[str, Any]
+
+    def truth(self, upstream: Any = 1.0) -> Any:
+        cap_t, scale_t = self.options[8].item() or None, self.options[9].item()
+        teacher = TeacherLogits(self.teacher.nan_to_num(1.0, neginf=-torch.inf), softcap=cap_t, scale=scale_t)
+        student = self.student.nan_to_num(1.0, neginf=-torch.inf)
+        return kd_truth(
+            student, teacher, self.labels.view(2, 3), reduction="none", upstream=upstream, **self.truth_options
+        )
+
+    def call(self, *, upstream=None, rows=None, stats, gradient=None, rescale=False) -> None:
+        normalizers = torch.tensor(NORMALIZERS, dtype=torch.float64, device=self.student.device)
+        inputs = (self.student, self.teacher, self.labels, self.weights, self.options, normalizers)
+        self.operator(*inputs, upstream, rows, stats, gradient, *self.flags, rescale)
+
+    def forward(self, gradient: bool = True, offset: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """rows, stats, and the gradient, which has been watched for writes beside it."""
+        device, n = self.student.device, self.student.numel()
+        rows, stats = (torch.full(shape, torch.nan, device=device) for shape in ((2, 6), (6, STATS)))
+        buffer = torch.full((n + 32 + offset,), 5.0, dtype=self.student.dtype, device=device)
+        out = buffer[16 + offset :][:n].view(self.student.shape) if gradient else None
+        self.call(rows=rows, stats=stats, gradient=out)
+        assert (buffer[: 16 + offset] == 5).all()
+        assert (buffer[16 + offset + n :] == 5).all()
+        assert not stats.isnan().any()
+        return rows, stats, out
+
+    def check(self, offset: int = 0, vacuous: bool = False) -> None:
+        rows, stats, gradient = self.forward(offset=offset)
+        expected = self.truth()
+        for actual, term in zip(rows, (expected.kd, expected.ce), strict=True):
+            assert_value(actual.view(2, 3), Term(term.value, term.tolerance + 1e-14), vacuous=True)
+        assert_gradient(gradient, expected, vacuous=vacuous)
+        again = torch.full_like(gradient, 5.0)
+        self.call(upstream=torch.ones((), device=again.device), stats=stats, gradient=again)
+        assert torch.equal(again, gradient)
+
+
+def case(
+    operator: Any,
+    device: str,
+    v: int = 1003,
+    dtype: torch.dtype = torch.float32,
+    columns: int | None = None,
+    divergence: Divergence | str = "forward_kl",
+    ce: bool = True,
+    kl: float = 0.3,
+    student: dict[str, int] | None = None,
+    teacher: dict[str, int] | None = None,
+    offset: float = 0.0,
+    masked: float = 0.0,
+    logit_softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    **options: Any,
+) -> Case:
+    family = resolve(divergence)
+    options = at(family, options.pop("temperature", 1.0), **options)
+    t = options["temperature"]
+    z, y = pair(2, 3, v, dtype=torch.float64, noise=noise_for(kl, t), teacher_columns=columns, offset=offset)
+    labels = torch.tensor([label % v if label >= -1 else label for label in LABELS])
+    hidden = torch.rand(y.shape, generator=torch.Generator().manual_seed(2)) < masked
+    hidden[..., [i for i in (0, 3, 5) if i < y.shape[-1]]] = False
+    y[hidden], z[..., : y.shape[-1]][hidden] = -torch.inf, -torch.inf
+    z[1, 2] = y[1, 2] = y[0, 1] = torch.nan  # nobody reads them
+    weights = WEIGHTS.clone()
+    if family.form == Form.DKD:
+        weights[(labels < 0) | (labels >= y.shape[-1])] = 0
+    weights[(y == -torch.inf).all(-1).flatten()] = 0
+    packed = torch.zeros(OPTIONS, dtype=torch.float64)
+    smoothing, t_t = options.get("label_smoothing", 0.0), options.get("teacher_temperature") or t
+    head = [t, t_t, t**family.temperature_power, 0.7, 0.3 if ce else 0.0, smoothing, logit_softcap, logit_scale]
+    transform = (logit_softcap, logit_scale) != (0, 1)
+    head += [1.2 * logit_softcap, 0.9] if transform else [0, 1]
+    values = head + list(family.coefficients())
+    packed[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    truth_options = options | {"kd_weight": 0.7 / NORMALIZERS[0], "ce_weight": packed[4].item() / NORMALIZERS[1]}
+    truth_options |= {"kd_mask": WEIGHTS.view(2, 3)}
+    if transform:
+        truth_options |= {"logit_softcap": logit_softcap or None, "logit_scale": logit_scale}
+    z, y = guarded(z, dtype, device, **(student or {})), guarded(y, dtype, device, **(teacher or {}))
+    inputs = (x.to(device) for x in (labels, weights, packed))
+    return Case(operator, z, y, *inputs, (-100, int(family.form), transform, ce), truth_options)

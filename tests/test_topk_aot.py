@@ -1,0 +1,81 @@
+"""The Triton kernel for teachers known at K columns, compiled ahead of time: wide accesses at V = 50257, no spill."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from test_triton_aot import AMD, BF16, FP32, FP64, NAMES, SM80, SM90, SM100, _compile, bits, cache, resources
+
+from fusedkd.kernels import topk
+from fusedkd.sparse import SparseForm
+
+__all__ = ["cache"]  # a fixture
+FORWARD, BACKWARD = {"upstream": None}, {"rows": None}
+
+
+def compiled(target: Any, form: SparseForm, dtype: Any = BF16, K: int = 64, **structure: Any) -> Any:
+    structure = {"TRANSFORM": False, "RESCALE": False, "GRADIENT_IN_PHASE": True, "FORM": int(form)} | structure
+    options = topk.block_options(dtype, 50257, K, structure["GRADIENT_IN_PHASE"], target.backend == "hip")
+    structure |= {key: options.pop(key) for key in ("BLOCK", "GROUP", "BLOCK_K")}
+    if form not in topk.MARKED or "rows" in structure:
+        structure["marks"] = None
+    real = f"*{'fp64' if dtype == FP64 else 'fp32'}"
+    types = {"student": f"*{NAMES[dtype]}", "teacher": real, "ids": "*i64", "gradient": f"*{NAMES[dtype]}"}
+    types |= {"labels": "*i64", "weights": "*fp32", "options": "*fp64", "normalizers": "*fp64", "marks": "*i32"}
+    types |= {"upstream": real, "rows": real, "stats": real}
+    return _compile(topk.topk_kernel, target, types, structure, options)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "form", "reads"),
+    [
+        (SM80, BF16, SparseForm.BUCKET, [128, 16]),
+        (SM90, BF16, SparseForm.RENORMALIZE, [128, 16]),
+        (SM100, FP32, SparseForm.BUCKET_REVERSE, [128, 128, 32]),
+    ],
+    ids=str,
+)
+def test_accesses_are_wide(target: Any, dtype: Any, form: SparseForm, reads: list[int], tmp_path: Path) -> None:
+    kernel = compiled(target, form, dtype, **FORWARD)
+    ptx = kernel.asm["ptx"]
+    assert bits(ptx, "ld", "evict_last") == bits(ptx, "ld", "evict_first") == bits(ptx, "st", "evict_first") == reads
+    use = resources(kernel, tmp_path)
+    assert use["STACK"] == use["LOCAL"] == 0
+    assert use["REG"] <= 80, "three blocks of 8 warps no longer fit"
+
+
+@pytest.mark.parametrize(
+    ("form", "K", "structure"),
+    [
+        (SparseForm.SAMPLES, 1024, FORWARD),
+        (SparseForm.BUCKET, 512, BACKWARD | {"RESCALE": True}),
+        (SparseForm.BUCKET_REVERSE, 1024, FORWARD | {"TRANSFORM": True, "GRADIENT_IN_PHASE": False}),
+        (SparseForm.RENORMALIZE_REVERSE, 64, FORWARD | {"labels": None}),
+    ],
+    ids=str,
+)
+def test_nothing_spills(form: SparseForm, K: int, structure: dict[str, Any], tmp_path: Path) -> None:
+    use = resources(compiled(SM90, form, K=K, **structure), tmp_path)
+    assert use["STACK"] == use["LOCAL"] == 0
+
+
+def test_amd() -> None:
+    """Scalars may wait in the lanes of a vector register (sgpr_spill), nothing in memory."""
+    assembly = compiled(AMD, SparseForm.BUCKET, **FORWARD).asm["amdgcn"]
+    assert re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly) == ["0", "0"]
+    assert "global_load_dwordx4" in assembly
+    assert "global_store_dwordx4" in assembly
+
+
+def test_one_binary_serves_every_shape() -> None:
+    kernel = topk.topk_kernel
+    tensors = {"student", "teacher", "ids", "labels", "weights", "options", "normalizers", "upstream", "rows", "stats"}
+    integers = [p for p in kernel.params if not p.is_constexpr and p.name not in tensors | {"gradient", "marks"}]
+    assert integers
+    assert all(p.do_not_specialize for p in integers)

@@ -1,0 +1,358 @@
+"""Rows for the topk_* operators, and the check of a backend's four operators against the definitions in float64 by the
+rule of `truth.py`; for `test_topk_kernels.py` (C++) and `triton_topk_operators.py` (Triton, interpreted).
+
+Σ p·δ over the list alone (ignore) and Σ −ω·log q (samples) have terms of both signs, or no upper bound from D: their
+tolerance is that of the cross-entropy, 1e-5·D + 2e-7 of the mass on the list, for log l is rounded at 6e-8. The δ of a
+bucket is the logarithm of a float32 sum: 1e-6·√D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedkd import fallback
+from fusedkd.definitions import cap_and_scale, log_softmax
+from fusedkd.sparse import SparseForm
+
+NAN, INF = float("nan"), float("inf")
+B, L = 2, 3
+N = B * L
+LABELS = (5, 0, -100, 3, -100, 2)  # modulo V
+WEIGHTS = (1.0, 0.0, 1.0, 0.25, 0.0, 1.0)  # with the labels: both terms, CE alone, KD alone, weighted, neither, both
+CANCELLING = (SparseForm.IGNORE, SparseForm.IGNORE_REVERSE, SparseForm.SAMPLES)
+
+
+class Case(NamedTuple):
+    student: Tensor  # [B, L, V]
+    teacher: Tensor  # [B, L, K]
+    ids: Tensor  # [N, K]
+
+
+def case(
+    form: int, V: int, K: int, *, noise: float = 0.5, temperature: float = 1.0, spread: float = 3.0, seed: int = 0
+) -> Case:
+    """Float64 rows: the teacher is the student but for `noise`; its K likeliest columns in random order, one of them
+    padding (anywhere), for samples K draws, with repetition.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    student = spread * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    teacher = student + noise * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    lp = (teacher / temperature).log_softmax(-1)
+    if form == SparseForm.SAMPLES:
+        ids = torch.multinomial(lp.exp(), K, replacement=True, generator=generator)
+        values = torch.rand(N, K, generator=generator, dtype=torch.float64) / K
+    else:
+        ids = teacher.topk(K).indices
+        ids = ids.gather(1, torch.rand(N, K, generator=generator).argsort(-1))
+        values = lp.gather(1, ids)
+    if K > 1:
+        ids[:, K // 3] = -1
+        values[:, K // 3] = NAN  # padding is not read
+    return Case(student.view(B, L, V), values.view(B, L, K), ids)
+
+
+def between_nans(rows: Tensor, before: int = 11, after: int = 6) -> Tensor:
+    """The same values [B, L, n] in rows that nothing aligns, with NaN before and after each, and a gap per batch."""
+    stride = before + rows.shape[2] + after
+    buffer = torch.full((rows.shape[0], rows.shape[1] * stride + 3), NAN, dtype=rows.dtype)
+    view = buffer[:, : rows.shape[1] * stride].unflatten(1, (-1, stride))[:, :, before : before + rows.shape[2]]
+    return view.copy_(rows)
+
+
+def outside_is_nan(view: Tensor) -> bool:
+    base = view._base.clone()
+    base.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(0)
+    return bool(base.isnan().sum() == view._base.numel() - view.numel())
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def check(
+    ops: Any,
+    form: int,
+    rows: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    teacher_dtype: torch.dtype | None = None,
+    labels: tuple[int, ...] | None = LABELS,
+    weights: tuple[float, ...] = WEIGHTS,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    logprobs_temperature: float = 1.0,
+    smoothing: float = 0.0,
+    transform: tuple[float, float] | None = None,
+    all_four: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward on these rows by the rule; on request what the other operators say too, to the bit. Returns
+    rows and gradient for more.
+    """
+    V = rows.student.shape[2]
+    student = between_nans(rows.student.to(dtype))
+    teacher = between_nans(rows.teacher.to(teacher_dtype or dtype), before=4)
+    y = None if labels is None else torch.tensor([i % V if 0 <= i < 10 else i for i in labels])
+    w = torch.tensor(weights)
+    kd_scale, kd_weight, ce_weight, n_kd, n_ce = temperature**2, 0.6, 0.8, 3.5, 4.0
+    options = torch.full((16,), NAN, dtype=torch.float64)  # what is not meant for a call is not read
+    options[:6] = torch.tensor(
+        [temperature, teacher_temperature or temperature, kd_scale, kd_weight, ce_weight, smoothing]
+    )
+    if transform:
+        options[6:8] = torch.tensor(transform)
+    if form < SparseForm.SAMPLES:
+        options[10] = logprobs_temperature
+    normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
+    flags = -100, int(form), transform is not None, y is not None
+    tail = rows.ids, y, w, options, normalizers
+    exact = (student.double(), teacher.double(), *tail)
+
+    # Values
+    found, stats, gradient = ops.topk_forward(student, teacher, *tail, *flags, True)
+    assert found.dtype == stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    truth = fallback.topk_forward(*exact, *flags, False)[0]
+    subtracted, mass = sizes(form, *exact, transform)
+    divergence = truth[0].abs() / kd_scale
+    if dtype == torch.float64:
+        tolerance = 1e-11 * divergence + 1e-14 + 1e-13 * mass * w
+        tolerance_ce = 1e-11 * truth[1] + 1e-14
+    else:
+        root = 1e-6 if form in (SparseForm.BUCKET, SparseForm.BUCKET_REVERSE) else 1e-8
+        extra = 2e-7 * mass * w if form in CANCELLING else root * w * (divergence / w).nan_to_num().sqrt()
+        tolerance = 1e-5 * divergence + extra + 1e-15  # the definition's own last bit
+        tolerance_ce = 1e-5 * truth[1] + 2e-7
+    assert_close(found[0].double() / kd_scale, truth[0] / kd_scale, tolerance)
+    assert_close(found[1].double(), truth[1], tolerance_ce)
+
+    # Gradients
+    slope = transform[1] if transform else 1.0
+    s = torch.where(w != 0, slope * kd_weight * temperature / n_kd * w * subtracted, 0)
+    if y is not None:
+        z = student.double().flatten(0, 1)
+        q_1 = log_softmax(cap_and_scale(z, *transform) if transform else z).exp()
+        s += torch.where(y != -100, slope * ce_weight / n_ce * (q_1.norm(dim=1) + 1), 0)
+
+    def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
+        assert actual.dtype == dtype
+        up = upstream.double()
+        expected = fallback.topk_backward(up, *exact, stats, *flags).flatten(0, 1)
+        got = actual.double().flatten(0, 1)
+        rounding = (expected.to(dtype).double() - expected).norm(dim=1)
+        bound = 1.25 * rounding + (1e-13 if dtype == torch.float64 else 1e-6) * s * up.abs()
+        error = (got - expected).norm(dim=1)
+        assert (error <= bound).all(), f"{error / bound}"
+        assert not got[expected.norm(dim=1) == 0].any()
+        if V > 1 and expected.any():
+            assert (expected.norm(dim=1) > 2 * bound).any(), "zero would pass"
+
+    one = torch.ones((), dtype=stats.dtype)
+    upstream = torch.tensor([1.0, -0.3, 2.0, 0.7, 5.0, 0.0], dtype=stats.dtype)
+    assert_gradient(gradient, one)
+    assert_gradient(ops.topk_backward(upstream, student, teacher, *tail, stats, *flags), upstream)
+    if not all_four:
+        return found, gradient
+
+    # The same bits again, and nothing outside the rows
+    only, again, nothing = ops.topk_forward(student, teacher, *tail, *flags, False)
+    assert same(only, found)
+    assert same(again, stats)
+    assert nothing.numel() == 0
+    assert same(ops.topk_backward(one, student, teacher, *tail, stats, *flags), gradient)
+    scaled = ops.topk_backward(one * 0.3, student, teacher, *tail, stats, *flags)
+    assert_gradient(scaled, one * 0.3)
+    target = between_nans(gradient)
+    poison = torch.full_like(student, NAN), torch.full_like(teacher, NAN)
+    ops.topk_rescale_(target, one, *poison, *tail, stats * NAN, *flags)
+    assert same(target, gradient)
+    ops.topk_rescale_(target, one * 0.3, student, teacher, *tail, stats, *flags)
+    assert same(target, scaled)
+    assert outside_is_nan(target)
+    overwritten = between_nans(student)
+    in_place, stats_in_place = ops.topk_forward_(overwritten, teacher, *tail, *flags)
+    assert same(overwritten, gradient)
+    assert same(in_place, found)
+    assert same(stats_in_place, stats)
+    assert outside_is_nan(overwritten)
+    return found, gradient
+
+
+def sizes(
+    form: int, student: Tensor, teacher: Tensor, ids: Tensor, y: Any, w: Tensor, options: Tensor, n: Any, transform: Any
+) -> tuple[Tensor, Tensor]:
+    """Per row the sum of the norms of what the gradient with respect to z/T subtracts; and the mass on the list."""
+    z, v = student.flatten(0, 1), teacher.flatten(0, 1)
+    log_q = log_softmax((cap_and_scale(z, *transform) if transform else z) / options[0])
+    legal = (ids >= 0) & (ids < z.shape[1])
+    column = torch.where(legal, ids, 0)
+    q, q_k, lq_k = log_q.exp(), torch.where(legal, log_q.exp().gather(1, column), 0), log_q.gather(1, column)
+    if form == SparseForm.SAMPLES:
+        p = torch.where(legal, v, 0)
+        return p.sum(1) * (q.norm(dim=1) + 1), p.sum(1)
+    lp = torch.where(legal, v, -INF)
+    if form in (SparseForm.RENORMALIZE, SparseForm.RENORMALIZE_REVERSE):
+        lp = log_softmax(lp * options[10] / options[1])
+    p = lp.exp()
+    listed = q_k.sum(1)
+    if form == SparseForm.RENORMALIZE_REVERSE:
+        q, lq_k = q_k / q_k.sum(1, keepdim=True), log_softmax(torch.where(legal, lq_k, -INF))
+        q_k = q
+    forward = p.norm(dim=1) + p.sum(1).clamp(min=1) * q.norm(dim=1)
+    if form == SparseForm.BUCKET:  # the complement's share, at most
+        forward = forward + (1 - p.sum(1)).clamp(min=0)
+    w_k = torch.where(q_k == 0, 0, q_k * (1 + (lq_k - lp).abs()).nan_to_num(0, 0, 0))
+    reverse = w_k.norm(dim=1) + w_k.sum(1).abs() * q.norm(dim=1) + q.norm(dim=1) + p.norm(dim=1)
+    is_reverse = form in (1, 3, 5)
+    return (reverse if is_reverse else forward), (listed if is_reverse else p.sum(1))
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    equal = (actual == expected) | (actual.isnan() & expected.isnan())
+    wrong = ~equal & ~((actual - expected).abs() <= torch.where(expected.isfinite(), tolerance, 0))
+    assert not wrong.any(), f"{actual[wrong]} is not {expected[wrong]} within {tolerance[wrong]}"
+
+
+# -------------------------------------------------- rules that every form keeps, on every backend
+
+
+def near_convergence(ops: Any, form: int) -> None:
+    """A small divergence keeps its digits, between offsets of ±1000 too. The list holds almost all of the student, or
+    there is a bucket for the rest.
+    """
+    for noise, offset in ((1e-3, 0.0), (1e-2, 1000.0 if form % 2 else -1000.0)):
+        rows = case(form, 100, 60, noise=noise)
+        student = rows.student.clone()
+        if form == SparseForm.RENORMALIZE:  # its value is at least −log Σ q
+            listed = torch.zeros(N, 100, dtype=torch.bool).scatter_(1, rows.ids.clamp(min=0), True)
+            student[~listed.view(B, L, 100)] -= 40
+        found, _ = check(ops, form, rows._replace(student=student + offset), labels=None)
+        if form not in CANCELLING and abs(offset) < 1:
+            assert found[0, 0] < 3 * noise**2
+
+
+def equal_probabilities(ops: Any, form: int) -> None:
+    """p = q to the last digit that the teacher's float64 log-probabilities have."""
+    rows = case(form, 50, 20, noise=0.0)
+    if form in (SparseForm.BUCKET, SparseForm.BUCKET_REVERSE, SparseForm.RENORMALIZE_REVERSE):
+        teacher = rows.student.flatten(0, 1).float().double().log_softmax(-1).gather(1, rows.ids.clamp(min=0))
+        found, gradient = check(ops, form, rows._replace(teacher=teacher.view(B, L, -1)), teacher_dtype=torch.float64)
+        assert found[0].abs().max() < 1e-12
+        assert gradient[0, 2].abs().max() < 1e-6
+
+
+def whole_vocabulary(ops: Any, form: int) -> None:
+    """K = V: nothing is off the list."""
+    rows = case(form, 17, 17)
+    if form != SparseForm.SAMPLES:
+        lp = (rows.student.flatten(0, 1) + 0.5 * rows.student.flatten(0, 1).cos()).log_softmax(-1)
+        ids = torch.arange(17).flip(0).expand(N, 17).contiguous()
+        rows = Case(rows.student, lp.gather(1, ids).view(B, L, 17) + 1e-3, ids)  # Σp > 1: no tail
+    found, _ = check(ops, form, rows)
+    assert found[0].isfinite().all() or form == SparseForm.BUCKET_REVERSE
+    check(ops, form, case(form, 1, 1), weights=(1.0,) * N)
+
+
+def masked_columns(ops: Any, form: int) -> None:
+    """−∞ on either side and on both; a whole row of it."""
+    rows = case(form, 60, 20)
+    student, teacher, first = rows.student.clone(), rows.teacher.clone(), rows.ids[:, 0]
+    masked = 0.0 if form == SparseForm.SAMPLES else -INF
+    teacher[0, 0, 0] = teacher[0, 2, 0] = masked  # by the teacher, by both
+    for i in (2, 5):
+        student.view(N, -1)[i, first[i]] = -INF  # by both, by the student
+    student[1, 0, 40:] = -INF
+    student[1, 0, 7] = 9.0
+    found, gradient = check(ops, form, rows._replace(student=student, teacher=teacher))
+    reverse = form in (1, 3, 5)
+    assert found[0].isinf().tolist() == [reverse, False, False, bool(found[0, 3].isinf()), False, not reverse]
+    assert gradient.isfinite().all()
+    assert not found.isnan().any()
+
+    tail = dict(labels=LABELS, weights=WEIGHTS)
+    student[0, 0] = -INF
+    found, gradient = run(ops, form, rows._replace(student=student), **tail)
+    assert found[:, 0].tolist() == [INF, INF]
+    assert not gradient[0, 0].any()
+
+
+def tails_out_of_reach(ops: Any, form: int) -> None:
+    """Beyond the list, or all but it, q underflows; D and the gradient do not."""
+    for shift in (-150.0, 150.0):
+        rows = case(form, 60, 8)
+        listed = torch.zeros(N, 60, dtype=torch.bool).scatter_(1, rows.ids.clamp(min=0), True).view(B, L, 60)
+        student = torch.where(listed, rows.student, rows.student + shift)
+        found, _ = check(ops, form, rows._replace(student=student))
+        assert found[0].isfinite().all()
+
+
+def no_column(ops: Any, form: int) -> None:
+    """An id that is no column: NaN, and no gradient; not where the row is not selected."""
+    rows = case(form, 30, 5)
+    ids = rows.ids.clone()
+    ids[0, 0], ids[1, 0], ids[2, 3], ids[5, 2] = 30, 10**12, -2, 2**40
+    found, gradient = check(ops, form, rows._replace(ids=ids), weights=(1.0, 0.0, 1.0, 1.0, 0.0, 1.0))
+    assert found[0].isnan().tolist() == [True, False, True, False, False, True]
+    assert gradient.flatten(0, 1).any(-1).tolist() == [False, True, False, True, False, False]
+
+
+def labels_out_of_range(ops: Any, form: int) -> None:
+    found, gradient = check(ops, form, case(form, 30, 5), labels=(30, -1, 2, 3, -100, 10**12), weights=(1.0,) * N)
+    assert found[1].isnan().tolist() == [True, True, False, False, False, True]
+    assert gradient.flatten(0, 1).any(-1).tolist() == [False, False, True, True, True, False]
+
+
+def unselected_rows(ops: Any, form: int) -> None:
+    """They are not read: neither the list, nor the student without a label."""
+    rows = case(form, 30, 5)
+    student, teacher, ids = rows.student.clone(), rows.teacher.clone(), rows.ids.clone()
+    teacher[0, 1] = teacher[1, 1] = student[1, 1] = NAN
+    ids[1], ids[4] = 10**15, -(10**15)
+    found, gradient = run(ops, form, Case(student, teacher, ids))
+    assert found.isfinite().all()
+    assert gradient.isfinite().all()
+    assert not gradient[1, 1].any()
+
+
+def broken_logits(ops: Any, form: int) -> None:
+    """NaN shows in the rows that read it."""
+    rows = case(form, 30, 5)
+    student, teacher = rows.student.clone(), rows.teacher.clone()
+    student[0, 0, int(rows.ids[0, 0])] = teacher[1, 2, 0] = NAN
+    found, _ = run(ops, form, rows._replace(student=student, teacher=teacher))
+    assert found.isnan().tolist() == [[True] + [False] * 4 + [True], [True] + [False] * 5]
+
+
+def repeated_samples(ops: Any, form: int) -> None:
+    """Equal ids add up, the label's among them."""
+    if form == SparseForm.SAMPLES:
+        rows = case(form, 30, 24)
+        ids = rows.ids.clone()
+        ids[0] = 5
+        ids[3, ::2] = 3
+        check(ops, form, rows._replace(ids=ids, teacher=rows.teacher.nan_to_num(0.01)), labels=(5, 0, -100, 3, -100, 2))
+
+
+RULES = (
+    near_convergence,
+    equal_probabilities,
+    whole_vocabulary,
+    masked_columns,
+    tails_out_of_reach,
+    no_column,
+    labels_out_of_range,
+    unselected_rows,
+    broken_logits,
+    repeated_samples,
+)
+
+
+def run(ops: Any, form: int, rows: Case, **options: Any) -> tuple[Tensor, Tensor]:
+    """Values and gradient, unchecked."""
+    y = torch.tensor(options.get("labels", LABELS))
+    w = torch.tensor(options.get("weights", WEIGHTS))
+    numbers = torch.tensor([1.0, 1, 1, 0.6, 0.8, 0, 0, 1, 0, 1, 1] + [0.0] * 5, dtype=torch.float64)
+    tail = rows.ids, y, w, numbers, torch.ones(2, dtype=torch.float64), -100, int(form), False, True, True
+    found, _, gradient = ops.topk_forward(rows.student.float(), rows.teacher.float(), *tail)
+    return found, gradient

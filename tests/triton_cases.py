@@ -1,0 +1,221 @@
+"""Rows for the KD operators of Triton, and the check of them against the definitions in float64 by the rule of
+`truth.py`, for `triton_operators.py` and `triton_launches.py`, under the interpreter.
+
+The interpreter rounds bfloat16 towards zero, which no GPU does: its cast is replaced by PyTorch's, and bfloat16 is held
+to the rule like everything else. Stray reads do not fault here, so every row lies between NaNs. Blocks are of 512
+columns, so that short rows have several.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from bounds import dense, norm
+from families import describe
+from torch import Tensor
+from triton.runtime import interpreter
+
+from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation, fallback
+from fusedkd.definitions import cap_and_scale, log_softmax
+from fusedkd.divergences import Divergence, Form, ForwardKL, Rows
+from fusedkd.kernels import choice, kd
+
+NAN, INF = float("nan"), float("inf")
+B, L = 2, 3
+LABELS = (5, 0, -100, 3, -100, 2)  # modulo V
+WEIGHTS = (1.0, 0.0, 1.0, 0.25, 0.0, 1.0)  # with the labels: both terms, CE alone, KD alone, weighted, neither, both
+KERNELS = {"whole": 1, "resident": 1, "split": 3}  # and into how many parts a row is split
+FORMS = [ForwardKL(), Jeffreys(0.3, 1.2), JSD(0.3), AlphaBeta(), TotalVariation(), LogitMSE(0.9), DKD()]
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+forms = pytest.mark.parametrize("divergence", FORMS, ids=describe)
+
+
+def in_turn(first: int) -> pytest.MarkDecorator:
+    """The forms, each with one of the kernels."""
+    pairs = [(form, [*KERNELS][(first + i) % 3]) for i, form in enumerate(FORMS)]
+    return pytest.mark.parametrize(("divergence", "kernel"), pairs, ids=describe)
+
+
+truncating = interpreter._convert_float
+
+
+def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> np.ndarray:
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return truncating(data, source, target, mode)
+    return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+interpreter._convert_float = convert
+
+
+def between_nans(rows: Tensor, before: int = 11, after: int = 6) -> Tensor:
+    """The same values [B, L, n] in rows that nothing aligns, with NaN before and after each, and a gap per batch."""
+    stride = before + rows.shape[2] + after
+    buffer = torch.full((rows.shape[0], rows.shape[1] * stride + 3), NAN, dtype=rows.dtype)
+    view = buffer[:, : rows.shape[1] * stride].unflatten(1, (-1, stride))[:, :, before : before + rows.shape[2]]
+    view.copy_(rows)
+    return view
+
+
+def surroundings(view: Tensor) -> Tensor:
+    """The buffer of `between_nans` with the rows themselves blanked out."""
+    base = view._base.clone()
+    base.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(0)
+    return base
+
+
+def logits(V: int, kl: float = 0.1, b: int = 1) -> tuple[Tensor, Tensor]:
+    """Float64 student and teacher about `kl` apart at T = 1."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(b, L, V, generator=generator, dtype=torch.float64)
+    return teacher + (2 * kl) ** 0.5 * torch.randn(b, L, V, generator=generator, dtype=torch.float64), teacher
+
+
+def flags(divergence: Divergence, transform: bool = False, ce: bool = True) -> tuple[int, int, bool, bool]:
+    return -100, int(divergence.form), transform, ce
+
+
+def options_for(
+    divergence: Divergence, temperature: float = 2.0, weights: tuple[float, float] = (0.6, 0.8), rest: Any = ()
+) -> Tensor:
+    """The options tensor; `rest`: teacher temperature, smoothing, soft-caps and scales, which may be missing."""
+    teacher_temperature, smoothing, *transforms = (*rest, *(temperature, 0.0, NAN, NAN, NAN, NAN)[len(rest) :])
+    power = temperature**divergence.temperature_power
+    options = [temperature, teacher_temperature, power, *weights, smoothing, *transforms]
+    options += [float(a) for a in divergence.coefficients()]
+    return torch.tensor(options + [0.0] * (16 - len(options)), dtype=torch.float64)
+
+
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    divergence: Divergence = FORMS[0],
+    kernel: str = "whole",
+    labels: tuple[int, ...] | None = LABELS,
+    weights: tuple[float, ...] = WEIGHTS,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    smoothing: float = 0.0,
+    transforms: tuple[float, float, float, float] | None = None,
+    ce: bool = True,
+    in_place: bool = False,
+    small_blocks: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward on these rows by the rule, on request also what writes in place, and the forward call
+    without gradient. Returns rows and gradient for more.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kd, "choose", lambda *_: (kernel, KERNELS[kernel]))
+        if small_blocks and kernel != "resident":
+            patch.setattr(
+                kd, "layout", lambda dtype, V, *form, **flags: choice.layout(dtype, min(V, 512), *form, **flags)
+            )
+        return _check(
+            *(student, teacher, divergence, labels, weights, temperature, teacher_temperature, smoothing, transforms),
+            ce and labels is not None,
+            in_place,
+        )
+
+
+def _check(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    labels: tuple[int, ...] | None,
+    weights: tuple[float, ...],
+    temperature: float,
+    teacher_temperature: float | None,
+    smoothing: float,
+    transforms: tuple[float, float, float, float] | None,
+    ce: bool,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    n, V, C = student.shape[0] * student.shape[1], student.shape[2], teacher.shape[2]
+    student, teacher = between_nans(student), between_nans(teacher, before=11 if V % 2 else 4)
+    y = None if labels is None else torch.tensor([i % V if 0 <= i < 10 else i for i in labels[:n]])
+    w = torch.tensor(weights[:n])
+    if divergence.form == Form.DKD:
+        w = torch.where((y >= 0) & (y < C), w, 0)
+    if divergence.form == Form.LOGIT_MSE:
+        temperature, teacher_temperature = 1.0, None
+    rest = teacher_temperature or temperature, smoothing, *(transforms or ())
+    options = options_for(divergence, temperature, rest=rest)
+    kd_scale, kd_weight, ce_weight, n_kd, n_ce = options[2].item(), 0.6, 0.8, 3.5, 4.0
+    tail = y, w, options, torch.tensor([n_kd, n_ce], dtype=torch.float64)
+    last = flags(divergence, transforms is not None, ce)
+    exact = student.dtype == torch.float64
+
+    # What is true, and how far off one may be: values
+    z, v = student.double().flatten(0, 1), teacher.double().flatten(0, 1)
+    if transforms is not None:
+        z, v = cap_and_scale(z, *transforms[:2]), cap_and_scale(v, *transforms[2:])
+    kd_rows = Rows(log_softmax(v / options[1]), log_softmax(z[:, :C] / options[0]), v, z[:, :C], y)
+    part = dense(divergence, kd_rows, exact)
+    expected, _, _ = fallback.kd_forward(student.double(), teacher.double(), *tail, *last, False)
+    rows, stats, gradient = kd.kd_forward(student, teacher, *tail, *last, True)
+    assert_close(rows[0].double(), expected[0], kd_scale * w * torch.nan_to_num(part.tolerance))
+    assert_close(rows[1].double(), expected[1], 1e-11 * expected[1] + 1e-14 if exact else 1e-5 * expected[1] + 2e-7)
+
+    # Gradients, and S: the norms of the terms subtracted
+    slope = 1.0 if transforms is None else transforms[1]
+    factor = slope * kd_weight * kd_scale / n_kd * w / temperature
+    s = torch.where(w != 0, factor * part.subtracted, 0)
+    free = torch.zeros_like(z)
+    if part.free is not None:
+        free[:, :C] = torch.where(w.unsqueeze(-1) != 0, factor.unsqueeze(-1) * part.free, 0)
+    if ce:
+        s += torch.where(y != -100, slope * ce_weight / n_ce * (norm(log_softmax(z).exp()) + 1), 0)
+
+    def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
+        up = upstream.double()
+        truth = fallback.kd_backward(up, student.double(), teacher.double(), *tail, stats.double(), *last)
+        truth, got = truth.flatten(0, 1), actual.double().flatten(0, 1)
+        rounding = norm(truth.to(actual.dtype).double() - truth)
+        bound = 1.25 * rounding + (1e-13 if exact else 1e-6) * s * up.abs()
+        allowed = free * up.abs().unsqueeze(-1)
+        error = norm(((got - truth).abs() - allowed.nan_to_num()).clamp(min=0))
+        assert (error <= bound).all(), f"{error / bound}"
+        assert not got[norm(truth) == 0].any()
+        if V > 1:
+            size = norm((truth.abs() - allowed.nan_to_num()).clamp(min=0))
+            assert (size > 2 * bound).any(), "zero would pass"
+
+    one = torch.ones((), dtype=stats.dtype)
+    upstream = torch.tensor([1.0, -0.3, 2.0, 0.7, 5.0, 0.0], dtype=stats.dtype)[:n]
+    assert_gradient(gradient, one)
+    assert_gradient(kd.kd_backward(upstream, student, teacher, *tail, stats, *last), upstream)
+    if not in_place:
+        return rows, gradient
+
+    # The same bits again, and nothing outside the rows
+    only, same, nothing = kd.kd_forward(student, teacher, *tail, *last, False)
+    assert torch.equal(rows.nan_to_num(-1), only.nan_to_num(-1))
+    assert torch.equal(stats.nan_to_num(-1), same.nan_to_num(-1))
+    assert nothing.shape == (0,)
+    scaled = kd.kd_backward(one * 0.3, student, teacher, *tail, stats, *last)
+    assert_gradient(scaled, one * 0.3)
+    target = between_nans(gradient)
+    poison = torch.full_like(student, NAN), torch.full_like(teacher, NAN)
+    kd.kd_rescale_(target, one, *poison, *tail, stats * NAN, *last)
+    assert torch.equal(target, gradient)
+    kd.kd_rescale_(target, one * 0.3, student, teacher, *tail, stats, *last)
+    assert torch.equal(target, scaled)
+    assert surroundings(target).isnan().sum() == target._base.numel() - target.numel()
+    overwritten = between_nans(student)
+    again, same = kd.kd_forward_(overwritten, teacher, *tail, *last)
+    assert torch.equal(overwritten, gradient)
+    assert torch.equal(again.nan_to_num(-1), rows.nan_to_num(-1))
+    assert torch.equal(same.nan_to_num(-1), stats.nan_to_num(-1))
+    assert surroundings(overwritten).isnan().sum() == overwritten._base.numel() - overwritten.numel()
+    return rows, gradient
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    wrong = ~same & ~((actual - expected).abs() <= torch.where(expected.isfinite(), tolerance, 0))
+    assert not wrong.any(), f"{actual[wrong]} is not {expected[wrong]} within {tolerance[wrong]}"

@@ -1,0 +1,136 @@
+"""What stands around the KD kernels of Triton: row weights and their counts, terms, the choice of a kernel, and the
+mathematics. Not collected by itself: `test_triton.py` runs it under the interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, flags, logits, options_for
+
+from fusedkd import fallback
+from fusedkd.divergences import Form, ForwardKL
+from fusedkd.kernels import choice, kd
+from fusedkd.kernels import math as helpers
+
+MASKS = [
+    None,
+    torch.tensor([True, False] * 3),
+    torch.tensor([1, 0, -2, 0, 3, 1]),
+    torch.tensor([0.5, 0, 1, 0, 2, 1e-3]),
+]
+MASKS += [MASKS[2].to(torch.uint8), MASKS[3].double(), MASKS[3].bfloat16()]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda x: str(x.dtype) if x is not None else "None")
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> None:
+    teacher = logits(300, b=B)[1].float()
+    teacher[0, 2, :299] = teacher[1, 1, 1:] = teacher[1, 2] = -INF  # only the last of these has no column left
+    teacher = between_nans(teacher)
+    y = None if labels is None else torch.tensor(labels)
+    weights, counts = kd.kd_row_weights(teacher, None, y, mask, -100, True)
+    assert weights.dtype == torch.float32
+    assert counts.dtype == torch.float64
+    truth = fallback.kd_row_weights(teacher, None, y, mask, -100, True)
+    assert torch.equal(weights, truth[0])
+    assert torch.equal(counts, truth[1])
+    assert weights[2] != 0 or labels is not None
+    assert weights[5] == 0
+    assert not kd.kd_row_weights(teacher[..., :0], None, y, mask, -100, True)[0].any()
+    assert not kd.kd_row_weights(teacher * NAN, None, y, mask, -100, False)[0].any()
+
+
+def test_row_weights_of_lists() -> None:
+    teacher = logits(40, b=B)[1].float()
+    ids = torch.arange(40).repeat(6, 1)
+    ids[0], teacher[0, 1] = -1, -INF
+    ids[2, 1:], teacher[1, 0, :39] = -1, -INF
+    ids[4, ::2] = -1
+    teacher[1, 1, 1::2] = -INF  # the others are padding
+    weights, counts = kd.kd_row_weights(teacher, ids, None, None, -100, True)
+    assert weights.tolist() == [0, 0, 1, 1, 0, 1]
+    assert counts.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("n", [1, 6, 3000])
+def test_terms(n: int) -> None:
+    rows = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
+    normalizers = torch.tensor([3.0, 7.0]).double()
+    for weights in ((0.6, 0.8), (0.0, 0.8)):
+        options = options_for(ForwardKL(), weights=weights)
+        for per_row in (False, True):
+            truth = fallback.kd_terms(rows, options, normalizers, per_row)
+            for actual, expected in zip(kd.kd_terms(rows, options, normalizers, per_row), truth, strict=True):
+                assert actual.shape == expected.shape
+                assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
+    rows[0, 0] = INF
+    loss, kl, _ = kd.kd_terms(rows, options, normalizers, False)
+    assert loss.isfinite()
+    assert kl == INF
+
+
+def test_no_rows() -> None:
+    empty = torch.empty(0, 3, 7)
+    w, counts = kd.kd_row_weights(empty, None, None, None, -100, True)
+    assert counts.tolist() == [1, 1]
+    tail = None, w, options_for(ForwardKL()), counts, *flags(ForwardKL(), ce=False)
+    rows, stats, gradient = kd.kd_forward(empty, empty, *tail, True)
+    assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
+    assert [x.item() for x in kd.kd_terms(rows, options_for(ForwardKL()), counts, False)] == [0, 0, 0]
+
+
+# -------------------------------------------------- choice
+
+
+H200, A100 = choice.Device(132, True, False), choice.Device(108, False, False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "parts", "shape", "dtype", "device", "forward"),
+    [
+        ("cluster", 1, (8192, 128256, 128256), torch.bfloat16, H200, True),
+        ("cluster", 1, (64, 262144, 262144), torch.bfloat16, H200, True),
+        ("whole", 1, (8192, 500000, 500000), torch.float32, H200, True),
+        ("whole", 1, (8192, 128256, 128256), torch.float64, H200, True),
+        ("resident", 1, (8192, 4096, 4096), torch.bfloat16, H200, True),
+        ("resident", 1, (8192, 1000, 1000), torch.float32, A100, True),
+        ("whole", 1, (8192, 1000, 1000), torch.float32, A100, False),
+        ("whole", 1, (8192, 4096, 1000), torch.float32, A100, True),  # too many columns at its ends
+        ("split", 3, (64, 128256, 128256), torch.bfloat16, A100, True),
+        ("split", 3, (64, 128256, 128256), torch.bfloat16, A100, False),
+        ("split", 15, (1, 128256, 128256), torch.bfloat16, A100, True),
+        ("whole", 1, (1, 10000, 10000), torch.bfloat16, A100, True),
+        ("whole", 1, (128, 128256, 128256), torch.bfloat16, A100, True),
+    ],
+)
+def test_choice(
+    kernel: str, parts: int, shape: tuple[int, int, int], dtype: torch.dtype, device: choice.Device, forward: bool
+) -> None:
+    case = choice.Case(*shape, dtype, dtype, Form.FORWARD_KL, True, forward)
+    assert choice.choose(case, device) == (kernel, parts)
+
+
+# -------------------------------------------------- mathematics
+
+
+@triton.jit
+def helper_kernel(x, y, HELPER: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y + i, HELPER(tl.load(x + i)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["log", "log1p", "expm1", "log_sigmoid"])
+def test_helpers(name: str, dtype: torch.dtype) -> None:
+    size = torch.logspace(-30, 1.5, 2048, base=10, dtype=torch.float64)
+    x = {"log": size, "log1p": torch.cat([size, -size.clamp(max=1)])}.get(name, torch.cat([size, -size])).to(dtype)
+    truth = torch.nn.functional.logsigmoid if name == "log_sigmoid" else getattr(torch, name)
+    y = torch.empty_like(x)
+    helper_kernel[(1,)](x, y, getattr(helpers, name), len(x))
+    x, y = x.double(), y.double()
+    unit = 3e-7 if dtype == torch.float32 else 1e-15
+    assert_close(y, truth(x), unit * (1 + x.abs()) * truth(x).abs())  # of exp2, for x·log2 e is rounded

@@ -1,0 +1,103 @@
+"""The topk_* operators of Triton against the definitions in float64. Not collected by itself: `test_topk_kernels.py`
+runs it under the interpreter (TRITON_INTERPRET=1 python -m pytest tests/triton_topk_operators.py).
+
+The interpreter rounds bfloat16 towards zero, which no GPU does: its cast is replaced by PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from topk_cases import (
+    CANCELLING,
+    broken_logits,
+    case,
+    check,
+    labels_out_of_range,
+    masked_columns,
+    near_convergence,
+    no_column,
+    repeated_samples,
+    tails_out_of_reach,
+    unselected_rows,
+    whole_vocabulary,
+)
+from triton.runtime import interpreter
+
+from fusedkd.kernels import topk
+from fusedkd.sparse import SparseForm
+
+truncating = interpreter._convert_float
+
+
+def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> np.ndarray:
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return truncating(data, source, target, mode)
+    return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+interpreter._convert_float = convert
+forms = pytest.mark.parametrize("form", SparseForm, ids=lambda form: form.name.lower())
+
+
+@pytest.mark.parametrize("form", [SparseForm.BUCKET_REVERSE, SparseForm.IGNORE])
+def test_all_four(form: SparseForm) -> None:
+    check(topk, form, case(form, 257, 9, temperature=2.0), torch.bfloat16, temperature=2.0, all_four=True)
+
+
+@forms
+def test_options(form: SparseForm) -> None:
+    dtype = torch.float16 if form % 2 else torch.bfloat16
+    check(topk, form, case(form, 127, 20), dtype, temperature=3.0, transform=(8.0, 1.5), smoothing=0.1)
+
+
+@forms
+def test_masked_columns(form: SparseForm) -> None:
+    masked_columns(topk, form)
+
+
+@pytest.mark.parametrize("form", [form for form in SparseForm if form not in CANCELLING])
+def test_near_convergence(form: SparseForm) -> None:
+    near_convergence(topk, form)
+
+
+@pytest.mark.parametrize("form", [SparseForm.BUCKET, SparseForm.BUCKET_REVERSE])
+def test_tails(form: SparseForm) -> None:
+    tails_out_of_reach(topk, form)
+    whole_vocabulary(topk, form)
+
+
+@pytest.mark.parametrize("rule", [no_column, labels_out_of_range, unselected_rows, broken_logits])
+def test_rules_of_a_row(rule: Any) -> None:
+    rule(topk, SparseForm.BUCKET_REVERSE)
+
+
+def test_repeated_samples() -> None:
+    repeated_samples(topk, SparseForm.SAMPLES)
+
+
+def test_temperatures() -> None:
+    form = SparseForm.RENORMALIZE
+    check(topk, form, case(form, 40, 5), temperature=2.0, teacher_temperature=1.5, logprobs_temperature=3.0)
+    check(topk, form, case(form, 40, 5), temperature=4.0, labels=None)
+
+
+def test_two_blocks_and_their_marks() -> None:
+    check(topk, SparseForm.BUCKET, case(SparseForm.BUCKET, 4200, 70))
+
+
+def test_float64_and_a_long_list() -> None:
+    check(topk, SparseForm.BUCKET_REVERSE, case(SparseForm.BUCKET_REVERSE, 127, 100), torch.float64)
+
+
+def test_no_rows() -> None:
+    empty, w = torch.empty(0, 3, 7), torch.empty(0)
+    ids, n = torch.empty(0, 7, dtype=torch.int64), torch.ones(2).double()
+    rows, stats, gradient = topk.topk_forward(
+        empty, empty, ids, None, w, torch.ones(16).double(), n, -100, 0, False, False, True
+    )
+    assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
