@@ -10,13 +10,13 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
 
 test: .venv/ready
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
 BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-json
 
@@ -25,11 +25,26 @@ bench: .venv/ready
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
-# A failing test does not keep the benchmarks from running, but fails the command.
+# A failing test does not keep the benchmarks from running, but fails the command. Most of the time of the tests goes into
+# compiling Triton kernels, on as many cores as there are if pytest-xdist is installed. `make gpu-test GPU_TESTS=tests/gpu`
+# and `make gpu-bench` are its parts.
+GPU_TESTS ?= tests
+PARALLEL := $(shell $(PYTHON) -c "import xdist; print('-n auto --dist worksteal')" 2>/dev/null)
+
 gpu:
-	$(PYTHON) setup.py --quiet build_ext --inplace
 	failed=0; \
-	$(PYTHON) -m pytest -m gpu tests || failed=1; \
+	$(MAKE) gpu-test || failed=1; \
+	$(MAKE) gpu-bench || failed=1; \
+	exit $$failed
+
+gpu-build:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest -m gpu $(PARALLEL) $(GPU_TESTS)
+
+gpu-bench: gpu-build
+	failed=0; \
 	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda.json --device cuda || failed=1; \
 	$(PYTHON) -m benchmarks.accuracy $(RESULTS) --device cuda || failed=1; \
 	$(PYTHON) -m benchmarks.report $(RESULTS) || failed=1; \

@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kCrowded<F, kTransform> ? 2 : kResid
         column.z = z, column.v = v, column.no_p = v == -INFINITE<float>, column.no_q = z == -INFINITE<float>;
         column.log2_e_q = fma(z, k_s, -M_s), column.log2_e_p = fma(v, k_t, -M_t);
         e_s[e] = exp2_of(column.log2_e_q);
-        column.q = e_s[e] * r_s, column.p = exp2_of(column.log2_e_p) * r_t;
+        column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
         column.delta = kExact ? fma(c_s, v - z, fma(c_rest, v, offset))
                               : c_s * ((v - near_t) - (z - near_s) - gap) + (c_rest * (v - base_t) - log_ratio);
         const float w = form.pull(column);

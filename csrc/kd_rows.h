@@ -39,6 +39,12 @@ template <bool centred_> struct Pull { static constexpr bool centred = centred_;
 template <class Divergence> constexpr bool is_given = false;
 template <bool centred> constexpr bool is_given<Pull<centred>> = true;
 
+// Logits may be as low as the type goes, as masks often are: what δ is made of stays finite. A NaN stays one.
+template <class A> INLINE Vec<A> bounded(Vec<A> x) {
+  constexpr A most = A(1e30);
+  return -max(splat(-most), -max(splat(-most), x));
+}
+
 struct Sums {
   double value = 0, pull = 0;
   void operator+=(Sums other) { value += other.value, pull += other.pull; }
@@ -61,8 +67,8 @@ template <class Divergence, class A, bool value, Out out, E1 e_1 = E1::none>
       if constexpr (any && !given) {
         const Vec<A> y = load(v + at), log2_e_p = (y - r.m_t) * r.c_t;
         const Vec<A> d = y - x, b = d - y, lost = (y - (d - b)) - (x + b);  // d + lost = y − x exactly (Knuth)
-        const Vec<A> near = (d - r.shift) + (lost - r.shift_rest);
-        const Vec<A> delta = near * r.rate + ((y - r.m_t) * r.rate_excess - r.log_ratio);
+        const Vec<A> near = bounded<A>((d - r.shift) + (lost - r.shift_rest));
+        const Vec<A> delta = near * r.rate + (bounded<A>(y - r.m_t) * r.rate_excess - r.log_ratio);
         const Column<Vec<A>> column = {x, y, exp2<A>(log2_e_p) * r.inv_l_t, e * r.inv_l_s, delta, log2_e_p, log2_e,
                                        y == -INFINITE<A>, x == -INFINITE<A>};
         if constexpr (value) values[u] += divergence.value(column);
@@ -147,11 +153,12 @@ template <class A> struct KdRows {
   Terms<A> terms(double a, double b) const {
     const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = stats[1], l_t = stats[3];
     const double m_s = l_s == 0 ? A(0) : stats[0], m_t = l_t == 0 ? A(0) : stats[2];
-    const double shift = m_t - m_s, excess = (l_t - l_s) / l_s;
+    const double shift = m_t - m_s, b_shift = shift - m_t, lost = (m_t - (shift - b_shift)) - (m_s + b_shift);
+    const double excess = (l_t - l_s) / l_s;
     Terms<A> r;
     r.m_s = m_s, r.inv_l_s = l_s == 0 ? 0 : A(1 / l_s), r.c_s = A(LOG2E / T_s);
     r.m_t = m_t, r.inv_l_t = l_t == 0 ? 0 : A(1 / l_t), r.c_t = A(LOG2E / T_t);
-    r.shift = A(shift), r.shift_rest = A(shift - r.shift), r.rate = A(1 / T_s), r.rate_excess = A(1 / T_t - 1 / T_s);
+    r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s), r.rate_excess = A(1 / T_t - 1 / T_s);
     r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
     r.m_1 = stats[4], r.inv_l_1 = A(1 / double(stats[5])), r.target = A(k.smoothing / V);
     r.a = A(a), r.b = A(b), r.squarings = squarings;

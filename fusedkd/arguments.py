@@ -57,12 +57,17 @@ def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool
         order = ids.sort(-1).values
         if unique and ((order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)).any():
             raise ValueError("ids must list a column at most once per row, but some row repeats one")
+        if not unique and (values < 0).any():
+            raise ValueError(f"{name} must be at least 0, but one is {values.min().item()}")
     return ids.reshape(-1, ids.shape[-1]).to(torch.int64).contiguous()
 
 
-def vocabularies(student: int, teacher: int, mismatch: str) -> None:
+def vocab_mismatch(mismatch: str) -> None:
     if mismatch not in ("error", "truncate"):
         raise ValueError(f"vocab_mismatch must be 'error' or 'truncate', not {mismatch!r}")
+
+
+def vocabularies(student: int, teacher: int, mismatch: str) -> None:
     if mismatch == "error" and abs(student - teacher) > MAX_VOCABULARY_PADDING:
         raise ValueError(
             f"student and teacher have vocabularies of {student} and {teacher}, more than {MAX_VOCABULARY_PADDING} "
@@ -112,17 +117,22 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
     caller's word.
     """
     if isinstance(value, Tensor):
-        if value.dim() != 0 or value.requires_grad:
+        if value.dim() != 0 or value.requires_grad or value.is_complex():
             raise ValueError(
-                f"{name} must be a number or a 0-d tensor without gradient, not a tensor of shape {tuple(value.shape)}"
-                f" with requires_grad={value.requires_grad}"
+                f"{name} must be a number or a real 0-d tensor without gradient, not a tensor of shape "
+                f"{tuple(value.shape)}, {value.dtype}, with requires_grad={value.requires_grad}"
             )
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, not {type(value).__name__}")
-    elif not (low < value if open_low else low <= value) or value > high or value == math.inf:
+    elif not (low < value if open_low else low <= value) or value > high or math.isinf(value):
         floor = f"{'above' if open_low else 'at least'} {low:g}"
         ceiling = f"at most {high:g}" if high < math.inf else "finite"
         raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")
+
+
+def exact(value: Real) -> Real:
+    """A tensor in float64, so that arithmetic with it is not that of an 8- or 16-bit type."""
+    return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
 def reduction(reduction: str, **normalizers: Real | None) -> None:

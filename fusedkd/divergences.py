@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd.arguments import Real, real
+from fusedkd.arguments import Real, exact, real
 
 
 class Form(IntEnum):
@@ -107,13 +107,14 @@ class JSD(Divergence):
         real("beta", self.beta, high=1.0)
 
     def coefficients(self) -> tuple[Real, ...]:
-        teacher = self.beta + (self.beta == 0) - (self.beta == 1) * 1.0
-        return _mixture(teacher, 1 - teacher, self.beta)
+        beta = exact(self.beta)
+        teacher = beta + (beta == 0) - (beta == 1) * 1.0
+        return _mixture(teacher, 1 - teacher, beta)
 
 
 @dataclass(frozen=True, eq=False)
 class SkewKL(Divergence):
-    """KL(p‖αp + (1 − α)q) (DistiLLM, arXiv:2402.03898, eq. 5). α in [0, 1); α = 0 is KL(p‖q)."""
+    """KL(p‖αp + (1 − α)q) (DistiLLM, arXiv:2402.03898, eq. 5). α in [0, 1]; 0 makes it KL(p‖q), 1 makes it 0."""
 
     alpha: Real = 0.1
     name, form = "skew_kl", Form.MIXTURE
@@ -122,12 +123,12 @@ class SkewKL(Divergence):
         real("alpha", self.alpha, high=1.0)
 
     def coefficients(self) -> tuple[Real, ...]:
-        return _mixture(1.0, 0.0, self.alpha)
+        return _mixture(1.0, 0.0, exact(self.alpha))
 
 
 @dataclass(frozen=True, eq=False)
 class SkewReverseKL(Divergence):
-    """KL(q‖(1 − α)p + αq) (DistiLLM, arXiv:2402.03898, eq. 6). α in [0, 1); α = 0 is KL(q‖p).
+    """KL(q‖(1 − α)p + αq) (DistiLLM, arXiv:2402.03898, eq. 6). α in [0, 1]; 0 makes it KL(q‖p), 1 makes it 0.
 
     ``detach_mixture``: no gradient flows through the mixture, as in DistiLLM-2 (arXiv:2503.07067).
     """
@@ -140,7 +141,7 @@ class SkewReverseKL(Divergence):
         real("alpha", self.alpha, high=1.0)
 
     def coefficients(self) -> tuple[Real, ...]:
-        *weights, pull = _mixture(0.0, 1.0, 1 - self.alpha)
+        *weights, pull = _mixture(0.0, 1.0, 1 - exact(self.alpha))
         return *weights, 0.0 if self.detach_mixture else pull
 
 
@@ -231,7 +232,7 @@ FAMILIES: dict[str, type[Divergence]] = {
 
 def resolve(divergence: str | Divergence) -> Divergence:
     """The object itself, or the family of that name with its default parameters."""
-    if isinstance(divergence, Divergence):
+    if isinstance(divergence, Divergence) and type(divergence) is not Divergence:
         return divergence
     if isinstance(divergence, str) and divergence in FAMILIES:
         return FAMILIES[divergence]()

@@ -86,7 +86,8 @@ def kd_loss(
             over all ranks they make gradient accumulation and data parallelism exact.
         logit_softcap, logit_scale: the student's logits are c·tanh(scale·z/c), for KD and CE alike.
         vocab_mismatch: ``"error"``: V_s and V_t may differ by at most 1024; ``"truncate"``: by anything.
-        teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default.
+        teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default. Under ``"mean"``
+            each teacher's is divided by its own count of rows.
         inplace: lets the gradient overwrite the student's logits, which must be neither a leaf nor a view. Ignored
             under ``torch.compile``, with grad mode off, and where the gradient is computed in backward (float16,
             ``"none"``, a list of teachers). One backward only; an upstream gradient other than 1 rounds a second time.
@@ -114,6 +115,7 @@ def kd_loss(
     if teacher_weights is not None:
         raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
     family = resolve(divergence)
+    check.vocab_mismatch(vocab_mismatch)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     check.float_rows("student_logits", student_logits)
     check.reduction(reduction, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer)
@@ -160,10 +162,11 @@ def kd_loss(
         ce_count = counts[1] if ce_normalizer is None else ce_normalizer  # keep dynamo from reading locals() above
         normalizers = check.pack([kd_count, ce_count], device)
         normalizers = torch.where(normalizers <= 0, 1, normalizers)  # a NaN stays one
+    softmax = family.temperature_power > 0
     real_options = [
-        temperature,
-        teacher_temperature,
-        temperature**family.temperature_power if scale_by_t2 else 1.0,
+        temperature if softmax else 1.0,
+        teacher_temperature if softmax else 1.0,
+        check.exact(temperature) ** family.temperature_power if scale_by_t2 else 1.0,
         kd_weight,
         ce_weight,
         label_smoothing,
@@ -260,6 +263,8 @@ def _several_teachers(
     """Σ w_m · KD_m + CE, one fused call per teacher; the cross-entropy goes with the first."""
     if not members:
         raise ValueError("teacher is an empty list: it must hold at least one teacher")
+    if not isinstance(teacher_weights, Sequence | None) or isinstance(teacher_weights, str):
+        raise TypeError(f"teacher_weights must be a list of numbers, not {type(teacher_weights).__name__}")
     if teacher_weights is None:
         teacher_weights = [1.0 / len(members)] * len(members)
     if len(teacher_weights) != len(members):
@@ -277,7 +282,12 @@ def _several_teachers(
     losses, terms = [], []
     for teacher, weight in zip(members, teacher_weights, strict=True):
         loss, term = kd_loss(
-            student_logits, teacher, labels, kd_weight=kd_weight * weight, return_terms=True, **options
+            student_logits,
+            teacher,
+            labels,
+            kd_weight=check.exact(kd_weight) * check.exact(weight),
+            return_terms=True,
+            **options,
         )
         losses.append(loss)
         kd = weight * term.kd

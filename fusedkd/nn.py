@@ -19,9 +19,10 @@ class KDLoss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        unknown = options.keys() - inspect.signature(kd_loss).parameters.keys()
+        given_to_forward = {"student_logits", "teacher", "labels"}
+        unknown = options.keys() - (inspect.signature(kd_loss).parameters.keys() - given_to_forward)
         if unknown:
-            raise TypeError(f"KDLoss got options that kd_loss does not have: {', '.join(sorted(unknown))}")
+            raise TypeError(f"KDLoss got what is not an option of kd_loss: {', '.join(sorted(unknown))}")
         self.options = options
 
     def forward(

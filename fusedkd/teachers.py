@@ -95,8 +95,18 @@ class TeacherSamples:
         Args:
             logits: ``(*, V)``, floating point.
             samples: K.
-            exponent: 1 draws from p itself: every weight is 1/K. Less than 1 spreads the draws over the tail.
+            exponent: ≥ 0. 1 draws from p itself: every weight is 1/K. Less than 1 spreads the draws over the tail.
+
+        Returns:
+            Masked columns (−inf) are never drawn. A row that is all −inf is all padding, and so carries no KD term; one
+            with a NaN or +inf has NaN weights, and so shows in the loss.
         """
+        check.float_rows("logits", logits)
+        check.real("temperature", temperature, open_low=True)
+        check.real("exponent", exponent)
+        for name, value, most in (("samples", samples, check.MAX_LISTED), ("block", block, None)):
+            if value < 1 or (most is not None and value > most):
+                raise ValueError(f"{name} must be at least 1{f' and at most {most}' if most else ''}, not {value}")
         rows = logits.reshape(-1, logits.shape[-1])
         shape = (*logits.shape[:-1], samples)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -106,10 +116,10 @@ class TeacherSamples:
         for start in range(0, rows.shape[1], block):
             scores = rows[:, start : start + block].to(dtype) / temperature
             log_z = torch.logaddexp(log_z, scores.logsumexp(-1, keepdim=True))
-            proposal = scores * exponent
+            proposal = torch.where(scores == -torch.inf, -torch.inf, scores * exponent)
             log_block = proposal.logsumexp(-1, keepdim=True)
             log_total = torch.logaddexp(log_total, log_block)
-            alive = log_block > -torch.inf  # a block that is masked throughout is never taken
+            alive = log_block.isfinite()  # a block that is masked throughout is never taken
             share = torch.where(alive, (log_block - log_total).exp(), 0)
             probabilities = torch.where(alive, (proposal - log_block).exp(), 1)
             drawn = torch.multinomial(probabilities, samples, replacement=True, generator=generator)
@@ -117,8 +127,9 @@ class TeacherSamples:
             ids = torch.where(taken, drawn + start, ids)
             chosen = torch.where(taken, scores.gather(-1, drawn), chosen)
         log_weights = (chosen - log_z) - (chosen * exponent - log_total)
-        weights = torch.where(log_total > -torch.inf, log_weights.exp() / samples, 0)
-        return cls(torch.where(log_total > -torch.inf, ids, -1).view(shape), weights.view(shape))
+        masked = log_total == -torch.inf
+        weights = torch.where(log_total.isfinite(), log_weights.exp() / samples, torch.where(masked, 0, torch.nan))
+        return cls(torch.where(masked, -1, ids).view(shape), weights.view(shape))
 
 
 Teacher: TypeAlias = Tensor | TeacherLogits | TeacherTopK | TeacherSamples
@@ -146,6 +157,11 @@ def known(
     if isinstance(teacher, TeacherSamples):
         if family.form != Form.FORWARD_KL:
             raise ValueError(f"TeacherSamples estimates forward_kl alone, not {family.name}")
+        if len({t for t in temperatures if not isinstance(t, Tensor)}) > 1:
+            raise ValueError(
+                "teacher_temperature must be the student's for TeacherSamples, whose weights are of the temperature at "
+                "which they were drawn, but they are {} and {}".format(*temperatures[::-1])
+            )
         ids = check.listed("weights", teacher.ids, teacher.weights, student, unique=False)
         return Known(teacher.weights.contiguous(), ids, SparseForm.SAMPLES, ())
     form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)

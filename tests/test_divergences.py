@@ -320,3 +320,52 @@ def test_symmetries(device: str) -> None:
         torch.testing.assert_close(*values(z, v, one), *values(v, z, other), rtol=2e-5, atol=0)
     jeffreys, forward, reverse = values(z, v, "jeffreys", "forward_kl", "reverse_kl")
     torch.testing.assert_close(jeffreys, forward + reverse, rtol=2e-5, atol=0)
+
+
+@families
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), [(0.5, 0.5), (1.0, 0.4), (2.0, 2.0)])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_masks_as_low_as_the_type_goes(
+    device: str, divergence: Divergence, temperature: float, teacher_temperature: float, side: str
+) -> None:
+    """Columns at finfo.min, as masks often are: finite, so −inf's rules do not apply, and nothing may be NaN."""
+    if not divergence.temperature_power:
+        pytest.skip("squares of the lowest logits are infinite")
+    student, teacher = pair(4, 40, device=device)
+    for logits, masked in ((student, side != "teacher"), (teacher, side != "student")):
+        if masked:
+            logits[:, :5] = torch.finfo(torch.float32).min
+    labels = torch.full((4,), 9, device=device)
+    options = {"temperature": temperature, "teacher_temperature": teacher_temperature, "divergence": divergence}
+    leaf, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    kd_loss(leaf, teacher, labels, **options).backward()
+    kd_loss(exact, teacher.double(), labels, **options).backward()
+    assert leaf.grad.isfinite().all()
+    if side == "both":
+        value, expected = kd_loss(leaf, teacher, labels, **options), kd_loss(exact, teacher.double(), labels, **options)
+        torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_row_as_low_as_the_type_goes(device: str) -> None:
+    """It is uniform, whichever side it is on."""
+    student, teacher = pair(2, 40, device=device)
+    student[0] = torch.finfo(torch.float32).min
+    for a, b in ((student, teacher), (teacher, student)):
+        expected = kd_loss(a.double(), b.double(), reduction="none")
+        torch.testing.assert_close(kd_loss(a, b, reduction="none").double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, torch.uint8], ids=str)
+def test_options_are_exact_in_any_dtype(device: str, dtype: torch.dtype) -> None:
+    """T² of a tensor is not taken in 8 or 16 bits."""
+    student, teacher = pair(3, 40, device=device)
+    tensor = torch.tensor(20, dtype=dtype, device=device)
+    expected = kd_loss(student, teacher, temperature=20.0)
+    torch.testing.assert_close(kd_loss(student, teacher, temperature=tensor), expected)
+    with pytest.raises(ValueError, match="temperature"):
+        kd_loss(student, teacher, temperature=torch.tensor(1 + 1j))
+    if dtype.is_floating_point:
+        alpha = torch.tensor(0.1, dtype=dtype, device=device)
+        actual = kd_loss(student, teacher, divergence=SkewReverseKL(alpha))
+        torch.testing.assert_close(actual, kd_loss(student, teacher, divergence=SkewReverseKL(alpha.item())))

@@ -86,3 +86,19 @@ def test_draw_of_masked_rows_and_shapes(device: str) -> None:
     one, two = (TeacherSamples.draw(teacher, 5, generator=torch.Generator(device).manual_seed(3)) for _ in range(2))
     assert torch.equal(one.ids, two.ids)
     assert not teacher.requires_grad
+
+
+def test_draw_shows_what_is_not_a_number_and_checks_its_arguments(device: str) -> None:
+    student, teacher = pair(3, 20, device=device)
+    teacher[0, 3], teacher[1, 4] = torch.nan, torch.inf
+    rows = kd_loss(student, TeacherSamples.draw(teacher, 5, block=7), reduction="none")
+    assert rows.isnan().tolist() == [True, True, False]
+    teacher = pair(3, 20, device=device)[1]
+    teacher[:, 3:] = -torch.inf
+    uniform = TeacherSamples.draw(teacher, 64, exponent=0.0)
+    assert uniform.ids.unique().tolist() == [0, 1, 2]
+    for name, wrong in (("samples", {"samples": 0}), ("block", {"block": 0}), ("temperature", {"temperature": 0.0})):
+        with pytest.raises(ValueError, match=name):
+            TeacherSamples.draw(teacher, **{"samples": 4, **wrong})
+    with pytest.raises(ValueError, match="weights must be at least 0"):
+        kd_loss(student.cpu(), TeacherSamples(torch.zeros(3, 2, dtype=torch.int64), -torch.ones(3, 2)))

@@ -21,6 +21,9 @@ CLUSTER_BYTES = 1 << 20
 half of it where every processor is to hold two or three blocks.
 """
 
+SURPLUS_COLUMNS = 2048
+"""Of the student alone: a cluster does not hold them, and reads them one by one."""
+
 RESIDENT_COLUMNS = 4096
 """Eight columns of both sides for each of 512 threads. Twice as many compile without a spill at 128 registers, but then
 a processor has one row, and nothing to compute while it waits for the next; two sweeps over 8192 columns find the
@@ -72,7 +75,7 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
 
-    if cluster and RESIDENT_COLUMNS < V and V * dtype.itemsize <= CLUSTER_BYTES:
+    if cluster and RESIDENT_COLUMNS < V and V * dtype.itemsize <= CLUSTER_BYTES and V - C <= SURPLUS_COLUMNS:
         return "cluster", 1
     if resident and C <= RESIDENT_COLUMNS and at_the_ends <= _columns(C) // 8:
         return "resident", 1

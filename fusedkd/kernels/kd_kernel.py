@@ -357,6 +357,10 @@ def kd_kernel(
                         b_g -= tl.where(o == o_label, a_label, a_other)
                     if TRANSFORM:
                         b_g *= b_slope
+                    if (
+                        ENDS and stats.dtype.element_ty == tl.float64
+                    ):  # two warps hold each column: in place, both must have read it
+                        tl.debug_barrier()
                     tl.store(p_gradient + o, b_g.to(gradient.dtype.element_ty), m, eviction_policy="evict_first")
             D += tl.sum(b_D)
             W += tl.sum(b_W)

@@ -316,7 +316,8 @@ def topk_kernel(
         if TRANSFORM:
             b_d *= b_slope_k
 
-        # Pass 2, backwards
+        # Pass 2, backwards. In place, it may not begin before every warp has read the list.
+        tl.debug_barrier()
         rest = tl.where(a_kd == 0, 0.0, a_kd * rest).to(A)
         a_ce = a_ce.to(A)
         a_other = a_ce * epsilon / V
