@@ -190,10 +190,12 @@ template <class A> struct KdRows {
 };
 
 // Those of one divergence.
-template <class A, class Divergence> struct DivergenceRows : KdRows<A> {
+// `measured`: D and W take a sweep of their own before the gradient. A form that needs D alone, for the gradient to be 0
+// where it is infinite, can do without: such a row is then written twice.
+template <class A, class Divergence, bool measured = Divergence::measured> struct DivergenceRows : KdRows<A> {
   using Base = KdRows<A>;
   using Base::k, Base::V, Base::C, Base::kd, Base::ce, Base::label, Base::hidden, Base::stats, Base::z_y, Base::v_y;
-  static constexpr bool measured = Divergence::measured, softmax = Divergence::softmax;
+  static constexpr bool softmax = Divergence::softmax, twice = Divergence::measured && !measured;
   static constexpr bool hides = Divergence::hides_target;
   std::vector<A> pulls;  // w of the row, between the sweep that measures and the one that writes
 
@@ -214,6 +216,7 @@ template <class A, class Divergence> struct DivergenceRows : KdRows<A> {
     if (hides && kd) hidden = label;
     const double cross_entropy = k.forward ? this->softmaxes(kd && softmax) : 0;
     const double value = value_and_gradient(i, !labelled || legal);
+    if (twice && std::isinf(A(value))) stats[6] = A(value), value_and_gradient(i, !labelled || legal);
     if (!k.forward) return;
     A* rows = static_cast<A*>(k.rows);
     rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : hides && k.weights[i] != 0 ? nan : 0);
@@ -234,6 +237,7 @@ template <class A, class Divergence> struct DivergenceRows : KdRows<A> {
     bool pull = out && alive && legal && a != 0;             // there is a gradient of the divergence,
     const bool push = out && ce && stats[5] != 0 && b != 0;  // of the cross-entropy
     double value = kd && no_student && (hides || !no_teacher) ? INFINITE<double> : 0;
+    if (twice) pull = pull && !std::isinf(stats[6]);
     if constexpr (hides) {
       if (alive) value = divergence.target_value, r.centre = divergence.centre;
     }
@@ -336,17 +340,19 @@ template <class A, class Divergence> struct DivergenceRows : KdRows<A> {
 };
 
 template <class A> void kd_rows_in(const KdCall& k, int64_t begin, int64_t end) {
-  const auto run = [&]<class Divergence>(Divergence*) {
-    DivergenceRows<A, Divergence> rows(k);
+  const auto walk = [&](auto rows) {
     for (int64_t i = begin; i < end; i++) rows.row(i);
   };
+  const auto run = [&]<class Divergence>(Divergence*) { walk(DivergenceRows<A, Divergence>(k)); };
+  const bool in_place = k.gradient && k.gradient->data == k.student.data;  // no row can be written twice
   switch (Form(k.form)) {
     case Form::forward_kl: return run((ForwardKL<A>*)nullptr);
     case Form::jeffreys: return run((Jeffreys<A>*)nullptr);
     case Form::mixture: return run((Mixture<A>*)nullptr);
     case Form::alpha_beta: return run((AlphaBeta<A>*)nullptr);
     case Form::total_variation: return run((TotalVariation<A>*)nullptr);
-    case Form::logit_mse: return run((LogitMSE<A>*)nullptr);
+    case Form::logit_mse:
+      return in_place ? run((LogitMSE<A>*)nullptr) : walk(DivergenceRows<A, LogitMSE<A>, false>(k));
     case Form::dkd: return run((DKD<A>*)nullptr);
   }
 }
