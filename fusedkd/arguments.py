@@ -124,7 +124,7 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
             )
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, not {type(value).__name__}")
-    elif not (low < value if open_low else low <= value) or value > high or math.isinf(value):
+    elif not (low < value if open_low else low <= value) or value > high or value in (math.inf, -math.inf):
         floor = f"{'above' if open_low else 'at least'} {low:g}"
         ceiling = f"at most {high:g}" if high < math.inf else "finite"
         raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")
