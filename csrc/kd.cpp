@@ -1,25 +1,11 @@
 // The CPU operators of kd_loss: their arguments become a KdCall, and kd_rows.h does the rest, compiled once per
 // instruction set.
-#include "tensor.h"
+#include "call.h"
 
 namespace fusedkd {
 
-constexpr int64_t OPTIONS = 16, STATS = 8;
-
-struct KdCall {
-  Rows student, teacher;  // [B, L, V], [B, L, C]
-  const int64_t* labels;  // [N] or null
-  const float* weights;   // [N]
-  double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing;
-  double softcap, scale, teacher_softcap, teacher_scale;
-  const double* coefficients;  // a0 … a5 of the form
-  double n_kd, n_ce;
-  int64_t ignore_index, form;
-  bool transform, ce;
-  bool forward = false;                    // rows and stats are results, else stats are given
-  void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, STATS] of the accumulation type
-  std::optional<Rows> gradient = {};       // [B, L, V] like the student; may be the student itself
-  std::optional<PerRow> upstream = {};     // 1 if none
+struct KdCall : LogitsCall {
+  int64_t form;
 };
 
 }  // namespace fusedkd
@@ -33,54 +19,21 @@ namespace {
 KdCall call(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
             const Tensor& options, const Tensor& normalizers, int64_t ignore_index, int64_t form, bool transform,
             bool ce) {
-  const Rows z(student), v(teacher);
-  STD_TORCH_CHECK(z.count == v.count && z.inner == v.inner && v.columns <= z.columns,
-                  "fusedkd: student and teacher rows do not match");
+  const LogitsCall k(student, teacher, labels, weights, options, normalizers, ignore_index, transform, ce);
+  STD_TORCH_CHECK(k.teacher.columns <= k.student.columns, "fusedkd: student and teacher rows do not match");
   STD_TORCH_CHECK(form >= 0 && form <= int64_t(plain::Form::dkd), "fusedkd: there is no form ", form);
-  const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
-  const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
-  return {
-      .student = z,
-      .teacher = v,
-      .labels = labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, z.count, "labels") : nullptr,
-      .weights = contiguous_data<float>(weights, ScalarType::Float, z.count, "weights"),
-      .temperature = o[0], .teacher_temperature = o[1], .kd_scale = o[2], .kd_weight = o[3], .ce_weight = o[4],
-      .smoothing = o[5], .softcap = o[6], .scale = o[7], .teacher_softcap = o[8], .teacher_scale = o[9],
-      .coefficients = o + 10, .n_kd = n[0], .n_ce = n[1], .ignore_index = ignore_index, .form = form,
-      .transform = transform, .ce = ce,
-  };
+  return {k, form};
 }
 
 void run(const KdCall& k) {
   over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(kd_rows, k, begin, end) });
 }
 
-std::tuple<Tensor, Tensor> run_forward(KdCall& k, const Tensor& student) {
-  const ScalarType type = accumulation_type(k.student.type);
-  Tensor rows = torch::stable::new_empty(student, {2, k.student.count}, type);
-  Tensor stats = torch::stable::new_empty(student, {k.student.count, STATS}, type);
-  k.forward = true, k.rows = rows.data_ptr(), k.stats = stats.data_ptr();
-  run(k);
-  return {rows, stats};
-}
-
-void run_backward(KdCall& k, const Tensor& upstream, const Tensor& stats, const Tensor& gradient) {
-  const ScalarType type = accumulation_type(k.student.type);
-  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, STATS * k.student.count, "stats"));
-  k.upstream.emplace(upstream, type, k.student.count);
-  k.gradient.emplace(gradient);
-  STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
-  run(k);
-}
-
 std::tuple<Tensor, Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional labels, Tensor weights,
                                               Tensor options, Tensor normalizers, int64_t ignore_index, int64_t form,
                                               bool transform, bool ce, bool gradient) {
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
-  Tensor out = gradient ? fresh_like(student) : torch::stable::new_empty(student, {0});
-  if (gradient) k.gradient.emplace(out);
-  auto [rows, stats] = run_forward(k, student);
-  return {rows, stats, out};
+  return run_forward(k, student, gradient, run);
 }
 
 std::tuple<Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, Optional labels, Tensor weights, Tensor options,
@@ -88,14 +41,14 @@ std::tuple<Tensor, Tensor> kd_forward_(Tensor student, Tensor teacher, Optional 
                                        bool ce) {
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
   k.gradient = k.student;
-  return run_forward(k, student);
+  return run_forward(k, student, run);
 }
 
 Tensor kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional labels, Tensor weights, Tensor options,
                    Tensor normalizers, Tensor stats, int64_t ignore_index, int64_t form, bool transform, bool ce) {
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
   Tensor out = fresh_like(student);
-  run_backward(k, upstream, stats, out);
+  run_backward(k, upstream, stats, out, run);
   return out;
 }
 
@@ -104,7 +57,7 @@ void kd_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teache
                  bool ce) {
   if (PerRow(upstream, accumulation_type(student.scalar_type()), 1)[0] == 1) return;
   KdCall k = call(student, teacher, labels, weights, options, normalizers, ignore_index, form, transform, ce);
-  run_backward(k, upstream, stats, gradient);
+  run_backward(k, upstream, stats, gradient, run);
 }
 
 // Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.

@@ -217,7 +217,7 @@ template <class A> struct TopkRows {
     // On the list q and p, its sum, and log p = (y − top)·tau − log_total
     const bool renormalized = k.form <= Form::renormalize_reverse;
     const double top = renormalized ? *std::max_element(y.begin(), y.begin() + n) : 0;
-    const double tau = renormalized ? k.a0 / k.teacher_temperature : 1;
+    const double tau = renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
     D p_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       const D t = load(&y[j]), p_j = sampled ? t : exp2<double>((t - top) * (tau * LOG2E));
