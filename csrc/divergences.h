@@ -29,7 +29,7 @@
 //   Scalar<X>           the type of its elements;  INFINITE<Scalar<X>>
 //   max(x, y), absolute(x), phi(x) = φ(x)/x² for |x| < 1: also of the scalars R that describe rows;  fma(x, y, z)
 //   Exp<X>(x)           for x <= 0: .value = e^x, .minus_one = e^x − 1 without cancellation
-//   exp2_any(x)         2^x for any x: 0 below the range, +∞ above it
+//   exp2_any(x, grows)  2^x for any x: 0 below the range, +∞ above it; `grows` if x may be above 0
 //   log1p(x, u)         log u of u = 1 + x, normal and positive; x has the digits that u lacks near 1
 // and <cmath> before it. Conditions are X < X, for vectors a mask: write `c ? a : b`, which computes both sides.
 
@@ -131,12 +131,12 @@ template <class A> struct Mixture : Defaults {
 // G = p^α q^β = X·e^−ρΔ, E = (X − G)/ρ, value = (Y − X + E)/((1 − ρ)s²), w = (q^s − G)/α. With φ(x) = x²·P(x):
 // E = XΔ(1 − ρΔ·P(ρΔ)), and Y − X + E = XΔ²(P(Δ) − ρ·P(ρΔ)), both by series where nothing else has digits enough.
 template <class A> struct AlphaBeta : Defaults {
-  bool exchanged;  // X = q^s
+  bool exchanged, grows;  // X = q^s; an exponent is negative, so that a power may exceed 1
   A alpha, beta, s, rho, inv_rho, value_scale, pull_scale, inv_rest, reach;
   A scale_p, scale_q, scale_g;  // l_t^−s, l_s^−s, l_t^−α·l_s^−β
   A value_p, value_q, pull_q, alone_p, alone_q;
   template <class R> INLINE AlphaBeta(const double* a, const RowSums<R>& row)
-      : exchanged(a[0] < a[1]), alpha(a[0]), beta(a[1]), s(a[0] + a[1]),
+      : exchanged(a[0] < a[1]), grows(a[0] < 0 || a[1] < 0), alpha(a[0]), beta(a[1]), s(a[0] + a[1]),
         rho((exchanged ? a[0] : a[1]) / (a[0] + a[1])), inv_rho(rho == 0 ? A(0) : 1 / rho),
         value_scale(1 / ((1 - rho) * s * s)), pull_scale(1 / s), inv_rest(1 / (1 - rho)),
         reach(max(A(1), max(rho, -rho))),
@@ -150,8 +150,8 @@ template <class A> struct AlphaBeta : Defaults {
   };
   template <class X> INLINE Parts<X> parts(const Column<X>& c) const {
     Parts<X> k;
-    k.p = exp2_any(c.log2_e_p * s) * scale_p, k.q = exp2_any(c.log2_e_q * s) * scale_q;
-    const X g = exp2_any(fma(X{} + alpha, c.log2_e_p, beta * c.log2_e_q)) * scale_g;
+    k.p = exp2_any(c.log2_e_p * s, grows) * scale_p, k.q = exp2_any(c.log2_e_q * s, grows) * scale_q;
+    const X g = exp2_any(fma(X{} + alpha, c.log2_e_p, beta * c.log2_e_q), grows) * scale_g;
     k.x = exchanged ? k.q : k.p, k.difference = exchanged ? k.p - k.q : k.q - k.p;
     k.delta = c.delta * (exchanged ? -s : s);
     const X rho_delta = rho * k.delta;

@@ -10,12 +10,12 @@
 //   gradient = a·(w − q·W) + b·(q_1 − (1 − ε)·1_y − ε/V), times the upstream,
 //              a = kd_weight·kd_scale·weight/(n_kd·T_s), b = ce_weight/n_ce
 //
-// Two sweeps over a row pair where W is known beforehand, as for forward KL. The first reads it from memory and finds m
-// and l block by block, rescaling l where the maximum rises (Milakov and Gimelshein 2018, arXiv:1805.02867); the second
-// finds it in L2 and computes value and gradient. Where W has to be measured, the second leaves w in a row of its own,
-// and a third computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32, 2 + 2 + 2 in 16 bits.
-// Exponentials: two in each of the first sweeps, one for q in the third; e_1 = exp(z − m_1) is a power of
-// e_s = exp((z − m_s)/T_s) at T_s = 1, 2, 4 where C = V, one more otherwise.
+// Two sweeps over a row pair where W is known beforehand, as for forward KL. The first reads it from memory, finds m and
+// l block by block (Milakov and Gimelshein 2018, arXiv:1805.02867) and keeps the exponentials; the second finds all of it
+// in L2 and computes value and gradient. Where W has to be measured, the second leaves w in the place of the teacher's
+// exponentials, and a third computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32, 2 + 2 + 2
+// in 16 bits. Exponentials: the first sweep's two; e_1 = exp(z − m_1) is a power of e_s = exp((z − m_s)/T_s) at
+// T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics, computes them anew.
 
 #include "logits.h"
 #include "divergences.h"
@@ -27,6 +27,7 @@ template <class A> struct Terms {
   A m_1, inv_l_1, target;                             // CE softmax, and what is subtracted from q_1
   A a, b, centre;                                     // coefficients of the gradient, W
   int squarings;                                      // that make e_1 of e_s
+  const A *e_s, *e_t;                                 // exponentials kept from the first sweep, 1/l to their scale
   const char *next_z, *next_v;                        // the same columns of the next row, fetched meanwhile
   int64_t z_bytes, v_bytes;
 };
@@ -42,7 +43,7 @@ template <bool centred> constexpr bool is_given<Pull<centred>> = true;
 // Logits may be as low as the type goes, as masks often are: what δ is made of stays finite. A NaN stays one.
 template <class A> INLINE Vec<A> bounded(Vec<A> x) {
   constexpr A most = A(1e30);
-  return -max(splat(-most), -max(splat(-most), x));
+  return min(splat(most), max(splat(-most), x));
 }
 
 struct Sums {
@@ -50,10 +51,12 @@ struct Sums {
   void operator+=(Sums other) { value += other.value, pull += other.pull; }
 };
 
-// Σ value and Σ w of n columns, n a multiple of STEP; `to` gets what Out says, and may be z.
-template <class Divergence, class A, bool value, Out out, E1 e_1 = E1::none>
+// Σ value and Σ w of n columns, n a multiple of STEP; `to` gets what Out says, and may be z. `kept`: e_s and e_t are
+// those of the first sweep, and the value is wanted.
+template <class Divergence, class A, bool kept, Out out, E1 e_1 = E1::none>
 [[gnu::noinline]] Sums sweep(Divergence divergence, Terms<A> r, const A* z, const A* v, int64_t n, A* to) {
   constexpr bool any = !std::is_same_v<Divergence, NoDivergence>, given = is_given<Divergence>;
+  constexpr bool value = kept && any && !given;
   Vec<A> values[PER_STEP<A>] = {}, pulls[PER_STEP<A>] = {};
   for (int64_t j = 0; j < n; j += STEP) {
     if constexpr (any && !given) {
@@ -63,13 +66,14 @@ template <class Divergence, class A, bool value, Out out, E1 e_1 = E1::none>
     for (int u = 0; u < PER_STEP<A>; u++) {
       const int64_t at = j + u * WIDTH<A>;
       const Vec<A> x = load(z + at), log2_e = (x - r.m_s) * r.c_s;
-      Vec<A> e = exp2<A>(log2_e), w = {}, slope = {};
+      Vec<A> e = kept ? load(r.e_s + at) : exp2<A>(log2_e), w = {}, slope = {};
       if constexpr (any && !given) {
         const Vec<A> y = load(v + at), log2_e_p = (y - r.m_t) * r.c_t;
         const Vec<A> d = y - x, b = d - y, lost = (y - (d - b)) - (x + b);  // d + lost = y − x exactly (Knuth)
-        const Vec<A> near = bounded<A>((d - r.shift) + (lost - r.shift_rest));
-        const Vec<A> delta = near * r.rate + (bounded<A>(y - r.m_t) * r.rate_excess - r.log_ratio);
-        const Column<Vec<A>> column = {x, y, exp2<A>(log2_e_p) * r.inv_l_t, e * r.inv_l_s, delta, log2_e_p, log2_e,
+        Vec<A> delta = fma((d - r.shift) + (lost - r.shift_rest), splat(r.rate), splat(-r.log_ratio));
+        if (r.rate_excess != 0) delta = fma(max(splat(A(-1e30)), log2_e_p), splat(r.rate_excess), delta);
+        const Vec<A> e_t = kept ? load(r.e_t + at) : exp2<A>(log2_e_p);
+        const Column<Vec<A>> column = {x, y, e_t * r.inv_l_t, e * r.inv_l_s, bounded<A>(delta), log2_e_p, log2_e,
                                        y == -INFINITE<A>, x == -INFINITE<A>};
         if constexpr (value) values[u] += divergence.value(column);
         if constexpr (out != Out::none) w = divergence.pull(column);
@@ -98,6 +102,8 @@ template <class A> struct KdRows {
   const KdCall& k;
   const int64_t V = k.student.columns, C = k.teacher.columns;
   alignas(64) A z_buffer[BLOCK], v_buffer[BLOCK], g_buffer[BLOCK], w_buffer[BLOCK], slope[BLOCK];
+  std::vector<A> e_s, e_t;      // exponentials of the C columns,
+  std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
   const char *z_row, *v_row;
   int64_t label, hidden;  // hidden: the column that the divergence does without, −1 if none
   bool kd, ce;            // the terms that the row has
@@ -139,9 +145,11 @@ template <class A> struct KdRows {
       if (ce && !shared) one.add(z, whole_steps(n));
       if (ce && k.smoothing != 0) z_sum += sum(z, n);
       if (!kd || j >= C) continue;
-      s.add(hide(z, j, n, z_buffer), whole_steps(n));
-      t.add(hide(teacher(j, n), j, n, v_buffer), whole_steps(n));
+      s.add(hide(z, j, n, z_buffer), whole_steps(n), &e_s[j]);
+      t.add(hide(teacher(j, n), j, n, v_buffer), whole_steps(n), &e_t[j]);
+      top_s[j / BLOCK] = s.m, top_t[j / BLOCK] = t.m;
     }
+    s.settle(), t.settle(), one.settle();
     if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
     const A found[8] = {s.m, A(s.l), t.m, A(t.l), one.m, A(one.l)};
     std::copy_n(found, 8, stats);
@@ -158,7 +166,8 @@ template <class A> struct KdRows {
     Terms<A> r;
     r.m_s = m_s, r.inv_l_s = l_s == 0 ? 0 : A(1 / l_s), r.c_s = A(LOG2E / T_s);
     r.m_t = m_t, r.inv_l_t = l_t == 0 ? 0 : A(1 / l_t), r.c_t = A(LOG2E / T_t);
-    r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s), r.rate_excess = A(1 / T_t - 1 / T_s);
+    r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s);
+    r.rate_excess = A((1 - T_t / T_s) / LOG2E);
     r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
     r.m_1 = stats[4], r.inv_l_1 = A(1 / double(stats[5])), r.target = A(k.smoothing / V);
     r.a = A(a), r.b = A(b), r.squarings = squarings;
@@ -167,13 +176,13 @@ template <class A> struct KdRows {
   }
 
   // The gradient of n columns from their w, or of the cross-entropy alone.
-  template <bool centred>
+  template <bool centred, bool kept>
   [[gnu::noinline]] static void emit(const Terms<A>& r, const A* z, const A* w, int64_t n, A* g, bool kd, E1 e_1) {
     n = whole_steps(n);
     if (!kd) sweep<NoDivergence, A, false, Out::gradient, E1::own>({}, r, z, nullptr, n, g);
-    else if (e_1 == E1::none) sweep<Pull<centred>, A, false, Out::gradient, E1::none>({}, r, z, w, n, g);
-    else if (e_1 == E1::power) sweep<Pull<centred>, A, false, Out::gradient, E1::power>({}, r, z, w, n, g);
-    else sweep<Pull<centred>, A, false, Out::gradient, E1::own>({}, r, z, w, n, g);
+    else if (e_1 == E1::none) sweep<Pull<centred>, A, kept, Out::gradient, E1::none>({}, r, z, w, n, g);
+    else if (e_1 == E1::power) sweep<Pull<centred>, A, kept, Out::gradient, E1::power>({}, r, z, w, n, g);
+    else sweep<Pull<centred>, A, kept, Out::gradient, E1::own>({}, r, z, w, n, g);
   }
 
   // Σ z of n columns, by partial sums of the distance to the first, which keeps the digits of logits far from 0.
@@ -197,10 +206,11 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
   using Base::k, Base::V, Base::C, Base::kd, Base::ce, Base::label, Base::hidden, Base::stats, Base::z_y, Base::v_y;
   static constexpr bool softmax = Divergence::softmax, twice = Divergence::measured && !measured;
   static constexpr bool hides = Divergence::hides_target;
-  std::vector<A> pulls;  // w of the row, between the sweep that measures and the one that writes
 
   explicit DivergenceRows(const KdCall& call) : Base(call) {
-    if (measured && k.forward && k.gradient) pulls.resize(whole_steps(C));
+    if (!k.forward || (!softmax && !measured)) return;
+    this->e_s.resize(whole_steps(C)), this->e_t.resize(whole_steps(C));
+    this->top_s.resize(C / BLOCK + 1), this->top_t.resize(C / BLOCK + 1);
   }
 
   void row(int64_t i) {
@@ -223,13 +233,12 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     rows[k.student.count + i] = A(ce ? cross_entropy : labelled ? nan : 0);
   }
 
-  // The later sweeps: the gradient; returns D. All follows from the statistics as stored: forward and backward agree to
-  // the bit.
+  // The later sweeps: the gradient; returns D. All but the kept exponentials follows from the statistics as stored.
   double value_and_gradient(int64_t i, bool legal) {
     char* out = k.gradient ? (*k.gradient)[i] : nullptr;
     const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
-    Terms<A> r = this->terms(a, b);
+    Terms<A> row = this->terms(a, b);
     const double l_s = stats[1], l_t = stats[3];
     const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(C), odds(z_y, 0), odds(v_y, 2)});
     const bool no_student = softmax && l_s == 0 && (!hides || z_y == -INFINITE<A>), no_teacher = softmax && l_t == 0;
@@ -239,15 +248,15 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     double value = kd && no_student && (hides || !no_teacher) ? INFINITE<double> : 0;
     if (twice) pull = pull && !std::isinf(stats[6]);
     if constexpr (hides) {
-      if (alive) value = divergence.target_value, r.centre = divergence.centre;
+      if (alive) value = divergence.target_value, row.centre = divergence.centre;
     }
     if constexpr (measured) {
       if (measure) {
-        const Sums sums = values_and_pulls(i, r, divergence, pull);
+        const Sums sums = values_and_pulls(i, row, divergence, pull);
         value = sums.value;
         stats[6] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.pull) : 0;
       }
-      r.centre = stats[6];
+      row.centre = stats[6];
       pull = pull && !std::isinf(stats[6]);
     }
     const E1 e_1 = !push ? E1::none : this->squarings >= 0 && pull ? E1::power : E1::own;
@@ -257,19 +266,21 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
       const A* z = this->student(j, n, true);
       A* g = out ? place(k.student.type, out, j, n, this->g_buffer) : nullptr;
       const E1 from = common ? e_1 : E1::own;
+      const Terms<A> r = here(row, i, j, from);
       if constexpr (measured) {
-        const A* w = pulls.data() + j;
-        if (pull_here && !k.forward) w = pulls_of(r, divergence, z, j, n);
-        this->template emit<Divergence::centred>(r, z, w, n, g, pull_here, from);
+        if (k.forward) this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, pull_here, from);
+        else {
+          const A* w = pull_here ? pulls_of(r, divergence, z, j, n) : nullptr;
+          this->template emit<Divergence::centred, false>(r, z, w, n, g, pull_here, from);
+        }
       } else {
         const A* v = common && (pull || measure) ? this->hide(this->teacher(j, n), j, n, this->v_buffer) : nullptr;
-        fetch(r, i, j);
         value += both(r, divergence, v ? this->hide(z, j, n, this->z_buffer) : z, v, n, g, measure && common,
                       pull_here, push, from);
         if (!pull_here && !push) continue;
       }
       if (label >= j && label < j + n && (push || (hides && pull)))
-        g[label - j] = at_label(r, divergence, pull_here, from);
+        g[label - j] = at_label(row, divergence, pull_here, from);
       if (k.transform)
         for (int64_t column = 0; column < n; column++) g[column] *= this->slope[column];
       write(k.student.type, out, j, n, g);
@@ -279,20 +290,18 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     return value;
   }
 
-  // The sweep that measures: D, W, and w where it is going to be needed.
-  Sums values_and_pulls(int64_t i, Terms<A>& r, const Divergence& divergence, bool keep) {
+  // The sweep that measures: D, W, and w, which takes the place of e_t where it is going to be needed.
+  Sums values_and_pulls(int64_t i, const Terms<A>& row, const Divergence& divergence, bool keep) {
     Sums sums;
     for (int64_t j = 0, n; j < C; j += n) {
       n = this->block_at(j);
-      fetch(r, i, j);
-      A* w = keep ? pulls.data() + j : this->w_buffer;
-      sums += sweep<Divergence, A, true, Out::pull>(divergence, r, this->student(j, n), this->teacher(j, n),
-                                                    whole_steps(n), w);
+      A* w = keep ? &this->e_t[j] : this->w_buffer;
+      sums += sweep<Divergence, A, true, Out::pull>(divergence, here(row, i, j), this->student(j, n),
+                                                    this->teacher(j, n), whole_steps(n), w);
     }
     return sums;
   }
-  const A* pulls_of(Terms<A>& r, const Divergence& divergence, const A* z, int64_t j, int64_t n) {
-    r.next_z = this->z_row, r.next_v = this->v_row;
+  const A* pulls_of(const Terms<A>& r, const Divergence& divergence, const A* z, int64_t j, int64_t n) {
     sweep<Divergence, A, false, Out::pull>(divergence, r, z, this->teacher(j, n), whole_steps(n), this->w_buffer);
     return this->w_buffer;
   }
@@ -303,7 +312,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     n = whole_steps(n);
     double sum = 0;
     if (value && !pull) sum = sweep<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
-    if (!pull && push) Base::template emit<false>(r, z, nullptr, n, g, false, e_1);
+    if (!pull && push) Base::template emit<false, false>(r, z, nullptr, n, g, false, e_1);
     if (pull && value) sum = fused<true>(r, divergence, z, v, n, g, e_1);
     if (pull && !value) fused<false>(r, divergence, z, v, n, g, e_1);
     return sum;
@@ -324,7 +333,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     r.next_z = this->z_row, r.next_v = this->v_row, r.target += A(1 - k.smoothing);
     if (pull) sweep<Divergence, A, false, Out::pull>(divergence, r, z, v, STEP, w);
     if constexpr (hides) std::fill_n(w, STEP, A(divergence.centre));
-    this->template emit<measured && Divergence::centred>(r, z, w, STEP, g, pull, e_1);
+    this->template emit<measured && Divergence::centred, false>(r, z, w, STEP, g, pull, e_1);
     return g[0];
   }
 
@@ -333,9 +342,18 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     const double T = at == 0 ? k.temperature : k.teacher_temperature, l = stats[at + 1];
     return l == 0 ? INFINITE<double> : (double(logit) - stats[at]) / T - std::log(l);
   }
-  void fetch(Terms<A>& r, int64_t i, int64_t j) const {
+  // The row's terms at the block at j: with its kept exponentials, which were relative to another maximum.
+  Terms<A> here(Terms<A> r, int64_t i, int64_t j, E1 e_1 = E1::none) const {
     const int64_t next = i + 1 < k.student.count && k.weights[i + 1] != 0 ? i + 1 : i;
+    if (j >= C) return r;
     r.next_z = k.student[next] + j * r.z_bytes, r.next_v = k.teacher[next] + j * r.v_bytes;
+    if (!kd || !softmax || !k.forward) return r;
+    const double rise_s = (double(this->top_s[j / BLOCK]) - r.m_s) * LOG2E / k.temperature;
+    const double rise_t = (double(this->top_t[j / BLOCK]) - r.m_t) * LOG2E / k.teacher_temperature;
+    r.e_s = &this->e_s[j], r.inv_l_s = stats[1] == 0 ? 0 : A(std::exp2(rise_s) / stats[1]);
+    r.e_t = &this->e_t[j], r.inv_l_t = stats[3] == 0 ? 0 : A(std::exp2(rise_t) / stats[3]);
+    if (e_1 == E1::power) r.inv_l_1 = A(std::exp2(std::ldexp(rise_s, r.squarings)) / stats[5]);
+    return r;
   }
 };
 

@@ -40,7 +40,7 @@ INLINE float excess(float p, float m, float x) {
   return std::fabs(x) < 1 ? near : far;
 }
 
-INLINE float exp2_any(float x) { return exp2_of(x); }
+INLINE float exp2_any(float x, bool) { return exp2_of(x); }
 
 template <class X> struct Exp;
 template <> struct Exp<float> {

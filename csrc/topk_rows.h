@@ -194,6 +194,7 @@ template <class A> struct TopkRows {
       if (tempered) s.add(block, whole_steps(size));
       if (ce && !shared) one.add(block, whole_steps(size));
     }
+    s.settle(), one.settle();
     const A m_c = s.m, l_c = A(s.l);
     const double off = s.l;
     merge(s, x.data(), n);

@@ -10,14 +10,14 @@ template <> struct Types<float> {
   typedef float Vec __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   typedef int32_t Int __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   using Lane = int32_t;
-  static constexpr int mantissa = 23, bias = 127, exp_degree = 7, phi_degree = 8;  // cut off at 5e-9 and 3.5e-8,
+  static constexpr int mantissa = 23, bias = 127, exp_degree = 6, phi_degree = 6;  // cut off at 2e-9 and 4e-8,
   static constexpr int log_degree = 4;                                             // 2e-9
 };
 template <> struct Types<double> {
   typedef double Vec __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   typedef int64_t Int __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
   using Lane = int64_t;
-  static constexpr int mantissa = 52, bias = 1023, exp_degree = 13, phi_degree = 16;  // cut off at 4e-18, 1e-17
+  static constexpr int mantissa = 52, bias = 1023, exp_degree = 11, phi_degree = 13;  // cut off at 6e-18, 6e-18
   static constexpr int log_degree = 9;                                                // and 2e-17
 };
 template <class A> using Vec = typename Types<A>::Vec;
@@ -55,14 +55,19 @@ INLINE double absolute(double x) { return std::abs(x); }
 // max is x > y ? x : y, so y where either is NaN. (GCC 12 warns of an undefined operand inside its own _mm512_max_ps,
 // not of the masked form, which it compiles to the same instruction.)
 template <class X> INLINE X max(X x, X y) { return x > y ? x : y; }
+template <class X> INLINE X min(X x, X y) { return x < y ? x : y; }
 #if FUSEDKD_VECTOR_BYTES == 64
 INLINE F max(F x, F y) { return (F)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y); }
+INLINE F min(F x, F y) { return (F)_mm512_maskz_min_ps(0xffff, (__m512)x, (__m512)y); }
 INLINE D max(D x, D y) { return (D)_mm512_maskz_max_pd(0xff, (__m512d)x, (__m512d)y); }
+INLINE D min(D x, D y) { return (D)_mm512_maskz_min_pd(0xff, (__m512d)x, (__m512d)y); }
 INLINE F fma(F x, F y, F z) { return (F)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z); }
 INLINE D fma(D x, D y, D z) { return (D)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z); }
 #elif FUSEDKD_VECTOR_BYTES == 32
 INLINE F max(F x, F y) { return (F)_mm256_max_ps((__m256)x, (__m256)y); }
+INLINE F min(F x, F y) { return (F)_mm256_min_ps((__m256)x, (__m256)y); }
 INLINE D max(D x, D y) { return (D)_mm256_max_pd((__m256d)x, (__m256d)y); }
+INLINE D min(D x, D y) { return (D)_mm256_min_pd((__m256d)x, (__m256d)y); }
 INLINE F fma(F x, F y, F z) { return (F)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z); }
 INLINE D fma(D x, D y, D z) { return (D)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z); }
 #else
@@ -93,12 +98,23 @@ template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   return top[0];
 }
 
-// Σ_k c_k·x^k, k = 0 … degree, with c_k = c_(k−1)·ratio/(k + offset): Taylor series of exponentials. Even and odd
+// Σ_k c_k·x^k with c_k = c_(k−1)·ratio/(k + offset), Taylor series of exponentials, as a polynomial for |x| <= reach:
+// the highest powers are replaced by the closest polynomials of lower degree (Chebyshev's; Lanczos 1938). Even and odd
 // powers are summed apart: half the latency, and a series of −x beside that of x costs nothing.
 template <class A, int degree> struct Series {
   A c[degree + 1];
-  constexpr Series(double first, double ratio, int offset) : c() {
-    for (int k = 0; k <= degree; first *= ratio / (++k + offset)) c[k] = A(first);
+  constexpr Series(double first, double ratio, int offset, double reach) : c() {
+    constexpr int terms = degree + 6;
+    double taylor[terms + 1] = {};
+    for (int k = 0; k <= terms; first *= ratio / (++k + offset)) taylor[k] = first;
+    for (int n = terms; n > degree; n--) {
+      double t = taylor[n];  // of x^n; below, of x^(n − 2j), such that the sum is a multiple of T_n(x/reach)
+      for (int j = 1; 2 * j <= n; j++) {
+        t *= -reach * reach * (n - 2 * j + 2) * (n - 2 * j + 1) / (4 * j * (n - j));
+        taylor[n - 2 * j] -= t;
+      }
+    }
+    for (int k = 0; k <= degree; k++) c[k] = A(taylor[k]);
   }
   template <class X> INLINE X operator()(X x) const {
     const X square = x * x;
@@ -117,13 +133,12 @@ template <class A> struct Power {
   Vec<A> scale, tail;
   INLINE explicit Power(Vec<A> x) {
     using T = Types<A>;
-    using Lane = typename T::Lane;
-    constexpr A round = A(int64_t(3) << (T::mantissa - 1));  // adding it rounds x, n in the low bits
+    constexpr A round = A((int64_t(3) << (T::mantissa - 1)) + T::bias);  // adding it rounds x, n + bias in the low bits
     constexpr double ln2 = 0.693147180559945309417232;
-    constexpr Series<A, T::exp_degree - 1> series(ln2, ln2, 1);  // (2^f − 1)/f
+    constexpr Series<A, T::exp_degree - 1> series(ln2, ln2, 1, 0.5);  // (2^f − 1)/f
     x = max(splat(A(-T::bias)), x);
     const Vec<A> rounded = x + round, f = x - (rounded - round);
-    scale = (Vec<A>)(((Int<A>)rounded << T::mantissa) + (Lane(T::bias) << T::mantissa));
+    scale = (Vec<A>)((Int<A>)rounded << T::mantissa);
     tail = f * series(f);
   }
   INLINE Vec<A> value() const { return fma(scale, tail, scale); }
@@ -131,8 +146,9 @@ template <class A> struct Power {
 };
 template <class A> INLINE Vec<A> exp2(Vec<A> x) { return Power<A>(x).value(); }
 // For any x: 0 below the range, +∞ above it.
-template <class X> INLINE X exp2_any(X x) {
+template <class X> INLINE X exp2_any(X x, bool grows) {
   using A = Scalar<X>;
+  if (!grows) return exp2<A>(x);
   const auto beyond = x > A(Types<A>::bias);
   return beyond ? X{} + INFINITE<A> : exp2<A>(beyond ? X{} : x);
 }
@@ -148,7 +164,7 @@ template <class X> struct Exp {
 
 // (e^−x − 1 + x)/x² for |x| < 1.
 template <class X> INLINE X phi(X x) {
-  constexpr Series<Scalar<X>, Types<Scalar<X>>::phi_degree> series(0.5, -1, 2);
+  constexpr Series<Scalar<X>, Types<Scalar<X>>::phi_degree> series(0.5, -1, 2, 1);
   return series(x);
 }
 
@@ -169,7 +185,7 @@ template <class X> INLINE X log1p(X x, X u) {
 }
 
 // ------------------------------------------------------------------------------------------- columns of a row in A
-constexpr int64_t BLOCK = 1024;  // columns that are converted and worked on at a time: they stay in L1
+constexpr int64_t BLOCK = 2048;  // columns that are converted and worked on at a time: they stay in L1
 
 template <class A, class S> INLINE void convert(const S* from, int64_t n, A* to) {
   for (int64_t i = 0; i < n; i++) to[i] = A(from[i]);
