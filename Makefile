@@ -22,6 +22,7 @@ BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,
 
 bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu.json
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import providers
 from benchmarks.cases import CASES
-from benchmarks.measure import copy_bandwidth
+from benchmarks.measure import MALLOC, copy_bandwidth, set_malloc
 from fusedkd import env
 
 LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy machine says so
@@ -20,6 +20,8 @@ LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy m
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    help = "what becomes of freed memory on a CPU: back to the system (default), or kept by malloc"
+    parser.addoption("--memory", default="fresh", choices=tuple(MALLOC), help=help)
     parser.addoption("--cases", default=None, choices=tuple(CASES), help="a list of benchmarks/cases.py; the device's")
 
 
@@ -28,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cuda, but torch sees no GPU")
     if config.getoption("benchmark_json"):  # at the end of the run it would be late to find out
         Path(config.getoption("benchmark_json")).parent.mkdir(parents=True, exist_ok=True)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not set_malloc(session.config.getoption("memory")) and session.config.getoption("device") == "cpu":
+        session.config.issue_config_time_warning(UserWarning("malloc cannot be told what to do with memory"), 2)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -42,6 +49,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
         **env.devices(),
         "threads": torch.get_num_threads(),
         "load_before": LOAD,
+        "memory": config.getoption("memory"),
         "copy_gb_per_s": copy_bandwidth(config.getoption("device")) / 1e9,
         "versions": {**env.versions(), **providers.versions()},
         "command": "python -m pytest " + shlex.join(config.invocation_params.args),

@@ -11,6 +11,10 @@ Entry = dict[str, Any]
 
 COLOURS = {"fusedkd": "#0b7285", "eager": "#adb5bd", "torch.compile": "#868e96", "liger": "#e8590c"}
 OTHER_COLOUR = "#ced4da"
+MEMORY = {
+    "fresh": "Tensors above 32 MB are made of fresh pages, which the system zeroes: glibc's default. ",
+    "kept": "Freed memory is kept and reused, as by jemalloc: no pages to zero. ",
+}
 RESOLUTION = 0.2e6  # bytes: Linux counts resident pages in batches per core
 
 
@@ -87,7 +91,7 @@ def _time(entry: Entry | None) -> str:
 
 def _legend(data: dict[str, Any]) -> str:
     rounds = [benchmark["extra_info"]["rounds"] for benchmark in data["benchmarks"]]
-    return (
+    return MEMORY.get(data["machine_info"].get("memory"), "") + (
         f"Medians of {min(rounds)} to {max(rounds)} rounds in which the providers took turns; in brackets the time "
         "relative to fusedkd's, its median over the rounds. Of a copy: fusedkd's bytes per second, inputs and gradient "
         f"counted once, relative to a plain copy in the same run ({data['machine_info']['copy_gb_per_s']:.0f} GB/s). "
