@@ -1,6 +1,7 @@
 """fusedkd: the losses of knowledge distillation, computed in one pass over the logits, on GPUs and CPUs.
 
 >>> loss = fusedkd.kd_loss(student_logits, teacher_logits, labels, temperature=2.0, kd_weight=0.5, ce_weight=0.5)
+>>> loss = fusedkd.linear_kd_loss(student_hidden, student_weight, fusedkd.TeacherHead(teacher_hidden, teacher_weight))
 >>> loss = fusedkd.cosine_hidden_loss(student_hidden, teacher_hidden, mask=attention_mask)
 """
 
@@ -18,8 +19,8 @@ from fusedkd.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from fusedkd.functional import KDTerms, cosine_hidden_loss, kd_loss
-from fusedkd.teachers import TeacherLogits, TeacherSamples, TeacherTopK
+from fusedkd.functional import KDTerms, cosine_hidden_loss, kd_loss, linear_kd_loss
+from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "TeacherHead",
     "TeacherLogits",
     "TeacherSamples",
     "TeacherTopK",
     "TotalVariation",
     "cosine_hidden_loss",
     "kd_loss",
+    "linear_kd_loss",
     "nn",
     "ops",
 ]

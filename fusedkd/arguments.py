@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,29 @@ def float_rows(name: str, tensor: object, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be contiguous in its last dimension, but its strides are {tensor.stride()}")
     if like is not None:
         _matches(name, tensor, tensor.shape[:-1], like)
+
+
+def head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """A weight ``(V, H)`` and bias ``(V,)`` that make logits of these hidden states ``(*, H)``, called name + "weight"
+    and so on. Their type is the hidden states', or any under autocast, which casts them.
+    """
+    shapes: dict[str, tuple[Any, tuple[Any, ...]]] = {"weight": (weight, ("V", hidden.shape[-1]))}
+    if bias is not None:
+        shapes["bias"] = (bias, (getattr(weight, "shape", ("V",))[0],))
+    cast = torch.is_autocast_enabled(hidden.device.type)
+    for part, (tensor, shape) in shapes.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}{part} must be a tensor, not {type(tensor).__name__}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(f"{name}{part} is a DTensor: pass its full_tensor(), inside the module that FSDP wraps")
+        if tensor.dtype not in FLOATING or (tensor.dtype != hidden.dtype and not cast):
+            raise TypeError(f"{name}{part} must be {hidden.dtype} like the hidden states, not {tensor.dtype}")
+        wrong = tensor.dim() != len(shape) or tensor.shape[-1] != shape[-1] or tensor.shape[0] == 0
+        if wrong:
+            expected = str(shape).replace("'", "")
+            raise ValueError(f"{name}{part} must have the shape {expected}, not {tuple(tensor.shape)}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}{part} must be on the hidden states' device {hidden.device}, not {tensor.device}")
 
 
 def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool) -> Tensor:
@@ -128,6 +152,13 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
         floor = f"{'above' if open_low else 'at least'} {low:g}"
         ceiling = f"at most {high:g}" if high < math.inf else "finite"
         raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")
+
+
+def count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def exact(value: Real) -> Real:

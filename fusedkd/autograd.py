@@ -8,6 +8,7 @@ forward and the gradient backward. Either way the gradient is rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,105 @@ class KDLossFunction(torch.autograd.Function):
         else:
             gradient = (ops.kd_backward if ids is None else ops.topk_backward)(*arguments)
         return gradient.view(student.shape), *unused
+
+
+class LinearPlan(NamedTuple):
+    """What is decided on the host of the loss from hidden states; from the third on, arguments of the operator."""
+
+    per_row: bool
+    wanted: list[bool]
+    """The gradients of hidden states, weight and bias."""
+    ignore_index: int
+    forms: tuple[int, ...]
+    transform: bool
+    ce: bool
+    tile: int
+    tile_dtype: torch.dtype
+    max_rows: int | None
+
+
+class LinearTeacher(NamedTuple):
+    """What the operator is given of each teacher."""
+
+    rows: Tensor
+    head: Tensor | None
+    bias: Tensor | None
+    ids: Tensor | None
+    row_weights: Tensor
+    options: Tensor
+    normalizers: Tensor
+
+
+class LinearKDLossFunction(torch.autograd.Function):
+    """(loss, kd of each teacher, ce). The forward call computes the gradients for upstream 1, unless it is ``per_row``;
+    a second backward computes them anew. ``parts``: the fields of each :class:`LinearTeacher`, one after the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        plan: LinearPlan,
+        *parts: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = [False] * 3 if plan.per_row else plan.wanted
+        rows, *gradients = _linear_kd(hidden, weight, bias, labels, parts, None, plan, wanted)
+        of_teacher = [LinearTeacher(*parts[i : i + 7]) for i in range(0, len(parts), 7)]
+        found = [
+            ops.kd_terms(each, t.options, t.normalizers, plan.per_row)
+            for each, t in zip(rows.unbind(), of_teacher, strict=True)
+        ]
+        loss, kd = torch.stack([terms[0] for terms in found]).sum(0), torch.stack([terms[1] for terms in found])
+        ce = found[0][2]
+        ctx.plan, ctx.gradients, ctx.compiled = plan, None, torch.compiler.is_compiling() and any(wanted)
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        if ctx.compiled:
+            ctx.save_for_backward(*gradients)
+        else:
+            _save(ctx, hidden, weight, bias, labels, *parts)
+            ctx.gradients = gradients if any(wanted) else None
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _kd: None, _ce: None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        none = (None,) * (2 + 7 * len(ctx.plan.forms))
+        if upstream is None:
+            return None, None, None, *none
+        if ctx.compiled:
+            gradients = [gradient * upstream for gradient in ctx.saved_tensors]
+        elif ctx.gradients is not None:
+            gradients, ctx.gradients = ctx.gradients, None
+            for gradient in gradients:
+                ops.linear_rescale_(gradient, upstream)
+        else:
+            hidden, weight, bias, labels, *parts = ctx.saved_tensors
+            up = upstream.contiguous()
+            _, *gradients = _linear_kd(hidden, weight, bias, labels, parts, up, ctx.plan, ctx.plan.wanted)
+        typed = [
+            gradient.to(dtype) if want else None
+            for gradient, dtype, want in zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
+        ]
+        return *typed, *none
+
+
+def _linear_kd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    parts: Sequence[Any],
+    upstream: Tensor | None,
+    plan: LinearPlan,
+    wanted: list[bool],
+) -> list[Tensor]:
+    lists = [list(parts[i::7]) for i in range(7)]
+    return ops.linear_kd(hidden, weight, bias, labels, *lists, upstream, *plan[2:], wanted)
 
 
 def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,12 +12,22 @@ from torch import Tensor
 from fusedkd import arguments as check
 from fusedkd import teachers
 from fusedkd.arguments import Real
-from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
-from fusedkd.divergences import Divergence, resolve
-from fusedkd.ops import OPTIONS
+from fusedkd.autograd import (
+    CosineHiddenLossFunction,
+    KDLossFunction,
+    LinearKDLossFunction,
+    LinearPlan,
+    LinearTeacher,
+    Plan,
+)
+from fusedkd.divergences import Divergence
+from fusedkd.linear import tile_rows
+from fusedkd.prepared import Options, Reduction, members, prepare, weighted
+from fusedkd.teachers import TeacherHead
 
-Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Teacher: TypeAlias = teachers.Teacher
+FEWEST_TILE_ROWS = 1024
+"""Below it the matrix products of `linear_kd_loss` starve."""
 
 
 class KDTerms(NamedTuple):
@@ -63,8 +74,9 @@ def kd_loss(
     Args:
         student_logits: z, ``(*, V_s)``, float16, bfloat16, float32 or float64; last dimension contiguous, other strides
             free.
-        teacher: logits v, ``(*, V_t)``, of any of these dtypes; a :class:`~fusedkd.TeacherLogits`; a few columns per
-            row, :class:`~fusedkd.TeacherTopK` or :class:`~fusedkd.TeacherSamples`; or a list of these. Never receives a
+        teacher: logits v, ``(*, V_t)``, of any of these dtypes; a :class:`~fusedkd.TeacherLogits`; a
+            :class:`~fusedkd.TeacherHead`, whose logits are then computed whole; a few columns per row,
+            :class:`~fusedkd.TeacherTopK` or :class:`~fusedkd.TeacherSamples`; or a list of these. Never receives a
             gradient. Where V_t differs from V_s (padded heads) the common prefix is distilled and counts as the whole
             distribution; the student's surplus columns keep their cross-entropy.
         labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
@@ -105,79 +117,16 @@ def kd_loss(
         ValueError, TypeError: before any kernel starts, naming the argument, what it was and what it must be. On a GPU
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
+    given = locals()
     if isinstance(teacher, list | tuple):
-        shared = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("student_logits", "teacher", "labels", "teacher_weights")
-        }
-        return _several_teachers(student_logits, teacher, labels, teacher_weights, shared)
-    if teacher_weights is not None:
-        raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
-    family = resolve(divergence)
-    check.vocab_mismatch(vocab_mismatch)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+        return _several_teachers(given)
+    members(teacher, teacher_weights)
     check.float_rows("student_logits", student_logits)
-    check.reduction(reduction, kd_normalizer=kd_normalizer, ce_normalizer=ce_normalizer)
-    for name, value in {"temperature": temperature, "teacher_temperature": teacher_temperature}.items():
-        check.real(name, value, open_low=True)
-    for name, value in {"kd_weight": kd_weight, "ce_weight": ce_weight}.items():
-        check.real(name, value)
-    check.real("label_smoothing", label_smoothing, high=1.0)
-    temperatures = (temperature, teacher_temperature)
-    known = teachers.known(teacher, student_logits, family, temperatures, vocab_mismatch)
-    transforms = {
-        "logit_softcap": logit_softcap,
-        "logit_scale": logit_scale,
-        "teacher.softcap": known.softcap,
-        "teacher.scale": known.scale,
-    }
-    for name, transform in transforms.items():
-        if transform is not None:
-            check.real(name, transform, open_low=True)
-    flat_labels = check.row_vector("labels", labels, student_logits)
-    mask = check.row_vector("kd_mask", kd_mask, student_logits)
-    wants_kd, wants_ce = not _is(0, kd_weight), not _is(0, ce_weight)
-    if wants_ce and flat_labels is None:
-        raise ValueError("ce_weight is not 0, so the cross-entropy term needs labels, which are None")
-    targets = wants_kd and family.needs_labels
-    if targets and flat_labels is None:
-        raise ValueError(f"{family.name} needs labels, which are None")
-    if targets and flat_labels is not None:
-        classes = known.rows.shape[-1], student_logits.shape[-1]
-        mask = _with_target(mask, flat_labels, *classes, ignore_index)
-    check.class_indices(flat_labels, student_logits.shape[-1] if wants_ce or targets else 2**62, ignore_index)
-
-    student, teacher_rows, grid = check.as_rows(student_logits, known.rows)
-    device = student.device
-    weights, counts = torch.ops.fusedkd.kd_row_weights(
-        teacher_rows, known.ids, flat_labels, mask, ignore_index, wants_kd
-    )
-    if reduction != "mean":
-        normalizers = check.pack([1.0, 1.0], device)
-    elif kd_normalizer is None and ce_normalizer is None:
-        normalizers = counts
-    else:
-        kd_count = counts[0] if kd_normalizer is None else kd_normalizer  # no comprehension: `counts` in a cell would
-        ce_count = counts[1] if ce_normalizer is None else ce_normalizer  # keep dynamo from reading locals() above
-        normalizers = check.pack([kd_count, ce_count], device)
-        normalizers = torch.where(normalizers <= 0, 1, normalizers)  # a NaN stays one
-    softmax = family.temperature_power > 0
-    real_options = [
-        temperature if softmax else 1.0,
-        teacher_temperature if softmax else 1.0,
-        check.exact(temperature) ** family.temperature_power if scale_by_t2 else 1.0,
-        kd_weight,
-        ce_weight,
-        label_smoothing,
-        0.0 if logit_softcap is None else logit_softcap,
-        1.0 if logit_scale is None else logit_scale,
-        0.0 if known.softcap is None else known.softcap,
-        1.0 if known.scale is None else known.scale,
-        *known.coefficients,
-    ]
-    options = check.pack(real_options + [0.0] * (OPTIONS - len(real_options)), device)
-
+    if isinstance(teacher, TeacherHead):
+        teacher = teacher.logits(student_logits, vocab_mismatch)
+    part = prepare(student_logits, teacher, labels, Options.of(given))
+    student, teacher_rows, grid = check.as_rows(student_logits, part.known.rows)
+    weights, options, normalizers = part.tensors(teacher_rows)
     early = _gradient_in_forward(student, reduction)
     if inplace and early:
         check.overwritable(student_logits)
@@ -187,17 +136,138 @@ def kd_loss(
         early=early,
         inplace=inplace and early,
         ignore_index=ignore_index,
-        form=known.form,
-        transform=any(value is not None for value in transforms.values()),
-        ce=wants_ce,
+        form=part.known.form,
+        transform=part.transform,
+        ce=part.ce,
     )
-    used_labels = flat_labels if wants_ce or targets else None
     loss, kd, ce, _ = KDLossFunction.apply(
-        student, teacher_rows, known.ids, used_labels, weights, options, normalizers, plan
+        student, teacher_rows, part.known.ids, part.labels, weights, options, normalizers, plan
     )
     if reduction == "none":
         loss, kd, ce = (term.view(student_logits.shape[:-1]) for term in (loss, kd, ce))
     return (loss, KDTerms(kd, ce)) if return_terms else loss
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teacher | list[Teacher] | tuple[Teacher, ...],
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    max_tile_bytes: int = 4 << 30,
+    tile_dtype: torch.dtype = torch.float32,
+    max_rows: int | None = None,
+    temperature: Real = 1.0,
+    teacher_temperature: Real | None = None,
+    divergence: str | Divergence = "forward_kl",
+    kd_weight: Real = 1.0,
+    ce_weight: Real = 0.0,
+    scale_by_t2: bool = True,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: Real = 0.0,
+    reduction: Reduction = "mean",
+    kd_normalizer: Real | None = None,
+    ce_normalizer: Real | None = None,
+    logit_softcap: Real | None = None,
+    logit_scale: Real | None = None,
+    vocab_mismatch: Literal["error", "truncate"] = "error",
+    teacher_weights: Sequence[Real] | None = None,
+    return_terms: bool = False,
+) -> Any:
+    """The loss of :func:`kd_loss` for logits student_hidden · student_weightᵀ + student_bias, which never exist but for
+    a tile of rows: 2·N·V·(3·H_s + H_t) operations, as few as value and gradient can take, and no memory that grows with
+    N × V (:mod:`fusedkd.linear`).
+
+    The tiles are float32, for 16-bit logits alone would cost 1 % of the gradient at KL 0.15, and all of it near
+    convergence; each gradient is rounded once to the type of its input. Products are PyTorch's, on a GPU cuBLAS's in
+    the operands' type with float32 sums. Rows that carry no term are not projected: always on a CPU, on a GPU through
+    `max_rows`. Gradients of frozen inputs are not computed; with grad mode off only the logits are.
+
+    Args:
+        student_hidden: x, ``(*, H_s)``, float16, bfloat16, float32 or float64: what the student's head is given.
+        student_weight: ``(V_s, H_s)``, of that type, as :attr:`torch.nn.Linear.weight`; under autocast of any.
+        teacher: a :class:`~fusedkd.TeacherHead`, whose logits exist a tile at a time as well, or any teacher that
+            :func:`kd_loss` takes, or a list of them.
+        labels: class indices ``(*)``, int64, already shifted for causal models.
+        student_bias: ``(V_s,)``.
+        max_tile_bytes: what the tiles of student and teachers may take together. Rows per tile are at most 4096; below
+            1024 the products starve, of which a warning tells. It changes results by rounding alone.
+        tile_dtype: of the logits in a tile; float64 inputs always have float64 ones.
+        max_rows: how many rows, at most, carry a term; only a GPU needs to know. If there are more, the loss is NaN.
+
+    The other options are those of :func:`kd_loss`.
+
+    Returns:
+        As :func:`kd_loss`. Gradients reach `student_hidden`, `student_weight` and `student_bias`.
+
+    Raises:
+        ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
+    """
+    given = locals()
+    check.float_rows("student_hidden", student_hidden)
+    check.head("student_", student_hidden, student_weight, student_bias)
+    for name, value in {"max_tile_bytes": max_tile_bytes, "max_rows": 1 if max_rows is None else max_rows}.items():
+        check.count(name, value)
+    if tile_dtype not in check.FLOATING:
+        raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {tile_dtype}")
+    lead, columns, device = student_hidden.shape[:-1], student_weight.shape[0], student_hidden.device
+    inputs, grad_mode = (student_hidden, student_weight, student_bias), torch.is_grad_enabled()
+    wanted = [grad_mode and x is not None and x.requires_grad for x in inputs]
+    if torch.is_autocast_enabled(device.type):
+        student_hidden = student_hidden.to(torch.get_autocast_dtype(device.type))
+    logits = student_hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
+    options, several = Options.of(given), members(teacher, teacher_weights)
+    parts, of_teacher = [], []
+    for member, weight in zip(*several, strict=True):
+        if isinstance(teacher, list | tuple):
+            options = options._replace(kd_weight=check.exact(kd_weight) * check.exact(weight))
+        part = prepare(logits, member, labels, options)
+        options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
+        rows = part.known.rows.detach().reshape(-1, part.known.rows.shape[-1])
+        head, bias = part.known.head or (None, None)
+        if head is not None and rows.dtype != head.dtype:
+            rows, head = (x.to(torch.get_autocast_dtype(device.type)) for x in (rows, head))
+        row_weights, real_options, normalizers = part.tensors(rows.unsqueeze(0))
+        parts.append(part)
+        of_teacher.append(LinearTeacher(rows, head, bias, part.known.ids, row_weights, real_options, normalizers))
+    count, dtype = lead.numel(), torch.float64 if student_hidden.dtype == torch.float64 else tile_dtype
+    widths = [columns] * (1 if len(parts) == 1 else 2) + [part.known.columns for part in parts if part.known.head]
+    tile = tile_rows(max_tile_bytes, widths, dtype)
+    if tile < min(FEWEST_TILE_ROWS, count):
+        warnings.warn(
+            f"fusedkd: max_tile_bytes={max_tile_bytes} leaves {tile} rows per tile, and below {FEWEST_TILE_ROWS} the "
+            "matrix products of linear_kd_loss are slow",
+            stacklevel=2,
+        )
+    plan = LinearPlan(
+        per_row=reduction == "none",
+        wanted=wanted,
+        ignore_index=ignore_index,
+        forms=tuple(int(part.known.form) for part in parts),
+        transform=any(part.transform for part in parts),
+        ce=parts[0].ce,
+        tile=tile,
+        tile_dtype=dtype,
+        max_rows=max_rows,
+    )
+    used_labels = next((part.labels for part in parts if part.labels is not None), None)
+    loss, kd, ce = LinearKDLossFunction.apply(
+        student_hidden.reshape(count, -1),
+        student_weight,
+        student_bias,
+        used_labels,
+        plan,
+        *(field for each in of_teacher for field in each),
+    )
+    if reduction == "none":
+        loss, kd, ce = loss.view(lead), kd.view(-1, *lead), ce.view(lead)
+    if not return_terms:
+        return loss
+    if isinstance(teacher, list | tuple):
+        kd = torch.stack([weighted(each, weight) for each, weight in zip(kd, several[1], strict=True)])
+    return loss, KDTerms(kd.sum(0), ce)
 
 
 def cosine_hidden_loss(
@@ -253,26 +323,11 @@ def cosine_hidden_loss(
     return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
 
 
-def _several_teachers(
-    student_logits: Tensor,
-    members: Sequence[Teacher],
-    labels: Tensor | None,
-    teacher_weights: Sequence[Real] | None,
-    options: dict[str, Any],
-) -> Any:
-    """Σ w_m · KD_m + CE, one fused call per teacher; the cross-entropy goes with the first."""
-    if not members:
-        raise ValueError("teacher is an empty list: it must hold at least one teacher")
-    if not isinstance(teacher_weights, Sequence | None) or isinstance(teacher_weights, str):
-        raise TypeError(f"teacher_weights must be a list of numbers, not {type(teacher_weights).__name__}")
-    if teacher_weights is None:
-        teacher_weights = [1.0 / len(members)] * len(members)
-    if len(teacher_weights) != len(members):
-        raise ValueError(
-            f"teacher_weights must hold one weight per teacher: {len(members)}, not {len(teacher_weights)}"
-        )
-    for weight in teacher_weights:
-        check.real("teacher_weights", weight)
+def _several_teachers(arguments: dict[str, Any]) -> Any:
+    """Σ w_m · KD_m + CE of `kd_loss`, one fused call per teacher; the cross-entropy goes with the first."""
+    options = dict(arguments)
+    teachers, weights = members(options.pop("teacher"), options.pop("teacher_weights"))
+    student_logits, labels = options.pop("student_logits"), options.pop("labels")
     return_terms, kd_weight = options.pop("return_terms"), options.pop("kd_weight")
     check.real("kd_weight", kd_weight)
     options["inplace"] = False
@@ -280,31 +335,14 @@ def _several_teachers(
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()  # so that the gradients add up in float32 and are rounded once
     losses, terms = [], []
-    for teacher, weight in zip(members, teacher_weights, strict=True):
-        loss, term = kd_loss(
-            student_logits,
-            teacher,
-            labels,
-            kd_weight=check.exact(kd_weight) * check.exact(weight),
-            return_terms=True,
-            **options,
-        )
+    for teacher, weight in zip(teachers, weights, strict=True):
+        share = check.exact(kd_weight) * check.exact(weight)
+        loss, term = kd_loss(student_logits, teacher, labels, kd_weight=share, return_terms=True, **options)
         losses.append(loss)
-        kd = weight * term.kd
-        terms.append(KDTerms(torch.where(kd.isnan() & ~term.kd.isnan(), 0, kd), term.ce))  # 0·∞ is 0
+        terms.append(KDTerms(weighted(term.kd, weight), term.ce))
         options["ce_weight"] = 0.0
     loss = torch.stack(losses).sum(0)
     return (loss, KDTerms(torch.stack([term.kd for term in terms]).sum(0), terms[0].ce)) if return_terms else loss
-
-
-def _with_target(mask: Tensor | None, labels: Tensor, common: int, classes: int, ignore_index: int) -> Tensor:
-    """The KD rows of a divergence that needs a target: those selected whose label is a common column, or no column at
-    all, for the kernel to make of it what it makes of any label out of range.
-    """
-    has = (labels != ignore_index) & ((labels < common) | (labels >= classes))
-    if mask is None:
-        return has
-    return torch.where(has, mask, 0) if mask.is_floating_point() else has & (mask != 0)
 
 
 def _gradient_in_forward(student: Tensor, reduction: Reduction) -> bool:
@@ -323,7 +361,3 @@ def _gradient_in_forward(student: Tensor, reduction: Reduction) -> bool:
 def _count(weights: Tensor, mask: Tensor | None) -> Tensor:
     """Selected rows, counted in int64; for a float mask the sum of its weights."""
     return weights.sum() if mask is not None and mask.is_floating_point() else (weights != 0).sum()
-
-
-def _is(number: float, value: Real) -> bool:
-    return not isinstance(value, Tensor) and value == number

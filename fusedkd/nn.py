@@ -9,21 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd.arguments import Real
-from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss
+from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss, linear_kd_loss
 
 
-class KDLoss(nn.Module):
+class _Options(nn.Module):
+    """A loss with its options fixed."""
+
+    loss: Any
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        named = inspect.signature(type(self).loss).parameters.values()
+        unknown = options.keys() - {p.name for p in named if p.kind == p.KEYWORD_ONLY}
+        if unknown:
+            loss = type(self).loss.__name__
+            raise TypeError(f"{type(self).__name__} got what is not an option of {loss}: {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class KDLoss(_Options):
     """:func:`fusedkd.kd_loss` with its options fixed: ``KDLoss(temperature=2.0, ce_weight=0.5)(student_logits, teacher,
     labels)``.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        given_to_forward = {"student_logits", "teacher", "labels"}
-        unknown = options.keys() - (inspect.signature(kd_loss).parameters.keys() - given_to_forward)
-        if unknown:
-            raise TypeError(f"KDLoss got what is not an option of kd_loss: {', '.join(sorted(unknown))}")
-        self.options = options
+    loss = staticmethod(kd_loss)
 
     def forward(
         self, student_logits: Tensor, teacher: Teacher | list[Teacher], labels: Tensor | None = None, **options: Any
@@ -31,8 +43,24 @@ class KDLoss(nn.Module):
         """As :func:`fusedkd.kd_loss`; options given here (``kd_mask``, the normalisers) go before the constructor's."""
         return kd_loss(student_logits, teacher, labels, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+class LinearKDLoss(_Options):
+    """:func:`fusedkd.linear_kd_loss` with its options fixed: ``LinearKDLoss(temperature=2.0)(student_hidden,
+    student_weight, fusedkd.TeacherHead(teacher_hidden, teacher_weight), labels)``.
+    """
+
+    loss = staticmethod(linear_kd_loss)
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: Teacher | list[Teacher],
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As :func:`fusedkd.linear_kd_loss`; options given here (``student_bias``) go before the constructor's."""
+        return linear_kd_loss(student_hidden, student_weight, teacher, labels, **{**self.options, **options})
 
 
 class CosineHiddenLoss(nn.Module):

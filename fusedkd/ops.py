@@ -23,6 +23,13 @@ The mathematics is in :mod:`fusedkd.definitions`, :mod:`fusedkd.divergences` and
                     ``teacher`` its log-probabilities or weights there, ``(B, L, K)``.
 ``kd_terms``        (loss, kd, ce) from rows: sums over the normalisers, or per row.
 ``kd_cluster``      kd_forward, kd_backward or kd_rescale_ in one pass on a Hopper GPU, into tensors that it is given.
+``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
+                    None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
+                    makes logits of them, or None; ids or None; weights, options, normalisers and form as above. The
+                    first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
+                    gradients of hidden states, head, bias, for `upstream`: ``(N,)``, ``()``, or None for 1. Returns
+                    rows ``(teachers, 2, N)`` and the gradients, each empty if not wanted; in float32 for float16.
+``linear_rescale_`` a gradient times the upstream, left alone if that is 1.
 ``cosine_*``        likewise for hidden states ``(B, L, H)``: rows ``(N,)``: w·(1 − cos); stats ``(N, 3)``: both inverse
                     norms, 1 − cos.
 """
@@ -86,6 +93,11 @@ SCHEMAS = {
     **_kd_schemas("kd", ""),
     **_kd_schemas("topk", "Tensor ids, "),
     "kd_terms": "(Tensor rows, Tensor options, Tensor normalizers, bool per_row) -> (Tensor, Tensor, Tensor)",
+    "linear_kd": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
+    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
+    "int ignore_index, int[] forms, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, SymInt? max_rows, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_rescale_": "(Tensor(a!) gradient, Tensor upstream) -> ()",
     "cosine_forward": f"({_COSINE}, bool gradient) -> (Tensor, Tensor, Tensor)",
     "cosine_backward": f"(Tensor upstream, {_COSINE}, Tensor stats) -> Tensor",
     "cosine_rescale_": f"(Tensor(a!) gradient, Tensor upstream, {_COSINE}, Tensor stats) -> ()",
@@ -141,6 +153,7 @@ def _(upstream: Tensor, student: Tensor, *arguments: Any) -> Tensor:
 @torch.library.register_fake("fusedkd::kd_rescale_")
 @torch.library.register_fake("fusedkd::topk_rescale_")
 @torch.library.register_fake("fusedkd::cosine_rescale_")
+@torch.library.register_fake("fusedkd::linear_rescale_")
 def _(*arguments: Any) -> None:
     return None
 
@@ -158,6 +171,13 @@ def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return student.new_empty(n, dtype=dtype), student.new_empty(n, 3, dtype=dtype), gradient
 
 
+@torch.library.register_fake("fusedkd::linear_kd")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, *arguments: Any) -> Any:
+    linear, teachers, wanted = import_module("fusedkd.linear"), arguments[0], arguments[-1]
+    rows = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    return rows, *linear.finished(linear.gradients_like(hidden, weight, bias, wanted), hidden, weight, bias)
+
+
 # -------------------------------------------------- dispatch
 
 backends: dict[tuple[str, str], tuple[str, str]] = {}
@@ -166,6 +186,8 @@ backends: dict[tuple[str, str], tuple[str, str]] = {}
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
 TOPK_OPERATORS = [name for name in SCHEMAS if name.startswith("topk_")]
 COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
+TILE_OPERATORS = [name for name in SCHEMAS if not name.startswith("linear_")]
+LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
 
 
 def load(library: str) -> str | None:
@@ -211,8 +233,10 @@ class _Slow:
 
 def _dispatch_cpu() -> None:
     choice = os.environ.get("FUSEDKD_BACKEND", "auto")
+    reason = "products by torch.mm, tiles by the operators above"
+    _serve(LINEAR_OPERATORS, "CPU", "PyTorch", reason, import_module("fusedkd.linear"))
     if choice == "definitions":
-        _serve([*SCHEMAS], "CPU", "definitions", "FUSEDKD_BACKEND=definitions", fallback)
+        _serve(TILE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", fallback)
     elif choice == "triton":  # under TRITON_INTERPRET=1: how the Triton kernels are tested without a GPU
         for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk")):
             _serve(names, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module(f"fusedkd.kernels.{module}"))
@@ -220,9 +244,9 @@ def _dispatch_cpu() -> None:
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve([*SCHEMAS], "CPU", "C++", "fusedkd._C is built")
+            _serve(TILE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
         else:
-            _serve([*SCHEMAS], "CPU", "definitions", missing, _Slow(missing))
+            _serve(TILE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
     else:
         raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")
 
@@ -231,10 +255,13 @@ def _dispatch_cuda() -> None:
     if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk")):
+        for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk"), (["linear_rescale_"], "rescale")):
             _serve(names, "CUDA", "Triton", "Triton is installed", import_module(f"fusedkd.kernels.{module}"))
     except ImportError as error:
-        _serve(KD_OPERATORS + TOPK_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
+        slow = [*KD_OPERATORS, *TOPK_OPERATORS, "linear_rescale_"]
+        _serve(slow, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
+    reason = "products by torch.mm, tiles by the operators above"
+    _serve(["linear_kd"], "CUDA", "PyTorch", reason, import_module("fusedkd.linear"))
     missing = load("_C_cuda")
     if missing is None:
         _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")

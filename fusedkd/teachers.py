@@ -31,6 +31,33 @@ class TeacherLogits:
 
 
 @dataclass(frozen=True, eq=False)
+class TeacherHead:
+    """A teacher's hidden states and the head that makes logits of them: v = hidden · weightᵀ + bias.
+
+    :func:`fusedkd.linear_kd_loss` projects them a tile of rows at a time; :func:`fusedkd.kd_loss` all at once, in their
+    own type.
+
+    Args:
+        hidden: ``(*, H_t)``, float16, bfloat16, float32 or float64; H_t need not be the student's.
+        weight: ``(V_t, H_t)``, of the type of `hidden`, as :attr:`torch.nn.Linear.weight`.
+        bias: ``(V_t,)`` or None.
+        softcap, scale: as for :class:`TeacherLogits`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: Real | None = None
+    scale: Real | None = None
+
+    @torch.no_grad()
+    def logits(self, student: Tensor, vocab_mismatch: str) -> TeacherLogits:
+        """All of them, checked against the student's."""
+        _head(self, student, vocab_mismatch)
+        return TeacherLogits(torch.nn.functional.linear(self.hidden, self.weight, self.bias), self.softcap, self.scale)
+
+
+@dataclass(frozen=True, eq=False)
 class TeacherTopK:
     """The log-probabilities of a few columns per row: a teacher that was cached or is served. Never expanded to V.
 
@@ -132,12 +159,13 @@ class TeacherSamples:
         return cls(torch.where(masked, -1, ids).view(shape), weights.view(shape))
 
 
-Teacher: TypeAlias = Tensor | TeacherLogits | TeacherTopK | TeacherSamples
+Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples
 
 
 class Known(NamedTuple):
     """What the operators take of a teacher: rows ``(*, C)``, the ids ``(N, K)`` they belong to unless they are the
-    first C columns, the form of the divergence with its coefficients, and the transform of the rows.
+    first C columns, the form of the divergence with its coefficients, and the transform of the rows. With a `head`, its
+    weight ``(C, H_t)`` and bias ``(C,)``, the rows are hidden states.
     """
 
     rows: Tensor
@@ -146,6 +174,11 @@ class Known(NamedTuple):
     coefficients: Sequence[Real]
     softcap: Real | None = None
     scale: Real | None = None
+    head: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.rows.shape[-1] if self.head is None else self.head[0].shape[0]
 
 
 def known(
@@ -164,14 +197,27 @@ def known(
             )
         ids = check.listed("weights", teacher.ids, teacher.weights, student, unique=False)
         return Known(teacher.weights.contiguous(), ids, SparseForm.SAMPLES, ())
-    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
-    check.float_rows("teacher", form.logits, like=student)
-    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch)
     if family.temperature_power == 0 and any(not isinstance(t, Tensor) and t != 1 for t in temperatures):
         both = "the student's is {}, the teacher's {}".format(*temperatures)
         raise ValueError(f"temperature must be 1 for {family.name}, which has no softmax, but {both}")
+    if isinstance(teacher, TeacherHead):
+        head = _head(teacher, student, vocab_mismatch)
+        coefficients = family.coefficients()
+        return Known(teacher.hidden, None, family.form, coefficients, teacher.softcap, teacher.scale, head)
+    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
+    check.float_rows("teacher", form.logits, like=student)
+    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch)
     rows = form.logits[..., : student.shape[-1]]
     return Known(rows, None, family.form, family.coefficients(), form.softcap, form.scale)
+
+
+def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[Tensor, Tensor | None]:
+    """Its weight and bias for the student's columns."""
+    check.float_rows("teacher.hidden", teacher.hidden, like=student)
+    check.head("teacher.", teacher.hidden, teacher.weight, teacher.bias)
+    check.vocabularies(student.shape[-1], teacher.weight.shape[0], vocab_mismatch)
+    columns = slice(student.shape[-1])
+    return teacher.weight.detach()[columns], None if teacher.bias is None else teacher.bias.detach()[columns]
 
 
 def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> Known:
