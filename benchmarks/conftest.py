@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import providers
-from benchmarks.cases import CASES
+from benchmarks import cases, linear, providers
 from benchmarks.measure import MALLOC, copy_bandwidth, set_malloc
 from fusedkd import env
 
+CASES = {**cases.CASES, **linear.CASES}
 LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy machine says so
 
 
@@ -22,7 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
     help = "what becomes of freed memory on a CPU: back to the system (default), or kept by malloc"
     parser.addoption("--memory", default="fresh", choices=tuple(MALLOC), help=help)
-    parser.addoption("--cases", default=None, choices=tuple(CASES), help="a list of benchmarks/cases.py; the device's")
+    parser.addoption(
+        "--cases", default=None, choices=tuple(CASES), help="a list of cases.py or linear.py; the device's"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

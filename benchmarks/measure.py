@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
-from benchmarks.providers import Loss, loss_of, value_is_known
+from benchmarks.providers import PRODUCTS, Loss, loss_of, value_is_known
 
 SECONDS_PER_CASE = {"cpu": 3.0, "cuda": 2.0}  # of timed runs; as many go into warming up
 ROUNDS = range(7, 60)  # the fewest and the most, within those seconds
@@ -67,9 +67,7 @@ def measure(case: Case, device: str, providers: tuple[str, ...]) -> dict[str, Me
             loss = loss_of(provider, case)
             value, gradient = evaluate(loss, case, sets[0])  # compiles
             value_error = abs(value.item() - truth[0]) / abs(truth[0])
-            gradient_error = None
-            if gradient is not None:
-                gradient_error = ((gradient.double() - truth[1]).norm() / truth[1].norm()).item()
+            gradient_error = None if gradient is None else error_of(gradient, truth[1])
             del value, gradient
             run = _rotating(loss, case, sets)
             peak = peak_bytes(lambda run=run: run(0), device)
@@ -82,6 +80,8 @@ def measure(case: Case, device: str, providers: tuple[str, ...]) -> dict[str, Me
             continue
         runs[provider] = run
         known = value_is_known(provider, case)
+        if provider == PRODUCTS:
+            gradient_error = None
         results[provider] = Measurement([], [], peak, value_error if known else None, gradient_error)
     del truth
     if not runs:
@@ -106,14 +106,26 @@ def interleave(timed: dict[str, Callable[[int], float]], rounds: int) -> dict[st
     return seconds
 
 
-def evaluate(loss: Loss, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+Gradient = Tensor | tuple[Tensor, ...]
+"""With respect to the student: its logits, or its hidden states and its head."""
+
+
+def evaluate(loss: Loss, case: Case, inputs: Inputs) -> tuple[Tensor, Gradient | None]:
     """Value and gradient, or the value alone."""
     with torch.set_grad_enabled(case.backward):
         value = loss(*inputs)
     if not case.backward:
         return value, None
     upstream = None if case.upstream == 1 else torch.full_like(value, case.upstream)
-    return value.detach(), torch.autograd.grad(value, inputs[0], upstream)[0]
+    student: Any = inputs[0]
+    gradients = torch.autograd.grad(value, student, upstream)
+    return value.detach(), gradients[0] if isinstance(student, Tensor) else gradients
+
+
+def error_of(gradient: Gradient, truth: Gradient) -> float:
+    """The relative L2 distance, the larger of several."""
+    pairs = [(gradient, truth)] if isinstance(gradient, Tensor) else zip(gradient, truth, strict=True)
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def _rotating(loss: Loss, case: Case, sets: list[Inputs]) -> Callable[[int], Any]:

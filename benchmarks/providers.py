@@ -19,6 +19,10 @@ from torch import Tensor
 import fusedkd
 from benchmarks import eager
 from benchmarks.cases import Case
+from benchmarks.linear import Head, LinearCase
+
+PRODUCTS = "products alone"
+"""Not a loss, but what bounds the one from hidden states."""
 
 Loss = Callable[[Tensor, Any, Tensor], Tensor]
 
@@ -93,6 +97,50 @@ def fusedkd_cosine(case: Case) -> Loss:
     return lambda student, teacher, labels: fusedkd.cosine_hidden_loss(student, teacher)
 
 
+def fusedkd_linear(case: LinearCase) -> Loss:
+    options: dict[str, Any] = {
+        "temperature": case.temperature,
+        "divergence": case.family,
+        "kd_weight": 1 - case.ce_weight,
+        "ce_weight": case.ce_weight,
+    }
+    if case.tile:
+        options["max_tile_bytes"] = case.tile * 2 * ceil(case.columns / 64) * 64 * 4
+    return lambda student, teacher, labels: fusedkd.linear_kd_loss(
+        *student, fusedkd.TeacherHead(*teacher), labels, **options
+    )
+
+
+def eager_linear(case: LinearCase) -> Loss:
+    from_logits = eager_kd(case)
+
+    def loss(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            v = F.linear(*teacher)
+        return from_logits(F.linear(*student), v, labels)
+
+    return loss
+
+
+class _Products(torch.autograd.Function):
+    """The matrix products of value and gradient, and nothing else: no loss takes less."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, t: Tensor, w_t: Tensor) -> Tensor:
+        z, _ = x @ w.t(), t @ w_t.t()
+        ctx.save_for_backward(x, w, z)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, z = ctx.saved_tensors
+        return z @ w, z.t() @ x, None, None
+
+
+def products(case: LinearCase) -> Loss:
+    return lambda student, teacher, labels: _Products.apply(*student, *teacher)
+
+
 PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
     "kd_loss": {
         "fusedkd": fusedkd_kd,
@@ -100,6 +148,12 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "torch.compile": eager_kd,
         "liger": liger_kd,
         "torchtune": torchtune_kd,
+    },
+    "linear_kd_loss": {
+        "fusedkd": fusedkd_linear,
+        PRODUCTS: products,
+        "eager": eager_linear,
+        "torch.compile": eager_linear,
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
 }
@@ -129,12 +183,14 @@ def _takes(provider: str, case: Case, device: str) -> bool:
         _, module, divergences = PEERS[provider]
         plain = not case.listed and not case.graph and case.divergence in divergences
         return plain and device == "cuda" and _imports(module)
+    if getattr(case, "tile", 0):
+        return provider in ("fusedkd", PRODUCTS)
     return provider == "fusedkd" or bool(case.listed) or case.divergence in eager.DIVERGENCES
 
 
 def value_is_known(provider: str, case: Case) -> bool:
-    """Whether its value can be compared: it may lack the teacher's entropy."""
-    return provider != "torchtune" or case.divergence != "forward_kl"
+    """Whether its value can be compared: it may lack the teacher's entropy, or be no loss."""
+    return provider != PRODUCTS and (provider != "torchtune" or case.divergence != "forward_kl")
 
 
 def versions() -> dict[str, str]:

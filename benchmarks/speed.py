@@ -6,6 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.linear import LinearCase
+from benchmarks.providers import PRODUCTS
 
 Entry = dict[str, Any]
 
@@ -23,7 +25,8 @@ RESOLUTION = 0.2e6  # bytes: Linux counts resident pages in batches per core
 
 def label(entry: Entry) -> str:
     """The case, as a heading."""
-    return Case(**{field.name: entry[field.name] for field in fields(Case) if field.name in entry}).label
+    kind = LinearCase if entry["loss"] == "linear_kd_loss" else Case
+    return kind(**{field.name: entry[field.name] for field in fields(kind) if field.name in entry}).label
 
 
 def temporaries(entry: Entry) -> int | None:
@@ -65,20 +68,29 @@ def table(data: dict[str, Any]) -> tuple[list[list[str]], str]:
     groups = cases(data)
     providers = list(dict.fromkeys(entry["provider"] for group in groups for entry in group))
     order = " / ".join(providers)
-    rows = [["", *providers, "of a copy", f"temporaries: {order}", f"error of the gradient: {order}"]]
+    linear = groups[0][0]["loss"] == "linear_kd_loss"
+    bound = "of the products" if linear else "of a copy"
+    rows = [["", *providers, bound, f"temporaries: {order}", f"error of the gradient: {order}"]]
     for group in groups:
         entries = [{entry["provider"]: entry for entry in group}.get(name) for name in providers]
-        fused = entries[0] if providers[0] == "fusedkd" else None
         rows.append(
             [
                 label(group[0]),
                 *(_time(entry) for entry in entries),
-                f"{fused['of_copy']:.0%}" if fused else "–",
+                _of_bound(group),
                 " / ".join(size(temporaries(entry)) if entry else "–" for entry in entries),
                 " / ".join(relative(entry["gradient_error"]) if entry else "–" for entry in entries),
             ]
         )
     return rows, _legend(data)
+
+
+def _of_bound(group: list[Entry]) -> str:
+    """How much of its time fusedkd would need at the speed of what bounds it."""
+    entries = {entry["provider"]: entry for entry in group}
+    if PRODUCTS in entries and "fusedkd" in entries:
+        return f"{entries[PRODUCTS]['ratio']:.0%}"
+    return f"{entries['fusedkd']['of_copy']:.0%}" if "of_copy" in entries.get("fusedkd", {}) else "–"
 
 
 def _time(entry: Entry | None) -> str:
@@ -91,10 +103,18 @@ def _time(entry: Entry | None) -> str:
 
 def _legend(data: dict[str, Any]) -> str:
     rounds = [benchmark["extra_info"]["rounds"] for benchmark in data["benchmarks"]]
+    bound = (
+        "Of a copy: fusedkd's bytes per second, inputs and gradient counted once, relative to a plain copy in the same "
+        f"run ({data['machine_info']['copy_gb_per_s']:.0f} GB/s)."
+    )
+    if data["benchmarks"][0]["extra_info"]["loss"] == "linear_kd_loss":
+        bound = (
+            "Of the products: the time of the matrix products alone, in the operands' type, in the same rounds, relative "
+            "to fusedkd's."
+        )
     return MEMORY.get(data["machine_info"].get("memory"), "") + (
         f"Medians of {min(rounds)} to {max(rounds)} rounds in which the providers took turns; in brackets the time "
-        "relative to fusedkd's, its median over the rounds. Of a copy: fusedkd's bytes per second, inputs and gradient "
-        f"counted once, relative to a plain copy in the same run ({data['machine_info']['copy_gb_per_s']:.0f} GB/s). "
+        f"relative to fusedkd's, its median over the rounds. {bound} "
         "Temporaries: peak memory beyond the inputs and the gradient. Error: relative L2 distance to the float64 "
         "gradient."
     )

@@ -14,6 +14,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.cases import Case
+from benchmarks.linear import LinearCase
 from benchmarks.measure import copy_bandwidth, measure
 
 LARGEST_ERROR = 0.01  # relative, of a gradient; bfloat16 rounds to 0.002. Being wrong fast is no result.
@@ -64,7 +65,14 @@ def test_loss(case: Case, provider: str, request: pytest.FixtureRequest, benchma
         value_error=measured.value_error,
         gradient_error=measured.gradient_error,
         bytes_moved=case.bytes_moved,
-        gb_per_s=case.bytes_moved / median / 1e9,
-        of_copy=case.bytes_moved / median / copy_bandwidth(device),
+        **_speed(case, median, device),
     )
     assert measured.gradient_error is None or measured.gradient_error < LARGEST_ERROR
+
+
+def _speed(case: Case, median: float, device: str) -> dict[str, float]:
+    """In the units of what bounds it."""
+    if isinstance(case, LinearCase):
+        return {"tflop_per_s": case.operations / median / 1e12}
+    rate = case.bytes_moved / median
+    return {"gb_per_s": rate / 1e9, "of_copy": rate / copy_bandwidth(device)}
