@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from math import ceil
 from typing import Any
 
 import torch

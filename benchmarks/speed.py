@@ -109,8 +109,8 @@ def _legend(data: dict[str, Any]) -> str:
     )
     if data["benchmarks"][0]["extra_info"]["loss"] == "linear_kd_loss":
         bound = (
-            "Of the products: the time of the matrix products alone, in the operands' type, in the same rounds, relative "
-            "to fusedkd's."
+            "Of the products: the time of the matrix products alone, in the operands' type, in the same rounds, "
+            "relative to fusedkd's."
         )
     return MEMORY.get(data["machine_info"].get("memory"), "") + (
         f"Medians of {min(rounds)} to {max(rounds)} rounds in which the providers took turns; in brackets the time "
