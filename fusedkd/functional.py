@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,31 +11,13 @@ from torch import Tensor
 from fusedkd import arguments as check
 from fusedkd import teachers
 from fusedkd.arguments import Real
-from fusedkd.autograd import (
-    CosineHiddenLossFunction,
-    KDLossFunction,
-    LinearKDLossFunction,
-    LinearPlan,
-    LinearTeacher,
-    Plan,
-)
+from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
 from fusedkd.divergences import Divergence
-from fusedkd.linear import tile_rows
-from fusedkd.prepared import Options, Reduction, members, prepare, weighted
+from fusedkd.prepared import KDTerms, Options, Reduction, members, prepare, weighted
 from fusedkd.teachers import TeacherHead
+from fusedkd.tiled import Tiles, tiled
 
 Teacher: TypeAlias = teachers.Teacher
-FEWEST_TILE_ROWS = 1024
-"""Below it the matrix products of `linear_kd_loss` starve."""
-
-
-class KDTerms(NamedTuple):
-    """The terms of a KD loss, detached, for logging: ``kd`` includes T^k, neither includes its weight, both use the
-    loss's normalisers.
-    """
-
-    kd: Tensor
-    ce: Tensor
 
 
 def kd_loss(
@@ -205,69 +186,10 @@ def linear_kd_loss(
     Raises:
         ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
     """
-    given = locals()
-    check.float_rows("student_hidden", student_hidden)
-    check.head("student_", student_hidden, student_weight, student_bias)
-    for name, value in {"max_tile_bytes": max_tile_bytes, "max_rows": 1 if max_rows is None else max_rows}.items():
-        check.count(name, value)
-    if tile_dtype not in check.FLOATING:
-        raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {tile_dtype}")
-    lead, columns, device = student_hidden.shape[:-1], student_weight.shape[0], student_hidden.device
-    inputs, grad_mode = (student_hidden, student_weight, student_bias), torch.is_grad_enabled()
-    wanted = [grad_mode and x is not None and x.requires_grad for x in inputs]
-    if torch.is_autocast_enabled(device.type):
-        student_hidden = student_hidden.to(torch.get_autocast_dtype(device.type))
-    logits = student_hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
-    options, several = Options.of(given), members(teacher, teacher_weights)
-    parts, of_teacher = [], []
-    for member, weight in zip(*several, strict=True):
-        if isinstance(teacher, list | tuple):
-            options = options._replace(kd_weight=check.exact(kd_weight) * check.exact(weight))
-        part = prepare(logits, member, labels, options)
-        options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
-        rows = part.known.rows.detach().reshape(-1, part.known.rows.shape[-1])
-        head, bias = part.known.head or (None, None)
-        if head is not None and rows.dtype != head.dtype:
-            rows, head = (x.to(torch.get_autocast_dtype(device.type)) for x in (rows, head))
-        row_weights, real_options, normalizers = part.tensors(rows.unsqueeze(0))
-        parts.append(part)
-        of_teacher.append(LinearTeacher(rows, head, bias, part.known.ids, row_weights, real_options, normalizers))
-    count, dtype = lead.numel(), torch.float64 if student_hidden.dtype == torch.float64 else tile_dtype
-    widths = [columns] * (1 if len(parts) == 1 else 2) + [part.known.columns for part in parts if part.known.head]
-    tile = tile_rows(max_tile_bytes, widths, dtype)
-    if tile < min(FEWEST_TILE_ROWS, count):
-        warnings.warn(
-            f"fusedkd: max_tile_bytes={max_tile_bytes} leaves {tile} rows per tile, and below {FEWEST_TILE_ROWS} the "
-            "matrix products of linear_kd_loss are slow",
-            stacklevel=2,
-        )
-    plan = LinearPlan(
-        per_row=reduction == "none",
-        wanted=wanted,
-        ignore_index=ignore_index,
-        forms=tuple(int(part.known.form) for part in parts),
-        transform=any(part.transform for part in parts),
-        ce=parts[0].ce,
-        tile=tile,
-        tile_dtype=dtype,
-        max_rows=max_rows,
-    )
-    used_labels = next((part.labels for part in parts if part.labels is not None), None)
-    loss, kd, ce = LinearKDLossFunction.apply(
-        student_hidden.reshape(count, -1),
-        student_weight,
-        student_bias,
-        used_labels,
-        plan,
-        *(field for each in of_teacher for field in each),
-    )
-    if reduction == "none":
-        loss, kd, ce = loss.view(lead), kd.view(-1, *lead), ce.view(lead)
-    if not return_terms:
-        return loss
-    if isinstance(teacher, list | tuple):
-        kd = torch.stack([weighted(each, weight) for each, weight in zip(kd, several[1], strict=True)])
-    return loss, KDTerms(kd.sum(0), ce)
+    tiles = Tiles(max_tile_bytes, tile_dtype, max_rows)
+    heads = student_hidden, student_weight, student_bias
+    loss, terms = tiled(heads, teacher, labels, Options.of(locals()), teacher_weights, tiles)
+    return (loss, terms) if return_terms else loss
 
 
 def cosine_hidden_loss(

@@ -66,7 +66,7 @@ def linear_kd(
         active, places, overflow = _selected(row_weights, labels if ce else None, ignore_index, max_rows)
         n, m, head = hidden.shape[0], len(teachers), weight.to(hidden.dtype)
         rows = hidden.new_zeros(m, 2, n, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, bias, wanted)
+        gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
         count = n if places is None else len(places)
         size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
         z_tile = _tile(size, head, tile_dtype)
@@ -113,30 +113,21 @@ def linear_kd(
         if unit is not None:
             for each in gradients:
                 each.div_(unit)
-        return rows, *finished(gradients, hidden, weight, bias)
+        return rows, *gradients
 
 
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def gradients_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> Gradients:
-    """Memory for the three gradients, empty where one is not wanted. Those of the head add up over the tiles, and those
-    of float16 wait for the upstream gradient, in float32.
+def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
+    """Memory for the three gradients, empty where one is not wanted: float32, in which those of the head add up over
+    the tiles and all of them wait for the upstream gradient, so that each is rounded once.
     """
     total = torch.promote_types(hidden.dtype, torch.float32)
-    type_of_x = total if hidden.dtype == torch.float16 else hidden.dtype
-    d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=type_of_x)
+    d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=total)
     d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
     d_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=total)
     return d_hidden, d_weight, d_bias
-
-
-def finished(gradients: Gradients, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
-    """In the type of their input, except for float16."""
-    if hidden.dtype == torch.float16:
-        return gradients
-    d_hidden, d_weight, d_bias = gradients
-    return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
 
 
 def _selected(

@@ -28,7 +28,7 @@ The mathematics is in :mod:`fusedkd.definitions`, :mod:`fusedkd.divergences` and
                     makes logits of them, or None; ids or None; weights, options, normalisers and form as above. The
                     first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, ``()``, or None for 1. Returns
-                    rows ``(teachers, 2, N)`` and the gradients, each empty if not wanted; in float32 for float16.
+                    rows ``(teachers, 2, N)`` and the gradients in A, each empty if not wanted.
 ``linear_rescale_`` a gradient times the upstream, left alone if that is 1.
 ``cosine_*``        likewise for hidden states ``(B, L, H)``: rows ``(N,)``: w·(1 − cos); stats ``(N, 3)``: both inverse
                     norms, 1 − cos.
@@ -175,7 +175,7 @@ def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, *arguments: Any) -> Any:
     linear, teachers, wanted = import_module("fusedkd.linear"), arguments[0], arguments[-1]
     rows = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
-    return rows, *linear.finished(linear.gradients_like(hidden, weight, bias, wanted), hidden, weight, bias)
+    return rows, *linear.gradients_like(hidden, weight, wanted)
 
 
 # -------------------------------------------------- dispatch

@@ -19,6 +19,15 @@ from fusedkd.ops import OPTIONS
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
 
+class KDTerms(NamedTuple):
+    """The terms of a KD loss, detached, for logging: ``kd`` includes T^k, neither includes its weight, both use the
+    loss's normalisers.
+    """
+
+    kd: Tensor
+    ce: Tensor
+
+
 class Options(NamedTuple):
     """The options of :func:`fusedkd.kd_loss` that say what is computed; their defaults are in its signature."""
 

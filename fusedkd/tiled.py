@@ -1,0 +1,103 @@
+"""linear_kd_loss between its arguments and its operator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedkd import arguments as check
+from fusedkd.arguments import Real
+from fusedkd.autograd import LinearKDLossFunction, LinearPlan, LinearTeacher
+from fusedkd.linear import tile_rows
+from fusedkd.prepared import KDTerms, Options, members, prepare, weighted
+
+FEWEST_ROWS = 1024
+"""Of a tile: below it the matrix products starve."""
+
+
+class Tiles(NamedTuple):
+    """What `linear_kd_loss` is told of them."""
+
+    max_bytes: int
+    dtype: torch.dtype
+    max_rows: int | None
+
+    def rows(self, widths: list[int], dtype: torch.dtype, count: int) -> int:
+        """Per tile, where `count` rows are projected to logits of these widths."""
+        rows = tile_rows(self.max_bytes, widths, dtype)
+        if rows < min(FEWEST_ROWS, count):
+            warnings.warn(
+                f"fusedkd: max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {FEWEST_ROWS} "
+                "the matrix products of linear_kd_loss are slow",
+                stacklevel=4,
+            )
+        return rows
+
+
+def tiled(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: Any,
+    labels: Tensor | None,
+    options: Options,
+    teacher_weights: Sequence[Real] | None,
+    tiles: Tiles,
+) -> tuple[Tensor, KDTerms]:
+    """:func:`fusedkd.linear_kd_loss` of (hidden states, weight, bias)."""
+    hidden, weight, bias = student
+    check.float_rows("student_hidden", hidden)
+    check.head("student_", hidden, weight, bias)
+    check.count("max_tile_bytes", tiles.max_bytes)
+    check.count("max_rows", 1 if tiles.max_rows is None else tiles.max_rows)
+    if tiles.dtype not in check.FLOATING:
+        raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {tiles.dtype}")
+    grad_mode, device = torch.is_grad_enabled(), hidden.device
+    wanted = [grad_mode and x is not None and x.requires_grad for x in student]
+    cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    hidden = hidden if cast is None else hidden.to(cast)
+    lead, columns, count = hidden.shape[:-1], weight.shape[0], hidden.shape[:-1].numel()
+    logits = hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
+    several, kd_weight = isinstance(teacher, list | tuple), options.kd_weight
+    members_, shares = members(teacher, teacher_weights)
+    parts, widths, used_labels = [], [columns], None
+    fields: list[Any] = []
+    for member, share in zip(members_, shares, strict=True):
+        if several:
+            options = options._replace(kd_weight=check.exact(kd_weight) * check.exact(share))
+        part = prepare(logits, member, labels, options)
+        options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
+        rows = part.known.rows.detach().reshape(count, part.known.rows.shape[-1])
+        head, head_bias = part.known.head or (None, None)
+        if head is not None and not part.kd:  # nothing reads its logits
+            rows, head, head_bias = rows[:, :1], None, None
+        if head is not None and cast is not None:
+            rows, head = rows.to(cast), head.to(cast)
+        if head is not None:
+            widths.append(head.shape[0])
+        used_labels = part.labels if used_labels is None else used_labels
+        parts.append(part)
+        fields.extend(LinearTeacher(rows, head, head_bias, part.known.ids, *part.tensors(rows.unsqueeze(0))))
+    if len(parts) > 1:
+        widths.append(columns)  # a gradient per teacher, and their sum
+    dtype = torch.float64 if hidden.dtype == torch.float64 else tiles.dtype
+    plan = LinearPlan(
+        per_row=options.reduction == "none",
+        wanted=wanted,
+        ignore_index=options.ignore_index,
+        forms=tuple([int(part.known.form) for part in parts]),
+        transform=any([part.transform for part in parts]),
+        ce=parts[0].ce,
+        tile=tiles.rows(widths, dtype, count),
+        tile_dtype=dtype,
+        max_rows=tiles.max_rows,
+    )
+    flat = hidden.reshape(count, hidden.shape[-1])
+    loss, kd, ce = LinearKDLossFunction.apply(flat, weight, bias, used_labels, plan, *fields)
+    if plan.per_row:
+        loss, kd, ce = loss.view(lead), kd.view(len(parts), *lead), ce.view(lead)
+    if several:
+        kd = torch.stack([weighted(each, share) for each, share in zip(kd.unbind(), shares, strict=True)])
+    return loss, KDTerms(kd.sum(0), ce)
