@@ -23,6 +23,7 @@ BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,
 bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu.json
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
@@ -47,6 +48,7 @@ gpu-test: gpu-build
 gpu-bench: gpu-build
 	failed=0; \
 	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda.json --device cuda || failed=1; \
+	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda-linear.json --device cuda --cases cuda-linear || failed=1; \
 	$(PYTHON) -m benchmarks.accuracy $(RESULTS) --device cuda || failed=1; \
 	$(PYTHON) -m benchmarks.report $(RESULTS) || failed=1; \
 	exit $$failed

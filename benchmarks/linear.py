@@ -105,10 +105,17 @@ def _heads(rows: int, columns: int, hidden: int, teacher_hidden: int, dtype: str
 
 
 def linear(
-    rows: int, hidden: int, teacher_hidden: int, columns: int, dtype: str, *, ce: bool = True, **mode: Any
+    rows: int,
+    hidden: int,
+    teacher_hidden: int,
+    columns: int,
+    dtype: str,
+    temperature: float = 2.0,
+    ce: bool = True,
+    **mode: Any,
 ) -> LinearCase:
     shape = {"hidden": hidden, "teacher_hidden": teacher_hidden}
-    return LinearCase("linear_kd_loss", rows, columns, dtype, temperature=2.0, ce=ce, **shape, **mode)
+    return LinearCase("linear_kd_loss", rows, columns, dtype, temperature, ce, **shape, **mode)
 
 
 CASES = {
@@ -122,6 +129,7 @@ CASES = {
     "cuda-linear": [  # performance of the products bounds all of them
         linear(8192, 2048, 4096, 128256, "bfloat16"),  # Llama 3: 1B from 8B
         linear(8192, 2048, 4096, 128256, "bfloat16", ce=False),
+        linear(8192, 2048, 4096, 128256, "bfloat16", temperature=1.0, ce=False),
         linear(8192, 4096, 4096, 128256, "bfloat16"),
         linear(8192, 896, 3584, 151936, "bfloat16"),  # Qwen 2.5: 0.5B from 7B
         linear(4096, 1024, 4096, 151936, "bfloat16"),

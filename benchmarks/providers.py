@@ -1,17 +1,18 @@
 """Who is measured: the loss of each provider, called as its users call it, and whether it is installed.
 
-A provider makes of a case a function of (student, teacher, labels). For kd_loss that is (1 − ce_weight)·T^k·D +
-ce_weight·CE, for cosine_hidden_loss 1 − cos; the mean over rows.
+A provider makes of a case a function of (student, teacher, labels). For kd_loss and linear_kd_loss that is
+(1 − ce_weight)·T^k·D + ce_weight·CE, for cosine_hidden_loss 1 − cos; the mean over rows.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,71 @@ def products(case: LinearCase) -> Loss:
     return lambda student, teacher, labels: _Products.apply(*student, *teacher)
 
 
+# -------------------------------------------------- peers from hidden states: forward KL, which is their JSD at β = 0
+
+
+def liger_chunked_linear(case: LinearCase) -> Loss:
+    """In PyTorch, chunk by chunk, each of which it compiles. It knows both weights, but no T²."""
+    fresh_compiler(case)
+    kernel = import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
+        weight_hard_loss=case.ce_weight, weight_soft_loss=case.kd_scale, beta=0.0, temperature=case.temperature
+    )
+    return lambda student, teacher, labels: kernel(*student, *teacher, labels)
+
+
+def liger_jsd_linear(case: LinearCase) -> Loss:
+    kernel = import_module("liger_kernel.transformers").LigerFusedLinearJSD(
+        jsd_beta=0.0, temperature=case.temperature, accum_dtype=torch.float32
+    )
+    return lambda student, teacher, labels: case.kd_scale * kernel(*student, *teacher, None)
+
+
+def liger_kl_linear(case: LinearCase) -> Loss:
+    """It takes the teacher's probabilities, of all rows at once: making them is part of the cost."""
+    kernel = import_module("liger_kernel.transformers").LigerFusedLinearKLDivLoss(
+        temperature=case.temperature, accum_dtype=torch.float32
+    )
+
+    def loss(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = eager.at(F.linear(*teacher), case.temperature).softmax(-1, dtype=torch.float32)
+        return case.kd_scale * kernel(*student, p)
+
+    return loss
+
+
+def trl_linear(case: LinearCase) -> Loss:
+    """It returns the divergence of each row, and the student's entropy."""
+    divergence = import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction.apply
+    beta, no_bias = 0.0, None
+
+    def loss(student: Head, teacher: Head, labels: Tensor) -> Tensor:
+        return case.kd_scale * divergence(*student, no_bias, *teacher, no_bias, beta, case.temperature)[0].mean()
+
+    return loss
+
+
+def fla_linear(case: LinearCase) -> Loss:
+    kernel = import_module("fla.modules").FusedKLDivLoss()
+    return lambda student, teacher, labels: (
+        case.kd_scale * kernel(student.hidden, teacher.hidden, student.weight, teacher.weight)
+    )
+
+
+def orda_linear(case: LinearCase) -> Loss:
+    """It knows both weights and T²."""
+    orda = import_module("orda_kernel")
+    options = {
+        "student_ce_weight": case.ce_weight,
+        "kl_weight": 1 - case.ce_weight,
+        "kl_temperature": case.temperature,
+        "kl_divergence": "forward",
+    }
+    return lambda student, teacher, labels: (
+        orda.distillation_loss(*student, labels, orda.SeparateTeacher(*teacher), **options).loss
+    )
+
+
 PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
     "kd_loss": {
         "fusedkd": fusedkd_kd,
@@ -155,14 +221,37 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         PRODUCTS: products,
         "eager": eager_linear,
         "torch.compile": eager_linear,
+        "liger chunked": liger_chunked_linear,
+        "liger JSD": liger_jsd_linear,
+        "liger KL": liger_kl_linear,
+        "trl": trl_linear,
+        "fla": fla_linear,
+        "orda": orda_linear,
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
 }
-# On a GPU, where installed: package, module, divergences. Both wait for the device in backward or forward, so neither
-# can be captured in a graph. flash-linear-attention's KL takes hidden states and heads, not logits.
+
+
+class Peer(NamedTuple):
+    """Measured on a GPU, where installed, in the cases it knows."""
+
+    package: str
+    module: str
+    divergences: tuple[str, ...] = ("forward_kl",)
+    ce: bool = True  # whether it computes the cross-entropy too, or what does can be added without a second product
+    temperature: bool = True  # or T = 1 alone
+
+
+# Most wait for the device in forward or backward, so they cannot be captured in a graph.
 PEERS = {
-    "liger": ("liger-kernel", "liger_kernel.transformers", ("forward_kl", "reverse_kl", "jsd")),
-    "torchtune": ("torchtune", "torchtune.modules.loss", ("forward_kl", "reverse_kl")),
+    "liger": Peer("liger-kernel", "liger_kernel.transformers", ("forward_kl", "reverse_kl", "jsd")),
+    "torchtune": Peer("torchtune", "torchtune.modules.loss", ("forward_kl", "reverse_kl")),
+    "liger chunked": Peer("liger-kernel", "liger_kernel.chunked_loss"),
+    "liger JSD": Peer("liger-kernel", "liger_kernel.transformers", ce=False),
+    "liger KL": Peer("liger-kernel", "liger_kernel.transformers.fused_linear_kl_div", ce=False),  # since 0.8.5
+    "trl": Peer("trl", "trl.kernels.chunked_divergence", ce=False),
+    "fla": Peer("fla-core", "fla.modules", ce=False, temperature=False),
+    "orda": Peer("orda-kernel", "orda_kernel"),
 }
 
 
@@ -180,12 +269,13 @@ def available(case: Case, device: str) -> list[str]:
 
 
 def _takes(provider: str, case: Case, device: str) -> bool:
-    if provider in PEERS:
-        _, module, divergences = PEERS[provider]
-        plain = not case.listed and not case.graph and case.divergence in divergences
-        return plain and device == "cuda" and _imports(module)
     if getattr(case, "tile", 0):
         return provider in ("fusedkd", PRODUCTS)
+    if provider in PEERS:
+        peer = PEERS[provider]
+        plain = not case.listed and not case.graph and case.divergence in peer.divergences
+        known = (peer.ce or not case.ce) and (peer.temperature or case.temperature == 1)
+        return plain and known and device == "cuda" and _imports(peer.module)
     return provider == "fusedkd" or bool(case.listed) or case.divergence in eager.DIVERGENCES
 
 
@@ -195,14 +285,22 @@ def value_is_known(provider: str, case: Case) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers that are measured here."""
-    return {package: importlib.metadata.version(package) for package, module, _ in PEERS.values() if _imports(module)}
+    """Of the peers that were measured: only those of :func:`available` are imported."""
+    return {
+        peer.package: importlib.metadata.version(peer.package) for peer in PEERS.values() if peer.module in sys.modules
+    }
+
+
+@lru_cache(maxsize=1)
+def fresh_compiler(case: Case) -> None:
+    """Each case compiles for its own shape, as a training script would."""
+    torch.compiler.reset()
 
 
 def loss_of(provider: str, case: Case) -> Loss:
     """The provider's loss with the options of the case, taking (student, teacher, labels)."""
     loss = PROVIDERS[case.loss][provider](case)
     if provider == "torch.compile":
-        torch.compiler.reset()  # each case compiles for its own shape, as a training script would
+        fresh_compiler(case)
         return torch.compile(loss, fullgraph=True, dynamic=False)
     return loss

@@ -71,6 +71,8 @@ def linear_kd(
         size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
         z_tile = _tile(size, head, tile_dtype)
         v_tiles = [None if w is None else _tile(size, w, tile_dtype) for w in heads]
+        rounds = hidden.is_cuda and gradient and hidden.dtype != tile_dtype
+        g_tile = _tile(size, head, hidden.dtype) if rounds else None
         for start in range(0, count, max(1, size)):
             part = slice(start, start + size) if places is None else places[start : start + size]
             x = hidden[part]
@@ -98,8 +100,8 @@ def linear_kd(
                 continue
             if upstream is not None:
                 g.mul_(upstream[part].unsqueeze(1) if upstream.dim() else upstream)
-            if g.is_cuda:
-                g = g.to(hidden.dtype)  # the one rounding, for the matrix units
+            if g_tile is not None:
+                g = g_tile[: len(g)].copy_(g)  # rounded for the matrix units
             if wanted[0]:
                 d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
             if wanted[1]:

@@ -82,6 +82,8 @@ def tiled(
         fields.extend(LinearTeacher(rows, head, head_bias, part.known.ids, *part.tensors(rows.unsqueeze(0))))
     if len(parts) > 1:
         widths.append(columns)  # a gradient per teacher, and their sum
+    if hidden.is_cuda and hidden.dtype != tiles.dtype:
+        widths.append(columns // 2)  # the gradient in 16 bits
     dtype = torch.float64 if hidden.dtype == torch.float64 else tiles.dtype
     plan = LinearPlan(
         per_row=options.reduction == "none",

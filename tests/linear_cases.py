@@ -193,9 +193,13 @@ def assert_gradients(
             unit = 2.0 ** (-53 if rounded == torch.float64 else -24)
             slack = slack + unit * len(truth.rows) ** 0.5 * norm(expected)
         rounding = norm(float64(expected.to(rounded)) - expected)
-        bound = (1.75 if rounded in HALF else 1.25) * rounding + slack
+        bound = (1.75 if rounded in HALF else 1.25) * rounding
         if rounded in HALF:
-            bound = torch.minimum(bound, 1.1 * norm(oracle - expected) + slack)
+            best = norm(oracle - expected)
+            if gradient.is_cuda:  # rounds ∂z as the oracle does, whose own error scatters around √2 × rounding
+                bound = torch.maximum(bound, best)
+            bound = torch.minimum(bound, 1.1 * best)
+        bound = bound + slack
         error, size = norm(got - expected), norm(expected)
         wrong = ~(error <= bound)
         assert not wrong.any(), (
