@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedkd import TeacherHead, linear_kd_loss
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.5}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
