@@ -238,7 +238,7 @@ class Peer(NamedTuple):
     package: str
     module: str
     divergences: tuple[str, ...] = ("forward_kl",)
-    ce: bool = True  # whether it computes the cross-entropy too, or what does can be added without a second product
+    ce: bool = True  # has a cross-entropy too, or takes logits, which have one
     temperature: bool = True  # or T = 1 alone
 
 
@@ -248,7 +248,7 @@ PEERS = {
     "torchtune": Peer("torchtune", "torchtune.modules.loss", ("forward_kl", "reverse_kl")),
     "liger chunked": Peer("liger-kernel", "liger_kernel.chunked_loss"),
     "liger JSD": Peer("liger-kernel", "liger_kernel.transformers", ce=False),
-    "liger KL": Peer("liger-kernel", "liger_kernel.transformers.fused_linear_kl_div", ce=False),  # since 0.8.5
+    "liger KL": Peer("liger-kernel", "liger_kernel.transformers.fused_linear_kl_div", ce=False),  # new releases only
     "trl": Peer("trl", "trl.kernels.chunked_divergence", ce=False),
     "fla": Peer("fla-core", "fla.modules", ce=False, temperature=False),
     "orda": Peer("orda-kernel", "orda_kernel"),

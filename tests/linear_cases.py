@@ -30,6 +30,10 @@ from fusedkd.functional import Teacher
 HALF = (torch.float16, torch.bfloat16)
 TILES = ("max_tile_bytes", "tile_dtype", "max_rows")
 """Options that change no number."""
+PHASES = [2 ** (i / 4) for i in range(4)]
+"""What the oracle multiplies ∂z by before it rounds: a kernel may round before it divides by the number of rows, and in
+a small problem luck has a part in which numbers meet which rounding.
+"""
 
 
 class Problem(NamedTuple):
@@ -117,14 +121,14 @@ def teacher_logits(teacher: Any) -> Any:
 
 
 class LinearTruth(NamedTuple):
-    """Float64 on the CPU; per operand its gradient, S and what the oracle makes of it."""
+    """Float64 on the CPU; per operand its gradient, S, and what the oracle makes of it in each phase."""
 
     loss: Term
     kd: Term
     ce: Term
     gradients: dict[str, Tensor]
     subtracted: dict[str, Tensor]
-    oracle: dict[str, Tensor]
+    oracles: list[dict[str, Tensor]]
     rows: Tensor
     """``(N,)``: whether a row carries a term."""
 
@@ -152,7 +156,7 @@ def linear_truth(p: Problem, *, upstream: Any = 1.0, dtype: torch.dtype | None =
     factor = float64(upstream).flatten()
     g, rows = g * factor.unsqueeze(-1), rows * factor.abs()
     unit = 2.0 ** g.abs().max().clamp(min=1e-300).log2().floor() if len(rows) else 1.0
-    once = float64((g / unit).to(dtype)) * unit
+    once = [float64((g / unit * phase).to(dtype)) * unit / phase for phase in PHASES]
 
     def pulled(g: Tensor) -> dict[str, Tensor]:
         found = {"hidden": (g @ weight).view(p.hidden.shape), "weight": g.T @ x, "bias": g.sum(0)}
@@ -163,7 +167,7 @@ def linear_truth(p: Problem, *, upstream: Any = 1.0, dtype: torch.dtype | None =
         "weight": (rows * x.norm(dim=-1)).norm(),
         "bias": rows.norm(),
     }
-    return LinearTruth(*values, pulled(g), subtracted, pulled(once), rows != 0)
+    return LinearTruth(*values, pulled(g), subtracted, [pulled(g) for g in once], rows != 0)
 
 
 def assert_gradients(
@@ -180,7 +184,7 @@ def assert_gradients(
         assert gradient.dtype == operand.dtype
         assert gradient.shape == operand.shape == expected.shape
         rounded = dtype or gradient.dtype
-        got, oracle = float64(gradient), float64(truth.oracle[name].to(rounded))
+        got = float64(gradient)
         by_row = name == "hidden" and rounded not in HALF
         if name == "hidden":
             assert not got.reshape(len(truth.rows), -1)[~truth.rows].any(), "a row without a term has a gradient"
@@ -195,10 +199,11 @@ def assert_gradients(
         rounding = norm(float64(expected.to(rounded)) - expected)
         bound = (1.75 if rounded in HALF else 1.25) * rounding
         if rounded in HALF:
-            best = norm(oracle - expected)
-            if gradient.is_cuda:  # rounds ∂z as the oracle does, whose own error scatters around √2 × rounding
-                bound = torch.maximum(bound, best)
-            bound = torch.minimum(bound, 1.1 * best)
+            oracles = torch.stack([norm(float64(each[name].to(rounded)) - expected) for each in truth.oracles])
+            if gradient.is_cuda:  # rounds ∂z, too: its error scatters around √2 × rounding as the oracles' do
+                bound = torch.maximum(bound, oracles.amax(0)).minimum(1.1 * oracles.amax(0))
+            else:
+                bound = torch.minimum(bound, 1.1 * oracles[0])
         bound = bound + slack
         error, size = norm(got - expected), norm(expected)
         wrong = ~(error <= bound)
