@@ -75,7 +75,7 @@ class Case:
             "" if self.upstream == 1 else f"upstream {self.upstream:g}",
             "CUDA graph" if self.graph else "",
         ]
-        parts = [f"{self.loss} {self.rows}×{self.columns} {self.dtype}", *(kd if self.loss == "kd_loss" else []), *mode]
+        parts = [f"{self.loss} {self.rows}×{self.columns} {self.dtype}", *(kd if "kd_loss" in self.loss else []), *mode]
         return ", ".join(part for part in parts if part)
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Case:
             "" if self.upstream == 1 else f"upstream{self.upstream:g}",
             "graph" if self.graph else "",
         ]
-        parts = [self.loss, f"{self.rows}x{self.columns}", self.dtype, *(kd if self.loss == "kd_loss" else []), *mode]
+        parts = [self.loss, f"{self.rows}x{self.columns}", self.dtype, *(kd if "kd_loss" in self.loss else []), *mode]
         return "-".join(part for part in parts if part)
 
     def inputs(self, device: str) -> list[Inputs]:

@@ -89,7 +89,7 @@ def _heads(rows: int, columns: int, hidden: int, teacher_hidden: int, dtype: str
         return torch.randn(shape, device=device, generator=random)
 
     sets = []
-    width = min(hidden, teacher_hidden)
+    width = min(hidden, teacher_hidden * 9 // 10)  # what the student lacks of the teacher's hidden states
     bytes_per_set = (rows + columns) * (hidden + teacher_hidden) * to.itemsize
     for _ in range(min(ceil(4 * CACHE_BYTES / bytes_per_set), 8)):
         t, w_t = normal(rows, teacher_hidden), normal(columns, teacher_hidden) * (3 / teacher_hidden**0.5)

@@ -67,7 +67,8 @@ def test_loss(case: Case, provider: str, request: pytest.FixtureRequest, benchma
         bytes_moved=case.bytes_moved,
         **_speed(case, median, device),
     )
-    assert measured.gradient_error is None or measured.gradient_error < LARGEST_ERROR
+    if provider == "fusedkd" and measured.gradient_error is not None:  # those of the others are recorded
+        assert measured.gradient_error < LARGEST_ERROR
 
 
 def _speed(case: Case, median: float, device: str) -> dict[str, float]:
