@@ -38,7 +38,7 @@ def kd_row_weights(
 
 
 def kd_terms(rows: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    kd, ce = rows.double() if per_row else rows.double().sum(1) / normalizers
+    kd, ce = rows.to(torch.float64, copy=True) if per_row else rows.double().sum(1) / normalizers
     kd_weight, ce_weight = options[3], options[4]
     loss = torch.where(kd_weight == 0, 0, kd_weight * kd) + torch.where(ce_weight == 0, 0, ce_weight * ce)
     return loss.to(rows.dtype), kd.to(rows.dtype), ce.to(rows.dtype)

@@ -25,6 +25,8 @@ ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
 MOST_ROWS = 4096
 """Of a tile: more gain nothing."""
+FLOAT16_TOP = 1024.0
+"""Of 65504: what families other than forward KL can exceed their weights by is left to spare."""
 PANEL = 8192
 """Rows of a 16-bit weight that the CPU converts to float32 at a time."""
 
@@ -60,9 +62,8 @@ def linear_kd(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         gradient = any(wanted)
         unit = None
-        if hidden.dtype == torch.float16 and gradient:  # where 1/N would underflow: it comes in at the end
-            unit = torch.stack([*normalizers]).min()
-            normalizers = [each / unit for each in normalizers]
+        if hidden.dtype == torch.float16 and gradient:
+            unit, normalizers, upstream = _in_range(options, normalizers, upstream)
         active, places, overflow = _selected(row_weights, labels if ce else None, ignore_index, max_rows)
         n, m, head = hidden.shape[0], len(teachers), weight.to(hidden.dtype)
         rows = hidden.new_zeros(m, 2, n, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -100,14 +101,14 @@ def linear_kd(
                 continue
             if upstream is not None:
                 g.mul_(upstream[part].unsqueeze(1) if upstream.dim() else upstream)
+            if wanted[2]:
+                d_bias.add_(g.sum(0, dtype=d_bias.dtype))
             if g_tile is not None:
                 g = g_tile[: len(g)].copy_(g)  # rounded for the matrix units
             if wanted[0]:
                 d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
             if wanted[1]:
                 _product(g.t(), x, d_weight, add=start > 0)
-            if wanted[2]:
-                d_bias.add_(g.sum(0, dtype=d_bias.dtype))
         if wanted[1] and count == 0:
             d_weight.zero_()
         if overflow is not None:
@@ -147,6 +148,23 @@ def _selected(
     if max_rows is None or len(active) <= max_rows:
         return active, None, None
     return active, active.logical_not().argsort(stable=True)[:max_rows], active.sum() > max_rows
+
+
+def _in_range(
+    options: Sequence[Tensor], normalizers: Sequence[Tensor], upstream: Tensor | None
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """A unit for gradients that float16 has room for, and normalisers and upstream gradient in it: those of the logits
+    are then about FLOAT16_TOP at most, where divided by the number of rows they would underflow.
+    """
+    temperature, _, kd_scale, kd_weight, ce_weight = torch.stack([*options], 1)[:5]  # of each teacher
+    reach = (kd_weight * kd_scale / temperature + ce_weight).sum()
+    unit = torch.stack([*normalizers]).min() * FLOAT16_TOP / torch.where(reach > 0, reach, 1)
+    scaled = [each / unit for each in normalizers]
+    if upstream is None:
+        return unit, scaled, None
+    top = upstream.abs().max().to(unit.dtype) if upstream.numel() else torch.ones_like(unit)
+    top = torch.where(top > 0, top, 1)
+    return unit / top, scaled, upstream / top.to(upstream.dtype)
 
 
 # -------------------------------------------------- products

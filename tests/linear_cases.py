@@ -162,6 +162,8 @@ def linear_truth(p: Problem, *, upstream: Any = 1.0, dtype: torch.dtype | None =
         found = {"hidden": (g @ weight).view(p.hidden.shape), "weight": g.T @ x, "bias": g.sum(0)}
         return {name: found[name] for name in p.operands}
 
+    if dtype == torch.float32:  # the product itself rounds z by 2⁻²⁴·‖x‖‖W_j‖, which shows in p and q as in z
+        rows = rows * (1 + 2.0**-24 / 1e-6 * sizes.amax(-1, keepdim=True).flatten()) if len(rows) else rows
     subtracted = {
         "hidden": rows * weight.norm(dim=-1).max(),
         "weight": (rows * x.norm(dim=-1)).norm(),

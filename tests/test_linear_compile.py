@@ -10,6 +10,7 @@ import torch
 from families import describe, top_k
 from linear_cases import Problem, assert_gradients, linear_truth, logits_of, problem, small_tiles, tile_bytes
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from truth import DTYPES, assert_value, operator_calls
 
@@ -118,6 +119,19 @@ def test_forward_alone(device: str) -> None:
     with torch.no_grad():
         loss = graph(p.leaves().loss)(**BOTH)
     assert_value(loss, linear_truth(p, **BOTH).loss)
+
+
+def test_fake_tensors(device: str) -> None:
+    """Memory estimators call with them: shapes and types, no products."""
+    p = problem(3, 5, dtype=torch.bfloat16, device=device)
+    with FakeTensorMode() as mode:
+        hidden, weight = (mode.from_tensor(x).requires_grad_() for x in (p.hidden, p.weight))
+        head = TeacherHead(mode.from_tensor(p.teacher.hidden), mode.from_tensor(p.teacher.weight))
+        loss = linear_kd_loss(hidden, weight, head)
+        loss.backward()
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    for x in (hidden, weight):
+        assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.bfloat16)
 
 
 def test_a_schedule_of_tensors_recompiles_nothing(device: str) -> None:
