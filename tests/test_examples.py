@@ -23,20 +23,9 @@ def test_classifier_learns_more_with_a_teacher() -> None:
 def test_causal_lm_is_distilled(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("datasets")
-    (tmp_path / "text.txt").write_text((EXAMPLES.parent / "CONTRIBUTING.md").read_text())
-    size = (
-        "--text",
-        "text.txt",
-        "--vocab_size",
-        2000,
-        "--block_size",
-        16,
-        "--teacher_steps",
-        60,
-        "--student_steps",
-        40,
-    )
-    out = run("distill_causal_lm.py", *size, folder=tmp_path)
+    (tmp_path / "text.txt").write_text((EXAMPLES.parent / "README.md").read_text())
+    size = ("--text", "text.txt", "--vocab_size", 8192, "--block_size", 16)
+    out = run("distill_causal_lm.py", *size, "--teacher_steps", 60, "--student_steps", 40, folder=tmp_path)
     found = re.findall(r"(teacher|before|after): held-out perplexity (\S+), KL to the teacher (\S+)", out)
     perplexity, kl = ({name: float(values[i]) for name, *values in found} for i in (0, 1))
     assert perplexity["teacher"] < 0.1 * perplexity["before"]
