@@ -169,8 +169,13 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             if any(name not in batch for name in COLUMNS):
                 raise ValueError(f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}")
-            mask = mask & (batch["teacher_ids"] >= 0).any(-1)
+            mask = mask & (self._listed(batch) >= 0).any(-1)
         return labels, mask
+
+    def _listed(self, batch: Batch) -> Tensor:
+        """The ids that are the student's too: a teacher's vocabulary may be padded further."""
+        ids: Tensor = batch["teacher_ids"]
+        return ids.masked_fill(ids >= self.head.linear.out_features, -1)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """[KD rows, CE rows] of one optimiser step over all ranks."""
@@ -238,7 +243,7 @@ class DistillationTrainer(Trainer):
     def _teacher(self, inputs: Batch) -> TeacherHead | TeacherTopK:
         kd = self.kd
         if self.teacher is None:
-            ids, logprobs = (inputs[name] for name in COLUMNS)
+            ids, logprobs = self._listed(inputs), inputs["teacher_logprobs"]
             return TeacherTopK(ids, logprobs, tail=kd.tail, logprobs_temperature=kd.logprobs_temperature)
         own = {k: v for k, v in inputs.items() if k in self.teacher_arguments and k != "labels"}
         if "use_cache" in self.teacher_arguments:

@@ -208,6 +208,19 @@ def test_a_whole_offline_teacher_is_the_online_one(side):
     assert_equal(found, expected, tolerance=2e-5)
 
 
+def test_an_offline_teacher_with_more_columns_than_the_student():
+    """Of a head that is padded further: they are as if they were not listed."""
+    student, teacher = llamas()
+    data = list(top_k(teacher, list(rows()), 5))
+    expected = gradient(student, None, data=data, collator=Padding("right"))
+    for row in data:
+        ids, logprobs = row["teacher_ids"], row["teacher_logprobs"]
+        row["teacher_ids"] = torch.cat([ids, torch.full_like(ids[:, :1], VOCAB)], 1)
+        row["teacher_logprobs"] = torch.cat([logprobs, torch.full_like(logprobs[:, :1], -1.0)], 1)
+    student, _ = llamas()
+    assert_equal(gradient(student, None, data=data, collator=Padding("right")), expected)
+
+
 def test_an_offline_teacher_of_few_columns():
     """The KD term of the renormalised top-k, from the student's logits, through a Dataset with other columns."""
     datasets = pytest.importorskip("datasets")
