@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.linear import LinearTeacher
+
 ops = torch.ops.fusedkd
 
 
@@ -110,24 +112,23 @@ class LinearPlan(NamedTuple):
     ce: bool
     tile: int
     tile_dtype: torch.dtype
+    dtype: torch.dtype
     max_rows: int | None
 
+    def run(
+        self, inputs: tuple[Any, ...], teachers: Sequence[Any], upstream: Tensor | None, wanted: list[bool]
+    ) -> list[Tensor]:
+        """The operator. `teachers`: the fields of each :class:`~fusedkd.linear.LinearTeacher`, one after the other."""
+        by_field = [list(teachers[i::TEACHER_FIELDS]) for i in range(TEACHER_FIELDS)]
+        return ops.linear_kd(*inputs, *by_field, upstream, *self[2:], wanted)
 
-class LinearTeacher(NamedTuple):
-    """What the operator is given of each teacher."""
 
-    rows: Tensor
-    head: Tensor | None
-    bias: Tensor | None
-    ids: Tensor | None
-    row_weights: Tensor
-    options: Tensor
-    normalizers: Tensor
+TEACHER_FIELDS = len(LinearTeacher._fields)
 
 
 class LinearKDLossFunction(torch.autograd.Function):
-    """(loss, kd of each teacher, ce). The forward call computes the gradients for upstream 1, unless it is ``per_row``;
-    a second backward computes them anew. ``parts``: the fields of each :class:`LinearTeacher`, one after the other.
+    """(loss, kd of each teacher, ce). The forward call computes the gradients, in float32 and for upstream 1, unless it
+    is ``per_row``; backward scales and rounds them.
     """
 
     @staticmethod
@@ -138,63 +139,48 @@ class LinearKDLossFunction(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor | None,
         plan: LinearPlan,
-        *parts: Any,
+        *teachers: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = [False] * 3 if plan.per_row else plan.wanted
-        rows, *gradients = _linear_kd(hidden, weight, bias, labels, parts, None, plan, wanted)
-        of_teacher = [LinearTeacher(*parts[i : i + 7]) for i in range(0, len(parts), 7)]
-        found = [
-            ops.kd_terms(each, t.options, t.normalizers, plan.per_row)
-            for each, t in zip(rows.unbind(), of_teacher, strict=True)
-        ]
-        loss, kd = torch.stack([terms[0] for terms in found]).sum(0), torch.stack([terms[1] for terms in found])
-        ce = found[0][2]
-        ctx.plan, ctx.gradients, ctx.compiled = plan, None, torch.compiler.is_compiling() and any(wanted)
+        inputs = hidden, weight, bias, labels
+        rows, *gradients = plan.run(inputs, teachers, None, [False] * 3 if plan.per_row else plan.wanted)
+        ctx.plan = plan
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        if ctx.compiled:
-            ctx.save_for_backward(*gradients)
+        if plan.per_row:
+            _save(ctx, *inputs, *teachers)
         else:
-            _save(ctx, hidden, weight, bias, labels, *parts)
-            ctx.gradients = gradients if any(wanted) else None
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
+            ctx.save_for_backward(*gradients)
+        found = []
+        for i, each in enumerate(rows.unbind()):
+            teacher = LinearTeacher(*teachers[i * TEACHER_FIELDS : (i + 1) * TEACHER_FIELDS])
+            found.append(ops.kd_terms(each, teacher.options, teacher.normalizers, plan.per_row))
+        loss, kd = torch.stack([terms[0] for terms in found]).sum(0), torch.stack([terms[1] for terms in found])
+        ctx.mark_non_differentiable(kd, found[0][2])
+        return loss, kd, found[0][2]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _kd: None, _ce: None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        none = (None,) * (2 + 7 * len(ctx.plan.forms))
+        none = (None,) * (2 + TEACHER_FIELDS * len(ctx.plan.forms))
         if upstream is None:
             return None, None, None, *none
-        if ctx.compiled:
-            gradients = [gradient * upstream for gradient in ctx.saved_tensors]
-        elif ctx.gradients is not None:
-            gradients, ctx.gradients = ctx.gradients, None
-            for gradient in gradients:
-                ops.linear_rescale_(gradient, upstream)
+        if ctx.plan.per_row:
+            inputs, teachers = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+            _, *gradients = ctx.plan.run(inputs, teachers, upstream.contiguous(), ctx.plan.wanted)
+            factor = None
         else:
-            hidden, weight, bias, labels, *parts = ctx.saved_tensors
-            up = upstream.contiguous()
-            _, *gradients = _linear_kd(hidden, weight, bias, labels, parts, up, ctx.plan, ctx.plan.wanted)
-        typed = [
-            gradient.to(dtype) if want else None
-            for gradient, dtype, want in zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
-        ]
-        return *typed, *none
+            gradients, factor = ctx.saved_tensors, upstream
+        typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
+        return *[_rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *none
 
 
-def _linear_kd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    parts: Sequence[Any],
-    upstream: Tensor | None,
-    plan: LinearPlan,
-    wanted: list[bool],
-) -> list[Tensor]:
-    lists = [list(parts[i::7]) for i in range(7)]
-    return ops.linear_kd(hidden, weight, bias, labels, *lists, upstream, *plan[2:], wanted)
+def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient · factor in another type: one pass, one rounding."""
+    if factor is None:
+        return gradient.to(dtype)
+    if torch.compiler.is_compiling() or gradient.dtype == dtype:
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
 def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:

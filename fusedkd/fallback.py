@@ -44,10 +44,6 @@ def kd_terms(rows: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) 
     return loss.to(rows.dtype), kd.to(rows.dtype), ce.to(rows.dtype)
 
 
-def linear_rescale_(gradient: Tensor, upstream: Tensor) -> None:
-    gradient.mul_(upstream)
-
-
 class _Call(NamedTuple):
     """The arguments of a KD operator from the student on, without stats."""
 

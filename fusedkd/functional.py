@@ -14,7 +14,6 @@ from fusedkd.arguments import Real
 from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
 from fusedkd.divergences import Divergence
 from fusedkd.prepared import KDTerms, Options, Reduction, members, prepare, weighted
-from fusedkd.teachers import TeacherHead
 from fusedkd.tiled import Tiles, tiled
 
 Teacher: TypeAlias = teachers.Teacher
@@ -103,10 +102,8 @@ def kd_loss(
         return _several_teachers(given)
     members(teacher, teacher_weights)
     check.float_rows("student_logits", student_logits)
-    if isinstance(teacher, TeacherHead):
-        teacher = teacher.logits(student_logits, vocab_mismatch)
     part = prepare(student_logits, teacher, labels, Options.of(given))
-    student, teacher_rows, grid = check.as_rows(student_logits, part.known.rows)
+    student, teacher_rows, grid = check.as_rows(student_logits, part.known.logits())
     weights, options, normalizers = part.tensors(teacher_rows)
     early = _gradient_in_forward(student, reduction)
     if inplace and early:
@@ -175,8 +172,10 @@ def linear_kd_loss(
         student_bias: ``(V_s,)``.
         max_tile_bytes: what the tiles of student and teachers may take together. Rows per tile are at most 4096; below
             1024 the products starve, of which a warning tells. It changes results by rounding alone.
-        tile_dtype: of the logits in a tile; float64 inputs always have float64 ones.
-        max_rows: how many rows, at most, carry a term; only a GPU needs to know. If there are more, the loss is NaN.
+        tile_dtype: of the logits in a tile, on a GPU: float32, or the inputs' own type where that is wished for;
+            float64 inputs always have float64 ones.
+        max_rows: how many rows, at most, carry a term. Only a GPU needs to know: if there are more, loss and gradients
+            are NaN there.
 
     The other options are those of :func:`kd_loss`.
 

@@ -14,7 +14,7 @@ request 1472; why ∂W adds up in float32: 1391.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,10 +30,38 @@ FLOAT16_TOP = 1024.0
 PANEL = 8192
 """Rows of a 16-bit weight that the CPU converts to float32 at a time."""
 
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-def tile_rows(max_tile_bytes: int, widths: Sequence[int], dtype: torch.dtype) -> int:
-    """How many rows of tiles this wide fit into so many bytes: at least 1, at most MOST_ROWS."""
-    return max(1, min(MOST_ROWS, max_tile_bytes // (dtype.itemsize * sum(map(_aligned, widths)))))
+
+class LinearTeacher(NamedTuple):
+    """What the operator is given of each teacher."""
+
+    rows: Tensor
+    """``(B, L, C)``: hidden states where there is a head, else what the operators of kd_loss call the teacher; without
+    columns where nothing reads them."""
+    head: Tensor | None
+    bias: Tensor | None
+    ids: Tensor | None
+    row_weights: Tensor
+    options: Tensor
+    normalizers: Tensor
+
+    def tile(self, part: slice | Tensor) -> Tensor:
+        """Some of its rows: a view where they are one slice in memory too, else a copy."""
+        B, L, _ = self.rows.shape
+        if B == 1 or L == 1 or self.rows.stride(0) == L * self.rows.stride(1):
+            return self.rows.flatten(0, 1)[part]
+        i = part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=self.rows.device)
+        return self.rows[i // L, i % L]
+
+
+def tile_type(operands: torch.dtype, wish: torch.dtype) -> torch.dtype:
+    """Of logits: what PyTorch's products can give, which is the operands' type, or float32 from 16 bits."""
+    return wish if wish == operands else torch.promote_types(operands, torch.float32)
+
+
+def row_bytes(columns: int, dtype: torch.dtype) -> int:
+    return _aligned(columns) * dtype.itemsize
 
 
 def linear_kd(
@@ -55,56 +83,64 @@ def linear_kd(
     ce: bool,
     tile: int,
     tile_dtype: torch.dtype,
+    dtype: torch.dtype,
     max_rows: int | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator of :mod:`fusedkd.ops`, on any device."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        gradient = any(wanted)
-        unit = None
-        if hidden.dtype == torch.float16 and gradient:
-            unit, normalizers, upstream = _in_range(options, normalizers, upstream)
+        n, gradient = hidden.shape[0], any(wanted)
         active, places, overflow = _selected(row_weights, labels if ce else None, ignore_index, max_rows)
-        n, m, head = hidden.shape[0], len(teachers), weight.to(hidden.dtype)
-        rows = hidden.new_zeros(m, 2, n, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if overflow is not None:
+            normalizers = [torch.where(overflow, torch.nan, each) for each in normalizers]
+        unit = None
+        if dtype == torch.float16 and gradient:
+            unit, normalizers, upstream = _in_range(options, normalizers, upstream)
+        fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, strict=True)
+        members = [LinearTeacher(*each) for each in fields]
+        hidden, head = hidden.to(dtype), weight.to(dtype)
+        rows = hidden.new_zeros(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
         gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
         count = n if places is None else len(places)
         size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
-        z_tile = _tile(size, head, tile_dtype)
-        v_tiles = [None if w is None else _tile(size, w, tile_dtype) for w in heads]
-        rounds = hidden.is_cuda and gradient and hidden.dtype != tile_dtype
-        g_tile = _tile(size, head, hidden.dtype) if rounds else None
+        tiles = _Tiles(size, hidden)
         for start in range(0, count, max(1, size)):
-            part = slice(start, start + size) if places is None else places[start : start + size]
-            x = hidden[part]
+            stop = min(start + size, count)
+            part = slice(start, stop) if places is None else places[start:stop]
+            x, y = hidden[part], None if labels is None else labels[part]
             if active is not None:  # what is in a row without a term must not reach ∂W, not even as 0·NaN
                 x = torch.where(active[part].unsqueeze(1), x, 0)
-            z = _project(x, head, bias, z_tile)
-            g = None
-            for i in reversed(range(m)):  # the first, to which the cross-entropy belongs, comes last: over z
-                t = teachers[i][part]
-                w, v_tile, listed = heads[i], v_tiles[i], ids[i]
-                if w is not None and v_tile is not None:
-                    t = _project(t, w, biases[i], v_tile)
-                known = (t.unsqueeze(0),) if listed is None else (t.unsqueeze(0), listed[part])
-                y = None if labels is None else labels[part]
+            z = _project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
+            others: Tensor | None = None  # gradients of all teachers but the first, which comes last and over z
+            for i in reversed(range(len(members))):
+                t = members[i]
+                if t.rows.shape[2] == 0 and i > 0:
+                    continue
+                v = t.tile(part) if t.rows.shape[2] else z  # unread
+                if t.head is not None:
+                    to = tile_type(t.head.dtype, tile_dtype)
+                    v = _project(v, t.head, t.bias, tiles.get("teacher", t.head.shape[0], to))
+                known = (v.unsqueeze(0),) if t.ids is None else (v.unsqueeze(0), t.ids[part])
                 flags = ignore_index, forms[i], transform, ce and i == 0
-                arguments = (z.unsqueeze(0), *known, y, row_weights[i][part], options[i], normalizers[i], *flags)
+                arguments = (z.unsqueeze(0), *known, y, t.row_weights[part], t.options, t.normalizers, *flags)
                 if gradient and i == 0:
-                    rows[i][:, part], _ = (ops.kd_forward_ if listed is None else ops.topk_forward_)(*arguments)
-                    g = z if g is None else z.add_(g)
+                    rows[i][:, part], _ = (ops.kd_forward_ if t.ids is None else ops.topk_forward_)(*arguments)
                 else:
-                    forward = ops.kd_forward if listed is None else ops.topk_forward
+                    forward = ops.kd_forward if t.ids is None else ops.topk_forward
                     rows[i][:, part], _, found = forward(*arguments, gradient)
-                    g = found.squeeze(0) if g is None else g.add_(found.squeeze(0))
-            if not gradient or g is None:
+                    if gradient:
+                        others = found.squeeze(0) if others is None else others.add_(found.squeeze(0))
+                    del found
+                del v, known, arguments
+            if not gradient:
                 continue
+            g = z if others is None else z.add_(others)
             if upstream is not None:
-                g.mul_(upstream[part].unsqueeze(1) if upstream.dim() else upstream)
+                g.mul_(upstream[part].unsqueeze(1))
             if wanted[2]:
                 d_bias.add_(g.sum(0, dtype=d_bias.dtype))
-            if g_tile is not None:
-                g = g_tile[: len(g)].copy_(g)  # rounded for the matrix units
+            if g.is_cuda and g.dtype != dtype:  # rounded for the matrix units
+                g = tiles.get("gradient", head.shape[0], dtype)[: len(g)].copy_(g)
             if wanted[0]:
                 d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
             if wanted[1]:
@@ -119,9 +155,6 @@ def linear_kd(
         return rows, *gradients
 
 
-Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
 def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
     """Memory for the three gradients, empty where one is not wanted: float32, in which those of the head add up over
     the tiles and all of them wait for the upstream gradient, so that each is rounded once.
@@ -131,6 +164,22 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gr
     d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
     d_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=total)
     return d_hidden, d_weight, d_bias
+
+
+class _Tiles:
+    """Memory that is used again for every tile, and by one teacher after the other."""
+
+    def __init__(self, rows: int, like: Tensor):
+        self.rows, self.like = rows, like
+        self.made: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, role: str, columns: int, dtype: torch.dtype) -> Tensor:
+        known = self.made.pop((role, dtype), None)
+        if known is None or known.shape[1] < columns:
+            known = None
+            known = self.like.new_empty(self.rows, _aligned(columns), dtype=dtype)
+        self.made[role, dtype] = known
+        return known[:, :columns]
 
 
 def _selected(
@@ -156,9 +205,11 @@ def _in_range(
     """A unit for gradients that float16 has room for, and normalisers and upstream gradient in it: those of the logits
     are then about FLOAT16_TOP at most, where divided by the number of rows they would underflow.
     """
-    temperature, _, kd_scale, kd_weight, ce_weight = torch.stack([*options], 1)[:5]  # of each teacher
-    reach = (kd_weight * kd_scale / temperature + ce_weight).sum()
-    unit = torch.stack([*normalizers]).min() * FLOAT16_TOP / torch.where(reach > 0, reach, 1)
+    temperature, _, kd_scale, kd_weight, ce_weight, _, _, scale = torch.stack([*options], 1)[:8]  # of each teacher
+    n_kd, n_ce = torch.stack([*normalizers], 1)
+    kd, ce = (torch.where(w > 0, w / n, 0) for w, n in ((kd_weight * kd_scale / temperature, n_kd), (ce_weight, n_ce)))
+    reach = (kd + ce).sum() * scale.max()
+    unit = FLOAT16_TOP / torch.where(reach > 0, reach, 1)
     scaled = [each / unit for each in normalizers]
     if upstream is None:
         return unit, scaled, None
@@ -172,7 +223,7 @@ def _in_range(
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out (+)= a·b. Every product of the loss is made here."""
-    if a.is_cuda and a.dtype != out.dtype:
+    if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
@@ -188,7 +239,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Tensor:
     """x·weightᵀ + bias, in the first rows of the tile."""
     out = tile[: len(x)]
-    x = x.to(weight.dtype)
     if x.is_cuda or x.dtype == out.dtype:
         _product(x, weight.t(), out)
     else:
@@ -212,14 +262,3 @@ def _pull_back(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _aligned(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT
-
-
-def _tile(rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    columns = weight.shape[0]
-    return weight.new_empty(rows, _aligned(columns), dtype=dtype)[:, :columns]
-
-
-def linear_rescale_(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient ·= upstream, on the CPU."""
-    if upstream != 1:
-        gradient.mul_(upstream)

@@ -27,9 +27,8 @@ The mathematics is in :mod:`fusedkd.definitions`, :mod:`fusedkd.divergences` and
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; weights, options, normalisers and form as above. The
                     first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
-                    gradients of hidden states, head, bias, for `upstream`: ``(N,)``, ``()``, or None for 1. Returns
-                    rows ``(teachers, 2, N)`` and the gradients in A, each empty if not wanted.
-``linear_rescale_`` a gradient times the upstream, left alone if that is 1.
+                    gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
+                    in ``dtype``. Returns rows ``(teachers, 2, N)`` and the gradients in A, each empty if not wanted.
 ``cosine_*``        likewise for hidden states ``(B, L, H)``: rows ``(N,)``: w·(1 − cos); stats ``(N, 3)``: both inverse
                     norms, 1 − cos.
 """
@@ -95,9 +94,8 @@ SCHEMAS = {
     "kd_terms": "(Tensor rows, Tensor options, Tensor normalizers, bool per_row) -> (Tensor, Tensor, Tensor)",
     "linear_kd": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
-    "int ignore_index, int[] forms, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, SymInt? max_rows, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    "linear_rescale_": "(Tensor(a!) gradient, Tensor upstream) -> ()",
+    "int ignore_index, int[] forms, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype, "
+    "SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     "cosine_forward": f"({_COSINE}, bool gradient) -> (Tensor, Tensor, Tensor)",
     "cosine_backward": f"(Tensor upstream, {_COSINE}, Tensor stats) -> Tensor",
     "cosine_rescale_": f"(Tensor(a!) gradient, Tensor upstream, {_COSINE}, Tensor stats) -> ()",
@@ -153,7 +151,6 @@ def _(upstream: Tensor, student: Tensor, *arguments: Any) -> Tensor:
 @torch.library.register_fake("fusedkd::kd_rescale_")
 @torch.library.register_fake("fusedkd::topk_rescale_")
 @torch.library.register_fake("fusedkd::cosine_rescale_")
-@torch.library.register_fake("fusedkd::linear_rescale_")
 def _(*arguments: Any) -> None:
     return None
 
@@ -173,8 +170,8 @@ def _(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("fusedkd::linear_kd")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor | None, *arguments: Any) -> Any:
-    linear, teachers, wanted = import_module("fusedkd.linear"), arguments[0], arguments[-1]
-    rows = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    linear, teachers, dtype, wanted = import_module("fusedkd.linear"), arguments[0], arguments[-3], arguments[-1]
+    rows = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
     return rows, *linear.gradients_like(hidden, weight, wanted)
 
 
@@ -255,13 +252,12 @@ def _dispatch_cuda() -> None:
     if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk"), (["linear_rescale_"], "rescale")):
+        for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk")):
             _serve(names, "CUDA", "Triton", "Triton is installed", import_module(f"fusedkd.kernels.{module}"))
     except ImportError as error:
-        slow = [*KD_OPERATORS, *TOPK_OPERATORS, "linear_rescale_"]
-        _serve(slow, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
+        _serve(KD_OPERATORS + TOPK_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", fallback)
     reason = "products by torch.mm, tiles by the operators above"
-    _serve(["linear_kd"], "CUDA", "PyTorch", reason, import_module("fusedkd.linear"))
+    _serve(LINEAR_OPERATORS, "CUDA", "PyTorch", reason, import_module("fusedkd.linear"))
     missing = load("_C_cuda")
     if missing is None:
         _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")

@@ -50,12 +50,6 @@ class TeacherHead:
     softcap: Real | None = None
     scale: Real | None = None
 
-    @torch.no_grad()
-    def logits(self, student: Tensor, vocab_mismatch: str) -> TeacherLogits:
-        """All of them, checked against the student's."""
-        _head(self, student, vocab_mismatch)
-        return TeacherLogits(torch.nn.functional.linear(self.hidden, self.weight, self.bias), self.softcap, self.scale)
-
 
 @dataclass(frozen=True, eq=False)
 class TeacherTopK:
@@ -179,6 +173,13 @@ class Known(NamedTuple):
     @property
     def columns(self) -> int:
         return self.rows.shape[-1] if self.head is None else self.head[0].shape[0]
+
+    def logits(self) -> Tensor:
+        """The rows, all of them projected where they are hidden states."""
+        if self.head is None:
+            return self.rows
+        with torch.no_grad():
+            return torch.nn.functional.linear(self.rows, *self.head)
 
 
 def known(

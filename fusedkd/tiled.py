@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusedkd import arguments as check
 from fusedkd.arguments import Real
-from fusedkd.autograd import LinearKDLossFunction, LinearPlan, LinearTeacher
-from fusedkd.linear import tile_rows
+from fusedkd.autograd import LinearKDLossFunction, LinearPlan
+from fusedkd.linear import MOST_ROWS, LinearTeacher, row_bytes, tile_type
 from fusedkd.prepared import KDTerms, Options, members, prepare, weighted
 
 FEWEST_ROWS = 1024
@@ -26,10 +26,10 @@ class Tiles(NamedTuple):
     dtype: torch.dtype
     max_rows: int | None
 
-    def rows(self, widths: list[int], dtype: torch.dtype, count: int) -> int:
-        """Per tile, where `count` rows are projected to logits of these widths."""
-        rows = tile_rows(self.max_bytes, widths, dtype)
-        if rows < min(FEWEST_ROWS, count):
+    def rows(self, bytes_per_row: int, count: int) -> int:
+        """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
+        rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
+        if rows < min(FEWEST_ROWS, count) and not torch.compiler.is_compiling():
             warnings.warn(
                 f"fusedkd: max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {FEWEST_ROWS} "
                 "the matrix products of linear_kd_loss are slow",
@@ -56,35 +56,39 @@ def tiled(
         raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {tiles.dtype}")
     grad_mode, device = torch.is_grad_enabled(), hidden.device
     wanted = [grad_mode and x is not None and x.requires_grad for x in student]
-    cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    hidden = hidden if cast is None else hidden.to(cast)
+    casts = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64  # as autocast does
+    dtype = torch.get_autocast_dtype(device.type) if casts else hidden.dtype
+    wish = tiles.dtype if hidden.is_cuda else torch.promote_types(tiles.dtype, torch.float32)
     lead, columns, count = hidden.shape[:-1], weight.shape[0], hidden.shape[:-1].numel()
     logits = hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
     several, kd_weight = isinstance(teacher, list | tuple), options.kd_weight
     members_, shares = members(teacher, teacher_weights)
-    parts, widths, used_labels = [], [columns], None
+    z_bytes, v_bytes, parts, used_labels = row_bytes(columns, tile_type(dtype, wish)), 0, [], None
     fields: list[Any] = []
     for member, share in zip(members_, shares, strict=True):
         if several:
             options = options._replace(kd_weight=check.exact(kd_weight) * check.exact(share))
         part = prepare(logits, member, labels, options)
         options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
-        rows = part.known.rows.detach().reshape(count, part.known.rows.shape[-1])
+        rows = check.as_rows(part.known.rows, part.known.rows)[1]
         head, head_bias = part.known.head or (None, None)
-        if head is not None and not part.kd:  # nothing reads its logits
-            rows, head, head_bias = rows[:, :1], None, None
-        if head is not None and cast is not None:
+        known = rows if head is None else rows.new_zeros(()).expand(1, count, 1)  # of a head, all rows count
+        tensors = part.tensors(known)
+        if not part.kd and part.known.ids is None:  # nothing reads it
+            rows, head, head_bias = rows[..., :0], None, None
+        if head is not None and torch.is_autocast_enabled(device.type) and head.dtype != torch.float64:
+            cast = torch.get_autocast_dtype(device.type)
             rows, head = rows.to(cast), head.to(cast)
-        if head is not None:
-            widths.append(head.shape[0])
+        of_tile = rows.dtype if head is None else tile_type(head.dtype, wish)
+        v_bytes = max(v_bytes, row_bytes(part.known.columns if part.kd else 0, of_tile))
         used_labels = part.labels if used_labels is None else used_labels
         parts.append(part)
-        fields.extend(LinearTeacher(rows, head, head_bias, part.known.ids, *part.tensors(rows.unsqueeze(0))))
-    if len(parts) > 1:
-        widths.append(columns)  # a gradient per teacher, and their sum
-    if hidden.is_cuda and hidden.dtype != tiles.dtype:
-        widths.append(columns // 2)  # the gradient in 16 bits
-    dtype = torch.float64 if hidden.dtype == torch.float64 else tiles.dtype
+        fields.extend(LinearTeacher(rows, head, head_bias, part.known.ids, *tensors))
+    bytes_per_row = z_bytes + v_bytes
+    if any(wanted) and len(parts) > 1:
+        bytes_per_row += z_bytes * min(len(parts) - 1, 2)  # a gradient per teacher, and their sum
+    if any(wanted) and hidden.is_cuda and tile_type(dtype, wish) != dtype:
+        bytes_per_row += row_bytes(columns, dtype)
     plan = LinearPlan(
         per_row=options.reduction == "none",
         wanted=wanted,
@@ -92,8 +96,9 @@ def tiled(
         forms=tuple([int(part.known.form) for part in parts]),
         transform=any([part.transform for part in parts]),
         ce=parts[0].ce,
-        tile=tiles.rows(widths, dtype, count),
-        tile_dtype=dtype,
+        tile=tiles.rows(bytes_per_row, count),
+        tile_dtype=wish,
+        dtype=dtype,
         max_rows=tiles.max_rows,
     )
     flat = hidden.reshape(count, hidden.shape[-1])

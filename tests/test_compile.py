@@ -268,12 +268,12 @@ def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
         cases.setdefault("kd_terms", []).extend((rows, options, normalizers, x) for x in (True, False))
 
         hidden, heads = torch.randn(n, 5, device=device).to(dtype), torch.randn(2, 19, 5, device=device).to(dtype)
-        teachers = [hidden, listed.logprobs.reshape(n, 4)], [heads[1], None], [None, None], [None, ids]
+        known = [hidden[None], listed.logprobs.reshape(1, n, 4)]
+        teachers = known, [heads[1], None], [None, None], [None, ids]
         linear = (hidden, heads[0], heads[0, :, 0], labels, *teachers, [weights] * 2, [options] * 2, [normalizers] * 2)
-        plan = (-100, [form, SparseForm.BUCKET], some, some, 3, torch.float32, None)
+        plan = (-100, [form, SparseForm.BUCKET], some, some, 3, torch.float32, dtype, None)
         for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
             cases.setdefault("linear_kd", []).append((*linear, u, *plan, wanted))
-        cases.setdefault("linear_rescale_", []).append((gradient, upstream))
 
         cosine = (student, teacher, weights if some else None, normalizers[0].clone())
         _, stats, gradient = ops.cosine_forward(*cosine, True)
