@@ -24,7 +24,7 @@ ops = torch.ops.fusedkd
 ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
 MOST_ROWS = 4096
-"""Of a tile: more gain nothing."""
+"""Of a tile: more gain nothing. On a CPU a quarter does as well (benchmarks/results/cpu-linear.json)."""
 FLOAT16_TOP = 1024.0
 """Of 65504: what families other than forward KL can exceed their weights by is left to spare."""
 PANEL = 8192
@@ -174,12 +174,10 @@ class _Tiles:
         self.made: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, role: str, columns: int, dtype: torch.dtype) -> Tensor:
-        known = self.made.pop((role, dtype), None)
-        if known is None or known.shape[1] < columns:
-            known = None
-            known = self.like.new_empty(self.rows, _aligned(columns), dtype=dtype)
-        self.made[role, dtype] = known
-        return known[:, :columns]
+        if (role, dtype) not in self.made or self.made[role, dtype].shape[1] < columns:
+            self.made.pop((role, dtype), None)  # before the wider one is made
+            self.made[role, dtype] = self.like.new_empty(self.rows, _aligned(columns), dtype=dtype)
+        return self.made[role, dtype][:, :columns]
 
 
 def _selected(
