@@ -29,13 +29,17 @@ PRODUCTS = "products alone"
 Loss = Callable[[Tensor, Any, Tensor], Tensor]
 
 
-def fusedkd_kd(case: Case) -> Loss:
-    options: dict[str, Any] = {
+def fusedkd_options(case: Case) -> dict[str, Any]:
+    return {
         "temperature": case.temperature,
         "divergence": case.family,
         "kd_weight": 1 - case.ce_weight,
         "ce_weight": case.ce_weight,
     }
+
+
+def fusedkd_kd(case: Case) -> Loss:
+    options = fusedkd_options(case)
     return lambda student, teacher, labels: fusedkd.kd_loss(student, teacher, labels, **options)
 
 
@@ -100,12 +104,7 @@ def fusedkd_cosine(case: Case) -> Loss:
 
 
 def fusedkd_linear(case: LinearCase) -> Loss:
-    options: dict[str, Any] = {
-        "temperature": case.temperature,
-        "divergence": case.family,
-        "kd_weight": 1 - case.ce_weight,
-        "ce_weight": case.ce_weight,
-    }
+    options = fusedkd_options(case)
     if case.tile:
         options["max_tile_bytes"] = case.tile * 2 * ceil(case.columns / 64) * 64 * 4
     return lambda student, teacher, labels: fusedkd.linear_kd_loss(

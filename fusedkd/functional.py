@@ -100,7 +100,7 @@ def kd_loss(
     given = locals()
     if isinstance(teacher, list | tuple):
         return _several_teachers(given)
-    members(teacher, teacher_weights)
+    members(teacher, teacher_weights, kd_weight)
     check.float_rows("student_logits", student_logits)
     part = prepare(student_logits, teacher, labels, Options.of(given))
     student, teacher_rows, grid = check.as_rows(student_logits, part.known.logits())
@@ -247,20 +247,17 @@ def cosine_hidden_loss(
 def _several_teachers(arguments: dict[str, Any]) -> Any:
     """Σ w_m · KD_m + CE of `kd_loss`, one fused call per teacher; the cross-entropy goes with the first."""
     options = dict(arguments)
-    teachers, weights = members(options.pop("teacher"), options.pop("teacher_weights"))
+    teachers = members(options.pop("teacher"), options.pop("teacher_weights"), options.pop("kd_weight"))
     student_logits, labels = options.pop("student_logits"), options.pop("labels")
-    return_terms, kd_weight = options.pop("return_terms"), options.pop("kd_weight")
-    check.real("kd_weight", kd_weight)
-    options["inplace"] = False
+    return_terms, options["inplace"] = options.pop("return_terms"), False
     check.float_rows("student_logits", student_logits)
     if student_logits.dtype in (torch.float16, torch.bfloat16):
         student_logits = student_logits.float()  # so that the gradients add up in float32 and are rounded once
     losses, terms = [], []
-    for teacher, weight in zip(teachers, weights, strict=True):
-        share = check.exact(kd_weight) * check.exact(weight)
-        loss, term = kd_loss(student_logits, teacher, labels, kd_weight=share, return_terms=True, **options)
+    for teacher, share, kd_weight in teachers:
+        loss, term = kd_loss(student_logits, teacher, labels, kd_weight=kd_weight, return_terms=True, **options)
         losses.append(loss)
-        terms.append(KDTerms(weighted(term.kd, weight), term.ce))
+        terms.append(KDTerms(weighted(term.kd, share), term.ce))
         options["ce_weight"] = 0.0
     loss = torch.stack(losses).sum(0)
     return (loss, KDTerms(torch.stack([term.kd for term in terms]).sum(0), terms[0].ce)) if return_terms else loss

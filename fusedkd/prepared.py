@@ -147,12 +147,20 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
     )
 
 
-def members(teacher: Any, teacher_weights: Sequence[Real] | None) -> tuple[list[teachers.Teacher], list[Real]]:
-    """The teachers and the weights of their divergences."""
+class Member(NamedTuple):
+    """One of the teachers, its weight among them, and that of its term in the loss."""
+
+    teacher: teachers.Teacher
+    share: Real
+    kd_weight: Real
+
+
+def members(teacher: Any, teacher_weights: Sequence[Real] | None, kd_weight: Real) -> list[Member]:
+    """The teachers of a loss. Its cross-entropy goes with the first."""
     if not isinstance(teacher, list | tuple):
         if teacher_weights is not None:
             raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
-        return [teacher], [1.0]
+        return [Member(teacher, 1.0, kd_weight)]
     if not teacher:
         raise ValueError("teacher is an empty list: it must hold at least one teacher")
     if not isinstance(teacher_weights, Sequence | None) or isinstance(teacher_weights, str):
@@ -163,9 +171,10 @@ def members(teacher: Any, teacher_weights: Sequence[Real] | None) -> tuple[list[
         raise ValueError(
             f"teacher_weights must hold one weight per teacher: {len(teacher)}, not {len(teacher_weights)}"
         )
-    for weight in teacher_weights:
-        check.real("teacher_weights", weight)
-    return list(teacher), list(teacher_weights)
+    for name, value in (("kd_weight", kd_weight), *(("teacher_weights", weight) for weight in teacher_weights)):
+        check.real(name, value)
+    pairs = zip(teacher, teacher_weights, strict=True)
+    return [Member(each, share, check.exact(kd_weight) * check.exact(share)) for each, share in pairs]
 
 
 def weighted(term: Tensor, weight: Real) -> Tensor:

@@ -61,14 +61,12 @@ def tiled(
     wish = tiles.dtype if hidden.is_cuda else torch.promote_types(tiles.dtype, torch.float32)
     lead, columns, count = hidden.shape[:-1], weight.shape[0], hidden.shape[:-1].numel()
     logits = hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
-    several, kd_weight = isinstance(teacher, list | tuple), options.kd_weight
-    members_, shares = members(teacher, teacher_weights)
+    teachers = members(teacher, teacher_weights, options.kd_weight)
     z_bytes, v_bytes, parts, used_labels = row_bytes(columns, tile_type(dtype, wish)), 0, [], None
     fields: list[Any] = []
-    for member, share in zip(members_, shares, strict=True):
-        if several:
-            options = options._replace(kd_weight=check.exact(kd_weight) * check.exact(share))
-        part = prepare(logits, member, labels, options)
+    for member in teachers:
+        options = options._replace(kd_weight=member.kd_weight)
+        part = prepare(logits, member.teacher, labels, options)
         options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
         rows = check.as_rows(part.known.rows, part.known.rows)[1]
         head, head_bias = part.known.head or (None, None)
@@ -105,6 +103,5 @@ def tiled(
     loss, kd, ce = LinearKDLossFunction.apply(flat, weight, bias, used_labels, plan, *fields)
     if plan.per_row:
         loss, kd, ce = loss.view(lead), kd.view(len(parts), *lead), ce.view(lead)
-    if several:
-        kd = torch.stack([weighted(each, share) for each, share in zip(kd.unbind(), shares, strict=True)])
+    kd = torch.stack([weighted(each, member.share) for each, member in zip(kd.unbind(), teachers, strict=True)])
     return loss, KDTerms(kd.sum(0), ce)

@@ -4,11 +4,11 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from compiled import fresh_compiler, graph  # noqa: F401
 from families import at, families, samples, top_k
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,17 +23,6 @@ from fusedkd.ops import SCHEMAS
 from fusedkd.sparse import TAILS, SparseForm
 
 OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.7}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def graph(function: Any, backend: Any = "aot_eager", **options: Any) -> Any:
-    return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
 def check(loss: Tensor, leaf: Tensor, truth: Truth) -> None:

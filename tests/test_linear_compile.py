@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from compiled import fresh_compiler, graph  # noqa: F401
 from families import describe, top_k
 from linear_cases import Problem, assert_gradients, linear_truth, logits_of, problem, small_tiles, tile_bytes
 from torch import Tensor
@@ -19,17 +19,6 @@ from fusedkd.ops import SCHEMAS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def graph(function: Any, backend: str = "aot_eager", **options: Any) -> Any:
-    return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
 def check(p: Problem, function: Any, upstream: Any = 1.0, **options: Any) -> None:
