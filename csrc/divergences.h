@@ -56,6 +56,8 @@ struct Defaults {
   static constexpr bool softmax = true;       // has p and q; without them, w is the gradient with respect to z
   static constexpr bool measured = true;      // W takes a sweep of its own, and the gradient is 0 where D = ∞
   static constexpr bool centred = true;       // w − q·W, else w
+  static constexpr bool has_logs = false;     // value and pull may be given `logs` of the column
+  template <class X> struct Logs {};
   static constexpr bool hides_target = false;  // p and q are without the target's column, which `target_value` and
                                                // `centre` (both W and the pull of that column) account for
 };
@@ -94,6 +96,7 @@ template <class A> struct Jeffreys : Defaults {
 // the larger of them, and w = log r/e^−d is log m over the smaller, w − u = d. The nearer to 0 of the two is taken as a
 // log1p, the other follows. And (1 − μ)·q <= m, so that (1 − μ)·q/m is safe where q/m is not.
 template <class A> struct Mixture : Defaults {
+  static constexpr bool has_logs = true;
   A a0, a1, mu, nu, slope, alone_p, alone_q;  // ν = 1 − μ, slope = a3/ν
   template <class R> INLINE Mixture(const double* a, const RowSums<R>&)
       : a0(a[0]), a1(a[1]), mu(a[2]), nu(1 - a[2]), slope(a[2] == 1 ? 0 : a[3] / (1 - a[2])),
@@ -115,16 +118,16 @@ template <class A> struct Mixture : Defaults {
     const X u = u_nearer ? log : log - d, w = u_nearer ? log + d : log;
     return {student_larger ? -w : -u, student_larger ? -u : -w, (student_larger ? rest : gamma * e) / r};
   }
-  template <class X> INLINE X value(const Column<X>& c) const {
-    const Logs<X> k = logs(c);
+  template <class X> INLINE X value(const Column<X>& c, const Logs<X>& k) const {
     const X m = mu * c.p + nu * c.q;
     const X alone = c.no_p ? (c.no_q ? X{} : X{} + alone_q) : (c.no_q ? X{} + alone_p : X{});
     return a0 * excess(c.p, m, k.p_over_m) + a1 * excess(c.q, m, k.q_over_m) + alone;
   }
-  template <class X> INLINE X pull(const Column<X>& c) const {
-    const Logs<X> k = logs(c);
+  template <class X> INLINE X pull(const Column<X>& c, const Logs<X>& k) const {
     return a1 * c.q * k.q_over_m - slope * k.share * (c.p - c.q);
   }
+  template <class X> INLINE X value(const Column<X>& c) const { return value(c, logs(c)); }
+  template <class X> INLINE X pull(const Column<X>& c) const { return pull(c, logs(c)); }
 };
 
 // With X = p^s, Y = q^s, Δ = s·δ, ρ = β/s, or the same with p and q exchanged, α for β and −δ, whichever makes ρ <= ½:

@@ -12,8 +12,8 @@
 //
 // Two sweeps over a row pair where W is known beforehand, as for forward KL. The first reads it from memory, finds m and
 // l block by block (Milakov and Gimelshein 2018, arXiv:1805.02867) and keeps the exponentials; the second finds all of it
-// in L2 and computes value and gradient. Where W has to be measured, the second leaves w in the place of the teacher's
-// exponentials, and a third computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32, 2 + 2 + 2
+// in L2 and computes value and gradient. Where W has to be measured, which the backward call finds done, the second leaves
+// w in the place of the teacher's exponentials, and a third computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32, 2 + 2 + 2
 // in 16 bits. Exponentials: the first sweep's two; e_1 = exp(z − m_1) is a power of e_s = exp((z − m_s)/T_s) at
 // T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics, computes them anew.
 
@@ -35,8 +35,8 @@ enum class E1 { none, power, own };       // e_1 is not needed, a power of e_s, 
 enum class Out { none, pull, gradient };  // what a sweep writes: nothing, w, the gradient
 
 // In place of a divergence: none, for columns without a KD term; its w, which a sweep is given instead of v.
-struct NoDivergence {};
-template <bool centred_> struct Pull { static constexpr bool centred = centred_; };
+struct NoDivergence : Defaults {};
+template <bool centred_> struct Pull : Defaults { static constexpr bool centred = centred_; };
 template <class Divergence> constexpr bool is_given = false;
 template <bool centred> constexpr bool is_given<Pull<centred>> = true;
 
@@ -46,37 +46,55 @@ template <class A> INLINE Vec<A> bounded(Vec<A> x) {
   return min(splat(most), max(splat(-most), x));
 }
 
+// The columns at `at`; `kept`: e_s and e_t are those of the first sweep.
+template <bool kept, class A> INLINE Column<Vec<A>> columns(const Terms<A>& r, const A* z, const A* v, int64_t at) {
+  const Vec<A> x = load(z + at), y = load(v + at), log2_e_q = (x - r.m_s) * r.c_s, log2_e_p = (y - r.m_t) * r.c_t;
+  const Vec<A> e_s = kept ? load(r.e_s + at) : exp2<A>(log2_e_q), e_t = kept ? load(r.e_t + at) : exp2<A>(log2_e_p);
+  const Vec<A> d = y - x, b = d - y, lost = (y - (d - b)) - (x + b);  // d + lost = y − x exactly (Knuth)
+  Vec<A> delta = fma((d - r.shift) + (lost - r.shift_rest), splat(r.rate), splat(-r.log_ratio));
+  if (r.rate_excess != 0) delta = fma(max(splat(A(-1e30)), log2_e_p), splat(r.rate_excess), delta);
+  return {x, y, e_t * r.inv_l_t, e_s * r.inv_l_s, bounded<A>(delta), log2_e_p, log2_e_q,
+          y == -INFINITE<A>, x == -INFINITE<A>};
+}
+
 struct Sums {
   double value = 0, pull = 0;
   void operator+=(Sums other) { value += other.value, pull += other.pull; }
 };
 
-// Σ value and Σ w of n columns, n a multiple of STEP; `to` gets what Out says, and may be z. `kept`: e_s and e_t are
-// those of the first sweep, and the value is wanted.
+// Σ value and Σ w of n columns, n a multiple of STEP; `to` gets what Out says, and may be z. The value is wanted if the
+// exponentials are kept. Logarithms are taken in a loop of their own, GROUP columns ahead: with them, the dependent
+// operations of one column would be too many for a processor to have several columns under way.
 template <class Divergence, class A, bool kept, Out out, E1 e_1 = E1::none>
 [[gnu::noinline]] Sums sweep(Divergence divergence, Terms<A> r, const A* z, const A* v, int64_t n, A* to) {
   constexpr bool any = !std::is_same_v<Divergence, NoDivergence>, given = is_given<Divergence>;
-  constexpr bool value = kept && any && !given;
+  constexpr bool value = kept && any && !given, ahead = Divergence::has_logs;
+  constexpr int64_t GROUP = ahead ? 256 : BLOCK;
+  typename Divergence::template Logs<Vec<A>> logs[ahead ? GROUP / WIDTH<A> : 1];
   Vec<A> values[PER_STEP<A>] = {}, pulls[PER_STEP<A>] = {};
   for (int64_t j = 0; j < n; j += STEP) {
     if constexpr (any && !given) {
       __builtin_prefetch(r.next_z + j * r.z_bytes, 0, 2);
       __builtin_prefetch(r.next_v + j * r.v_bytes, 0, 2);
     }
+    if constexpr (ahead)
+      if (j % GROUP == 0)
+        for (int64_t i = 0; i < std::min(GROUP, n - j); i += WIDTH<A>)
+          logs[i / WIDTH<A>] = divergence.logs(columns<kept>(r, z, v, j + i));
     for (int u = 0; u < PER_STEP<A>; u++) {
       const int64_t at = j + u * WIDTH<A>;
-      const Vec<A> x = load(z + at), log2_e = (x - r.m_s) * r.c_s;
-      Vec<A> e = kept ? load(r.e_s + at) : exp2<A>(log2_e), w = {}, slope = {};
+      const Vec<A> x = load(z + at);
+      Vec<A> e = kept ? load(r.e_s + at) : exp2<A>((x - r.m_s) * r.c_s), w = {}, slope = {};
       if constexpr (any && !given) {
-        const Vec<A> y = load(v + at), log2_e_p = (y - r.m_t) * r.c_t;
-        const Vec<A> d = y - x, b = d - y, lost = (y - (d - b)) - (x + b);  // d + lost = y − x exactly (Knuth)
-        Vec<A> delta = fma((d - r.shift) + (lost - r.shift_rest), splat(r.rate), splat(-r.log_ratio));
-        if (r.rate_excess != 0) delta = fma(max(splat(A(-1e30)), log2_e_p), splat(r.rate_excess), delta);
-        const Vec<A> e_t = kept ? load(r.e_t + at) : exp2<A>(log2_e_p);
-        const Column<Vec<A>> column = {x, y, e_t * r.inv_l_t, e * r.inv_l_s, bounded<A>(delta), log2_e_p, log2_e,
-                                       y == -INFINITE<A>, x == -INFINITE<A>};
-        if constexpr (value) values[u] += divergence.value(column);
-        if constexpr (out != Out::none) w = divergence.pull(column);
+        const Column<Vec<A>> column = columns<kept>(r, z, v, at);
+        if constexpr (ahead) {
+          const auto& its = logs[at % GROUP / WIDTH<A>];
+          if constexpr (value) values[u] += divergence.value(column, its);
+          if constexpr (out != Out::none) w = divergence.pull(column, its);
+        } else {
+          if constexpr (value) values[u] += divergence.value(column);
+          if constexpr (out != Out::none) w = divergence.pull(column);
+        }
         if constexpr (value && out == Out::pull) pulls[u] += w;
       }
       if constexpr (given) w = load(v + at);
@@ -243,6 +261,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(C), odds(z_y, 0), odds(v_y, 2)});
     const bool no_student = softmax && l_s == 0 && (!hides || z_y == -INFINITE<A>), no_teacher = softmax && l_t == 0;
     const bool alive = kd && !no_student && (hides || !no_teacher), measure = k.forward && alive;
+    const bool ahead = measured && measure;                  // D and W before the gradient
     bool pull = out && alive && legal && a != 0;             // there is a gradient of the divergence,
     const bool push = out && ce && stats[5] != 0 && b != 0;  // of the cross-entropy
     double value = kd && no_student && (hides || !no_teacher) ? INFINITE<double> : 0;
@@ -251,7 +270,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
       if (alive) value = divergence.target_value, row.centre = divergence.centre;
     }
     if constexpr (measured) {
-      if (measure) {
+      if (ahead) {
         const Sums sums = values_and_pulls(i, row, divergence, pull);
         value = sums.value;
         stats[6] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.pull) : 0;
@@ -260,19 +279,15 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
       pull = pull && !std::isinf(stats[6]);
     }
     const E1 e_1 = !push ? E1::none : this->squarings >= 0 && pull ? E1::power : E1::own;
-    for (int64_t j = 0, n; j < (push ? V : pull || (measure && !measured) ? C : 0); j += n) {
+    for (int64_t j = 0, n; j < (push ? V : pull || (measure && !ahead) ? C : 0); j += n) {
       n = this->block_at(j);
       const bool common = j < C, pull_here = pull && common;
       const A* z = this->student(j, n, true);
       A* g = out ? place(k.student.type, out, j, n, this->g_buffer) : nullptr;
       const E1 from = common ? e_1 : E1::own;
       const Terms<A> r = here(row, i, j, from);
-      if constexpr (measured) {
-        if (k.forward) this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, pull_here, from);
-        else {
-          const A* w = pull_here ? pulls_of(r, divergence, z, j, n) : nullptr;
-          this->template emit<Divergence::centred, false>(r, z, w, n, g, pull_here, from);
-        }
+      if (ahead) {
+        this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, pull_here, from);
       } else {
         const A* v = common && (pull || measure) ? this->hide(this->teacher(j, n), j, n, this->v_buffer) : nullptr;
         value += both(r, divergence, v ? this->hide(z, j, n, this->z_buffer) : z, v, n, g, measure && common,
@@ -301,19 +316,17 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     }
     return sums;
   }
-  const A* pulls_of(const Terms<A>& r, const Divergence& divergence, const A* z, int64_t j, int64_t n) {
-    sweep<Divergence, A, false, Out::pull>(divergence, r, z, this->teacher(j, n), whole_steps(n), this->w_buffer);
-    return this->w_buffer;
-  }
 
-  // Value (returned) and gradient in one sweep.
+  // Value (returned, unless measured) and gradient in one sweep.
   static double both(const Terms<A>& r, const Divergence& divergence, const A* z, const A* v, int64_t n, A* g,
                      bool value, bool pull, bool push, E1 e_1) {
     n = whole_steps(n);
     double sum = 0;
-    if (value && !pull) sum = sweep<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
+    if constexpr (!measured) {
+      if (value && !pull) sum = sweep<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
+      if (value && pull) sum = fused<true>(r, divergence, z, v, n, g, e_1);
+    }
     if (!pull && push) Base::template emit<false, false>(r, z, nullptr, n, g, false, e_1);
-    if (pull && value) sum = fused<true>(r, divergence, z, v, n, g, e_1);
     if (pull && !value) fused<false>(r, divergence, z, v, n, g, e_1);
     return sum;
   }
