@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 import fusedkd
-from fusedkd.distilbert.data import documentation
+from fusedkd.distilbert.documentation import documentation
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
 
 parser = argparse.ArgumentParser(description=__doc__)

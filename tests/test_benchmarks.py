@@ -18,7 +18,7 @@ from fusedkd.divergences import FAMILIES, kl_terms
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import accuracy, cases, eager, linear, providers, report  # noqa: E402
+from benchmarks import accuracy, cases, eager, linear, providers, report, step  # noqa: E402
 from benchmarks.cases import Case, family, kd, listed  # noqa: E402
 from benchmarks.measure import evaluate, interleave, peak_bytes  # noqa: E402
 from benchmarks.providers import PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
@@ -190,6 +190,34 @@ def test_accuracy_table_and_picture(tmp_path, monkeypatch):
     assert list(report.render(tmp_path)) == [tmp_path / "accuracy-cpu.json"]
     assert (tmp_path / "accuracy-cpu.md").read_text().count("| jsd, float32 |") == 1
     assert (tmp_path / "accuracy-cpu.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_training_step_is_measured_beside_eager(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(step, "SECONDS", dict.fromkeys(step.SECONDS, 0.0))
+    shape = step.Shape(layers=2, width=16, heads=2, batch=3, length=8, masked=0.5, vocabulary=97)
+    data = step.record([shape], ("fusedkd", "eager"), "cpu", "as a test")
+    fused, plain = data["driver_step"]
+    assert (fused["provider"], plain["provider"]) == ("fusedkd", "eager")
+    assert fused["value"] == pytest.approx(plain["value"]) != 0
+    assert 0 < fused["gradient_difference"] < 1e-6
+    for part in ("step", "loss"):
+        assert 0 < fused[part]["p20"] <= fused[part]["median"] <= fused[part]["p80"]
+    (tmp_path / "step-cpu.json").write_text(json.dumps(data))
+    assert list(report.render(tmp_path)) == [tmp_path / "step-cpu.json"]
+    assert "| 2×16 → 1×16, 3×8 tokens, 50% masked | step | **" in (tmp_path / "step-cpu.md").read_text()
+
+
+def test_eager_triple_loss_is_that_of_the_sums():
+    z, v = torch.randn(2, 2, 3, 11, dtype=torch.float64).unbind()
+    x, y = torch.randn(2, 2, 3, 5, dtype=torch.float64).unbind()
+    labels, attended = torch.tensor([[4, -100, -100], [-100, 7, -100]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    rows = attended.bool()
+    log_p, log_q = (v[rows] / 2).log_softmax(-1), (z[rows] / 2).log_softmax(-1)
+    kd = 4 * kl_terms(log_p, log_q).sum() / 5
+    mlm = -(z[0, 0].log_softmax(-1)[4] + z[1, 1].log_softmax(-1)[7]) / 2
+    cos = sum(1 - a @ b / (a.norm() * b.norm()) for a, b in zip(x[rows], y[rows], strict=True)) / 5
+    torch.testing.assert_close(step.triple_loss(z, v, x, y, labels, attended), 5 * kd + 2 * mlm + cos)
 
 
 def test_divergence_table_lists_every_family():

@@ -2,7 +2,12 @@
 
 It needs the training extra (`pip install "fusedkd[train]"`), so nothing is imported here.
 
-    config    the options                       student   teacher in, DistilBERT student out
-    data      text, tokenizer, masking          trainer   the transformers Trainer with the exact triple loss
-    driver    the stages, in order              report    table, JSON and picture
+    commands        what the command line starts               options, config   its options, YAML, --help
+    driver          the stages of distil and ablate, in order  report            tables, JSON, picture
+    data            text, tokenizer, blocks, masking           documentation     the text of the demo
+    student         teacher in, student out                    arms              the students that are compared
+    trainer         the exact triple loss                      interrupt         NaN, SIGTERM, full disk
+    finetune        the second step, on GLUE and SQuAD         tasks, squad      their data and scores
+    task_trainer    its exact loss                             card, latency     of what was made
+    progress        the bar, the clock
 """

@@ -1,17 +1,17 @@
-"""`python -m fusedkd.distilbert`: see `driver`."""
+"""`python -m fusedkd.distilbert [distil | finetune | ablate] [options]`: see `commands`."""
 
 import sys
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        from fusedkd.distilbert import driver
+        from fusedkd.distilbert import commands
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fusedkd"):
             raise
         print(f'error: {error.name} is missing: the driver needs pip install "fusedkd[train]"', file=sys.stderr)
         return 2
-    return driver.main(argv)
+    return commands.main(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,87 +1,102 @@
-"""From text to masked batches: read, clean, tokenize, pack, mask."""
+"""From text to batches: read, clean, tokenize, cut into blocks, order, mask."""
 
-import ast
-import sysconfig
+import gzip
+import inspect
 import zlib
-from itertools import chain
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from tempfile import NamedTemporaryFile
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import BertTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert.config import TextOptions, UsageError
+from fusedkd.distilbert.documentation import documentation
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ESCAPES = {" @-@ ": "-", " @,@ ": ",", " @.@ ": ".", "<unk>": "[UNK]"}  # of the word-level WikiText files
+
+Text: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
+
+HELD_OUT = 20_000  # lines, at most
+STREAM_HELD_OUT, STREAM_LINES, STREAM_BLOCKS = 1000, 100_000, 20_000  # what is read of a stream before training
+SHUFFLED_TOKENS = 1 << 20
 
 
 # ---- text
 
 
-def documentation() -> list[str]:
-    """The language reference and the docstrings of the standard library, one document an entry, in a fixed order.
+def read_text(options: TextOptions) -> tuple[Text, datasets.Dataset]:
+    """The training and the held-out text: two data sets with one column, `text`; a stream for training if so asked.
 
-    Docstrings are read from the source; nothing is imported.
-    """
-    from pydoc_data.topics import topics
-
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "site-packages", "dist-packages", "pydoc_data", "encodings", "idlelib", "lib2to3"}
-    documents = [topics[name] for name in sorted(topics)]
-    for file in sorted(library.rglob("*.py")):
-        if skipped.intersection(file.relative_to(library).parts):
-            continue
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        documents += [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
-    return [text for text in dict.fromkeys(" ".join(d.split()) for d in documents) if len(text) > 80]
-
-
-def read_text(options: TextOptions) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The training and the held-out text: two data sets with one column, `text`.
-
-    Held out is, of the documentation, every twentieth document; of other text, what the user names, or its last 5 %.
+    Held out is, of the documentation, every twentieth document; of other text, what the user names, its validation or
+    test split, or its last 5 % (at most 20,000 lines). Of a stream it is 1000 lines, of any split or of the twentieth
+    whose hash says so: a rule that holds however the stream is divided among processes.
     """
     if not (options.train_files or options.dataset):
         documents = documentation()
         held_out = documents[::20]
         del documents[::20]
         return tuple(datasets.Dataset.from_dict({"text": part}) for part in (documents, held_out))
-    try:
-        if options.dataset:
-            splits = datasets.load_dataset(options.dataset, options.dataset_config)
+    with reading(options):
+        splits = load(options)
+        train, held_out = splits["train"], splits.get("validation", splits.get("test"))
+        if isinstance(train, datasets.IterableDataset):
+            if held_out is None:
+                held_out = train.filter(is_held, input_columns="text")
+                train = train.filter(is_trained, input_columns="text")
+            held_out = datasets.Dataset.from_list(list(held_out.take(STREAM_HELD_OUT)), features=held_out.features)
+            first = list(train.take(1000))
         else:
-            files = {"train": options.train_files} | ({"validation": options.eval_files} if options.eval_files else {})
-            splits = datasets.load_dataset("text", data_files=files)
+            if held_out is None:
+                cut = len(train) - min(max(len(train) // 20, 1), HELD_OUT)
+                train, held_out = train.select(range(cut)), train.select(range(cut, len(train)))
+            first = train.select(range(min(len(train), 1000)))
+    if options.wikitext_escapes or any(" @-@ " in line["text"] for line in first):
+        train, held_out = (split.map(unescape, input_columns="text") for split in (train, held_out))
+    return train, held_out
+
+
+def load(options: TextOptions) -> Any:
+    """The splits of the text, each with one column, `text`."""
+    if options.dataset:
+        splits = datasets.load_dataset(options.dataset, options.dataset_config or None, streaming=options.streaming)
+    else:
+        files = {"train": options.train_files} | ({"validation": options.eval_files} if options.eval_files else {})
+        splits = datasets.load_dataset("text", data_files=files, streaming=options.streaming)
+    if "train" not in splits:
+        raise UsageError(f"{options.dataset} has no train split (it has {', '.join(splits)})")
+    columns = splits["train"].column_names or list(next(iter(splits["train"]), {}))  # a stream may not know them yet
+    if options.text_column not in columns:
+        raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(columns)}")
+    renaming = {} if options.text_column == "text" else {options.text_column: "text"}
+    return {n: s.select_columns(options.text_column).rename_columns(renaming) for n, s in splits.items()}
+
+
+@contextmanager
+def reading(options: TextOptions) -> Iterator[None]:
+    """One line for what can go wrong with files, folders and the hub."""
+    try:
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UsageError(f"cannot read {options.dataset or 'the text files'}: {cause}") from error
-    if "train" not in splits:
-        raise UsageError(f"{options.dataset} has no train split (it has {', '.join(splits)})")
-    train = splits["train"]
-    held_out = splits.get("validation", splits.get("test"))
-    if options.text_column not in train.column_names:
-        raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(train.column_names)}")
-    if held_out is None:
-        cut = len(train) - max(len(train) // 20, 1)
-        train, held_out = train.select(range(cut)), train.select(range(cut, len(train)))
-    train, held_out = (
-        split.select_columns(options.text_column).rename_columns(
-            {} if options.text_column == "text" else {options.text_column: "text"}
-        )
-        for split in (train, held_out)
-    )
-    if options.wikitext_escapes or any(" @-@ " in line for line in train[:1000]["text"]):
-        train, held_out = (split.map(unescape, input_columns="text") for split in (train, held_out))
-    return train, held_out
+
+
+def is_held(text: str) -> bool:
+    return zlib.crc32(text.encode()) % 20 == 1  # an empty line's is 0
+
+
+def is_trained(text: str) -> bool:
+    return not is_held(text)
 
 
 def unescape(text: str) -> dict[str, str]:
@@ -94,24 +109,26 @@ def unescape(text: str) -> dict[str, str]:
 # ---- tokens
 
 
-def train_tokenizer(text: datasets.Dataset, vocab_size: int) -> Tokenizer:
-    """An uncased WordPiece tokenizer with BERT's special tokens.
+def train_tokenizer(text: Text, vocab_size: int) -> Tokenizer:
+    """An uncased WordPiece tokenizer with BERT's special tokens (of a stream, from its first 100,000 lines).
 
     `tokenizers` numbers the pieces differently each time, so they are numbered in alphabetical order here. (It breaks
     ties between equally frequent pieces differently, too; that stays.)
     """
     pieces = BertWordPieceTokenizer(lowercase=True)
 
-    lines = (line.replace("[UNK]", " ") for batch in text.iter(batch_size=1000) for line in batch["text"])
+    some = text.take(STREAM_LINES) if isinstance(text, datasets.IterableDataset) else text
+    lines = (line.replace("[UNK]", " ") for batch in some.iter(batch_size=1000) for line in batch["text"])
     pieces.train_from_iterator(lines, vocab_size=vocab_size, special_tokens=[*SPECIAL], show_progress=False)
     tokens = [*SPECIAL, *sorted(pieces.get_vocab().keys() - set(SPECIAL))]
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
 
 
 def load_vocab(file: str) -> Tokenizer:
-    """A tokenizer from a BERT vocab.txt: cased if any entry is."""
+    """A tokenizer from a BERT vocab.txt, or .txt.gz: cased if any entry is."""
     try:
-        vocab = {token: i for i, token in enumerate(Path(file).read_text(encoding="utf-8").splitlines())}
+        content = gzip.decompress(Path(file).read_bytes()) if file.endswith(".gz") else Path(file).read_bytes()
+        vocab = {token.strip(): i for i, token in enumerate(content.decode().rstrip("\n").split("\n"))}
     except UnicodeDecodeError:
         raise UsageError(f"{file} is no BERT vocabulary: it is not UTF-8 text") from None
     if missing := set(SPECIAL) - vocab.keys():
@@ -120,32 +137,173 @@ def load_vocab(file: str) -> Tokenizer:
     return BertTokenizer(vocab=vocab, do_lower_case=not cased)
 
 
-def pack(text: datasets.Dataset, tokenizer: Tokenizer, block_size: int, what: str) -> datasets.Dataset:
-    """Tokenize, join the lines and cut them into [CLS] ... [SEP] blocks; each thousand lines end with a shorter one."""
-    body = block_size - 2
+# ---- blocks
 
-    def blocks(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        lines = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = list(chain.from_iterable(lines))
-        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-        return {"input_ids": [[cls, *ids[i : i + body], sep] for i in range(0, len(ids), body)]}
 
-    packed = text.map(blocks, batched=True, remove_columns=text.column_names)
-    if not len(packed):
+def pack(text: Any, tokenizer: Tokenizer, block_size: int, what: str, num_proc: int = 1) -> Any:
+    """Tokenize, join the lines and cut them into blocks; each thousand lines end with a shorter one.
+
+    A block is [CLS] ... [SEP], or whatever the tokenizer has in their place. Without a [CLS] (GPT-2) it is text alone,
+    and each line ends with the end-of-text token.
+    """
+    cut = Cut(tokenizer, block_size, joined=True)
+    return cut_up(text, cut, what, num_proc)
+
+
+def by_length(text: Any, tokenizer: Tokenizer, block_size: int, what: str, num_proc: int = 1) -> Any:
+    """Tokenize and make each line a block, a long one several, with a column `length`: see `ByLength`."""
+    return cut_up(text, Cut(tokenizer, block_size, joined=False), what, num_proc)
+
+
+class Cut:
+    """Lines of text to blocks of tokens, for `datasets.map`."""
+
+    def __init__(self, tokenizer: Tokenizer, block_size: int, joined: bool):
+        self.tokenizer, self.joined = tokenizer, joined
+        causal = tokenizer.cls_token_id is None
+        self.head, self.tail = ([], []) if causal else ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
+        self.end = [tokenizer.eos_token_id] if causal else []  # of each line
+        self.body = block_size - len(self.head) - len(self.tail)
+        self.unknown = "<unk>" if causal else tokenizer.unk_token or ""  # GPT-2 has no such token: the text as it came
+
+    def fingerprint(self, text: datasets.Dataset) -> str | None:
+        """What names the result in the cache: the same for the same tokenizer, trained here or read from any folder."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None  # `datasets` makes one
+        parts = (text._fingerprint, inspect.getsource(Cut), backend.to_str(), self.head, self.tail, self.end, self.body)
+        return Hasher.hash((*parts, self.unknown, self.joined))
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        text = [line.replace("[UNK]", self.unknown) for line in batch["text"]]
+        lines = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        lines = [line + self.end for line in lines if line]
+        if self.joined:
+            lines = [list(chain.from_iterable(lines))]
+        bodies = (line[i : i + self.body] for line in lines for i in range(0, len(line), self.body))
+        blocks = [[*self.head, *body, *self.tail] for body in bodies]
+        return {"input_ids": blocks} if self.joined else {"input_ids": blocks, "length": [len(b) for b in blocks]}
+
+
+def cut_up(text: Any, cut: Cut, what: str, num_proc: int) -> Any:
+    columns = {"input_ids": datasets.List(datasets.Value("int32"))}
+    columns |= {} if cut.joined else {"length": datasets.Value("int32")}
+    options: dict[str, Any] = {"batched": True, "remove_columns": ["text"], "features": datasets.Features(columns)}
+    if isinstance(text, datasets.IterableDataset):
+        blocks = text.map(cut, **options)
+    else:
+        options["new_fingerprint"] = cut.fingerprint(text)
+        blocks = text.map(cut, num_proc=num_proc if num_proc > 1 else None, **options)
+    if next(iter(blocks), None) is None:
         raise UsageError(f"the {what} text is empty")
-    return packed
+    return blocks
 
 
-def token_counts(blocks: datasets.Dataset, vocab_size: int) -> np.ndarray:
-    """How often each id occurs, `[vocab_size]`."""
+def token_counts(blocks: Any, vocab_size: int) -> np.ndarray:
+    """How often each id occurs, `[vocab_size]`: counted once, then read from beside the data set's Arrow files.
+
+    Of a stream, only the first 20,000 blocks are counted.
+    """
+    stream = isinstance(blocks, datasets.IterableDataset)
+    arrow = [] if stream else blocks.cache_files
+    file = arrow and Path(arrow[0]["filename"]).with_name(f"counts-{blocks._fingerprint}-{len(arrow)}-{vocab_size}.npy")
+    if file and file.is_file():
+        return np.load(file)
     counts = np.zeros(vocab_size, np.int64)
-    for table in blocks.with_format("arrow").iter(batch_size=10_000):
-        ids = table["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        counts += np.bincount(ids, minlength=vocab_size)
+    if stream:
+        for batch in blocks.take(STREAM_BLOCKS).iter(batch_size=1000):
+            counts += np.bincount(np.fromiter(chain.from_iterable(batch["input_ids"]), np.int64), minlength=vocab_size)
+    else:
+        for table in blocks.with_format("arrow").iter(batch_size=10_000):
+            ids = table["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            counts += np.bincount(ids, minlength=vocab_size)
+    if file:
+        with suppress(OSError), NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as part:
+            np.save(part, counts)
+            Path(part.name).replace(file)
     return counts
 
 
-# ---- masks
+# ---- order
+
+
+class ByLength(torch.utils.data.Dataset[dict[str, Any]]):
+    """Blocks in an order that brings those of like length together, a function of seed and epoch alone.
+
+    Fifty batches' worth of random blocks are sorted by length; then the batches, of all ranks together, are shuffled.
+    To be read in sequence, after `set_epoch`.
+    """
+
+    def __init__(self, blocks: datasets.Dataset, batch_size: int, seed: int):
+        self.blocks, self.batch_size, self.seed = blocks, batch_size, seed
+        self.lengths = blocks.with_format("numpy")["length"][:]
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        draw = np.random.default_rng((self.seed, epoch))
+        order, some = draw.permutation(len(self.lengths)), 50 * self.batch_size
+        for part in (order[i : i + some] for i in range(0, len(order), some)):
+            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+        whole = len(order) // self.batch_size * self.batch_size
+        draw.shuffle(order[:whole].reshape(-1, self.batch_size))
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return self.blocks.__getitems__(self.order[indices].tolist())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.blocks[int(self.order[index])]
+
+
+class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """A stream over and over, shuffled anew each time: the Trainer counts no epochs of it, and resumes at any step."""
+
+    def __init__(self, stream: datasets.IterableDataset):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in count():
+            self.stream.set_epoch(epoch)
+            example = None
+            for example in self.stream:
+                yield example
+            if example is None:  # a worker without a share in the stream
+                return
+
+
+def in_order(blocks: Any, batch_size: int, seed: int) -> Any:
+    """What the Trainer takes, with `TextOptions.trainer_arguments`: `batch_size` is that of all ranks together.
+
+    A stream is shuffled through a buffer of a million tokens; packed blocks the Trainer draws at random itself.
+    """
+    if isinstance(blocks, datasets.IterableDataset):
+        buffer = SHUFFLED_TOKENS // len(next(iter(blocks))["input_ids"])
+        return Endless(blocks.shuffle(seed=seed, buffer_size=buffer))
+    return ByLength(blocks, batch_size, seed) if "length" in blocks.column_names else blocks
+
+
+# ---- batches
+
+
+def pad(examples: list[dict[str, Any]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, `[examples, longest]`."""
+    rows = [torch.as_tensor(example["input_ids"], dtype=torch.long) for example in examples]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    return ids, torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+class CausalCollator:
+    """Batches of a causal model: labels are the ids (the loss shifts them), -100 on padding."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, attention = pad(examples, self.pad)
+        return {"input_ids": ids, "attention_mask": attention, "labels": ids.masked_fill(attention == 0, -100)}
 
 
 class MaskingCollator:
@@ -166,9 +324,7 @@ class MaskingCollator:
         self.ordinary = self.weights.nonzero().squeeze(1)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [torch.as_tensor(example["input_ids"]) for example in examples]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids, attention = pad(examples, self.pad)
         key = f"{self.seed} {self.epoch}".encode() + ids.numpy().tobytes()
         draw = torch.Generator().manual_seed(zlib.crc32(key))
 

@@ -1,51 +1,47 @@
-"""The stages, in order: text, tokenizer, teacher, students with the triple loss and with MLM alone, report.
+"""The stages, in order: text, tokenizer, teacher, a student for each arm and seed, tasks, report.
 
 Each model leaves a folder with a `stage.json` under --output_dir; one that is there is not trained again.
 """
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from rich.console import Console
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from fusedkd.distilbert import report
-from fusedkd.distilbert.config import Config, UsageError, check_folder, parse
-from fusedkd.distilbert.data import MaskingCollator, load_vocab, pack, read_text, token_counts, train_tokenizer
-from fusedkd.distilbert.student import load_teacher, new_teacher, student_from_teacher
-from fusedkd.distilbert.trainer import DistilBertTrainer, RichProgress, held_out_means, held_out_sums
-from fusedkd.nn import DistilBertLoss
+from fusedkd.distilbert.arms import changed
+from fusedkd.distilbert.card import write_card
+from fusedkd.distilbert.config import Config, UsageError, check_folder, parse_divergence
+from fusedkd.distilbert.data import (
+    CausalCollator,
+    MaskingCollator,
+    by_length,
+    in_order,
+    load_vocab,
+    pack,
+    read_text,
+    token_counts,
+    train_tokenizer,
+)
+from fusedkd.distilbert.finetune import FinetuneOptions, finetune
+from fusedkd.distilbert.interrupt import last_checkpoint
+from fusedkd.distilbert.latency import latencies
+from fusedkd.distilbert.progress import RichProgress
+from fusedkd.distilbert.student import Teacher, layers_of, load_teacher, new_teacher, student_from_teacher
+from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
 
 EVAL_SEED = 0  # the held-out masks are the same for every model and every run
-
-
-def main(argv: list[str] | None = None) -> int:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    state = PartialState(cpu=not torch.accelerator.is_available())  # without it, torchrun on CPUs is not noticed
-    console = Console(quiet=not state.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 110)
-    try:
-        config = parse(argv)
-        with state.main_process_first():  # the other ranks find what the first one wrote
-            run = prepare(config, console)
-        distil(run)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+PLAIN = TripleLoss(kd_weight=0.0, ce_weight=1.0, cos_weight=0.0)  # language modelling alone
+Stage = report.Stage
 
 
 @dataclass
@@ -55,21 +51,43 @@ class Run:
     config: Config
     console: Console
     tokenizer: Tokenizer
-    teacher: BertForMaskedLM | None  # None: to be trained here
-    train: datasets.Dataset
-    held_out: datasets.Dataset
+    teacher: Teacher | None  # None: to be trained here
+    train: Any
+    held_out: Any
     counts: np.ndarray  # how often each token occurs in the training blocks
 
-    def collator(self, seed: int) -> MaskingCollator:
+    def collator(self, seed: int) -> Any:
+        if self.tokenizer.mask_token_id is None:
+            return CausalCollator(self.tokenizer)
         text = self.config.text
         return MaskingCollator(self.tokenizer, self.counts, text.mlm_probability, text.mask_smoothing, seed)
+
+
+def run(config: Config, console: Console) -> None:
+    """Everything, from the text to the report."""
+    arms = config.run.arms or []
+    for arm in arms:
+        changed(config, arm)  # refuses what is none
+    if config.run.fsdp and not torch.accelerator.is_available():
+        raise UsageError("--fsdp needs an accelerator: on CPUs it would be data parallelism alone")
+    state = PartialState()
+    with state.main_process_first():  # the other ranks find what the first one wrote
+        shared = prepare(config, console)
+    teacher, teacher_stage = teacher_of(shared)
+    students: dict[str, list[Stage]] = {arm: [] for arm in arms}
+    for seed in range(config.run.seed, config.run.seed + config.run.seeds):
+        for arm, stages in students.items():
+            stages.append(student_of(shared, arm, teacher, seed))
+    add_tasks(shared, teacher, teacher_stage, students)
+    if state.is_main_process:
+        report.write(config, len(shared.tokenizer), teacher_stage, students, speeds(shared, teacher, students), console)
 
 
 def prepare(config: Config, console: Console) -> Run:
     """Text, tokenizer, blocks and a teacher from elsewhere. Nothing is written before everything has been read."""
     text, saved = config.text, config.folder / "tokenizer"
     check_folder(config)
-    source = text.dataset or ", ".join(text.train_files) or "the documentation that comes with Python"
+    source = text.dataset or ", ".join(Path(f).name for f in text.train_files) or "the documentation of Python"
     console.print(f"[bold]Text[/bold]: {source}")
     tokenizer = load_vocab(text.vocab_file) if text.vocab_file else None
     teacher = None
@@ -77,6 +95,7 @@ def prepare(config: Config, console: Console) -> Run:
         console.print(f"[bold]Teacher[/bold]: {config.teacher.teacher}")
         vocab = tokenizer.get_vocab() if tokenizer else None
         teacher, tokenizer = load_teacher(config.teacher.teacher, text.block_size, vocab)
+        layers_of(config.student, teacher)  # refuses what cannot be
     elif saved.is_dir():
         console.print(f"[bold]Tokenizer[/bold]: reusing {saved}")
         tokenizer = AutoTokenizer.from_pretrained(saved)
@@ -86,12 +105,14 @@ def prepare(config: Config, console: Console) -> Run:
         tokenizer = train_tokenizer(train_text, text.vocab_size)
     if teacher is None:
         tokenizer.model_max_length = text.block_size
-    train = pack(train_text, tokenizer, text.block_size, "training")
-    held_out = pack(eval_text, tokenizer, text.block_size, "held-out")
+    cut = by_length if text.sequences == "by_length" else pack
+    train = cut(train_text, tokenizer, text.block_size, "training", text.num_proc)
+    held_out = cut(eval_text, tokenizer, text.block_size, "held-out", text.num_proc)
     if 0 < config.run.eval_blocks < len(held_out):
         held_out = held_out.shuffle(seed=EVAL_SEED).select(range(config.run.eval_blocks))
     counts = token_counts(train, teacher.config.vocab_size if teacher else len(tokenizer))
-    console.print(f"      {counts.sum():,} tokens in {len(train):,} blocks; {len(held_out):,} blocks held out")
+    size = "a stream" if text.streaming else f"{counts.sum():,} tokens in {len(train):,} blocks"
+    console.print(f"      {size}; {len(held_out):,} blocks held out")
     if PartialState().is_main_process:
         try:
             config.folder.mkdir(parents=True, exist_ok=True)
@@ -102,47 +123,66 @@ def prepare(config: Config, console: Console) -> Run:
     return Run(config, console, tokenizer, teacher, train, held_out, counts)
 
 
-def distil(run: Run) -> None:
-    """Teacher, students, report."""
-    config, options, seed = run.config, run.config.student, run.config.run.seed
-    alone = DistilBertLoss(alpha_distil=0.0, alpha_mlm=1.0, alpha_cos=0.0)
-    weights = (options.alpha_distil, options.alpha_mlm, options.alpha_cos)
-    triple = DistilBertLoss(options.temperature, *weights, kd_on=options.kd_on)
-    teacher = run.teacher
+# ---- models
+
+
+def teacher_of(shared: Run) -> tuple[Teacher, Stage]:
+    """The teacher, given or trained here, and what its stage found."""
+    config, teacher = shared.config, shared.teacher
     if teacher is not None:
-        stage: report.Stage = {"parameters": teacher.num_parameters(), "curve": [evaluate(run, teacher)]}
-    else:
-        size = (len(run.tokenizer), config.text.block_size)
-        stage = train(run, "teacher", lambda: new_teacher(config.teacher, *size), alone, None, seed)
-        teacher = BertForMaskedLM.from_pretrained(config.folder / "teacher")
-    students: dict[str, list[report.Stage]] = {report.TRIPLE: [], report.ALONE: []}
-    for s in range(seed, seed + options.seeds):
-        for kind, name, loss in ((report.TRIPLE, "student", triple), (report.ALONE, "student-mlm", alone)):
-            folder = name if s == seed else f"{name}-seed{s}"
-            students[kind].append(train(run, folder, lambda: student_from_teacher(teacher), loss, teacher, s))
-    if PartialState().is_main_process:
-        report.write(config, len(run.tokenizer), stage, students, run.console)
+        trainer = make_trainer(shared, shared.config.folder / "teacher", teacher, PLAIN, None, config.run.seed, 1)
+        return teacher, sizes(teacher) | {"curve": [report.point(0, trainer.evaluate())]}
+    size = (len(shared.tokenizer), config.text.block_size)
+    steps = config.teacher.teacher_steps
+    stage = train(shared, "teacher", lambda: new_teacher(config.teacher, *size), PLAIN, None, config.run.seed, steps)
+    return BertForMaskedLM.from_pretrained(config.folder / "teacher"), stage
 
 
-def train(
-    run: Run,
-    name: str,
-    make: Callable[[], PreTrainedModel],
-    criterion: DistilBertLoss,
-    teacher: PreTrainedModel | None,
+def student_of(shared: Run, arm: str, teacher: Teacher, seed: int) -> Stage:
+    """The student of one arm and one seed."""
+    config = changed(shared.config, arm)
+    student = config.student
+    layers = layers_of(student, teacher)
+    frozen = student.freeze_position_embeddings, student.freeze_token_embeddings
+
+    def make() -> PreTrainedModel:
+        return student_from_teacher(teacher, layers, student.init, student.fold_token_type, *frozen)
+
+    name, steps = folder_name(shared.config, arm, seed), config.run.student_steps
+    return train(shared, name, make, loss_of(config, layers), teacher, seed, steps) | {"arm": arm}
+
+
+def folder_name(config: Config, arm: str, seed: int) -> str:
+    name = "student" if arm == "full" else f"student-{arm}"
+    return name if seed == config.run.seed else f"{name}-seed{seed}"
+
+
+def loss_of(config: Config, layers: list[int]) -> TripleLoss:
+    """The loss that the options describe, for a student whose layers were copied from `layers`."""
+    options = config.loss
+    copied = tuple((i + 1, layer + 1) for i, layer in enumerate(layers))  # hidden state 0 is the embeddings'
+    return TripleLoss(
+        temperature=options.temperature,
+        divergence=parse_divergence(options.divergence),
+        kd_weight=options.alpha_distil,
+        ce_weight=options.alpha_mlm,
+        cos_weight=options.alpha_cos,
+        mse_weight=options.alpha_mse,
+        kd_on="labels" if options.kd_on == "masked" else "attended",
+        cos_layers=copied if options.cos_layers == "copied" else ((-1, -1),),
+    )
+
+
+def make_trainer(
+    shared: Run,
+    folder: Path,
+    model: PreTrainedModel,
+    loss: TripleLoss,
+    teacher: Teacher | None,
     seed: int,
-) -> report.Stage:
-    """Train one model into the folder `name`, or read what an earlier run left there; its curve and its speed."""
-    config, options, folder = run.config, run.config.run, run.config.folder / name
-    finished = folder / "stage.json"
-    if finished.is_file():
-        run.console.print(f"[bold]{name}[/bold]: reusing {folder}")
-        return json.loads(finished.read_text())
-    students = config.student
-    steps = students.student_steps if teacher else config.teacher.teacher_steps
-    eval_steps = max(steps * options.eval_steps // students.student_steps, 1)
-    transformers.set_seed(seed)
-    model = make()
+    steps: int,
+) -> DistilBertTrainer:
+    config, options = shared.config, shared.config.run
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=not torch.accelerator.is_available(),
@@ -151,19 +191,19 @@ def train(
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_train_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=students.learning_rate if teacher else config.teacher.teacher_learning_rate,
+        learning_rate=config.teacher.teacher_learning_rate if teacher is None else options.learning_rate,
         adam_beta2=0.98,
         adam_epsilon=1e-6,
+        weight_decay=options.weight_decay,
         lr_scheduler_type="linear",
         warmup_steps=int(options.warmup_ratio * steps),
         max_grad_norm=options.max_grad_norm,
         bf16=options.bf16,
         fp16=options.fp16,
         eval_strategy="steps",
-        eval_steps=eval_steps,
+        eval_steps=max(steps * options.eval_steps // options.student_steps, 1),
         eval_on_start=True,
         logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,
         save_steps=options.save_steps,
         save_total_limit=1,
         report_to=options.report_to,
@@ -172,51 +212,143 @@ def train(
         remove_unused_columns=False,
         disable_tqdm=True,
         seed=seed,
+        fsdp=options.fsdp,  # type: ignore[arg-type]
+        **config.text.trainer_arguments,
     )
     trainer = DistilBertTrainer(
         model,
+        teacher,
         arguments,
-        run.collator(seed),
-        run.train,
-        run.held_out,
-        run.tokenizer,
-        criterion=criterion,
-        teacher=teacher,
-        eval_collator=run.collator(EVAL_SEED),
+        shared.collator(seed),
+        in_order(shared.train, arguments.train_batch_size * arguments.world_size, seed),
+        shared.held_out,
+        shared.tokenizer,
+        loss=loss,
+        eval_collator=shared.collator(EVAL_SEED),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RichProgress(run.console, name))
-    checkpoint = get_last_checkpoint(folder) if options.resume_from_checkpoint and folder.is_dir() else None
-    what = "triple loss" if criterion.alpha_distil else "masked-language modelling alone"
+    trainer.add_callback(RichProgress(shared.console, folder.name))
+    return trainer
+
+
+def train(
+    shared: Run,
+    name: str,
+    make: Callable[[], PreTrainedModel],
+    loss: TripleLoss,
+    teacher: Teacher | None,
+    seed: int,
+    steps: int,
+) -> Stage:
+    """Train one model into the folder `name`, or read what an earlier run left there; its curve and its speed."""
+    config, folder = shared.config, shared.config.folder / name
+    finished = folder / "stage.json"
+    if finished.is_file():
+        shared.console.print(f"[bold]{name}[/bold]: reusing {folder}")
+        return json.loads(finished.read_text())
+    torch.manual_seed(seed)
+    model = make()
+    trainer = make_trainer(shared, folder, model, loss, teacher, seed, steps)
+    checkpoint = last_checkpoint(folder) if config.run.resume_from_checkpoint else None
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    run.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {what}, {steps} steps{resumed}")
+    shared.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {steps} steps{resumed}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    tokens = run.counts.sum() / len(run.train) * arguments.train_batch_size * arguments.world_size
-    stage = {
-        "parameters": model.num_parameters(),
+    stage = sizes(model) | {
         "seed": seed,
         "steps": steps,
         "seconds_per_step": trainer.clock.median,
-        "tokens_per_second": tokens * arguments.gradient_accumulation_steps / trainer.clock.median,
-        "curve": [
-            {"step": h["step"]} | {metric: h[f"eval_{metric}"] for metric in report.METRICS}
-            for h in trainer.state.log_history
-            if "eval_loss" in h
-        ],
+        "curve": [report.point(h["step"], h) for h in trainer.state.log_history if "eval_ce" in h],
     }
     if trainer.is_world_process_zero():
+        card(shared, folder, stage, loss, teacher)
         finished.write_text(json.dumps(stage, indent=1) + "\n")
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for leftover in folder.glob("checkpoint-*"):
+            shutil.rmtree(leftover)
     trainer.accelerator.wait_for_everyone()
     return stage
 
 
-def evaluate(run: Run, teacher: PreTrainedModel) -> dict[str, float]:
-    """The held-out metrics of a teacher that was not trained here."""
-    model: Any = teacher
-    device = PartialState().device
-    loader: Any = run.held_out
-    batches = DataLoader(loader, run.config.run.per_device_train_batch_size, collate_fn=run.collator(EVAL_SEED))
-    return held_out_means(held_out_sums(model.to(device), None, batches, device))
+def sizes(model: PreTrainedModel) -> Stage:
+    """Parameters: all of them, and those of the layers alone."""
+    body = sum(p.numel() for name, p in model.base_model.named_parameters() if "layer." in name or ".h." in name)
+    return {"parameters": model.num_parameters(), "body": body}
+
+
+# ---- what comes after training
+
+
+def add_tasks(shared: Run, teacher: Teacher, teacher_stage: Stage, students: dict[str, list[Stage]]) -> None:
+    """Fine-tune the teacher and every student on each of --tasks; what came out goes into their stages."""
+    config = shared.config
+    if not config.tasks.tasks:
+        return
+    folder = config.folder / "teacher"
+    with PartialState().main_process_first():
+        if not (folder / "config.json").is_file():
+            teacher.save_pretrained(folder)
+            shared.tokenizer.save_pretrained(folder)
+    models = [(folder, teacher_stage, config.run.seed)]
+    for arm, stages in students.items():
+        models += [(config.folder / folder_name(config, arm, s["seed"]), s, s["seed"]) for s in stages]
+    for folder, stage, seed in models:
+        stage["tasks"] = {}
+        for task in config.tasks.tasks:
+            options = FinetuneOptions(
+                task=task,
+                model=str(folder),
+                output_dir=str(config.folder / "tasks" / f"{folder.name}-{task}"),
+                max_length=min(128, config.text.block_size),
+                seed=seed,
+                report_to="none",
+                **config.tasks.finetune,
+            )
+            stage["tasks"][task] = finetune(options, shared.console)
+
+
+def speeds(shared: Run, teacher: Teacher, students: dict[str, list[Stage]]) -> dict[str, Any] | None:
+    """Teacher and student, a sequence at a time."""
+    if "full" not in students:
+        return None
+    config = shared.config
+    student = AutoModel.from_pretrained(config.folder / folder_name(config, "full", config.run.seed))
+    return latencies({"teacher": teacher, "student": student}, config.text.block_size)
+
+
+def card(shared: Run, folder: Path, stage: Stage, loss: TripleLoss, teacher: Teacher | None) -> None:
+    """The README of an exported model."""
+    config, text = shared.config, shared.config.text
+    data = [text.dataset] if text.dataset else text.train_files or ["the documentation that comes with Python"]
+    weights = (loss.kd_weight, loss.ce_weight, loss.cos_weight, loss.mse_weight)
+    names = ("KD", "language modelling", "cosine", "logit MSE")
+    terms = {f"weight of {n}": f"{w:g}" for n, w in zip(names, weights, strict=True) if w}
+    if loss.kd_weight:
+        terms |= {"divergence": config.loss.divergence, "temperature": f"{loss.temperature:g}"}
+        terms |= {"tokens of the KD term": config.loss.kd_on}
+    run, source = config.run, config.teacher.teacher or "a BERT trained on the same text"
+    copied = teacher is not None and config.student.init == "teacher"
+    distilled = teacher is not None and loss.needs_teacher
+    write_card(
+        folder,
+        {
+            "parameters": stage["parameters"],
+            "teacher": source if distilled else None,
+            "teacher_parameters": teacher.num_parameters() if teacher and distilled else None,
+            "base_model": source if copied and not distilled else None,
+            "init": config.student.init if teacher else None,
+            "layers": layers_of(config.student, teacher) if teacher and copied else None,
+            "data": data,
+            "loss": terms,
+            "training": {
+                "optimiser steps": stage["steps"],
+                "batch per device": run.per_device_train_batch_size,
+                "gradient accumulation": run.gradient_accumulation_steps,
+                "devices": PartialState().num_processes,
+                "tokens per block": text.block_size,
+                "optimiser": "AdamW, betas 0.9 and 0.98, epsilon 1e-6",
+                "learning rate": run.learning_rate if teacher else config.teacher.teacher_learning_rate,
+                "seed": stage["seed"],
+            },
+            "metrics": {report.METRICS[m]: stage["curve"][-1][m] for m in report.METRICS if teacher or m != "kl"},
+        },
+    )

@@ -3,153 +3,278 @@
 import datetime
 import io
 import json
+import math
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fusedkd import env, ops
+from fusedkd.distilbert.arms import ARMS
 from fusedkd.distilbert.config import Config
 
-TRIPLE, ALONE = "triple loss", "MLM alone"
-METRICS = {"loss": "held-out loss", "accuracy": "accuracy", "kl": "KL to teacher"}
-COLOURS = {TRIPLE: "#0b6e99", ALONE: "#d9730d"}
-Stage = dict[str, Any]  # what driver.train returns
-Points = list[dict[str, float]]  # one per seed
+METRICS = {"loss": "held-out loss", "kl": "KL to teacher"}
+LOWER_IS_BETTER = frozenset(METRICS)
+SCORE = "mean score"  # of the tasks, their metrics × 100
+Stage = dict[str, Any]  # of a model: what stage.json holds, and "tasks": its finished tasks
+Numbers = dict[str, list[float]]  # metric: a value per seed
 
 
-def write(config: Config, vocab: int, teacher: Stage, students: dict[str, list[Stage]], console: Console) -> None:
-    """Compare the students at equal steps and at equal seconds; print the table, write JSON and picture."""
-    steps = config.student.student_steps
-    step_seconds = {name: mean(s["seconds_per_step"] for s in stages) for name, stages in students.items()}
-    seconds = steps * min(step_seconds.values())
-    by_steps = {name: [at(s, steps) for s in stages] for name, stages in students.items()}
-    by_seconds = {name: [at(s, seconds / step_seconds[name]) for s in stages] for name, stages in students.items()}
+def write(
+    config: Config, vocab: int, teacher: Stage, students: dict[str, list[Stage]], latency: Any, console: Console
+) -> None:
+    """Compare the students; print the table, write JSON and picture."""
     results: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": env.devices(),
         "versions": env.versions(),
         "backends": {operator: backend for (operator, _), (backend, _) in ops.backends.items()},
-        "settings": config.settings() | {"vocab_size": vocab, "seeds": config.student.seeds},
+        "settings": config.settings(everything=True) | {"vocab_size": vocab},
+        "latency": latency,
         "teacher": teacher,
-        "equal_steps": {"steps": steps} | {name: summary(points) for name, points in by_steps.items()},
-        "equal_seconds": {"seconds": seconds} | {name: summary(points) for name, points in by_seconds.items()},
-        "triple_loss_against_mlm_alone": {metric: verdict(by_steps, metric) for metric in METRICS},
         "students": students,
     }
+    for name in ("output_dir", "glue_dir"):
+        results["settings"].pop(name)
     files = {"results.json": config.folder / "results.json", "curves.png": config.folder / "curves.png"}
     files["results.json"].write_text(json.dumps(results, indent=1) + "\n")
-    plot(config, results, files["curves.png"])
-    console.print(table(results))
-    for metric, outcome in results["triple_loss_against_mlm_alone"].items():
-        console.print(f"{TRIPLE} against {ALONE} after {steps} steps, {METRICS[metric]}: {outcome}")
-    console.print(f"student in {config.folder / 'student'}; numbers, picture: {', '.join(map(str, files.values()))}")
+    plot(results, files["curves.png"])
+    for table in tables(results):
+        console.print(table)
+    for line in findings(results):
+        console.print(line)
+    folder = config.folder / "student"
+    where = f"student in {folder}; " if folder.is_dir() else ""
+    console.print(f"{where}numbers, picture: {', '.join(map(str, files.values()))}")
 
 
-def at(stage: Stage, step: float) -> dict[str, float]:
-    """The metrics at a step, interpolated between evaluations."""
-    steps = [point["step"] for point in stage["curve"]]
-    return {m: float(np.interp(step, steps, [point[m] for point in stage["curve"]])) for m in METRICS}
+# ---- numbers
 
 
-def summary(points: Points) -> dict[str, dict[str, float]]:
-    """Mean over the seeds, and spread: largest minus smallest."""
-    values = {m: [p[m] for p in points] for m in METRICS}
-    return {m: {"mean": mean(v), "spread": max(v) - min(v)} for m, v in values.items()}
+def point(step: float, metrics: dict[str, float]) -> dict[str, float]:
+    """Of a curve, from what the Trainer evaluated; without a teacher, the model is one, at KL 0 from itself."""
+    return {"step": step, "loss": metrics["eval_ce"], "kl": metrics.get("eval_kl", 0.0)}
 
 
-def verdict(points: dict[str, Points], metric: str) -> str:
-    """Whether the triple loss wins, by more than its seeds or those of MLM alone differ."""
-    triple, alone = (summary(points[name])[metric] for name in (TRIPLE, ALONE))
-    gain = (triple["mean"] - alone["mean"]) * (1 if metric == "accuracy" else -1)
-    outcome = f"{'better' if gain > 0 else 'worse'} by {abs(gain):.4f}"
-    if len(points[TRIPLE]) == 1:
+def numbers(stages: list[Stage]) -> Numbers:
+    """Of one arm: held-out metrics after the last step; score of each task and their mean."""
+    found: Numbers = {m: [stage["curve"][-1][m] for stage in stages] for m in METRICS}
+    tasks = list(stages[0].get("tasks", {}))
+    for task in tasks:
+        found[task] = [score(stage["tasks"][task]) for stage in stages]
+    if tasks:
+        found[SCORE] = [mean(values) for values in zip(*(found[task] for task in tasks), strict=True)]
+    return found
+
+
+def score(task: Stage) -> float:
+    """As in GLUE: the mean of the task's metrics × 100, after its last epoch."""
+    return 100 * mean(task["metrics"].values())
+
+
+def spread(values: list[float]) -> float:
+    """The standard deviation over the seeds."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def difference(arm: list[float], full: list[float]) -> tuple[float, float]:
+    """Of the means, and its standard error."""
+    error = math.sqrt(spread(arm) ** 2 / len(arm) + spread(full) ** 2 / len(full))
+    return mean(arm) - mean(full), error
+
+
+def verdict(arm: list[float], full: list[float], metric: str) -> str:
+    """Whether an arm differs from the triple loss by more than two standard errors."""
+    change, error = difference(arm, full)
+    worse = change > 0 if metric in LOWER_IS_BETTER else change < 0
+    outcome = f"{'worse' if worse else 'better'} by {abs(change):.{2 if metric == SCORE else 4}f}"
+    if len(full) == 1:
         return f"{outcome} (one seed)"
-    spread = max(triple["spread"], alone["spread"])
-    if abs(gain) <= spread:
-        return f"no difference beyond the seeds' {spread:.4f}"
-    return f"{outcome} (spread of the seeds {spread:.4f})"
+    if abs(change) <= 2 * error:
+        return f"no difference beyond two standard errors ({change:+.3f} ± {error:.3f})"
+    return f"{outcome} ± {error:.{2 if metric == SCORE else 4}f}"
 
 
-def table(results: dict[str, Any]) -> Table:
+def findings(results: dict[str, Any]) -> list[str]:
+    """What follows from the numbers, a sentence each."""
+    arms = {name: numbers(stages) for name, stages in results["students"].items()}
+    lines, full = [], arms.get("full")
+    if full:
+        metrics = [*METRICS, *([SCORE] if SCORE in full else [])]
+        for name in [name for name in arms if name != "full"]:
+            outcomes = (f"{METRICS.get(m, m)} {verdict(arms[name][m], full[m], m)}" for m in metrics)
+            lines.append(f"{ARMS[name].title} against the triple loss: {'; '.join(outcomes)}.")
+        compared = [name for name in arms if ARMS[name].paper is not None]
+        if SCORE in full and len(compared) > 1:
+            ours = sorted(compared, key=lambda name: mean(arms[name][SCORE]))
+            paper = sorted(compared, key=lambda name: ARMS[name].paper or 0)
+            found, published = (", ".join(ARMS[name].title for name in order) for order in (ours, paper))
+            same = "as in the paper" if ours == paper else f"in the paper: {published}"
+            lines.append(f"From the lowest score to the highest: {found}; {same}.")
+        lines += retention(results, full)
+    return lines
+
+
+def retention(results: dict[str, Any], full: Numbers) -> list[str]:
+    """The student beside its teacher: score, parameters, time."""
+    teacher, student = results["teacher"], results["students"]["full"][0]
+    parts = [f"{1 - student['parameters'] / teacher['parameters']:.0%} fewer parameters"]
+    if teacher.get("body") and student.get("body"):
+        parts.append(f"{1 - student['body'] / teacher['body']:.0%} fewer outside the embeddings and the head")
+    if SCORE in full:
+        kept = mean(full[SCORE]) / mean(numbers([teacher])[SCORE])
+        parts.insert(0, f"{kept:.1%} of the teacher's mean score")
+    if latency := results.get("latency"):
+        times = latency["milliseconds"]
+        parts.append(
+            f"{times['student']:.2f} ms against {times['teacher']:.2f} ms for a sequence of {latency['length']} tokens "
+            f"on the CPU ({times['teacher'] / times['student'] - 1:.0%} faster)"
+        )
+    return [f"The student of the triple loss has {', '.join(parts)}."]
+
+
+# ---- tables
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Of the models; and of the tasks, if there are any."""
     seeds = results["settings"]["seeds"]
-    grid = Table(title="Teacher and students" + (f", mean of {seeds} seeds ± spread" if seeds > 1 else ""))
-    for column in ("model", "after", "parameters", *METRICS.values(), "tokens/s"):
-        grid.add_column(column, justify="left" if column in ("model", "after") else "right", no_wrap=True)
+    title = "Teacher and students" + (f", mean of {seeds} seeds ± standard deviation" if seeds > 1 else "")
+    models = grid(title, "model", "steps", "parameters", *METRICS.values(), "s/step")
+    students, teacher = results["students"], results["teacher"]
+    models.add_row(*model_row("teacher", [teacher]))
+    if "full" in students:
+        first = students["full"][0]
+        start = {"steps": 0, "parameters": first["parameters"], "curve": first["curve"][:1]}
+        models.add_row(*model_row("student as copied", [start]))
+    models.add_section()
+    for name, stages in students.items():
+        models.add_row(*model_row(ARMS[name].title, stages))
+    return [models, task_table(results)] if "tasks" in teacher else [models]
 
-    def row(model: str, after: str, stages: list[Stage], point: dict[str, Any]) -> None:
-        cells = [f"{v['mean']:.4f}" + (f" ± {v['spread']:.4f}" if v["spread"] else "") for v in point.values()]
-        speeds = [s["tokens_per_second"] for s in stages if "tokens_per_second" in s]
-        grid.add_row(model, after, f"{stages[0]['parameters']:,}", *cells, f"{mean(speeds):,.0f}" if speeds else "")
 
-    teacher, first = results["teacher"], results["students"][TRIPLE][0]
-    row(
-        "teacher", f"{teacher['steps']} steps" if "steps" in teacher else "", [teacher], summary([teacher["curve"][-1]])
-    )
-    row("student as copied", "0 steps", [{"parameters": first["parameters"]}], summary([first["curve"][0]]))
-    for key, unit in (("equal_steps", "steps"), ("equal_seconds", "seconds")):
-        grid.add_section()
-        for name in (TRIPLE, ALONE):
-            row(f"student, {name}", f"{results[key][unit]:.0f} {unit}", results["students"][name], results[key][name])
-    return grid
+def grid(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    return table
+
+
+def model_row(model: str, stages: list[Stage]) -> list[str]:
+    found = numbers(stages)
+    seconds = [s["seconds_per_step"] for s in stages if "seconds_per_step" in s]
+    cells = [model, str(stages[0].get("steps", "")), f"{stages[0]['parameters']:,}"]
+    return [*cells, *(cell(found[m], 3) for m in METRICS), f"{mean(seconds):.3f}" if seconds else ""]
+
+
+def task_table(results: dict[str, Any]) -> Table:
+    """Metric × 100 of each task; the change of their mean against the triple loss, ours and the paper's."""
+    arms = {name: numbers(stages) for name, stages in results["students"].items()}
+    teacher, full = numbers([results["teacher"]]), arms.get("full")
+    tasks = [name for name in teacher if name not in METRICS]
+    table = grid("Fine-tuned: metric × 100", "model", *tasks, *(["change", "in the paper"] if full else []))
+    table.add_row("teacher", *(cell(teacher[task], 1) for task in tasks))
+    table.add_section()
+    for name, found in arms.items():
+        cells = [cell(found[task], 1) for task in tasks]
+        if full and name != "full":
+            change, error = difference(found[SCORE], full[SCORE])
+            paper = ARMS[name].paper
+            cells += [f"{change:+.1f} ± {error:.1f}", "" if paper is None else f"{paper:+.2f}"]
+        table.add_row(ARMS[name].title, *cells)
+    return table
+
+
+def cell(values: list[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {spread(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table and what follows from it, for a page."""
-    grid = table(results)
-    grid.box, grid.title = box.MARKDOWN, None
-    page = io.StringIO()
-    Console(width=200, file=page, color_system=None).print(grid)
-    lines = [line.strip() for line in page.getvalue().splitlines() if line.strip(" |")]
-    settings, steps = results["settings"], results["equal_steps"]["steps"]
-    outcomes = "; ".join(f"{METRICS[m]} {v}" for m, v in results["triple_loss_against_mlm_alone"].items())
+    """The tables and what follows from them, for a page."""
+    lines = []
+    for table in tables(results):
+        table.box, table.title = box.MARKDOWN, None
+        page = io.StringIO()
+        Console(width=250, file=page, color_system=None).print(table)
+        head, _, *rows = [line.strip() for line in page.getvalue().splitlines() if line.strip()]
+        rules = "|".join(["", *("---" if c.justify == "left" else "---:" for c in table.columns), ""])
+        lines += [head, rules, *(row for row in rows if row.strip(" |-")), ""]
+    settings = results["settings"]
     where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
-    seeds = f"Mean of {settings['seeds']} seeds ± spread, on" if settings["seeds"] > 1 else "On"
-    share = f"{settings['mlm_probability']:.0%}"
-    legend = f"{where}. {seeds} the masked tokens ({share}) of held-out text. After {steps} steps the triple loss is, "
-    return "\n".join([*lines, "", f"{legend}against MLM alone: {outcomes}."])
+    seeds = f"Mean of {settings['seeds']} seeds ± standard deviation; loss" if settings["seeds"] > 1 else "Loss"
+    legend = f"{where}. {seeds} per masked token ({settings['mlm_probability']:.0%}) and KL on held-out text."
+    if settings["tasks"]:
+        legend += " Tasks: on the development set, after the last epoch; change: ± its standard error."
+    return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])
 
 
-def plot(config: Config, results: dict[str, Any], file: Path) -> None:
-    """Loss over steps and over seconds, accuracy and KL over steps: both students, every seed, the teacher a line."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    teacher = results["teacher"]
-    panels = [("loss", "steps"), ("loss", "seconds"), ("accuracy", "steps"), ("kl", "steps")]
-    axes = figure.subplots(2, 2).flat
-    for axis, (metric, unit) in zip(axes, panels, strict=True):
-        trained = []
-        for name, stages in results["students"].items():
-            for seed, stage in enumerate(stages):
-                scale = stage["seconds_per_step"] if unit == "seconds" else 1
-                x, y = [p["step"] * scale for p in stage["curve"]], [p[metric] for p in stage["curve"]]
-                label = f"student, {name}" if seed == 0 else None
-                axis.plot(x, y, "o-", color=COLOURS[name], lw=1.6, ms=3, alpha=0.5 if seed else 1.0, label=label)
-                trained += y[1:]
-        if metric == "kl":
-            axis.set_yscale("log")
-        else:
-            level = teacher["curve"][-1][metric]
-            axis.axhline(level, color="0.35", ls="--", lw=1.2, label="teacher")
-            low, high = min(*trained, level), max(*trained, level)  # the untrained student falls out of the frame
-            margin = 0.06 * (high - low) or 0.01
-            axis.set_ylim(low - margin, high + margin)
-        axis.set_xlabel("seconds of training" if unit == "seconds" else "optimiser steps")
-        axis.set_ylabel(METRICS[metric] + ("" if metric == "accuracy" else " (nats per masked token)"))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    s, first = results["settings"], results["students"][TRIPLE][0]
-    source = s["dataset"] or ", ".join(s["train_files"]) or "Python's documentation"
-    millions = [f"{stage['parameters'] / 1e6:.2f} M" for stage in (teacher, first)]
-    weights = f"{s['alpha_distil']:g}, {s['alpha_mlm']:g}, {s['alpha_cos']:g}"
+# ---- picture
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Loss over steps and over seconds, KL over steps, every seed; and the tasks, if any, with error bars."""
+    tasks = SCORE in numbers(next(iter(results["students"].values())))
+    figure = Figure(figsize=(11, 8) if tasks else (14, 4.4), layout="constrained")
+    axes = list(figure.subplots(2, 2).flat if tasks else figure.subplots(1, 3).flat)
+    for axis, (metric, unit) in zip(axes, [("loss", "steps"), ("kl", "steps"), ("loss", "seconds")], strict=False):
+        curves(axis, results, metric, unit)
+    if tasks:
+        scores(axes[3], results)
+    axes[0].legend(frameon=False, fontsize=8)
+    s, first = results["settings"], next(iter(results["students"].values()))[0]
+    source = s["dataset"] or ", ".join(s["train_files"][:2]) or "Python's documentation"
+    source += f" and {len(s['train_files']) - 2} more files" if len(s["train_files"]) > 2 else ""
+    millions = [f"{stage['parameters'] / 1e6:.2f} M" for stage in (results["teacher"], first)]
+    weights = ", ".join(f"{s[name]:g}" for name in ("alpha_distil", "alpha_mlm", "alpha_cos"))
     figure.suptitle(
-        f"DistilBERT student ({millions[1]} parameters) of a BERT teacher ({millions[0]}) on {source}\n"
+        f"DistilBERT student ({millions[1]} parameters) of a teacher ({millions[0]}) on {source}\n"
         f"vocabulary {s['vocab_size']:,}, {s['mlm_probability']:.0%} masked, T = {s['temperature']:g}, "
-        f"weights {weights}, {s['seeds']} seed{'s' * (s['seeds'] > 1)}"
+        f"weights {weights}, {s['seeds']} seed{'s' * (s['seeds'] > 1)}",
+        fontsize=11,
     )
     figure.savefig(file, dpi=130)
+
+
+def curves(axis: Any, results: dict[str, Any], metric: str, unit: str) -> None:
+    trained = []
+    for name, stages in results["students"].items():
+        for seed, stage in enumerate(stages):
+            scale = stage["seconds_per_step"] if unit == "seconds" else 1
+            x, y = [p["step"] * scale for p in stage["curve"]], [p[metric] for p in stage["curve"]]
+            label = ARMS[name].title if seed == 0 else None
+            axis.plot(x, y, "o-", color=ARMS[name].colour, lw=1.4, ms=2.5, alpha=0.4 if seed else 1.0, label=label)
+            trained += y[1:]
+    if metric == "kl":
+        axis.set_yscale("log")
+    else:
+        level = results["teacher"]["curve"][-1][metric]
+        axis.axhline(level, color="0.35", ls="--", lw=1.2, label="teacher")
+        low, high = min(*trained, level), max(*trained, level)  # the untrained student falls out of the frame
+        margin = 0.06 * (high - low) or 0.01
+        axis.set_ylim(low - margin, high + margin)
+    axis.set_xlabel("seconds of training" if unit == "seconds" else "optimiser steps")
+    axis.set_ylabel(f"{METRICS[metric]} (nats per token)")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def scores(axis: Any, results: dict[str, Any]) -> None:
+    """A group of bars per task, one bar per arm, error bars over the seeds, the teacher a line."""
+    arms = {name: numbers(stages) for name, stages in results["students"].items()}
+    teacher = numbers([results["teacher"]])
+    tasks = [name for name in next(iter(arms.values())) if name not in METRICS]
+    width = 0.8 / len(arms)
+    for i, (name, found) in enumerate(arms.items()):
+        x = [t - 0.4 + (i + 0.5) * width for t in range(len(tasks))]
+        y, error = ([f(found[task]) for task in tasks] for f in (mean, spread))
+        axis.bar(x, y, width, yerr=error, color=ARMS[name].colour, capsize=2, error_kw={"lw": 1})
+    for t, task in enumerate(tasks):
+        axis.hlines(teacher[task], t - 0.42, t + 0.42, color="0.35", ls="--", lw=1.2)
+    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_ylabel("metric × 100")
+    axis.grid(alpha=0.25, axis="y")
+    axis.spines[["top", "right"]].set_visible(False)

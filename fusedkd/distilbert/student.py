@@ -1,13 +1,45 @@
-"""Teacher in, DistilBERT student out (Sanh et al. 2019, arXiv:1910.01108, section 3)."""
+"""Teacher in, student of fewer layers out (Sanh et al. 2019, arXiv:1910.01108, section 3).
 
+teacher             student                  known as
+BertForMaskedLM     DistilBertForMaskedLM    DistilBERT
+RobertaForMaskedLM  RobertaForMaskedLM       DistilRoBERTa
+GPT2LMHeadModel     GPT2LMHeadModel          DistilGPT2
+"""
+
+import copy
+import itertools
 import math
-from typing import Any
+import re
+from typing import Any, Literal, TypeAlias
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaForMaskedLM,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import TeacherOptions, UsageError
+from fusedkd.distilbert.config import StudentOptions, TeacherOptions, UsageError
+
+Teacher: TypeAlias = BertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
+Student: TypeAlias = DistilBertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
+
+# model_type: class, name, modules of its head
+TEACHERS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "bert": (BertForMaskedLM, "BERT", ("cls.predictions.",)),
+    "roberta": (RobertaForMaskedLM, "RoBERTa", ("lm_head.",)),
+    "gpt2": (GPT2LMHeadModel, "GPT-2", ("lm_head.",)),
+}
 
 
 def new_teacher(options: TeacherOptions, vocab_size: int, block_size: int) -> BertForMaskedLM:
@@ -60,28 +92,44 @@ def look_at_neighbours(attention: Any, frequency: torch.Tensor, gain: float = 1.
             query[at, pair], key[at, pair] = gain * turn, gain * torch.eye(2)
 
 
-def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None) -> tuple[BertForMaskedLM, Tokenizer]:
-    """Any BertForMaskedLM, local or from the hub, and its tokenizer, whose vocabulary must be `vocab` where given."""
+def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None) -> tuple[Teacher, Tokenizer]:
+    """A BERT, RoBERTa or GPT-2 with its head, local or from the hub, in float32, and its tokenizer.
+
+    UsageError for any other model; for one without a language-modelling head, all weights or a tokenizer; for a
+    tokenizer larger than the model's vocabulary, or other than `vocab` where that is given; for a `block_size` beyond
+    the usable positions.
+    """
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind != "bert":
-            raise UsageError(f"--teacher {name} is a {kind} model, not BERT")
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in TEACHERS:
+            known = ", ".join(title for _, title, _ in TEACHERS.values())
+            raise UsageError(f"--teacher {name} is a {config.model_type} model, not one of {known}")
+        kind, title, head = TEACHERS[config.model_type]
+        if config.model_type != "gpt2" and config.is_decoder:
+            raise UsageError(f"--teacher {name} is a {title} decoder, not a masked language model")
         tokenizer = AutoTokenizer.from_pretrained(name)
-        loaded: Any = BertForMaskedLM.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        teacher, info = kind.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"cannot load --teacher {name}: {str(error).strip().splitlines()[0]}") from error
-    teacher, info = loaded
-    if any(key.startswith("cls.predictions") for key in info["missing_keys"]):
-        raise UsageError(f"--teacher {name} has no masked-language-modelling head")
-    if len(tokenizer) > teacher.config.vocab_size:
-        raise UsageError(
-            f"--teacher {name} has {teacher.config.vocab_size} vocabulary rows, its tokenizer {len(tokenizer)} tokens"
-        )
+    if any(key.startswith(head) for key in info["missing_keys"]):
+        raise UsageError(f"--teacher {name} has no language-modelling head")
+    if wrong := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        raise UsageError(f"--teacher {name}: {len(wrong)} weights missing or of another size, {wrong[0]} the first")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library makes of a folder without one
+        raise UsageError(f"--teacher {name} has no tokenizer")
+    if len(tokenizer) > (rows := config.vocab_size):
+        raise UsageError(f"--teacher {name} has {rows} vocabulary rows, its tokenizer {len(tokenizer)} tokens")
     if vocab is not None and vocab != tokenizer.get_vocab():
         raise UsageError(f"--teacher {name} has another vocabulary than --vocab_file: leave that option out")
-    if block_size > (positions := teacher.config.max_position_embeddings):
+    if block_size > (positions := usable_positions(config)):
         raise UsageError(f"--block_size {block_size} exceeds the teacher's {positions} positions")
     return teacher, tokenizer
+
+
+def usable_positions(config: PreTrainedConfig) -> int:
+    """The longest sequence a model takes. RoBERTa's first token has position pad_token_id + 1: 512 of its 514 rows."""
+    return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
 def alternate_layers(depth: int) -> list[int]:
@@ -90,18 +138,79 @@ def alternate_layers(depth: int) -> list[int]:
     return [round(i * (depth - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 
-def student_from_teacher(teacher: BertForMaskedLM, layers: list[int] | None = None) -> DistilBertForMaskedLM:
-    """A DistilBERT made of the teacher's embeddings, masked-language-modelling head and `layers` (alternate ones).
+def layers_of(options: StudentOptions, teacher: Teacher) -> list[int]:
+    """The teacher layers that --layers names ("0,2,4,7,9,11"), alternate ones without it."""
+    depth = teacher.config.num_hidden_layers
+    if options.layers is None:
+        return alternate_layers(depth)
+    try:
+        return check_layers([int(layer) for layer in options.layers.split(",")], depth)
+    except ValueError:
+        raise UsageError(f"--layers takes numbers with commas between them, not {options.layers!r}") from None
 
-    As published, the token-type embeddings are left behind. The head's transform is copied as well.
+
+def check_layers(layers: list[int], depth: int) -> list[int]:
+    """Layers in the teacher's order, each at most once: anything else is taken for a slip, with a UsageError."""
+    ascending = all(a < b for a, b in itertools.pairwise(layers))
+    if not layers or not ascending or layers[0] < 0 or layers[-1] >= depth:
+        given = ",".join(map(str, layers))
+        raise UsageError(f"--layers {given}: must ascend within the teacher's layers, 0 to {depth - 1}, none twice")
+    return layers
+
+
+def student_from_teacher(
+    teacher: Teacher,
+    layers: list[int] | None = None,
+    init: Literal["teacher", "random"] = "teacher",
+    fold_token_type: bool = False,
+    freeze_position_embeddings: bool = False,
+    freeze_token_embeddings: bool = False,
+) -> Student:
+    """A student with `layers` (alternate ones by default) of the teacher, its embeddings and its whole head.
+
+    Vocabulary, sizes, dropout and activations are the teacher's; init="random" keeps them and draws fresh weights.
+    DistilBERT's layer norms have a fixed epsilon of 1e-12, which is also BERT's default.
+
+    A DistilBERT has no token types. As published, BERT's are left behind, although BERT adds row 0 of them to every
+    token; `fold_token_type` adds that row to the position embeddings, which loses nothing. RoBERTa students keep the
+    teacher's table, and folding moves row 0 from it to the positions: the same function. With random weights there is
+    nothing to fold; GPT-2 has no token types (UsageError).
+
+    Freezing: see `freeze_embeddings`.
     """
-    source = teacher.config
-    layers = alternate_layers(source.num_hidden_layers) if layers is None else layers
-    student = DistilBertForMaskedLM(
+    source, depth = teacher.config, teacher.config.num_hidden_layers
+    layers = alternate_layers(depth) if layers is None else check_layers(layers, depth)
+    if fold_token_type and source.model_type == "gpt2":
+        raise UsageError("--fold_token_type: GPT-2 has no token types")
+    student = new_student(source, len(layers))
+    if init == "teacher":
+        weights = teacher.state_dict()
+        copied = {new: weights[old] for new, old in key_map(student, layers).items()}
+        if fold_token_type:
+            tables = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
+            position, token_type = (f"{student.base_model_prefix}.{table}" for table in tables)
+            row = weights[f"{source.model_type}.{tables[1]}"][0]
+            copied[position] = copied[position] + row
+            if token_type in copied:
+                copied[token_type] = copied[token_type] - row
+        student.load_state_dict(copied, strict=True)
+    elif init != "random":
+        raise ValueError(f"init must be 'teacher' or 'random', not {init!r}")
+    freeze_embeddings(student, freeze_position_embeddings, freeze_token_embeddings)
+    return student
+
+
+def new_student(source: PreTrainedConfig, depth: int) -> Student:
+    """A student of a teacher with the configuration `source`, with fresh weights."""
+    if source.model_type != "bert":
+        config = copy.deepcopy(source)
+        config.num_hidden_layers = depth
+        return TEACHERS[source.model_type][0](config)
+    return DistilBertForMaskedLM(
         DistilBertConfig(
             vocab_size=source.vocab_size,
             max_position_embeddings=source.max_position_embeddings,
-            n_layers=len(layers),
+            n_layers=depth,
             n_heads=source.num_attention_heads,
             dim=source.hidden_size,
             hidden_dim=source.intermediate_size,
@@ -110,35 +219,51 @@ def student_from_teacher(teacher: BertForMaskedLM, layers: list[int] | None = No
             activation=source.hidden_act,
             initializer_range=source.initializer_range,
             pad_token_id=source.pad_token_id,
+            tie_word_embeddings=source.tie_word_embeddings,
         )
     )
-    weights = teacher.state_dict()
-    student.load_state_dict({new: weights[old] for new, old in key_map(layers).items()}, strict=True)
-    return student
 
 
-def key_map(layers: list[int]) -> dict[str, str]:
-    """DistilBertForMaskedLM key -> BertForMaskedLM key, for every tensor of the student."""
-    modules = {
-        "distilbert.embeddings.LayerNorm": "bert.embeddings.LayerNorm",
-        "vocab_transform": "cls.predictions.transform.dense",
-        "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
-        "vocab_projector": "cls.predictions.decoder",
-    }
-    parts = {
-        "attention.q_lin": "attention.self.query",
-        "attention.k_lin": "attention.self.key",
-        "attention.v_lin": "attention.self.value",
-        "attention.out_lin": "attention.output.dense",
-        "sa_layer_norm": "attention.output.LayerNorm",
-        "ffn.lin1": "intermediate.dense",
-        "ffn.lin2": "output.dense",
-        "output_layer_norm": "output.LayerNorm",
-    }
-    for new, old in enumerate(layers):
-        student, teacher = f"distilbert.transformer.layer.{new}", f"bert.encoder.layer.{old}"
-        modules |= {f"{student}.{a}": f"{teacher}.{b}" for a, b in parts.items()}
-    keys = {f"{a}.{kind}": f"{b}.{kind}" for a, b in modules.items() for kind in ("weight", "bias")}
-    for table in ("word_embeddings", "position_embeddings"):
-        keys[f"distilbert.embeddings.{table}.weight"] = f"bert.embeddings.{table}.weight"
+# DistilBertForMaskedLM -> BertForMaskedLM; other students have their teacher's names
+MODULES = {
+    "distilbert.transformer.layer": "bert.encoder.layer",
+    "distilbert.embeddings": "bert.embeddings",
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+    "vocab_transform": "cls.predictions.transform.dense",
+    "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
+    "vocab_projector": "cls.predictions.decoder",
+}
+
+
+def key_map(student: Student, layers: list[int]) -> dict[str, str]:
+    """Key of the student -> key of the teacher, for every tensor of the student."""
+    keys = {}
+    for new in student.state_dict():
+        old = re.sub(r"\.(layer|h)\.(\d+)\.", lambda m: f".{m[1]}.{layers[int(m[2])]}.", new)
+        if isinstance(student, DistilBertForMaskedLM):
+            old = re.sub("|".join(map(re.escape, MODULES)), lambda m: MODULES[m[0]], old)
+        keys[new] = old
     return keys
+
+
+def freeze_embeddings(model: PreTrainedModel, position: bool, token: bool) -> None:
+    """Take position or token embeddings out of training: no gradient, no weight decay.
+
+    A tied decoder weight is the token embeddings, and frozen with them; the decoder's bias and the head's transform go
+    on learning. Loading weights into the model (a checkpoint of the Trainer) keeps this, but `from_pretrained` makes a
+    model in which everything is trained: freeze it again.
+    """
+    base: Any = model.base_model
+    if position:
+        table = base.wpe if hasattr(base, "wpe") else base.embeddings.position_embeddings
+        table.weight.requires_grad_(False)
+    if token:
+        tokens: nn.Embedding = base.get_input_embeddings()
+        tokens.weight.requires_grad_(False)

@@ -1,5 +1,6 @@
 """A tokenizer, text and a teacher small enough for tests. No network: everything is made here."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from tokenizers.implementations import ByteLevelBPETokenizer
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 WORDS = ("the a cat dog bird sees hears follows small big red old house river on under near and then").split()  # noqa: SIM905
 
@@ -32,6 +34,24 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 def tokenizer():
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     return BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
+
+
+def byte_pairs(special: list[str]) -> dict:
+    """Vocabulary and merges of a byte-level BPE over WORDS."""
+    pieces = ByteLevelBPETokenizer()
+    pieces.train_from_iterator(sentences(50), vocab_size=320, special_tokens=special, show_progress=False)
+    model = json.loads(pieces.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
+
+
+@pytest.fixture
+def roberta_tokenizer():
+    return RobertaTokenizer(**byte_pairs(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]))
+
+
+@pytest.fixture
+def gpt2_tokenizer():
+    return GPT2Tokenizer(**byte_pairs(["<|endoftext|>"]))
 
 
 @pytest.fixture

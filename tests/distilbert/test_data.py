@@ -4,6 +4,7 @@
 
 import gzip
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,15 @@ from .conftest import WORDS, sentences
 
 datasets = pytest.importorskip("datasets")
 
+from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+from fusedkd.distilbert import data
 from fusedkd.distilbert.config import TextOptions, UsageError
 from fusedkd.distilbert.data import (
+    CausalCollator,
     MaskingCollator,
-    documentation,
+    by_length,
+    in_order,
     load_vocab,
     pack,
     read_text,
@@ -24,6 +30,7 @@ from fusedkd.distilbert.data import (
     train_tokenizer,
     unescape,
 )
+from fusedkd.distilbert.documentation import documentation
 
 
 def test_documentation_is_english_in_a_fixed_order():
@@ -101,6 +108,199 @@ def test_data_set_folder_and_its_column(tmp_path):
     assert (len(train), len(held_out)) == (30, 5)
     with pytest.raises(UsageError, match="no column text: --text_column is one of body, id"):
         read_text(TextOptions(dataset=str(tmp_path / "set")))
+
+
+def test_a_data_set_of_the_hubs_form_with_configurations(tmp_path):
+    """A card that names the files of each configuration, one parquet file a split."""
+    folder = tmp_path / "wiki"
+    card = "---\nconfigs:\n"
+    for name, count in (("tiny-v1", 8), ("small-v1", 30)):
+        (folder / name).mkdir(parents=True)
+        card += f"- config_name: {name}\n  data_files:\n"
+        for split, lines in (("train", sentences(count)), ("validation", sentences(4, 1)), ("test", ["unseen"])):
+            datasets.Dataset.from_dict({"text": lines}).to_parquet(folder / name / f"{split}.parquet")
+            card += f"  - split: {split}\n    path: {name}/{split}.parquet\n"
+    (folder / "README.md").write_text(card + "---\n")
+    for streaming in (False, True):
+        options = TextOptions(dataset=str(folder), dataset_config="small-v1", streaming=streaming)
+        train, held_out = read_text(options)
+        assert isinstance(train, datasets.IterableDataset) == streaming
+        assert [line["text"] for line in train] == sentences(30)
+        assert list(held_out["text"]) == sentences(4, 1)
+    with pytest.raises(UsageError, match="small-v1"):  # without a configuration, those there are
+        read_text(TextOptions(dataset=str(folder)))
+
+
+# ---- blocks
+
+
+def test_roberta_blocks(roberta_tokenizer):
+    lines = [*sentences(20), "the [UNK] cat"]
+    blocks = pack(datasets.Dataset.from_dict({"text": lines}), roberta_tokenizer, 16, "training")["input_ids"]
+    assert {(b[0], b[-1]) for b in blocks} == {(0, 2)}  # <s> ... </s>
+    assert [len(b) for b in blocks[:-1]] == [16] * (len(blocks) - 1)
+    assert roberta_tokenizer.decode([i for b in blocks for i in b[1:-1]]) == "".join(lines[:-1]) + "the <unk> cat"
+    batch = MaskingCollator(roberta_tokenizer, np.ones(len(roberta_tokenizer), np.int64), 0.5, 0.7, 0)(
+        [{"input_ids": blocks[0]}, {"input_ids": [0, 7, 2]}]
+    )
+    assert batch["input_ids"][1, 3:].unique().item() == roberta_tokenizer.pad_token_id == 1
+    chosen = batch["labels"] != -100
+    assert 0.6 < (batch["input_ids"][chosen] == roberta_tokenizer.mask_token_id).float().mean() < 1
+    assert not np.isin(batch["labels"][chosen], roberta_tokenizer.all_special_ids).any()
+
+
+def test_gpt2_blocks_and_batches(gpt2_tokenizer):
+    """Documents end with the end-of-text token; there is no [CLS], and padding carries no label."""
+    lines = ["", *sentences(20), "the [UNK] cat"]
+    text = datasets.Dataset.from_dict({"text": lines})
+    blocks = pack(text, gpt2_tokenizer, 16, "training")["input_ids"]
+    assert [len(b) for b in blocks[:-1]] == [16] * (len(blocks) - 1)
+    joined = gpt2_tokenizer.decode([i for b in blocks for i in b])
+    assert joined == "".join(f"{line}<|endoftext|>" for line in [*lines[1:-1], "the <unk> cat"])
+    batch = CausalCollator(gpt2_tokenizer)([{"input_ids": blocks[0], "length": 16}, {"input_ids": [5, 6, 0]}])
+    assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+    assert batch["input_ids"][0].tolist() == batch["labels"][0].tolist() == blocks[0]
+    assert batch["labels"][1].tolist() == [5, 6, 0] + [-100] * 13
+    assert batch["attention_mask"].sum(1).tolist() == [16, 3]
+
+
+def test_by_length_keeps_lines_apart_and_cuts_long_ones(tokenizer):
+    lines = ["the cat", "", " ".join(WORDS), "a dog sees"]
+    blocks = by_length(datasets.Dataset.from_dict({"text": lines}), tokenizer, 16, "training")
+    assert blocks["length"] == [len(b) for b in blocks["input_ids"]] == [4, 16, len(WORDS) - 14 + 2, 5]
+    assert " ".join(tokenizer.decode(b[1:-1]) for b in blocks["input_ids"]).split() == " ".join(lines).split()
+
+
+def test_several_processes_make_the_same_blocks(tokenizer, text_files):
+    train, _ = read_text(TextOptions(train_files=text_files))
+    one, two = (by_length(train, tokenizer, 8, "training", num_proc) for num_proc in (1, 2))
+    assert list(one["input_ids"]) == list(two["input_ids"])
+
+
+# ---- counts
+
+
+def test_counts_are_made_once_and_read_again(tmp_path, text_files, monkeypatch):
+    """Also with the tokenizer read from a folder, and not with another tokenizer, block size or text."""
+    tokenized, bincount = [], np.bincount
+    call = data.Cut.__call__
+    monkeypatch.setattr(data.Cut, "__call__", lambda self, batch: tokenized.append(1) or call(self, batch))
+    train, held_out = read_text(TextOptions(train_files=text_files[:1]))
+    tokenizer = train_tokenizer(train, 60)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    again = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    counts = token_counts(pack(train, tokenizer, 16, "training"), 60)
+    assert tokenized
+    tokenized.clear()
+    monkeypatch.setattr(data.np, "bincount", lambda *_, **__: pytest.fail("counted again"))
+    assert np.array_equal(token_counts(pack(train, again, 16, "training"), 60), counts)
+    assert not tokenized
+    monkeypatch.setattr(data.np, "bincount", bincount)
+    assert token_counts(pack(held_out, tokenizer, 16, "held-out"), 60).sum() < counts.sum()
+    assert token_counts(pack(train, tokenizer, 8, "training"), 60).sum() > counts.sum()  # more [CLS]
+    assert np.array_equal(token_counts(pack(train, tokenizer, 16, "training"), 60), counts)
+    assert len(tokenized) == 2
+
+
+# ---- streams and order
+
+
+def test_a_stream_is_held_out_by_a_rule(tmp_path, text_files, tokenizer):
+    """Nothing held out is trained on, however the stream is divided."""
+    more = tmp_path / "more.txt"
+    more.write_text("\n".join(sentences(150, seed=2)))
+    train, held_out = read_text(TextOptions(train_files=[text_files[0], str(more)], streaming=True))
+    shards = [[line["text"] for line in train.shard(2, i)] for i in range(2)]
+    assert all(shards)
+    assert sorted([*shards[0], *shards[1], *held_out["text"]]) == sorted(sentences(200) + sentences(150, seed=2))
+    assert 5 < len(held_out) < 40
+    blocks = pack(train, tokenizer, 16, "training")
+    ids = [i for block in blocks for i in block["input_ids"]]
+    assert np.array_equal(token_counts(blocks, 40), np.bincount(ids, minlength=40))
+    assert len(train_tokenizer(train, 60)) == 60
+
+
+def test_a_stream_with_eval_files_and_a_column_of_its_own(tmp_path, text_files, tokenizer):
+    _, held_out = read_text(TextOptions(train_files=text_files[:1], eval_files=text_files[1:], streaming=True))
+    assert list(held_out["text"]) == sentences(40, 1)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(f'{{"body": "{s} @-@ a"}}' for s in sentences(90)))
+    options = {"dataset": str(tmp_path / "set"), "streaming": True}
+    train, held_out = read_text(TextOptions(text_column="body", **options))
+    assert {*(line["text"] for line in train), *held_out["text"]} == {f"{s}-a" for s in sentences(90)}
+    with pytest.raises(UsageError, match="no column text: --text_column is one of body"):
+        read_text(TextOptions(**options))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    train, _ = read_text(TextOptions(train_files=[str(tmp_path / "empty.txt")], streaming=True))
+    with pytest.raises(UsageError, match="the training text is empty"):
+        pack(train, tokenizer, 16, "training")
+
+
+def test_batches_of_like_length(tokenizer):
+    draw = np.random.default_rng(0)
+    lines = [" ".join(draw.choice(WORDS, n)) for n in draw.integers(1, 60, 800)]
+    blocks = by_length(datasets.Dataset.from_dict({"text": lines}), tokenizer, 64, "training")
+    ordered = in_order(blocks, 8, seed=1)
+    seen = ordered.order.copy()
+    assert sorted(seen) == list(range(len(blocks)))
+    assert ordered[3] == ordered.__getitems__([3])[0] == blocks[int(seen[3])]
+
+    def padding(order: np.ndarray) -> float:
+        rows = ordered.lengths[order].reshape(-1, 8)
+        return 1 - rows.sum() / (rows.max(1, keepdims=True) * 8).sum()
+
+    assert padding(seen) < 0.03 < 0.3 < padding(np.arange(len(blocks)))
+    first_of_batches = ordered.lengths[seen].reshape(-1, 8)[:, 0]
+    assert abs(np.corrcoef(first_of_batches, np.arange(len(first_of_batches)))[0, 1]) < 0.3  # short ones first: no
+    ordered.set_epoch(1)
+    assert not np.array_equal(ordered.order, seen)
+    assert np.array_equal(in_order(blocks, 8, seed=1).order, seen)
+    assert not np.array_equal(in_order(blocks, 8, seed=2).order, seen)
+
+
+class Recorder(torch.nn.Module):
+    """A model that keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.ones(())), []
+
+    def forward(self, input_ids, attention_mask, labels):
+        self.seen.append(input_ids.tolist())
+        torch.rand(len(self.seen))  # as dropout does
+        return {"loss": self.weight * input_ids.float().mean()}
+
+
+@pytest.mark.parametrize("kind", ["packed", "by_length", "streaming"])
+def test_a_resumed_trainer_sees_the_same_batches(kind, tmp_path, text_files, tokenizer):
+    """Resumed in its second epoch, for all three kinds of data set."""
+    sequences, streaming = ("packed", True) if kind == "streaming" else (kind, False)
+    options = TextOptions(train_files=text_files[1:], sequences=sequences, streaming=streaming)
+    cut = by_length if kind == "by_length" else pack
+    text, _ = read_text(options)
+
+    def train(checkpoint: Path | None) -> list:
+        blocks = in_order(cut(text, tokenizer, 8, "training"), 4, seed=5)
+        arguments = TrainingArguments(
+            str(tmp_path / "out"), max_steps=30, per_device_train_batch_size=4, save_steps=22, report_to=[],
+            remove_unused_columns=False, disable_tqdm=True, seed=5, use_cpu=True, **options.trainer_arguments,
+        )  # fmt: skip
+        model = Recorder()
+        trainer = Trainer(model, arguments, CausalCollator(tokenizer), blocks)
+        torch.rand(7 if checkpoint else 3)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return model.seen
+
+    tokenizer.eos_token_id = tokenizer.pad_token_id
+    whole = train(None)
+    epoch = next(i for i in range(1, 30) if {str(r) for r in whole[i]} & {str(r) for b in whole[:i] for r in b})
+    assert len(whole) == 30
+    assert train(tmp_path / "out" / "checkpoint-22") == whole[22:]
+    assert 5 < epoch < 22  # the checkpoint lies in the second epoch
+    assert whole[:5] != whole[epoch : epoch + 5]
+
+
+# ---- masks
 
 
 def masked_batches(tokenizer, rounds: int, probability: float = 0.15):

@@ -13,7 +13,7 @@ from .conftest import bert, sentences
 
 pytest.importorskip("transformers")
 
-from transformers import AutoTokenizer, BertTokenizer, DistilBertForMaskedLM
+from transformers import AutoTokenizer, BertTokenizer, DistilBertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from fusedkd.distilbert import report
 from fusedkd.distilbert.__main__ import main
@@ -31,12 +31,31 @@ def tree(folder) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_everything_from_text_files_and_again(tmp_path, text_files, capsys):
+@pytest.fixture
+def glue(tmp_path):
+    """RTE in the layout of GLUE's download: a pair is entailed if its texts are equal."""
+    folder = tmp_path / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    texts = sentences(60)
+    for split, count in (("train", 40), ("dev", 20)):
+        pairs = [
+            (t, t, "entailment") if i % 2 else (t, texts[i], "not_entailment") for i, t in enumerate(texts[:count])
+        ]
+        lines = ["\t".join(map(str, (i, *pair))) for i, pair in enumerate(pairs)]
+        (folder / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]) + "\n")
+    return str(folder.parent)
+
+
+def test_ablation_from_text_files_and_again(tmp_path, text_files, glue, capsys):
+    """Teacher, three arms, two seeds, a task; then the report alone."""
     out = tmp_path / "out"
-    arguments = [*files(text_files), *SHORT, *SMALL, "--vocab_size", "60", "--output_dir", str(out)]
-    assert main([*arguments, "--seeds", "2"]) == 0
+    arguments = ["ablate", *files(text_files), *SHORT, *SMALL, "--vocab_size", "60", "--output_dir", str(out)]
+    arguments += ["--arms", "full", "no_mlm", "mlm_alone", "--seeds", "2"]
+    arguments += ["--tasks", "rte", "--glue_dir", glue, "--task_epochs", "1"]
+    assert main(arguments) == 0
     text = capsys.readouterr().out
-    for line in ("Tokenizer: training", "teacher: ", "student: ", "student-mlm: ", "student-seed57: ", "2 seeds"):
+    for line in ("Tokenizer: training", "teacher: ", "student: ", "student-no_mlm: ", "student-seed57: ", "2 seeds",
+                 "MLM alone against the triple loss"):  # fmt: skip
         assert line in text
 
     student = DistilBertForMaskedLM.from_pretrained(out / "student")
@@ -44,29 +63,47 @@ def test_everything_from_text_files_and_again(tmp_path, text_files, capsys):
     batch = tokenizer(["the cat [MASK] the dog"], return_tensors="pt", return_token_type_ids=False)
     assert student(**batch).logits.shape == (1, batch["input_ids"].shape[1], len(tokenizer))
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name, said in (("student", "Distilled from"), ("student-mlm_alone", "masked-language modelling")):
+        card = (out / name / "README.md").read_text()
+        assert str(tmp_path) not in card
+        assert ("Distilled from" in card) == (said == "Distilled from")
 
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["train_files"] == ["train.txt"]  # names, not paths
     assert str(tmp_path) not in json.dumps(results)
     for stages in results["students"].values():
         assert [p["step"] for p in stages[0]["curve"]] == [0, 4, 6]
-        assert (
-            stages[0]["curve"][0] == results["students"][report.TRIPLE][0]["curve"][0]
-        )  # the same model to start from
+        assert stages[0]["curve"][0] == results["students"]["full"][0]["curve"][0]  # the same model to start from
         assert stages[0]["curve"][-1] != stages[1]["curve"][-1]
-    losses = [s["curve"][-1]["loss"] for s in results["students"][report.ALONE]]
-    found = results["equal_steps"][report.ALONE]["loss"]
-    assert found == {"mean": pytest.approx(sum(losses) / 2), "spread": pytest.approx(abs(losses[0] - losses[1]))}
+        assert all(0 <= s["tasks"]["rte"]["metrics"]["accuracy"] <= 1 for s in stages)
+    assert results["teacher"]["tasks"]["rte"]["parameters"] < results["teacher"]["parameters"] + 1000
+    assert results["latency"]["milliseconds"]["student"] > 0
 
     before = tree(out)
     assert main(arguments) == 0
-    text = capsys.readouterr().out
-    assert text.count("reusing") == 4  # tokenizer, teacher, both students
+    assert capsys.readouterr().out.count("reusing") >= 1 + 7  # tokenizer, teacher, students
     changed = {name for name, data in tree(out).items() if before.get(name) != data}
     assert changed <= {"results.json", "curves.png"} | {n for n in before if n.startswith("tokenizer/")}
 
-    assert main([*arguments[:-1], str(out), "--alpha_cos", "0.5"]) == 2
+    assert main([*arguments, "--alpha_cos", "0.5"]) == 2
     assert "holds a run with --alpha_cos 1.0, not 0.5" in capsys.readouterr().err
+
+
+def test_what_the_report_says():
+    """Means and spreads by hand; a difference counts beyond two standard errors."""
+    values = {"full": [[4.0, 4.2], [0.7, 0.8]], "no_mlm": [[5.0, 5.2], [0.6, 0.9]]}
+    students = {
+        arm: [
+            {"curve": [{"step": 1, "loss": x, "kl": 0.1}], "tasks": {"rte": {"metrics": {"accuracy": y}}}}
+            for x, y in zip(*pairs, strict=True)
+        ]
+        for arm, pairs in values.items()
+    }
+    full, other = (report.numbers(students[arm]) for arm in values)
+    assert full["rte"] == pytest.approx([70, 80])
+    assert report.difference(other["loss"], full["loss"]) == pytest.approx((1.0, 0.1414214))
+    assert report.verdict(other["loss"], full["loss"], "loss") == "worse by 1.0000 ± 0.1414"
+    assert report.verdict(other[report.SCORE], full[report.SCORE], report.SCORE).startswith("no difference")
 
 
 def test_teacher_and_data_set_folders(tmp_path, teacher_folder, tokenizer, capsys):
@@ -76,23 +113,41 @@ def test_teacher_and_data_set_folders(tmp_path, teacher_folder, tokenizer, capsy
     out = tmp_path / "out"
     arguments = ["--dataset", str(tmp_path / "set"), "--teacher", str(teacher_folder), "--output_dir", str(out)]
     assert main([*arguments, *SHORT]) == 0
-    assert not (out / "teacher").exists()
+    assert not list((out / "teacher").glob("*.safetensors"))
     assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == tokenizer.get_vocab()
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["learning_rate"] == 5e-4  # the published recipe
+    assert results["settings"]["arms"] == ["full"]
     assert results["teacher"]["parameters"] == bert(len(tokenizer)).num_parameters()
-    assert "tokens/s" in capsys.readouterr().out
+    assert "teacher" in capsys.readouterr().out
 
 
 def test_distillation_brings_the_student_nearer_to_its_teacher(tmp_path, teacher_folder, text_files):
     """With the triple loss the KL to the teacher falls well below that of the student as copied."""
     out = tmp_path / "out"
     more = [*SHORT, "--student_steps", "60", "--eval_steps", "60", "--learning_rate", "3e-3", "--output_dir", str(out)]
+    more += ["--arms", "full", "mlm_alone"]
     assert main([*files(text_files), "--teacher", str(teacher_folder), *more]) == 0
     curves = {n: s[0]["curve"] for n, s in json.loads((out / "results.json").read_text())["students"].items()}
-    triple, alone = curves[report.TRIPLE], curves[report.ALONE]
-    assert triple[-1]["kl"] < 0.7 * triple[0]["kl"]
-    assert triple[-1]["kl"] < alone[-1]["kl"]
+    assert curves["full"][-1]["kl"] < 0.7 * curves["full"][0]["kl"]
+    assert curves["full"][-1]["kl"] < curves["mlm_alone"][-1]["kl"]
+
+
+def test_gpt2_from_a_stream_with_every_term(tmp_path, gpt2_tokenizer, text_files, capsys):
+    teacher = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    size = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(gpt2_tokenizer), **size)).save_pretrained(teacher)
+    gpt2_tokenizer.save_pretrained(teacher)
+    out = tmp_path / "out"
+    arguments = [*files(text_files), "--streaming", "--teacher", str(teacher), *SHORT, "--output_dir", str(out)]
+    arguments += ["--divergence", "jsd:beta=0.3", "--alpha_mse", "0.1", "--cos_layers", "copied", "--layers", "1,3"]
+    assert main([*arguments, "--freeze_token_embeddings"]) == 0
+    assert "a stream" in capsys.readouterr().out
+    student, source = (GPT2LMHeadModel.from_pretrained(folder) for folder in (out / "student", teacher))
+    assert student.config.n_layer == 2
+    assert torch.equal(student.transformer.wte.weight, source.transformer.wte.weight)
+    assert not torch.equal(student.transformer.wpe.weight, source.transformer.wpe.weight)
 
 
 @pytest.fixture
@@ -123,12 +178,14 @@ def bad(tmp_path, text_files, teacher_folder):
         "heads": ([*text, "--teacher_hidden", "30", "--teacher_heads", "4"], "multiple of twice --teacher_heads"),
         "binary vocabulary": ([*text, "--vocab_file", str(tmp_path / "latin.txt")], "it is not UTF-8 text"),
         "unknown option": (["--no_such_option"], "no such option: --no_such_option"),
+        "unknown arm": ([*text, "--arms", "full", "nothing"], "--arms nothing: it must be one of full, no_cos"),
+        "layers": ([*text, "--teacher", str(teacher_folder), "--layers", "0,2", "--block_size", "16"], "--layers 0,2"),
     }
 
 
 CASES = ["missing file", "empty text", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
          "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps", "negative weight",
-         "heads", "binary vocabulary", "unknown option"]  # fmt: skip
+         "heads", "binary vocabulary", "unknown option", "unknown arm", "layers"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -170,19 +227,30 @@ def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, "-m", "fusedkd.distilbert", *files(text_files), "--teacher", str(teacher_folder), *SHORT]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command += ["--eval_blocks", "12", "--output_dir", str(out)]
+    command += ["--eval_blocks", "12", "--output_dir", str(out), "--arms", "full", "mlm_alone"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("student-mlm: ") == 1  # one process speaks
+    assert done.stdout.count("student-mlm_alone: ") == 1  # one process speaks
     assert (out / "results.json").is_file()
     DistilBertForMaskedLM.from_pretrained(out / "student")
 
 
 def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_files, capsys, monkeypatch):
     """Killed after its checkpoint at step 4, the student's run ends where the uninterrupted one does."""
-    from fusedkd.distilbert.trainer import StepClock
+    from fusedkd.distilbert.progress import StepClock
 
-    arguments = [*files(text_files), "--teacher", str(teacher_folder), *SHORT, "--save_steps", "4", "--output_dir"]
+    arguments = [
+        *files(text_files),
+        "--teacher",
+        str(teacher_folder),
+        *SHORT,
+        "--save_steps",
+        "4",
+        "--arms",
+        "full",
+        "mlm_alone",
+    ]
+    arguments.append("--output_dir")
     assert main([*arguments, str(tmp_path / "whole")]) == 0
 
     def interrupt(self, args, state, control, **kwargs):
@@ -196,7 +264,7 @@ def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_fi
     capsys.readouterr()
     assert main([*arguments, str(tmp_path / "cut"), "--resume_from_checkpoint"]) == 0
     assert "resumed from" in capsys.readouterr().out
-    for name in ("student", "student-mlm"):
+    for name in ("student", "student-mlm_alone"):
         whole, cut = (
             DistilBertForMaskedLM.from_pretrained(tmp_path / folder / name).state_dict() for folder in ("whole", "cut")
         )

@@ -1,142 +1,213 @@
 """The loss of the Trainer is exact: one optimiser step has one gradient, however it is cut into batches and ranks."""
 
-# ruff: noqa: E402 (imports after importorskip)
-
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from .conftest import bert, sentences
-
 pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
 
-from transformers import TrainingArguments
-
-from fusedkd.distilbert.data import MaskingCollator, pack, token_counts
-from fusedkd.distilbert.student import student_from_teacher
-from fusedkd.distilbert.trainer import DistilBertTrainer, held_out_means, held_out_sums
-from fusedkd.nn import DistilBertLoss
+from fusedkd.distilbert.progress import StepClock
+from fusedkd.distilbert.trainer import TripleLoss
 
 from . import one_step
+from .one_step import EVERYTHING, gradient, make
+
+PLAIN = TripleLoss(kd_weight=0.0, cos_weight=0.0, ce_weight=1.0)
 
 
-def truth(kd_on: str):
-    """The gradient of the triple loss over all eight rows at once, written with PyTorch's own losses."""
-    student, teacher = one_step.models()
-    batch = {k: torch.stack([row[k] for row in one_step.rows()]) for k in ("input_ids", "attention_mask", "labels")}
-    attended, masked = batch["attention_mask"].bool(), batch["labels"] != -100
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "output_hidden_states": True}
-    s = student(**inputs)
+def terms_of(kind: str, loss: TripleLoss, rows: int = 8):
+    """(student, the terms over all rows at once, by PyTorch's operators on full logits)"""
+    student, teacher = one_step.models(kind)
+    data = list(one_step.rows())[:rows]
+    batch = {k: torch.stack([row[k] for row in data]) for k in data[0]}
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    s = student(**inputs, output_hidden_states=True)
     with torch.no_grad():
-        t = teacher(**inputs)
-    kd = attended if kd_on == "attended" else masked
-    p, q = (t.logits[kd] / 2).log_softmax(-1), (s.logits[kd] / 2).log_softmax(-1)
-    terms = {
-        "distil": 4 * F.kl_div(q, p, log_target=True, reduction="batchmean"),
-        "mlm": F.cross_entropy(s.logits[masked], batch["labels"][masked]),
-        "cos": (1 - F.cosine_similarity(s.hidden_states[-1], t.hidden_states[-1], -1))[attended].mean(),
+        t = teacher(**inputs, output_hidden_states=True)
+    attended, labels = batch["attention_mask"].bool(), batch["labels"]
+    z, v, predicted = s.logits, t.logits, attended
+    if kind == "causal":
+        z, v, labels, predicted = z[:, :-1], v[:, :-1], labels[:, 1:], attended[:, :-1] & attended[:, 1:]
+    kd = predicted if loss.kd_on == "attended" else labels != -100
+    z_kd, v_kd, T = z[kd], v[kd], loss.temperature
+    p, q = (v_kd / T).log_softmax(-1), (z_kd / T).log_softmax(-1)
+    if loss.divergence == "reverse_kl":
+        p, q = q, p
+    cosines = [
+        (1 - F.cosine_similarity(s.hidden_states[i], t.hidden_states[j], -1))[attended].mean()
+        for i, j in loss.cos_layers
+    ]
+    return student, {
+        "kd": T**2 * F.kl_div(q, p, log_target=True, reduction="batchmean"),
+        "ce": F.cross_entropy(z.flatten(0, 1), labels.flatten()),
+        "cos": torch.stack(cosines).mean(),
+        "mse": F.mse_loss(z_kd, v_kd),
+        "kl": F.kl_div(z_kd.log_softmax(-1), v_kd.log_softmax(-1), log_target=True, reduction="batchmean"),
     }
-    loss = 5 * terms["distil"] + 2 * terms["mlm"] + terms["cos"]
-    loss.backward()
-    gradient = {name: p.grad for name, p in student.named_parameters()}
-    return gradient, {name: value.item() for name, value in ({"loss": loss} | terms).items()}
 
 
-def assert_equal(found, expected):
-    (gradient, logs), (true_gradient, true_logs) = found, expected
-    for name, value in true_logs.items():
-        assert logs[name] == pytest.approx(value, rel=1e-5), name
-    assert gradient.keys() == true_gradient.keys()
-    size = torch.stack([g.norm() for g in true_gradient.values()]).norm()
-    error = torch.stack([(gradient[k] - g).norm() for k, g in true_gradient.items()]).norm()
+def total(loss: TripleLoss, terms):
+    weights = {"kd": loss.kd_weight, "ce": loss.ce_weight, "cos": loss.cos_weight, "mse": loss.mse_weight}
+    return sum(weight * terms[name] for name, weight in weights.items() if weight)
+
+
+def check(found, kind: str, loss: TripleLoss, has_teacher: bool = True):
+    mine, logs, metrics = found
+    student, terms = terms_of(kind, loss)
+    objective = total(loss, terms)
+    objective.backward()
+    weights = {"kd": loss.kd_weight, "ce": loss.ce_weight, "cos": loss.cos_weight, "mse": loss.mse_weight}
+    for name, weight in weights.items():
+        assert (name in logs) == (weight != 0)
+        if weight:
+            assert logs[name] == pytest.approx(terms[name].item(), rel=1e-5), name
+            assert logs[name] > 0.1, name
+    assert logs["loss"] == pytest.approx(objective.item(), rel=1e-5)
+    true = {name: p.grad for name, p in student.named_parameters()}
+    assert mine.keys() == true.keys()
+    size = torch.stack([g.norm() for g in true.values()]).norm()
+    error = torch.stack([(mine[k] - g).norm() for k, g in true.items()]).norm()
     assert size > 0.1
     assert error < 1e-6 * size
+    _, held_out = terms_of(kind, loss, rows=7)
+    assert metrics["eval_loss"] == pytest.approx(total(loss, held_out).item(), rel=1e-5)
+    assert metrics["eval_ce"] == pytest.approx(held_out["ce"].item(), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(held_out["ce"].item()), rel=1e-4)
+    assert ("eval_kl" in metrics) == has_teacher
+    if has_teacher:
+        assert metrics["eval_kl"] == pytest.approx(held_out["kl"].item(), rel=1e-5)
+        assert metrics["eval_kl"] > 0.1
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "kd_on"), [(8, 1, "attended"), (4, 2, "attended"), (2, 4, "masked")])
-def test_accumulation_is_exact(batch, accumulation, kd_on):
-    assert_equal(one_step.gradient(batch, accumulation, kd_on), truth(kd_on))
+@pytest.mark.parametrize(
+    ("kind", "batch", "accumulation", "loss"),
+    [
+        ("masked", 8, 1, TripleLoss()),
+        ("masked", 2, 4, replace(EVERYTHING, kd_on="labels", temperature=3.0)),
+        ("masked", 4, 2, replace(EVERYTHING, divergence="reverse_kl", ce_weight=0.0)),
+        ("masked", 4, 2, TripleLoss(kd_weight=0.0)),
+        ("causal", 8, 1, TripleLoss(kd_on="labels")),
+        ("causal", 2, 4, EVERYTHING),
+    ],
+)
+def test_a_step_is_exact_however_it_is_cut(kind, batch, accumulation, loss):
+    check(gradient(kind, loss, batch, accumulation), kind, loss)
 
 
 def test_two_processes_are_exact(tmp_path):
+    """Gradient, logs and evaluation on an odd number of blocks, under DistributedDataParallel and FSDP2; and SIGTERM
+    to one of them.
+    """
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [*launch, one_step.__file__, "2", "2", str(tmp_path / "result.pt")]
+    command = [*launch, one_step.__file__, str(tmp_path / "result.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert_equal(torch.load(tmp_path / "result.pt"), truth("attended"))
+    result = torch.load(tmp_path / "result.pt")
+    assert len(result) == 6
+    saved = tmp_path / "stopped" / "checkpoint-2"
+    line = f"SIGTERM ended the training after step 2; the last checkpoint is {saved}"
+    assert result.pop("stopped") == [(line, 143)] * 2
+    for (kind, *_), found in result.items():
+        check(found, "causal" if kind == "causal" else "masked", EVERYTHING)
 
 
-def make_trainer(folder: Path, tokenizer, **options):
-    blocks = pack(datasets.Dataset.from_dict({"text": sentences(40)}), tokenizer, 16, "training")
-    counts = token_counts(blocks, len(tokenizer))
-    teacher = bert(len(tokenizer), dropout=0.1)
-    torch.manual_seed(1)
-    student = student_from_teacher(teacher)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=7,
-        **options,
-    )
-    collator = MaskingCollator(tokenizer, counts, 0.3, 0.7, seed=7)
-    return DistilBertTrainer(student, arguments, collator, blocks, blocks, criterion=DistilBertLoss(), teacher=teacher,
-                             eval_collator=MaskingCollator(tokenizer, counts, 0.3, 0.7, seed=0))  # fmt: skip
+def forbidden(*_, **__):
+    raise AssertionError("the teacher was asked")
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path, tokenizer):
-    """Interrupted in the middle of the second epoch, with dropout: the same losses afterwards and the same weights."""
-    options = {"max_steps": 14, "save_steps": 9, "gradient_accumulation_steps": 1}
-    whole = make_trainer(tmp_path / "whole", tokenizer, **options)
-    whole.train()
-    assert 8 > len(whole.train_dataset) // 4 > 4
-    resumed = make_trainer(tmp_path / "resumed", tokenizer, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-9"))
-    keys = ("step", "loss", "distil", "mlm", "cos")
-    logs = [[{k: h[k] for k in keys} for h in t.state.log_history if "loss" in h] for t in (whole, resumed)]
-    assert len(logs[0]) == 14
-    assert logs[0] == logs[1]
-    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_language_modelling_without_a_teacher(kind):
+    check(gradient(kind, PLAIN, 4, 2, teacher=False), kind, PLAIN, has_teacher=False)
+    with pytest.raises(ValueError, match="teacher is None, but"):
+        gradient(kind, TripleLoss(kd_weight=0.0), 4, 2, teacher=False)
 
 
-def test_evaluation_is_fixed_and_means_what_it_says(tmp_path, tokenizer):
-    trainer = make_trainer(tmp_path, tokenizer, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True)
-    trainer.args.per_device_eval_batch_size = 4
-    loader = torch.utils.data.DataLoader(trainer.eval_dataset, 4, collate_fn=trainer.eval_collator)
-    model, teacher = trainer.model.eval(), trainer.teacher
-    loss, hits, kl, count = 0.0, 0, 0.0, 0
-    for batch in loader:
-        masked = batch["labels"] != -100
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            s, t = model(**inputs).logits[masked].double(), teacher(**inputs).logits[masked].double()
-        labels = batch["labels"][masked]
-        loss += float(F.cross_entropy(s, labels, reduction="sum"))
-        kl += float(F.kl_div(s.log_softmax(-1), t.log_softmax(-1), log_target=True, reduction="sum"))
-        hits += int((s.argmax(-1) == labels).sum())
-        count += int(masked.sum())
-    found = trainer.evaluate()
-    assert found == {
-        "eval_loss": pytest.approx(loss / count, rel=1e-5),
-        "eval_accuracy": hits / count,
-        "eval_kl": pytest.approx(kl / count, rel=1e-4),
-    }
-    assert kl / count > 0.01
-    alone = held_out_means(held_out_sums(teacher, teacher, loader, torch.device("cpu")))
-    assert alone["kl"] == pytest.approx(0.0, abs=1e-9)
+def test_a_teacher_without_weight_is_asked_in_evaluation_only(tmp_path, monkeypatch):
+    trainer = make("masked", PLAIN, 4, 2, str(tmp_path))
+    _, held_out = terms_of("masked", PLAIN, rows=7)
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(held_out["kl"].item(), rel=1e-5)
+    monkeypatch.setattr(trainer.teacher, "forward", forbidden)
     trainer.train()
-    curve = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
-    assert curve[0] == found["eval_loss"]  # the evaluation at step 0
-    assert len(set(curve)) == 4  # before, and after each step, the model differs; the masks do not
+    assert trainer.state.log_history[-2]["ce"] > 1
+    monkeypatch.undo()
+    assert trainer.evaluate()["eval_kl"] != pytest.approx(held_out["kl"].item(), rel=1e-5)
+
+
+def test_the_rows_that_a_loss_does_not_need_are_not_projected(tmp_path, monkeypatch):
+    """Plain language modelling on the CPU pays for the labelled tokens alone."""
+    from fusedkd import linear
+
+    seen, product = [], linear._product
+
+    def counted(a, b, out, add=False):
+        seen.append(len(a))
+        product(a, b, out, add)
+
+    monkeypatch.setattr(linear, "_product", counted)
+    trainer = make("masked", PLAIN, 8, 1, str(tmp_path))
+    trainer.train()
+    labelled = sum(int((row["labels"] != -100).sum()) for row in one_step.rows())
+    assert max(seen) in (labelled, one_step.VOCAB)
+    assert labelled in seen
+
+
+def test_logs_are_means_over_steps_the_last_of_which_is_short(tmp_path):
+    """Eight rows in steps of six: four micro-batches of which the last step has one."""
+    options = {"max_steps": -1, "num_train_epochs": 1, "logging_steps": 2, "learning_rate": 0.0}
+    trainer = make("masked", EVERYTHING, 2, 3, str(tmp_path), train_sampling_strategy="sequential", **options)
+    trainer.train()
+    logs = next(h for h in trainer.state.log_history if "loss" in h)
+    data = trainer.train_dataset
+    expected = []
+    for part in (data[:6], data[6:]):
+        batch = {k: torch.stack([row[k] for row in part]) for k in part[0]}
+        trainer.model.train()
+        counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+        (_, terms), _ = trainer._run(trainer.model, batch, lambda pair, n=counts: trainer.losses(pair, n), False, True)
+        expected.append({name: float(value) for name, value in terms.items()})
+    assert logs["step"] == 2
+    for name in ("kd", "ce", "cos", "mse"):
+        assert logs[name] == pytest.approx((expected[0][name] + expected[1][name]) / 2, rel=1e-5), name
+    assert expected[0]["kd"] != pytest.approx(expected[1]["kd"], rel=0.01)
+
+
+def test_a_divergence_that_needs_labels_is_a_mean_over_those_tokens():
+    found = [gradient("masked", TripleLoss(divergence="dkd", kd_on=on), 4, 2)[1] for on in ("attended", "labels")]
+    assert found[0]["kd"] == pytest.approx(found[1]["kd"], rel=1e-6)
+    assert found[0]["kd"] > 0.1
+
+
+def test_the_held_out_masks_are_those_of_their_collator(tmp_path):
+    trainer = make("masked", PLAIN, 4, 2, str(tmp_path), teacher=False)
+    own = []
+    base = trainer.data_collator
+
+    def collate(examples):
+        own.append(len(examples))
+        return base(examples)
+
+    trainer.eval_collator = collate
+    trainer.train()
+    assert not own
+    trainer.evaluate()
+    assert own == [2, 2, 2, 1]
+
+
+def test_a_clock_knows_the_steps_before_a_resume():
+    clock = StepClock()
+    state = type("State", (), {"log_history": [{"step_time": 2.0}, {"eval_loss": 1.0}, {"step_time": 4.0}]})
+    clock.on_train_begin(None, state, None)
+    assert clock.median == 3.0
+    clock.durations = [9.0, 8.0, 10.0]
+    assert clock.lap() == 9.0
+    assert clock.lap() is None
+    assert clock.median == 4.0

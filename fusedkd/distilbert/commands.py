@@ -1,0 +1,37 @@
+"""The commands: distil (the default), finetune, ablate."""
+
+import sys
+
+import datasets
+import torch
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+
+from fusedkd.distilbert import driver
+from fusedkd.distilbert.config import UsageError, parse, parse_into
+from fusedkd.distilbert.finetune import FinetuneOptions, finetune
+
+PROG = "python -m fusedkd.distilbert"
+FINETUNE = "Fine-tune a distilled student, or any model, on GLUE or SQuAD, with or without a teacher that was."
+
+
+def main(argv: list[str]) -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # without it, torchrun on CPUs is not noticed
+    console = Console(quiet=not state.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 110)
+    command, *options = argv if argv and not argv[0].startswith("-") else ["distil", *argv]
+    try:
+        if command == "finetune":
+            [task] = parse_into([FinetuneOptions], options, f"{PROG} {command}", FINETUNE)
+            finetune(task, console)
+        elif command in ("distil", "ablate"):
+            driver.run(parse(options, f"{PROG} {command}", ablation=command == "ablate"), console)
+        else:
+            raise UsageError(f"no such command: {command} (distil, finetune or ablate)")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    return 0

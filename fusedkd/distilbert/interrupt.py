@@ -1,0 +1,190 @@
+"""How training ends early: a loss that is no number, SIGTERM, a checkpoint that cannot be written.
+
+Each ends in :class:`Stopped`, one line, and leaves the last checkpoint complete.
+"""
+
+import json
+import math
+import shutil
+import signal
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fusedkd.distilbert.options import UsageError
+from fusedkd.distilbert.progress import StepClock
+
+STATE = "trainer_state.json"
+"""Written last: a checkpoint without it is torn."""
+
+
+class Stopped(UsageError):
+    """Training ended before its time, for a reason that is one line."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Interruptible(Trainer):
+    """A Trainer, or what comes before one in a list of bases, that ends so; it logs the seconds per step as well.
+
+    Raises:
+        Stopped: in training, when the loss is no number, on SIGTERM and where a model or a checkpoint cannot be
+            written.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.args.logging_nan_inf_filter = False  # it waits for the device at every step, and hides what is to be seen
+        self.clock, self.interrupt = StepClock(), StopOnSignal(self)
+        for callback in (self.clock, self.interrupt):
+            self.add_callback(callback)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        with self.interrupt:
+            return super().train(*args, **options)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            check_finite(self, logs)
+            if step_time := self.clock.lap():
+                logs["step_time"] = step_time
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        with writing(self, f"the checkpoint of step {step}", folder):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with nullcontext() if _internal_call else writing(self, "the model"):
+            super().save_model(output_dir, _internal_call)
+
+
+# -------------------------------------------------- checkpoints
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint: a kill or a full disk may have left a torn one after it."""
+    named = ((f.name.partition("-")[2], f) for f in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    found = {int(step): f for step, f in named if step.isdigit()}
+    return next((str(found[step]) for step in sorted(found, reverse=True) if complete(found[step])), None)
+
+
+def complete(checkpoint: Path) -> bool:
+    """Every file of a checkpoint is there to its end."""
+    try:
+        json.loads((checkpoint / STATE).read_bytes())
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(file) for ending in ("bin", "pt", "pth") for file in checkpoint.glob(f"*.{ending}"))
+
+
+@contextmanager
+def writing(trainer: Any, what: str, checkpoint: Path | None = None) -> Iterator[None]:
+    """Around the writing of a model or a checkpoint.
+
+    Raises:
+        Stopped: where it fails; what was written of the checkpoint is removed, the ones before it are as they were.
+    """
+    if checkpoint and trainer.args.should_save:
+        (checkpoint / STATE).unlink(missing_ok=True)  # of an earlier run: not complete while it is written again
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not (reason := cannot_write(error)):
+            raise
+        if checkpoint:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        raise Stopped(f"cannot save {what}: {reason}; {last(trainer)}") from error
+
+
+def cannot_write(error: Exception) -> str | None:
+    """Why a file could not be written, if that is the error; PyTorch does not hand on what the system said."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error).rpartition("I/O error: ")[2]
+    if any(part in str(error) for part in ("PytorchStreamWriter", "inline_container", "iostream")):
+        return "writing failed (is the disk full?)"
+    return None
+
+
+def last(trainer: Any) -> str:
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+
+
+# -------------------------------------------------- numbers
+
+
+def check_finite(trainer: Any, logs: dict[str, float]) -> None:
+    """Of the means that are logged, as they are before each checkpoint (:class:`StopOnSignal`).
+
+    Raises:
+        Stopped: where the loss or the norm of the gradient is infinite or no number.
+    """
+    scaled = getattr(trainer.accelerator, "scaler", None) is not None  # a step of too large a gradient is then skipped
+    for name in ("loss",) if scaled else ("loss", "grad_norm"):
+        value = logs.get(name, 0.0)
+        if not math.isfinite(value):
+            what, step = name.replace("grad_norm", "norm of the gradient"), trainer.state.global_step
+            advice = "try a lower learning rate or a longer warm-up"
+            raise Stopped(f"the {what} is {value} at step {step}: {advice}; {last(trainer)}")
+
+
+# -------------------------------------------------- SIGTERM
+
+
+class StopOnSignal(TrainerCallback):
+    """Within its context, SIGTERM on any rank ends training after the step, with a checkpoint; and no checkpoint is
+    written but after a log, so that a resumed run logs means over the same steps.
+
+    (`enable_jit_checkpoint` of transformers waits seconds before it does anything, saves in the middle of a step, each
+    rank for itself, and lets `train` return as if training were complete.)
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.requested, self.stopped = trainer, False, False
+        self.main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+
+    def __enter__(self) -> None:
+        self.requested = self.stopped = False
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, self._request)
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self.main:
+            signal.signal(signal.SIGTERM, self.before)
+        if kind is None and self.stopped:
+            step = self.trainer.state.global_step
+            raise Stopped(f"SIGTERM ended the training after step {step}; {last(self.trainer)}", 128 + signal.SIGTERM)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stop = self.requested
+        if args.world_size > 1:  # all ranks after the same step
+            stop = bool(self.trainer.accelerator.reduce(torch.tensor(float(stop), device=args.device)) > 0)
+        if stop:
+            self.stopped = control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+        if self.stopped:  # the checkpoint is that of the step; an evaluation would draw random numbers
+            control.should_evaluate = control.should_save = False

@@ -1,0 +1,192 @@
+"""The tasks of the second step: what GLUE and SQuAD look like on the hub and in files, and how they are scored."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import binary_f1_score, multiclass_accuracy, multiclass_matthews_corrcoef
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fusedkd.distilbert.options import UsageError
+
+
+@dataclass(frozen=True)
+class Task:
+    """Names are the hub's.
+
+    labels    in their order; none: the label is a score (regression)
+    metrics   the first one says which epoch was the best
+    folder    where GLUE's download has the files
+    local     the columns that have another name there
+    header    all columns of files without a line of names
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    folder: str
+    local: dict[str, str] = field(default_factory=dict)
+    header: tuple[str, ...] | None = None
+    held_out: tuple[str, str] = ("validation", "dev")
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a classifier gives per example."""
+        return len(self.labels) or 1
+
+
+PAIR, ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+MRPC = {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"}
+MNLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), "SST-2"),
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "CoLA",
+             header=("source", "label", "mark", "sentence")),
+        Task("rte", PAIR, ENTAILMENT, ("accuracy",), "RTE"),
+        Task("stsb", PAIR, (), ("pearson", "spearman"), "STS-B", {"label": "score"}),
+        Task("mrpc", PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy"), "MRPC", MRPC),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy"), "QQP",
+             {"label": "is_duplicate"}),
+        Task("qnli", ("question", "sentence"), ENTAILMENT, ("accuracy",), "QNLI"),
+        Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",), "MNLI", MNLI,
+             held_out=("validation_matched", "dev_matched")),
+        Task("wnli", PAIR, ("not_entailment", "entailment"), ("accuracy",), "WNLI"),
+        Task("squad", ("question", "context"), (), ("f1", "exact_match"), ""),
+    )
+}  # fmt: skip
+
+
+# ---- reading
+
+
+def read(task: Task, dataset: str | None, glue_dir: str | None, squad_files: list[str]) -> list[datasets.Dataset]:
+    """Training and held-out examples: the task's texts and `label`, of SQuAD also `id` and `answers`.
+
+    From `squad_files` or `glue_dir` where given, otherwise from `dataset`, a hub name or a folder of the same form.
+    """
+    squad = task.name == "squad"
+    if glue_dir and not squad:
+        return [local(task, Path(glue_dir) / task.folder / split) for split in ("train", task.held_out[1])]
+    if squad and squad_files:
+        if len(squad_files) != 2:
+            raise UsageError("--squad_files are two: of the training and of the held-out questions")
+        return [squad_file(file) for file in squad_files]
+    source = dataset or ("rajpurkar/squad" if squad else "nyu-mll/glue")
+    splits = load(source, name=None if squad else task.name)
+    parts = []
+    for split in ("train", task.held_out[0]):
+        if split not in splits:
+            raise UsageError(f"{source} has no split {split} (it has {', '.join(splits)})")
+        wanted = [*task.texts, *(("id", "answers") if squad else ("label",))]
+        if missing := set(wanted) - set(splits[split].column_names):
+            raise UsageError(f"{source} is not of the form of {task.name}: it has no column {min(missing)}")
+        parts.append(splits[split].select_columns(wanted))
+    return parts if squad else [numbered(task, part, source) for part in parts]
+
+
+def load(source: str, **options: Any) -> Any:
+    try:
+        return datasets.load_dataset(source, **options)
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise UsageError(f"cannot read {options.get('data_files', {}).get('train', source)}: {cause}") from error
+
+
+def local(task: Task, stem: Path) -> datasets.Dataset:
+    """Of a tab-separated file of GLUE's download, as it is or with gzip. Quotation marks in it are text."""
+    files = [file for file in (stem.with_suffix(".tsv"), stem.with_suffix(".tsv.gz")) if file.is_file()]
+    if not files:
+        raise UsageError(f"no such file: {stem.with_suffix('.tsv')} (or .tsv.gz)")
+    names = {column: task.local.get(column, column) for column in (*task.texts, "label")}
+    layout = {"header": None, "names": list(task.header)} if task.header else {}
+    rows = load(
+        "csv",
+        data_files={"train": str(files[0])},
+        split="train",
+        delimiter="\t",
+        quoting=csv.QUOTE_NONE,
+        keep_default_na=False,
+        usecols=[*names.values()],
+        **layout,
+    )
+    return numbered(task, rows.rename_columns({v: k for k, v in names.items() if v != k}), str(files[0]))
+
+
+def numbered(task: Task, rows: datasets.Dataset, source: str) -> datasets.Dataset:
+    """With labels as numbers: files have names of classes."""
+    number = {name: i for i, name in enumerate(task.labels)} | {str(i): i for i in range(len(task.labels))}
+
+    def encode(label: Any) -> dict[str, Any]:
+        return {"label": number[str(label)] if task.labels else float(label)}
+
+    features = rows.features.copy()
+    features["label"] = datasets.Value("int64" if task.labels else "float32")
+    try:
+        return rows.map(encode, input_columns="label", features=features)
+    except (KeyError, ValueError, TypeError) as error:
+        known = f"one of {', '.join(task.labels)}" if task.labels else "a number"
+        raise UsageError(f"{source}: a label is not {known}: {error}") from None
+
+
+def squad_file(file: str) -> datasets.Dataset:
+    """The questions of a JSON file in SQuAD's own format (version 1.1), in the columns of the hub's."""
+    if not Path(file).is_file():
+        raise UsageError(f"no such file: {file}")
+
+    def flat(batch: dict[str, Any]) -> dict[str, list[Any]]:
+        rows = [
+            (question["id"], paragraph["context"], question["question"], question["answers"])
+            for paragraphs in batch["paragraphs"]
+            for paragraph in paragraphs
+            for question in paragraph["qas"]
+        ]
+        ids, contexts, questions, answers = zip(*rows, strict=True) if rows else ((), (), (), ())
+        columns = [{key: [a[key] for a in given] for key in ("text", "answer_start")} for given in answers]
+        return {"id": list(ids), "context": list(contexts), "question": list(questions), "answers": columns}
+
+    articles = load("json", data_files={"train": file}, field="data", split="train")
+    if "paragraphs" not in articles.column_names:
+        raise UsageError(f"{file} is no SQuAD file: its articles have no paragraphs")
+    return articles.map(flat, batched=True, batch_size=10, remove_columns=articles.column_names)
+
+
+def tokenized(task: Task, rows: datasets.Dataset, tokenizer: Tokenizer, max_length: int) -> datasets.Dataset:
+    """Token ids, `labels`, `length`. A tokenizer without a separator puts its end-of-text token between two texts."""
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [batch[column] for column in task.texts]
+        if len(texts) == 2 and tokenizer.sep_token is None:
+            texts = [[tokenizer.eos_token.join(pair) for pair in zip(*texts, strict=True)]]
+        tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=True)
+        return {**tokens, "labels": batch["label"], "length": [len(ids) for ids in tokens["input_ids"]]}
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+# ---- scoring
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "accuracy": lambda logits, labels: multiclass_accuracy(logits, labels, logits.shape[-1], average="micro"),
+    "f1": lambda logits, labels: binary_f1_score(logits.argmax(-1), labels),
+    "matthews": lambda logits, labels: multiclass_matthews_corrcoef(logits.argmax(-1), labels, logits.shape[-1]),
+    "pearson": pearson_corrcoef,
+    "spearman": spearman_corrcoef,
+}
+
+
+def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's metrics, between 0 and 1 (correlations: −1 and 1). Without variation a correlation is 0."""
+    predicted, given = torch.from_numpy(outputs).double(), torch.from_numpy(labels)
+    if not task.labels:
+        given = given.double()
+    return {name: float(METRICS[name](predicted, given).nan_to_num(0.0)) for name in task.metrics}

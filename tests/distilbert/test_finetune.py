@@ -1,0 +1,359 @@
+"""Fine-tuning on the tasks of GLUE: reading, scores, an exact loss, and runs that learn. SQuAD has its own file."""
+
+# ruff: noqa: E402 (imports after importorskip)
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("torchmetrics")
+
+from rich.console import Console
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from fusedkd.distilbert.finetune import FinetuneOptions, Progress, finetune, load_model
+from fusedkd.distilbert.interrupt import Stopped
+from fusedkd.distilbert.options import UsageError
+from fusedkd.distilbert.tasks import TASKS, read, score, tokenized
+
+from . import one_task_step
+from .conftest import bert, sentences
+
+SILENT = Console(quiet=True)
+
+
+def labelled(count: int, seed: int) -> list[tuple[str, int]]:
+    """Sentences that begin with a cat or a dog, and with which."""
+    texts = (text.replace("cat", "bird").replace("dog", "house") for text in sentences(count, seed))
+    return [
+        (f"{'dog' if (i * 7 + seed) % 3 else 'cat'} {text}", int((i * 7 + seed) % 3 > 0))
+        for i, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture
+def glue(tmp_path) -> Path:
+    """Files in the layout of GLUE's download."""
+    folder = tmp_path / "glue"
+    for name in ("SST-2", "CoLA", "RTE", "STS-B"):
+        (folder / name).mkdir(parents=True)
+    for split, count in (("train", 96), ("dev", 40)):
+        rows = labelled(count, count)
+        sst2 = ["sentence\tlabel", *(f"{text} \t{label}" for text, label in rows)]
+        with gzip.open(folder / "SST-2" / f"{split}.tsv.gz", "wt") as file:
+            file.write("\n".join(sst2) + "\n")
+        cola = [f"src\t{label}\t{'' if label else '*'}\t{text}" for text, label in rows]
+        cola[1] = 'src\t0\t*\t"the cat sees'
+        cola[2] = "src\t1\t\tnull"
+        (folder / "CoLA" / f"{split}.tsv").write_text("\n".join(cola) + "\n")
+        names = ["entailment", "not_entailment"]
+        rte = [f"{i}\t{text}\t{text[:9]}\t{names[label]}" for i, (text, label) in enumerate(rows)]
+        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rte]) + "\n")
+        stsb = [f"{i}\tg\tf\t{text}\tthe cat\t{4.5 * label:.3f}" for i, (text, label) in enumerate(rows)]
+        head = "index\tgenre\tfilename\tsentence1\tsentence2\tscore"
+        (folder / "STS-B" / f"{split}.tsv").write_text("\n".join([head, *stsb]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def student_folder(tmp_path, tokenizer) -> Path:
+    torch.manual_seed(3)
+    size = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "initializer_range": 0.3}
+    model = DistilBertForMaskedLM(DistilBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **size))
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def options(model, glue, folder, **more) -> FinetuneOptions:
+    common = {"learning_rate": 1e-2, "max_length": 32, "per_device_train_batch_size": 8, "report_to": "none"}
+    return FinetuneOptions(model=str(model), glue_dir=str(glue), output_dir=str(folder), **common | more)
+
+
+# ---- reading
+
+
+def test_files_of_glue(glue):
+    cola = read(TASKS["cola"], None, str(glue), [])
+    assert [len(part) for part in cola] == [96, 40]
+    assert cola[0][1] == {"label": 0, "sentence": '"the cat sees'}  # no header, quotation marks are text
+    assert cola[0][2]["sentence"] == "null"
+    rte, _ = read(TASKS["rte"], None, str(glue), [])
+    first, label = labelled(96, 96)[0]
+    assert rte[0] == {"sentence1": first, "sentence2": first[:9], "label": label}
+    stsb, _ = read(TASKS["stsb"], None, str(glue), [])
+    assert stsb["label"][:5] == [4.5 * label for _, label in labelled(96, 96)[:5]]
+    with pytest.raises(UsageError, match=r"no such file: .*MRPC/train.tsv"):
+        read(TASKS["mrpc"], None, str(glue), [])
+    (glue / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n")
+    with pytest.raises(UsageError, match="not one of entailment, not_entailment: 'maybe'"):
+        read(TASKS["rte"], None, str(glue), [])
+
+
+def hub_folder(folder: Path, configs: dict[str, dict[str, list[dict]]]) -> str:
+    """A data set in the hub's form: parquet files, and a README that names the configurations."""
+    lines = ["---", "configs:"]
+    for config, splits in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+            (folder / config).mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_list(rows).to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return str(folder)
+
+
+def test_a_data_set_in_the_form_of_the_hub(tmp_path):
+    rows = [{"sentence": text, "label": label, "idx": i} for i, (text, label) in enumerate(labelled(9, 0))]
+    other = [{"sentence1": "a", "sentence2": "b", "label": 2.5, "idx": 0}]
+    configs = {
+        "sst2": {"train": rows, "validation": rows[:4], "test": [{**rows[0], "label": -1}]},
+        "stsb": {"train": other},
+    }
+    folder = hub_folder(tmp_path / "hub", configs)
+    train, held_out = read(TASKS["sst2"], folder, None, [])
+    assert train["sentence"][:] == [row["sentence"] for row in rows]
+    assert held_out["label"][:] == [row["label"] for row in rows[:4]]
+    with pytest.raises(UsageError, match=r"no split validation \(it has train\)"):
+        read(TASKS["stsb"], folder, None, [])
+    with pytest.raises(UsageError, match="cannot read"):
+        read(TASKS["cola"], folder, None, [])
+
+
+# ---- scores
+
+
+def test_scores_by_hand():
+    """The labels predicted are 1 1 0 1 0, those given 1 0 0 1 1: two true positives, one of each other kind."""
+    logits = np.array([[0, 1], [0, 2], [3, 1], [-1, 0], [1, 0]], np.float32)
+    labels = np.array([1, 0, 0, 1, 1])
+    assert score(TASKS["sst2"], logits, labels) == {"accuracy": pytest.approx(3 / 5)}
+    assert score(TASKS["cola"], logits, labels) == {"matthews": pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))}
+    assert score(TASKS["mrpc"], logits, labels) == {"f1": pytest.approx(4 / 6), "accuracy": pytest.approx(3 / 5)}
+    scores = score(TASKS["stsb"], np.array([1, 2, 4], np.float32), np.array([0, 5, 4], np.float32))
+    # deviations from the means: −4/3, −1/3, 5/3 and −3, 2, 1; ranks 1 2 3 and 1 3 2
+    assert scores["pearson"] == pytest.approx((4 - 2 / 3 + 5 / 3) / np.sqrt(42 / 9 * 14))
+    assert scores["spearman"] == pytest.approx(0.5, abs=1e-6)
+    three = np.eye(3, dtype=np.float32)[[0, 1, 2, 2]]
+    assert score(TASKS["mnli"], three, np.array([0, 1, 2, 0])) == {"accuracy": pytest.approx(0.75)}
+
+
+@pytest.mark.filterwarnings("ignore:The variance")
+def test_constant_predictions_have_no_correlation():
+    ones = np.ones(4, np.float32)
+    assert score(TASKS["stsb"], ones, np.arange(4, dtype=np.float32)) == {"pearson": 0.0, "spearman": 0.0}
+    assert score(TASKS["cola"], np.tile([0.0, 1.0], (4, 1)), np.array([0, 1, 1, 0])) == {"matthews": 0.0}
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "squad"])
+def test_one_step_has_one_gradient(task):
+    """Of seven rows in four batches: the last one is short."""
+    one_task_step.assert_equal(one_task_step.gradient(task, 2, 4), one_task_step.truth(task))
+
+
+def test_two_processes_have_it_too(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, one_task_step.__file__, "squad", "2", "2", str(tmp_path / "result.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one_task_step.assert_equal(torch.load(tmp_path / "result.pt"), one_task_step.truth("squad", count=8))
+
+
+# ---- models
+
+
+def roberta(vocab: int) -> RobertaForMaskedLM:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return RobertaForMaskedLM(RobertaConfig(vocab_size=vocab, max_position_embeddings=40, type_vocab_size=1, **size))
+
+
+def gpt2(vocab: int) -> GPT2LMHeadModel:
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 40, "initializer_range": 0.5}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, **size))
+
+
+HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert", "roberta", "gpt2"])
+def test_the_body_of_a_language_model_arrives(tmp_path, student_folder, request, kind):
+    folder = student_folder
+    if kind != "distilbert":
+        folder = tmp_path / kind
+        tokenizer = request.getfixturevalue("tokenizer" if kind == "bert" else f"{kind}_tokenizer")
+        if kind == "gpt2":
+            model = GPT2LMHeadModel(
+                GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=40)
+            )
+        else:
+            model = (bert if kind == "bert" else roberta)(len(tokenizer))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model, tokenizer = load_model(str(folder), TASKS["rte"], 32, "--model")
+        heads.append(next(p for name, p in model.named_parameters() if name.endswith(HEADS)))
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    source = {"distilbert": DistilBertForMaskedLM, "gpt2": GPT2LMHeadModel, "roberta": RobertaForMaskedLM}.get(kind)
+    source = source.from_pretrained(folder) if source else bert(len(tokenizer))
+    body = dict(source.base_model.named_parameters())
+    assert len(body) > 10
+    for name, parameter in model.base_model.named_parameters():
+        assert "pooler" in name or torch.equal(parameter, body[name]), name
+
+    rows = datasets.Dataset.from_list([{"sentence1": "the cat", "sentence2": "a big red house", "label": 1}] * 2)
+    [row, _] = tokenized(TASKS["rte"], rows, tokenizer, 32)
+    assert row["labels"] == 1
+    assert row["length"] == len(row["input_ids"])
+    text = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+    separator = tokenizer.sep_token or tokenizer.eos_token
+    assert separator in text[text.index("cat") : text.index("house")]
+
+
+def test_padding_changes_nothing_in_gpt2(tmp_path, gpt2_tokenizer):
+    """Its classifier reads the last token, and its tokenizer has no padding."""
+    torch.manual_seed(0)
+    gpt2(len(gpt2_tokenizer)).save_pretrained(tmp_path)
+    gpt2_tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_model(str(tmp_path), TASKS["sst2"], 32, "--model")
+    texts = ["the cat sees a dog", "red house near the river and under it the old bird"]
+    both = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    alone = [model(**tokenizer(text, return_tensors="pt")).logits for text in texts]
+    assert (both[0] - both[1]).abs().max() > 0.1
+    torch.testing.assert_close(both, torch.cat(alone))
+    with pytest.raises(UsageError, match="squad needs a model that reads in both directions, not gpt2"):
+        load_model(str(tmp_path), TASKS["squad"], 32, "--model")
+
+
+def test_models_that_are_refused(tmp_path, student_folder, teacher_folder):
+    with pytest.raises(UsageError, match="is not fine-tuned on sst2: it has no bert"):
+        load_model(str(teacher_folder), TASKS["sst2"], 32, "--teacher")
+    with pytest.raises(UsageError, match="--max_length 65 exceeds the 64 positions"):
+        load_model(str(student_folder), TASKS["sst2"], 65, "--model")
+    with pytest.raises(UsageError, match="cannot load --model"):
+        load_model(str(tmp_path / "nowhere"), TASKS["sst2"], 32, "--model")
+    config = json.loads((student_folder / "config.json").read_text())
+    (student_folder / "config.json").write_text(json.dumps({**config, "n_layers": 2}))
+    with pytest.raises(UsageError, match=r"16 weights missing or of another size, distilbert.transformer.layer.1"):
+        load_model(str(student_folder), TASKS["sst2"], 32, "--model")
+
+
+# ---- runs
+
+
+def test_a_run_learns_is_kept_and_teaches(tmp_path, glue, student_folder, teacher_folder):
+    """A teacher learns the task; a student of it, shown no label, follows; finished folders are reused."""
+    taught = options(teacher_folder, glue, tmp_path / "out" / "teacher", epochs=5)
+    stage = finetune(taught, SILENT)
+    assert [point["epoch"] for point in stage["curve"]] == [1, 2, 3, 4, 5]
+    assert stage["metrics"] == {"accuracy": stage["curve"][-1]["accuracy"]}
+    assert stage["best"]["accuracy"] == max(point["accuracy"] for point in stage["curve"]) > 0.9
+    assert (stage["steps"], stage["train_examples"], stage["eval_examples"]) == (60, 96, 40)
+    settings = json.loads((tmp_path / "out" / "teacher" / "run.json").read_text())
+    assert str(tmp_path) not in json.dumps(settings)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "teacher")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    texts, labels = zip(*labelled(40, 40), strict=True)
+    right = model(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits.argmax(-1) == torch.tensor(labels)
+    assert right.double().mean() == pytest.approx(stage["metrics"]["accuracy"])
+
+    before = (tmp_path / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns
+    assert finetune(taught, SILENT) == stage
+    assert (tmp_path / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"holds a run with --learning_rate 0.01, not 0.02"):
+        finetune(options(teacher_folder, glue, tmp_path / "out" / "teacher", epochs=5, learning_rate=0.02), SILENT)
+    with pytest.raises(UsageError, match="holds something else"):
+        finetune(options(teacher_folder, glue, student_folder), SILENT)
+
+    for split in ("train", "dev"):  # half of the labels wrong: what is learnt is the teacher's
+        rows = [f"{text}\t{i % 2 if split == 'train' else label}" for i, (text, label) in enumerate(labelled(96, 96))]
+        with gzip.open(glue / "SST-2" / f"{split}.tsv.gz", "wt") as file:
+            file.write("\n".join(["sentence\tlabel", *rows]) + "\n")
+    follow = {"teacher": str(tmp_path / "out" / "teacher"), "alpha_kd": 1.0, "alpha_hard": 0.0, "epochs": 4}
+    student = finetune(options(student_folder, glue, tmp_path / "out" / "student", **follow), SILENT)
+    assert student["metrics"]["accuracy"] > 0.85
+
+
+@pytest.mark.filterwarnings("ignore:The variance")
+def test_a_score_is_learnt_and_examples_are_limited(tmp_path, glue, student_folder):
+    run = options(student_folder, glue, tmp_path / "out", task="stsb", epochs=6, max_train_examples=80, by_length=True)
+    stage = finetune(run, SILENT)
+    assert (stage["train_examples"], stage["steps"]) == (80, 60)
+    assert stage["metrics"].keys() == {"pearson", "spearman"}
+    assert stage["best"]["pearson"] > 0.6
+
+
+def test_an_interrupted_run_goes_on(tmp_path, glue, student_folder, monkeypatch):
+    """SIGTERM in the second epoch: a clear end, and after it the same run."""
+    run = {"epochs": 2, "by_length": True, "gradient_accumulation_steps": 2}
+    whole = finetune(options(student_folder, glue, tmp_path / "whole", **run), SILENT)
+
+    def kill(self, args, state, control, **kwargs):
+        if state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_step_begin", kill, raising=False)
+        with pytest.raises(Stopped, match="SIGTERM ended the training after step 10"):
+            finetune(options(student_folder, glue, tmp_path / "out", **run), SILENT)
+    assert not (tmp_path / "out" / "stage.json").exists()
+    rest = finetune(options(student_folder, glue, tmp_path / "out", resume_from_checkpoint=True, **run), SILENT)
+    assert len(rest["curve"]) == 2
+    assert rest["curve"] == whole["curve"]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_what_is_refused(tmp_path, glue, student_folder, teacher_folder):
+    wrong = {
+        "--model is missing": {"model": ""},
+        "--epochs must be positive": {"epochs": 0},
+        "--bf16 and --fp16 exclude each other": {"bf16": True, "fp16": True},
+        "--divergence logit_mse needs --temperature 1": {"divergence": "logit_mse"},
+        "both 0": {"teacher": "x", "alpha_kd": 0.0, "alpha_hard": 0.0},
+        "is not fine-tuned": {"teacher": str(teacher_folder)},
+        "no such file": {"glue_dir": str(tmp_path)},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(UsageError, match=message):
+            finetune(FinetuneOptions(**{**vars(options(student_folder, glue, tmp_path / "out")), **changes}), SILENT)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif("FUSEDKD_GLUE_DIR" not in os.environ, reason="FUSEDKD_GLUE_DIR names no folder of GLUE's files")
+def test_the_files_of_glue_have_their_official_sizes():
+    sizes = {"sst2": (67349, 872), "cola": (8551, 1043), "rte": (2490, 277), "stsb": (5749, 1500)}
+    for name, expected in sizes.items():
+        parts = read(TASKS[name], None, os.environ["FUSEDKD_GLUE_DIR"], [])
+        assert tuple(map(len, parts)) == expected
+        for part in parts:
+            assert all(all(part[column]) for column in TASKS[name].texts)
+            labels = np.array(part["label"])
+            assert labels.min() == 0
+            assert labels.max() == (len(TASKS[name].labels) - 1 if TASKS[name].labels else 5)
