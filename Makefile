@@ -2,6 +2,7 @@
 # make test    the test suite
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     GPU tests, then GPU benchmarks, into $(RESULTS); needs no network and installs nothing
+# make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
 # make lint    ruff and mypy
 #
 # All but `make gpu` run in .venv, which the first of them creates with the versions of constraints.txt.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench gpu gpu-build gpu-test gpu-bench lint clean
+.PHONY: demo test bench evidence gpu gpu-build gpu-test gpu-bench lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
@@ -25,6 +26,14 @@ bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
+	.venv/bin/python -m benchmarks.report $(RESULTS)
+
+evidence: .venv/ready
+	.venv/bin/python -m fusedkd.distilbert ablate --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
+		--vocab_file $(VOCAB) --glue_dir $(GLUE)
+	cp runs/ablation/results.json $(RESULTS)/ablation.json
+	cp runs/ablation/curves.png $(RESULTS)/ablation.png
+	.venv/bin/python -m benchmarks.step $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
 # A failing test does not keep the benchmarks from running, but fails the command. Most of the time of the tests goes into
@@ -50,6 +59,7 @@ gpu-bench: gpu-build
 	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda.json --device cuda || failed=1; \
 	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda-linear.json --device cuda --cases cuda-linear || failed=1; \
 	$(PYTHON) -m benchmarks.accuracy $(RESULTS) --device cuda || failed=1; \
+	$(PYTHON) -m benchmarks.step $(RESULTS) --device cuda || failed=1; \
 	$(PYTHON) -m benchmarks.report $(RESULTS) || failed=1; \
 	exit $$failed
 

@@ -1,4 +1,4 @@
-"""The benchmark harness measures what it says, and the README quotes what it measured."""
+"""The benchmark harness measures what it says, and the pages quote what it measured."""
 
 import itertools
 import json
@@ -69,18 +69,19 @@ def test_harness_writes_json_table_and_picture(cases, tmp_path):
     assert (tmp_path / "cpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_readme_quotes_the_recorded_results():
-    text = (ROOT / "README.md").read_text()
-    assert report.with_quotes(text) == text, "run: python -m benchmarks.report"
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+def test_pages_quote_the_recorded_results(page):
+    assert report.with_quotes(page) == page.read_text(), "run: python -m benchmarks.report"
 
 
-def test_readme_block_is_renewed_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(report, "quote", lambda name: f"numbers of {name}\n")
-    text = (
+def test_a_block_is_renewed_and_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "quote", lambda name, page: f"numbers of {name}\n")
+    page = tmp_path / "page.md"
+    page.write_text(
         "a\n<!-- benchmarks:cpu -->\nold\nold\n<!-- /benchmarks -->\nb\n"
         "<!-- benchmarks:cuda -->\n<!-- /benchmarks -->\n"
     )
-    assert report.with_quotes(text) == (
+    assert report.with_quotes(page) == (
         "a\n<!-- benchmarks:cpu -->\nnumbers of cpu\n<!-- /benchmarks -->\nb\n"
         "<!-- benchmarks:cuda -->\nnumbers of cuda\n<!-- /benchmarks -->\n"
     )

@@ -8,6 +8,6 @@ It needs the training extra (`pip install "fusedkd[train]"`), so nothing is impo
     student         teacher in, student out                    arms              the students that are compared
     trainer         the exact triple loss                      interrupt         NaN, SIGTERM, full disk
     finetune        the second step, on GLUE and SQuAD         tasks, squad      their data and scores
-    task_trainer    its exact loss                             card, latency     of what was made
-    progress        the bar, the clock
+    task_trainer    its exact loss                             progress          the bar, the clock
+    evidence        fine-tuning and latency of what was made   card              its README
 """

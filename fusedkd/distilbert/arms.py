@@ -14,7 +14,7 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "full": Arm("triple loss", {}, "#0b6e99"),
+    "full": Arm("full loss", {}, "#0b6e99"),
     "no_cos": Arm("without cosine", {"alpha_cos": 0.0}, "#6940a5", -1.46),
     "no_mlm": Arm("without MLM", {"alpha_mlm": 0.0}, "#448361", -0.31),
     "no_distil": Arm("without the distillation loss", {"alpha_distil": 0.0}, "#c29343", -2.96),

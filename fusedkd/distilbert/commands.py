@@ -1,6 +1,7 @@
 """The commands: distil (the default), finetune, ablate."""
 
 import sys
+from datetime import timedelta
 
 import datasets
 import torch
@@ -20,10 +21,13 @@ def main(argv: list[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    state = PartialState(cpu=not torch.accelerator.is_available())  # without it, torchrun on CPUs is not noticed
+    # Without `cpu`, torchrun on CPUs is not noticed. The other ranks wait while the first one reads the text.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=2))
     console = Console(quiet=not state.is_main_process, highlight=False, width=None if sys.stdout.isatty() else 110)
     command, *options = argv if argv and not argv[0].startswith("-") else ["distil", *argv]
     try:
+        if torch.accelerator.is_available() and torch.accelerator.device_count() > state.num_processes == 1:
+            raise UsageError("several accelerators: torchrun --nproc_per_node N -m ..., or CUDA_VISIBLE_DEVICES=0")
         if command == "finetune":
             [task] = parse_into([FinetuneOptions], options, f"{PROG} {command}", FINETUNE)
             finetune(task, console)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
+from accelerate import PartialState
 
-from fusedkd.distilbert.options import UsageError, option, parse_into
+from fusedkd.distilbert.options import UsageError, check_signs, option, parse_into
 from fusedkd.divergences import FAMILIES, Divergence
 
 __all__ = ["Config", "UsageError", "check_folder", "option", "parse", "parse_divergence", "parse_into"]
@@ -204,7 +205,7 @@ class Config:
                 inputs += [f"--{name} {file}" for file in contents(Path(value))]
             names = [Path(v).resolve().name if here else v for v, here in zip(values, local, strict=True)]
             flat[name] = names if isinstance(flat[name], list) else names[0]
-        return flat | {"inputs": inputs}
+        return flat | {"processes": PartialState().num_processes, "inputs": inputs}
 
 
 def contents(path: Path) -> Iterator[str]:
@@ -286,14 +287,8 @@ def check(config: Config) -> None:
         raise UsageError(f"--block_size must be at least 8, not {text.block_size}")
     if not 0 < text.mlm_probability < 1:
         raise UsageError(f"--mlm_probability must lie between 0 and 1, not {text.mlm_probability}")
-    values = {k: v for group in fields(config) for k, v in asdict(getattr(config, group.name)).items()}
-    for names, wrong, must in (
-        (POSITIVE, lambda v: v <= 0, "be positive"),
-        (NOT_NEGATIVE, lambda v: v < 0, "not be negative"),
-    ):
-        for name in sorted(names):
-            if wrong(values[name]):
-                raise UsageError(f"--{name} must {must}")
+    for group in fields(config):
+        check_signs(getattr(config, group.name), POSITIVE, NOT_NEGATIVE)
     if config.teacher.teacher_hidden % (2 * config.teacher.teacher_heads):
         raise UsageError("--teacher_hidden must be a multiple of twice --teacher_heads")
     if config.run.bf16 and config.run.fp16:

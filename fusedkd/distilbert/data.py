@@ -129,7 +129,7 @@ def load_vocab(file: str) -> Tokenizer:
     try:
         content = gzip.decompress(Path(file).read_bytes()) if file.endswith(".gz") else Path(file).read_bytes()
         vocab = {token.strip(): i for i, token in enumerate(content.decode().rstrip("\n").split("\n"))}
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OSError, EOFError):
         raise UsageError(f"{file} is no BERT vocabulary: it is not UTF-8 text") from None
     if missing := set(SPECIAL) - vocab.keys():
         raise UsageError(f"{file} is no BERT vocabulary: it lacks {' '.join(sorted(missing))}")

@@ -6,7 +6,7 @@ Each model leaves a folder with a `stage.json` under --output_dir; one that is t
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ from fusedkd.distilbert.data import (
     token_counts,
     train_tokenizer,
 )
-from fusedkd.distilbert.finetune import FinetuneOptions, finetune
+from fusedkd.distilbert.evidence import Models, add_tasks, check_tasks, latencies
 from fusedkd.distilbert.interrupt import last_checkpoint
-from fusedkd.distilbert.latency import latencies
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import Teacher, layers_of, load_teacher, new_teacher, student_from_teacher
 from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
@@ -67,7 +66,9 @@ def run(config: Config, console: Console) -> None:
     """Everything, from the text to the report."""
     arms = config.run.arms or []
     for arm in arms:
-        changed(config, arm)  # refuses what is none
+        weights = asdict(changed(config, arm).loss)
+        if not any(weights[name] for name in weights if name.startswith("alpha")):
+            raise UsageError(f"--arms {arm}: every weight of its loss is 0")
     if config.run.fsdp and not torch.accelerator.is_available():
         raise UsageError("--fsdp needs an accelerator: on CPUs it would be data parallelism alone")
     state = PartialState()
@@ -78,9 +79,15 @@ def run(config: Config, console: Console) -> None:
     for seed in range(config.run.seed, config.run.seed + config.run.seeds):
         for arm, stages in students.items():
             stages.append(student_of(shared, arm, teacher, seed))
-    add_tasks(shared, teacher, teacher_stage, students)
+    teachers = [{**teacher_stage, "seed": config.run.seed + i} for i in range(config.run.seeds)]
+    if config.tasks.tasks:
+        add_tasks(config, with_folders(shared, teacher, teachers, students), console)
     if state.is_main_process:
-        report.write(config, len(shared.tokenizer), teacher_stage, students, speeds(shared, teacher, students), console)
+        latency = None
+        if "full" in students:
+            student = AutoModel.from_pretrained(config.folder / folder_name(config, "full", config.run.seed))
+            latency = latencies({"teacher": teacher, "student": student}, config.text.block_size)
+        report.write(config, len(shared.tokenizer), teachers, students, latency, console)
 
 
 def prepare(config: Config, console: Console) -> Run:
@@ -96,7 +103,8 @@ def prepare(config: Config, console: Console) -> Run:
         vocab = tokenizer.get_vocab() if tokenizer else None
         teacher, tokenizer = load_teacher(config.teacher.teacher, text.block_size, vocab)
         layers_of(config.student, teacher)  # refuses what cannot be
-    elif saved.is_dir():
+    check_tasks(config)
+    if teacher is None and saved.is_dir():
         console.print(f"[bold]Tokenizer[/bold]: reusing {saved}")
         tokenizer = AutoTokenizer.from_pretrained(saved)
     train_text, eval_text = read_text(text)
@@ -130,7 +138,9 @@ def teacher_of(shared: Run) -> tuple[Teacher, Stage]:
     """The teacher, given or trained here, and what its stage found."""
     config, teacher = shared.config, shared.teacher
     if teacher is not None:
-        trainer = make_trainer(shared, shared.config.folder / "teacher", teacher, PLAIN, None, config.run.seed, 1)
+        # Not sharded: it is needed whole.
+        whole = replace(shared, config=replace(config, run=replace(config.run, fsdp=False)))
+        trainer = make_trainer(whole, config.folder / "teacher", teacher, PLAIN, None, config.run.seed, 1)
         return teacher, sizes(teacher) | {"curve": [report.point(0, trainer.evaluate())]}
     size = (len(shared.tokenizer), config.text.block_size)
     steps = config.teacher.teacher_steps
@@ -278,41 +288,17 @@ def sizes(model: PreTrainedModel) -> Stage:
 # ---- what comes after training
 
 
-def add_tasks(shared: Run, teacher: Teacher, teacher_stage: Stage, students: dict[str, list[Stage]]) -> None:
-    """Fine-tune the teacher and every student on each of --tasks; what came out goes into their stages."""
-    config = shared.config
-    if not config.tasks.tasks:
-        return
-    folder = config.folder / "teacher"
+def with_folders(shared: Run, teacher: Teacher, teachers: list[Stage], students: dict[str, list[Stage]]) -> Models:
+    """Every model to fine-tune: its folder, and the stage that its seed is in."""
+    folder = shared.config.folder / "teacher"
     with PartialState().main_process_first():
         if not (folder / "config.json").is_file():
             teacher.save_pretrained(folder)
             shared.tokenizer.save_pretrained(folder)
-    models = [(folder, teacher_stage, config.run.seed)]
+    models = [(folder, stage) for stage in teachers]
     for arm, stages in students.items():
-        models += [(config.folder / folder_name(config, arm, s["seed"]), s, s["seed"]) for s in stages]
-    for folder, stage, seed in models:
-        stage["tasks"] = {}
-        for task in config.tasks.tasks:
-            options = FinetuneOptions(
-                task=task,
-                model=str(folder),
-                output_dir=str(config.folder / "tasks" / f"{folder.name}-{task}"),
-                max_length=min(128, config.text.block_size),
-                seed=seed,
-                report_to="none",
-                **config.tasks.finetune,
-            )
-            stage["tasks"][task] = finetune(options, shared.console)
-
-
-def speeds(shared: Run, teacher: Teacher, students: dict[str, list[Stage]]) -> dict[str, Any] | None:
-    """Teacher and student, a sequence at a time."""
-    if "full" not in students:
-        return None
-    config = shared.config
-    student = AutoModel.from_pretrained(config.folder / folder_name(config, "full", config.run.seed))
-    return latencies({"teacher": teacher, "student": student}, config.text.block_size)
+        models += [(shared.config.folder / folder_name(shared.config, arm, s["seed"]), s) for s in stages]
+    return models
 
 
 def card(shared: Run, folder: Path, stage: Stage, loss: TripleLoss, teacher: Teacher | None) -> None:

@@ -36,7 +36,7 @@ from fusedkd.distilbert.card import Facts, write_card
 from fusedkd.distilbert.config import check_folder, contents, parse_divergence
 from fusedkd.distilbert.data import ByLength
 from fusedkd.distilbert.interrupt import last_checkpoint
-from fusedkd.distilbert.options import UsageError, option
+from fusedkd.distilbert.options import UsageError, check_signs, option
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import usable_positions
 from fusedkd.distilbert.task_trainer import Padding, TaskTrainer
@@ -121,13 +121,7 @@ def check(options: FinetuneOptions) -> None:
         raise UsageError("--model is missing: a folder or hub name to start from")
     if options.max_length is None:
         options.max_length = 384 if options.task == "squad" else 128
-    for names, wrong, must in (
-        (POSITIVE, lambda v: v <= 0, "be positive"),
-        (NOT_NEGATIVE, lambda v: v < 0, "not be negative"),
-    ):
-        for name in sorted(names):
-            if wrong(getattr(options, name)):
-                raise UsageError(f"--{name} must {must}")
+    check_signs(options, POSITIVE, NOT_NEGATIVE)
     if options.bf16 and options.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
     if parse_divergence(options.divergence).temperature_power == 0 and options.temperature != 1:
@@ -264,7 +258,8 @@ def finetune(options: FinetuneOptions, console: Console) -> Stage:
 def card(options: FinetuneOptions, stage: Stage) -> Facts:
     """What the model card says."""
     squad, kd = options.task == "squad", options.teacher is not None
-    source = options.dataset or ("rajpurkar/squad" if squad else "nyu-mll/glue")
+    files = options.squad_files if squad else options.glue_dir
+    source = "local files" if files else options.dataset or ("rajpurkar/squad" if squad else "nyu-mll/glue")
     names = ("temperature", "alpha_kd", "alpha_hard", "divergence")
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * PartialState().num_processes
     return {
@@ -279,7 +274,7 @@ def card(options: FinetuneOptions, stage: Stage) -> Facts:
         | {"examples": stage["train_examples"]},
         "metrics": stage["metrics"],
         "evaluation": {"dataset": source, "split": TASKS[options.task].held_out[0]}
-        | ({} if squad else {"config": options.task}),
+        | ({} if squad or files else {"config": options.task}),
     }
 
 

@@ -112,6 +112,18 @@ def flags_of(file: str, parser: HfArgumentParser) -> list[str]:
     return flags
 
 
+def check_signs(options: Any, positive: Iterable[str], not_negative: Iterable[str]) -> None:
+    """UsageError for the first of the options (attributes) whose value is out of range; ratios are below 1."""
+    for name in sorted(positive):
+        if getattr(options, name, 1) <= 0:
+            raise UsageError(f"--{name} must be positive")
+    for name in sorted(not_negative):
+        if getattr(options, name, 0) < 0:
+            raise UsageError(f"--{name} must not be negative")
+    if getattr(options, "warmup_ratio", 0) >= 1:
+        raise UsageError(f"--warmup_ratio is a share of the steps, below 1, not {options.warmup_ratio}")
+
+
 def hint(name: str, parser: HfArgumentParser) -> str:
     """What the user may have meant."""
     known: Iterable[str] = (action.dest for action in parser._actions)

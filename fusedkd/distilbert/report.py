@@ -25,7 +25,7 @@ Numbers = dict[str, list[float]]  # metric: a value per seed
 
 
 def write(
-    config: Config, vocab: int, teacher: Stage, students: dict[str, list[Stage]], latency: Any, console: Console
+    config: Config, vocab: int, teachers: list[Stage], students: dict[str, list[Stage]], latency: Any, console: Console
 ) -> None:
     """Compare the students; print the table, write JSON and picture."""
     results: dict[str, Any] = {
@@ -35,7 +35,7 @@ def write(
         "backends": {operator: backend for (operator, _), (backend, _) in ops.backends.items()},
         "settings": config.settings(everything=True) | {"vocab_size": vocab},
         "latency": latency,
-        "teacher": teacher,
+        "teacher": teachers,
         "students": students,
     }
     for name in ("output_dir", "glue_dir"):
@@ -88,12 +88,12 @@ def difference(arm: list[float], full: list[float]) -> tuple[float, float]:
 
 
 def verdict(arm: list[float], full: list[float], metric: str) -> str:
-    """Whether an arm differs from the triple loss by more than two standard errors."""
+    """Whether an arm differs from the full loss by more than two standard errors."""
     change, error = difference(arm, full)
     worse = change > 0 if metric in LOWER_IS_BETTER else change < 0
     outcome = f"{'worse' if worse else 'better'} by {abs(change):.{2 if metric == SCORE else 4}f}"
     if len(full) == 1:
-        return f"{outcome} (one seed)"
+        return f"{outcome} (one seed)" if change else "equal (one seed)"
     if abs(change) <= 2 * error:
         return f"no difference beyond two standard errors ({change:+.3f} ± {error:.3f})"
     return f"{outcome} ± {error:.{2 if metric == SCORE else 4}f}"
@@ -107,7 +107,7 @@ def findings(results: dict[str, Any]) -> list[str]:
         metrics = [*METRICS, *([SCORE] if SCORE in full else [])]
         for name in [name for name in arms if name != "full"]:
             outcomes = (f"{METRICS.get(m, m)} {verdict(arms[name][m], full[m], m)}" for m in metrics)
-            lines.append(f"{ARMS[name].title} against the triple loss: {'; '.join(outcomes)}.")
+            lines.append(f"{ARMS[name].title} against the full loss: {'; '.join(outcomes)}.")
         compared = [name for name in arms if ARMS[name].paper is not None]
         if SCORE in full and len(compared) > 1:
             ours = sorted(compared, key=lambda name: mean(arms[name][SCORE]))
@@ -121,12 +121,12 @@ def findings(results: dict[str, Any]) -> list[str]:
 
 def retention(results: dict[str, Any], full: Numbers) -> list[str]:
     """The student beside its teacher: score, parameters, time."""
-    teacher, student = results["teacher"], results["students"]["full"][0]
+    teacher, student = results["teacher"][0], results["students"]["full"][0]
     parts = [f"{1 - student['parameters'] / teacher['parameters']:.0%} fewer parameters"]
     if teacher.get("body") and student.get("body"):
         parts.append(f"{1 - student['body'] / teacher['body']:.0%} fewer outside the embeddings and the head")
     if SCORE in full:
-        kept = mean(full[SCORE]) / mean(numbers([teacher])[SCORE])
+        kept = mean(full[SCORE]) / mean(numbers(results["teacher"])[SCORE])
         parts.insert(0, f"{kept:.1%} of the teacher's mean score")
     if latency := results.get("latency"):
         times = latency["milliseconds"]
@@ -134,7 +134,7 @@ def retention(results: dict[str, Any], full: Numbers) -> list[str]:
             f"{times['student']:.2f} ms against {times['teacher']:.2f} ms for a sequence of {latency['length']} tokens "
             f"on the CPU ({times['teacher'] / times['student'] - 1:.0%} faster)"
         )
-    return [f"The student of the triple loss has {', '.join(parts)}."]
+    return [f"The student of the full loss has {', '.join(parts)}."]
 
 
 # ---- tables
@@ -146,7 +146,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     title = "Teacher and students" + (f", mean of {seeds} seeds ± standard deviation" if seeds > 1 else "")
     models = grid(title, "model", "steps", "parameters", *METRICS.values(), "s/step")
     students, teacher = results["students"], results["teacher"]
-    models.add_row(*model_row("teacher", [teacher]))
+    models.add_row(*model_row("teacher", teacher[:1]))
     if "full" in students:
         first = students["full"][0]
         start = {"steps": 0, "parameters": first["parameters"], "curve": first["curve"][:1]}
@@ -154,7 +154,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     models.add_section()
     for name, stages in students.items():
         models.add_row(*model_row(ARMS[name].title, stages))
-    return [models, task_table(results)] if "tasks" in teacher else [models]
+    return [models, task_table(results)] if "tasks" in teacher[0] else [models]
 
 
 def grid(title: str, *columns: str) -> Table:
@@ -172,9 +172,9 @@ def model_row(model: str, stages: list[Stage]) -> list[str]:
 
 
 def task_table(results: dict[str, Any]) -> Table:
-    """Metric × 100 of each task; the change of their mean against the triple loss, ours and the paper's."""
+    """Metric × 100 of each task; the change of their mean against the full loss, ours and the paper's."""
     arms = {name: numbers(stages) for name, stages in results["students"].items()}
-    teacher, full = numbers([results["teacher"]]), arms.get("full")
+    teacher, full = numbers(results["teacher"]), arms.get("full")
     tasks = [name for name in teacher if name not in METRICS]
     table = grid("Fine-tuned: metric × 100", "model", *tasks, *(["change", "in the paper"] if full else []))
     table.add_row("teacher", *(cell(teacher[task], 1) for task in tasks))
@@ -184,7 +184,7 @@ def task_table(results: dict[str, Any]) -> Table:
         if full and name != "full":
             change, error = difference(found[SCORE], full[SCORE])
             paper = ARMS[name].paper
-            cells += [f"{change:+.1f} ± {error:.1f}", "" if paper is None else f"{paper:+.2f}"]
+            cells += [f"{change:+.1f}" + (f" ± {error:.1f}" if error else ""), "" if paper is None else f"{paper:+.2f}"]
         table.add_row(ARMS[name].title, *cells)
     return table
 
@@ -206,7 +206,7 @@ def markdown(results: dict[str, Any]) -> str:
     settings = results["settings"]
     where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
     seeds = f"Mean of {settings['seeds']} seeds ± standard deviation; loss" if settings["seeds"] > 1 else "Loss"
-    legend = f"{where}. {seeds} per masked token ({settings['mlm_probability']:.0%}) and KL on held-out text."
+    legend = f"{where}. {seeds} per predicted token ({settings['mlm_probability']:.0%} masked) and KL on held-out text."
     if settings["tasks"]:
         legend += " Tasks: on the development set, after the last epoch; change: ± its standard error."
     return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])
@@ -228,7 +228,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     s, first = results["settings"], next(iter(results["students"].values()))[0]
     source = s["dataset"] or ", ".join(s["train_files"][:2]) or "Python's documentation"
     source += f" and {len(s['train_files']) - 2} more files" if len(s["train_files"]) > 2 else ""
-    millions = [f"{stage['parameters'] / 1e6:.2f} M" for stage in (results["teacher"], first)]
+    millions = [f"{stage['parameters'] / 1e6:.2f} M" for stage in (results["teacher"][0], first)]
     weights = ", ".join(f"{s[name]:g}" for name in ("alpha_distil", "alpha_mlm", "alpha_cos"))
     figure.suptitle(
         f"DistilBERT student ({millions[1]} parameters) of a teacher ({millions[0]}) on {source}\n"
@@ -251,7 +251,7 @@ def curves(axis: Any, results: dict[str, Any], metric: str, unit: str) -> None:
     if metric == "kl":
         axis.set_yscale("log")
     else:
-        level = results["teacher"]["curve"][-1][metric]
+        level = results["teacher"][0]["curve"][-1][metric]
         axis.axhline(level, color="0.35", ls="--", lw=1.2, label="teacher")
         low, high = min(*trained, level), max(*trained, level)  # the untrained student falls out of the frame
         margin = 0.06 * (high - low) or 0.01
@@ -265,7 +265,7 @@ def curves(axis: Any, results: dict[str, Any], metric: str, unit: str) -> None:
 def scores(axis: Any, results: dict[str, Any]) -> None:
     """A group of bars per task, one bar per arm, error bars over the seeds, the teacher a line."""
     arms = {name: numbers(stages) for name, stages in results["students"].items()}
-    teacher = numbers([results["teacher"]])
+    teacher = numbers(results["teacher"])
     tasks = [name for name in next(iter(arms.values())) if name not in METRICS]
     width = 0.8 / len(arms)
     for i, (name, found) in enumerate(arms.items()):
@@ -273,7 +273,7 @@ def scores(axis: Any, results: dict[str, Any]) -> None:
         y, error = ([f(found[task]) for task in tasks] for f in (mean, spread))
         axis.bar(x, y, width, yerr=error, color=ARMS[name].colour, capsize=2, error_kw={"lw": 1})
     for t, task in enumerate(tasks):
-        axis.hlines(teacher[task], t - 0.42, t + 0.42, color="0.35", ls="--", lw=1.2)
+        axis.hlines(mean(teacher[task]), t - 0.42, t + 0.42, color="0.35", ls="--", lw=1.2)
     axis.set_xticks(range(len(tasks)), tasks)
     axis.set_ylabel("metric × 100")
     axis.grid(alpha=0.25, axis="y")

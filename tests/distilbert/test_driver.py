@@ -55,7 +55,7 @@ def test_ablation_from_text_files_and_again(tmp_path, text_files, glue, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     for line in ("Tokenizer: training", "teacher: ", "student: ", "student-no_mlm: ", "student-seed57: ", "2 seeds",
-                 "MLM alone against the triple loss"):  # fmt: skip
+                 "MLM alone against the full loss"):  # fmt: skip
         assert line in text
 
     student = DistilBertForMaskedLM.from_pretrained(out / "student")
@@ -76,7 +76,10 @@ def test_ablation_from_text_files_and_again(tmp_path, text_files, glue, capsys):
         assert stages[0]["curve"][0] == results["students"]["full"][0]["curve"][0]  # the same model to start from
         assert stages[0]["curve"][-1] != stages[1]["curve"][-1]
         assert all(0 <= s["tasks"]["rte"]["metrics"]["accuracy"] <= 1 for s in stages)
-    assert results["teacher"]["tasks"]["rte"]["parameters"] < results["teacher"]["parameters"] + 1000
+    assert (
+        len({stage["seed"] for stage in results["teacher"] if 0 <= stage["tasks"]["rte"]["metrics"]["accuracy"] <= 1})
+        == 2
+    )
     assert results["latency"]["milliseconds"]["student"] > 0
 
     before = tree(out)
@@ -112,13 +115,13 @@ def test_teacher_and_data_set_folders(tmp_path, teacher_folder, tokenizer, capsy
         (tmp_path / "set" / f"{split}.txt").write_text("\n".join(sentences(count)) + "\n")
     out = tmp_path / "out"
     arguments = ["--dataset", str(tmp_path / "set"), "--teacher", str(teacher_folder), "--output_dir", str(out)]
-    assert main([*arguments, *SHORT]) == 0
+    assert main([*arguments, *SHORT, "--sequences", "by_length", "--kd_on", "masked"]) == 0
     assert not list((out / "teacher").glob("*.safetensors"))
     assert AutoTokenizer.from_pretrained(out / "student").get_vocab() == tokenizer.get_vocab()
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["learning_rate"] == 5e-4  # the published recipe
     assert results["settings"]["arms"] == ["full"]
-    assert results["teacher"]["parameters"] == bert(len(tokenizer)).num_parameters()
+    assert results["teacher"][0]["parameters"] == bert(len(tokenizer)).num_parameters()
     assert "teacher" in capsys.readouterr().out
 
 
@@ -142,7 +145,7 @@ def test_gpt2_from_a_stream_with_every_term(tmp_path, gpt2_tokenizer, text_files
     out = tmp_path / "out"
     arguments = [*files(text_files), "--streaming", "--teacher", str(teacher), *SHORT, "--output_dir", str(out)]
     arguments += ["--divergence", "jsd:beta=0.3", "--alpha_mse", "0.1", "--cos_layers", "copied", "--layers", "1,3"]
-    assert main([*arguments, "--freeze_token_embeddings"]) == 0
+    assert main([*arguments, "--freeze_token_embeddings", "--bf16", "--dataloader_num_workers", "2"]) == 0
     assert "a stream" in capsys.readouterr().out
     student, source = (GPT2LMHeadModel.from_pretrained(folder) for folder in (out / "student", teacher))
     assert student.config.n_layer == 2
@@ -179,13 +182,15 @@ def bad(tmp_path, text_files, teacher_folder):
         "binary vocabulary": ([*text, "--vocab_file", str(tmp_path / "latin.txt")], "it is not UTF-8 text"),
         "unknown option": (["--no_such_option"], "no such option: --no_such_option"),
         "unknown arm": ([*text, "--arms", "full", "nothing"], "--arms nothing: it must be one of full, no_cos"),
+        "task": ([*text, "--tasks", "rte", "--glue_dir", str(tmp_path)], "no such file"),
+        "no loss": ([*text, "--alpha_mlm", "0", "--arms", "mlm_alone"], "--arms mlm_alone: every weight"),
         "layers": ([*text, "--teacher", str(teacher_folder), "--layers", "0,2", "--block_size", "16"], "--layers 0,2"),
     }
 
 
 CASES = ["missing file", "empty text", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
          "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps", "negative weight",
-         "heads", "binary vocabulary", "unknown option", "unknown arm", "layers"]  # fmt: skip
+         "heads", "binary vocabulary", "unknown option", "unknown arm", "task", "no loss", "layers"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -221,13 +226,14 @@ def test_without_the_training_extra_it_says_what_to_install():
     assert done.stderr.strip() == 'error: transformers is missing: the driver needs pip install "fusedkd[train]"'
 
 
-def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files):
+def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files, glue):
     """Three held-out batches for two ranks: one evaluates twice, the other once."""
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launch, "-m", "fusedkd.distilbert", *files(text_files), "--teacher", str(teacher_folder), *SHORT]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command += ["--eval_blocks", "12", "--output_dir", str(out), "--arms", "full", "mlm_alone"]
+    command += ["--tasks", "rte", "--glue_dir", glue, "--task_epochs", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("student-mlm_alone: ") == 1  # one process speaks
