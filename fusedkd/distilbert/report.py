@@ -109,12 +109,12 @@ def findings(results: dict[str, Any]) -> list[str]:
             outcomes = (f"{METRICS.get(m, m)} {verdict(arms[name][m], full[m], m)}" for m in metrics)
             lines.append(f"{ARMS[name].title} against the full loss: {'; '.join(outcomes)}.")
         compared = [name for name in arms if ARMS[name].paper is not None]
-        if SCORE in full and len(compared) > 1:
-            ours = sorted(compared, key=lambda name: mean(arms[name][SCORE]))
+        if len(compared) > 1:
+            ours = sorted(compared, key=lambda name: -mean(arms[name]["loss"]))
             paper = sorted(compared, key=lambda name: ARMS[name].paper or 0)
             found, published = (", ".join(ARMS[name].title for name in order) for order in (ours, paper))
-            same = "as in the paper" if ours == paper else f"in the paper: {published}"
-            lines.append(f"From the lowest score to the highest: {found}; {same}.")
+            same = "as in the paper, by GLUE score" if ours == paper else f"in the paper, by GLUE score: {published}"
+            lines.append(f"What costs most held-out loss, first to last: {found}; {same}.")
         lines += retention(results, full)
     return lines
 
