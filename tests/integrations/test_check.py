@@ -20,11 +20,10 @@ from transformers import (
     default_data_collator,
 )
 
-from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
 from fusedkd.integrations import probe
 from fusedkd.integrations.check import kd_check
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
-from fusedkd.nn import DistilBertLoss
 
 from .distillers import (
     VOCABULARY,
@@ -87,9 +86,7 @@ def test_distilbert_trainer(tmp_path) -> None:
     student, teacher = (
         BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, initializer_range=0.4, **size)) for _ in range(2)
     )
-    trainer = DistilBertTrainer(
-        student, arguments(tmp_path), default_data_collator, rows(), criterion=DistilBertLoss(), teacher=teacher
-    )
+    trainer = DistilBertTrainer(student, teacher, arguments(tmp_path), default_data_collator, rows(), loss=TripleLoss())
     report = kd_check(trainer)
     assert report.ok, report
     assert abs(report.gradient_power) < 0.3
