@@ -63,7 +63,7 @@ class TeacherOptions:
     teacher_layers: int = option(4, "depth of the teacher that is trained")
     teacher_hidden: int = option(128, "its width")
     teacher_heads: int = option(4, "its attention heads")
-    teacher_steps: int = option(1200, "its optimiser steps")
+    teacher_steps: int = option(900, "its optimiser steps")
     teacher_learning_rate: float = option(3e-3, "its peak learning rate")
 
 
