@@ -10,13 +10,13 @@
 //   gradient = a·(w − q·W) + b·(q_1 − (1 − ε)·1_y − ε/V), times the upstream,
 //              a = kd_weight·kd_scale·weight/(n_kd·T_s), b = ce_weight/n_ce
 //
-// Two sweeps over a row pair where W is known beforehand: for forward KL, and in the backward call. The first reads it
-// from memory, finds m and l block by block (Milakov and Gimelshein 2018, arXiv:1805.02867) and keeps the exponentials;
-// the second finds all of it in L2 and computes value and gradient. Where W has to be measured, the second leaves w in
-// the place of the teacher's exponentials, and a third computes the gradient of it. Per column 4 + 4 bytes read and 4
-// written in float32, 2 + 2 + 2 in 16 bits. Exponentials: the first sweep's two; e_1 = exp(z − m_1) is a power of
-// e_s = exp((z − m_s)/T_s) at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics,
-// has no first sweep and computes them anew.
+// Two sweeps over a row pair where W is known beforehand, as for forward KL. The first reads it from memory, finds m and
+// l block by block (Milakov and Gimelshein 2018, arXiv:1805.02867) and keeps the exponentials; the second finds all of
+// it in L2 and computes value and gradient. Where W has to be measured, the second leaves w in the place of the
+// teacher's exponentials, and a third computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32,
+// 2 + 2 + 2 in 16 bits. Exponentials: the first sweep's two; e_1 = exp(z − m_1) is a power of e_s = exp((z − m_s)/T_s)
+// at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics and W, is one sweep for
+// every divergence, and computes the exponentials anew.
 
 #include "logits.h"
 #include "divergences.h"
