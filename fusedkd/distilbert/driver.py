@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, PreTrainedModel, PrinterCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert import report
@@ -33,7 +33,7 @@ from fusedkd.distilbert.data import (
     train_tokenizer,
 )
 from fusedkd.distilbert.evidence import Models, add_tasks, check_tasks, latencies
-from fusedkd.distilbert.interrupt import last_checkpoint
+from fusedkd.distilbert.interrupt import last_checkpoint, training_arguments
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import Teacher, layers_of, load_teacher, new_teacher, student_from_teacher
 from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
@@ -193,36 +193,22 @@ def make_trainer(
     steps: int,
 ) -> DistilBertTrainer:
     config, options = shared.config, shared.config.run
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=False,
+    arguments = training_arguments(
+        folder,
+        options,
         max_steps=steps,
-        per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_train_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=config.teacher.teacher_learning_rate if teacher is None else options.learning_rate,
         adam_beta2=0.98,
         adam_epsilon=1e-6,
-        weight_decay=options.weight_decay,
         lr_scheduler_type="linear",
         warmup_steps=int(options.warmup_ratio * steps),
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.bf16,
-        fp16=options.fp16,
         eval_strategy="steps",
         eval_steps=max(steps * options.eval_steps // options.student_steps, 1),
         eval_on_start=True,
-        logging_steps=options.logging_steps,
         save_steps=options.save_steps,
-        save_total_limit=1,
-        report_to=options.report_to,
-        dataloader_num_workers=options.dataloader_num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
         seed=seed,
-        fsdp=options.fsdp,  # type: ignore[arg-type]
+        fsdp=options.fsdp,
         **config.text.trainer_arguments,
     )
     trainer = DistilBertTrainer(

@@ -27,7 +27,6 @@ from transformers import (
     EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
-    TrainingArguments,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -35,7 +34,7 @@ from fusedkd.distilbert import squad, tasks
 from fusedkd.distilbert.card import Facts, write_card
 from fusedkd.distilbert.config import check_folder, contents, parse_divergence
 from fusedkd.distilbert.data import ByLength
-from fusedkd.distilbert.interrupt import last_checkpoint
+from fusedkd.distilbert.interrupt import last_checkpoint, training_arguments
 from fusedkd.distilbert.options import UsageError, check_signs, option
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import usable_positions
@@ -174,31 +173,15 @@ def finetune(options: FinetuneOptions, console: Console) -> Stage:
             return squad.score(squad.answers(start, end, held_out, rows[1]), rows[1])
         return tasks.score(task, logits, prediction.label_ids)  # type: ignore[arg-type]
 
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=False,
+    arguments = training_arguments(
+        folder,
+        options,
         num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.learning_rate,
         warmup_steps=options.warmup_ratio,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
         train_sampling_strategy="sequential" if options.by_length else "random",
-        bf16=options.bf16,
-        fp16=options.fp16,
         eval_strategy="epoch",
-        logging_steps=options.logging_steps,
         save_strategy="epoch",
-        save_total_limit=1,
-        report_to=options.report_to,
-        dataloader_num_workers=options.dataloader_num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        seed=options.seed,
     )
     batch = arguments.train_batch_size * arguments.world_size
     trainer = TaskTrainer(

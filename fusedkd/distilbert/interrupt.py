@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fusedkd.distilbert.options import UsageError
@@ -32,6 +32,27 @@ class Stopped(UsageError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def training_arguments(folder: Path, options: Any, **own: Any) -> TrainingArguments:
+    """Those of an Interruptible, from the options of these names that every command has; `own` adds to them or wins."""
+    names: tuple[str, ...] = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "weight_decay",
+    )
+    names += ("max_grad_norm", "bf16", "fp16", "logging_steps", "report_to", "dataloader_num_workers", "seed")
+    common = {
+        "use_cpu": not torch.accelerator.is_available(),
+        "ddp_find_unused_parameters": False,
+        "save_total_limit": 1,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    given = {name: getattr(options, name) for name in names}
+    return TrainingArguments(output_dir=str(folder), **{**common, **given, **own})
 
 
 class Interruptible(Trainer):

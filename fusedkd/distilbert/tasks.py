@@ -37,11 +37,6 @@ class Task:
     header: tuple[str, ...] | None = None
     held_out: tuple[str, str] = ("validation", "dev")
 
-    @property
-    def outputs(self) -> int:
-        """How many numbers a classifier gives per example."""
-        return len(self.labels) or 1
-
 
 PAIR, ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 MRPC = {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"}
