@@ -27,7 +27,7 @@ def compiled(target: Any, form: SparseForm, dtype: Any = BF16, K: int = 64, **st
         structure["marks"] = None
     real = f"*{'fp64' if dtype == FP64 else 'fp32'}"
     types = {"student": f"*{NAMES[dtype]}", "teacher": real, "ids": "*i64", "gradient": f"*{NAMES[dtype]}"}
-    types |= {"labels": "*i64", "weights": "*fp32", "options": "*fp64", "normalizers": "*fp64", "marks": "*i32"}
+    types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64", "marks": "*i32"}
     types |= {"upstream": real, "rows": real, "stats": real}
     return _compile(topk.topk_kernel, target, types, structure, options)
 
@@ -75,7 +75,18 @@ def test_amd() -> None:
 
 def test_one_binary_serves_every_shape() -> None:
     kernel = topk.topk_kernel
-    tensors = {"student", "teacher", "ids", "labels", "weights", "options", "normalizers", "upstream", "rows", "stats"}
+    tensors = {
+        "student",
+        "teacher",
+        "ids",
+        "labels",
+        "weights",
+        "real_options",
+        "normalizers",
+        "upstream",
+        "rows",
+        "stats",
+    }
     integers = [p for p in kernel.params if not p.is_constexpr and p.name not in tensors | {"gradient", "marks"}]
     assert integers
     assert all(p.do_not_specialize for p in integers)

@@ -86,7 +86,7 @@ def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **st
     constants |= {key: options.pop(key) for key in ("BLOCK", "GROUP")}
     real = f"*{'fp64' if student == FP64 else 'fp32'}"
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
-    types |= {"labels": "*i64", "weights": "*fp32", "options": "*fp64", "normalizers": "*fp64"}
+    types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64"}
     types |= {"upstream": real, "rows": real, "stats": real, "partials": real}
     return _compile(kd.kd_kernel, target, types, constants, options)
 
@@ -233,7 +233,7 @@ SMALL = {
     ),
     "terms": (
         kd.kd_terms_kernel,
-        {name: "*fp32" for name in ("rows", "loss", "kd", "ce")} | {"options": "*fp64", "normalizers": "*fp64"},
+        {name: "*fp32" for name in ("rows", "loss", "kd", "ce")} | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
     ),
 }
@@ -248,7 +248,7 @@ def test_small_kernels(kernel: Any, pointers: dict, constants: dict, target: GPU
 
 @pytest.mark.parametrize("kernel", [kd.kd_kernel, *(x[0] for x in SMALL.values())], ids=lambda k: k.__name__)
 def test_one_binary_serves_every_shape(kernel: Any) -> None:
-    pointers = {"student", "teacher", "labels", "kd_mask", "weights", "options", "normalizers", "ids", "counts"}
+    pointers = {"student", "teacher", "labels", "kd_mask", "weights", "real_options", "normalizers", "ids", "counts"}
     pointers |= {"upstream", "rows", "stats", "gradient", "partials", "loss", "kd", "ce"}
     integers = [p for p in kernel.params if not p.is_constexpr and p.name not in pointers]
     assert integers

@@ -82,7 +82,7 @@ def kd_counts_kernel(
 @triton.jit(do_not_specialize=["N"])
 def kd_terms_kernel(
     rows,  # A, [2, N]
-    options,  # float64 [16]
+    real_options,  # float64 [16]
     normalizers,  # float64 [2]
     loss,  # A, [] or [N], as the two below
     kd,
@@ -92,8 +92,8 @@ def kd_terms_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sums: one program, in float64."""
-    kd_weight = tl.load(options + 3)
-    ce_weight = tl.load(options + 4)
+    kd_weight = tl.load(real_options + 3)
+    ce_weight = tl.load(real_options + 4)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if PER_ROW:
         b_kd = tl.load(rows + i, i < N, other=0.0).to(tl.float64)

@@ -51,7 +51,7 @@ def kd_kernel(
     teacher,
     labels,
     weights,
-    options,
+    real_options,
     normalizers,
     upstream,
     # Outputs: A, [2, N], or None but where D is taken; A, [N, 8]; [B, L, V] or None, may be `student`
@@ -109,23 +109,23 @@ def kd_kernel(
             return
 
     # Options. k turns a difference of logits into an exponent of 2.
-    temperature = tl.load(options).to(A)
+    temperature = tl.load(real_options).to(A)
     c_s = 1.0 / temperature
-    c_t = 1.0 / tl.load(options + 1).to(A)
+    c_t = 1.0 / tl.load(real_options + 1).to(A)
     k_s = c_s * LOG2E
     k_t = c_t * LOG2E
     power = tl.where((temperature == 1) | (temperature == 2) | (temperature == 4), temperature, 0).to(tl.int32)
-    kd_scale = tl.load(options + 2).to(A)
-    epsilon = tl.load(options + 5).to(A)
-    cap_s = tl.load(options + 6).to(A)
-    scale_s = tl.load(options + 7).to(A)
-    cap_t = tl.load(options + 8).to(A)
-    scale_t = tl.load(options + 9).to(A)
+    kd_scale = tl.load(real_options + 2).to(A)
+    epsilon = tl.load(real_options + 5).to(A)
+    cap_s = tl.load(real_options + 6).to(A)
+    scale_s = tl.load(real_options + 7).to(A)
+    cap_t = tl.load(real_options + 8).to(A)
+    scale_t = tl.load(real_options + 9).to(A)
     transforms = cap_t, scale_t, cap_s, scale_s
-    a0 = tl.load(options + 10).to(A)
-    a1 = tl.load(options + 11).to(A)
-    a2 = tl.load(options + 12).to(A)
-    a3 = tl.load(options + 13).to(A)
+    a0 = tl.load(real_options + 10).to(A)
+    a1 = tl.load(real_options + 11).to(A)
+    a2 = tl.load(real_options + 12).to(A)
+    a3 = tl.load(real_options + 13).to(A)
 
     # Which terms the row has. A side that no term needs is not read: its logits count as −∞.
     w = tl.load(weights + row).to(A)
@@ -281,9 +281,9 @@ def kd_kernel(
         masked = masked & (z_target == -INFINITY)
 
     # Coefficients of the gradient: 0 for a term the row does not have, or that is infinite for want of student logits
-    a_kd = up * tl.load(options + 3).to(A) * kd_scale * w * c_s / tl.load(normalizers).to(A)
+    a_kd = up * tl.load(real_options + 3).to(A) * kd_scale * w * c_s / tl.load(normalizers).to(A)
     a_kd = tl.where(defined & (masked == 0), a_kd, 0.0)
-    a_ce = up * tl.load(options + 4).to(A) / tl.load(normalizers + 1).to(A)
+    a_ce = up * tl.load(real_options + 4).to(A) / tl.load(normalizers + 1).to(A)
     a_ce = tl.where(has_ce & (top_1 != -INFINITY), a_ce, 0.0)
     a_other = a_ce * epsilon / V
     a_label = a_ce * (1.0 - epsilon) + a_other

@@ -52,7 +52,7 @@ def topk_kernel(
     ids,
     labels,
     weights,
-    options,
+    real_options,
     normalizers,
     upstream,
     # Outputs: A, [2, N], or None where the statistics are already known; A, [N, 8]; [B, L, V] or None, may be `student`
@@ -99,14 +99,14 @@ def topk_kernel(
         if RESCALE and up == 1:
             return
 
-    temperature = tl.load(options)
+    temperature = tl.load(real_options)
     c = 1.0 / temperature
     k_s = (c * LOG2E).to(A)
     power = tl.where((temperature == 1) | (temperature == 2) | (temperature == 4), temperature, 0).to(tl.int32)
-    kd_scale = tl.load(options + 2)
-    epsilon = tl.load(options + 5).to(A)
-    cap = tl.load(options + 6).to(A)
-    scale = tl.load(options + 7).to(A)
+    kd_scale = tl.load(real_options + 2)
+    epsilon = tl.load(real_options + 5).to(A)
+    cap = tl.load(real_options + 6).to(A)
+    scale = tl.load(real_options + 7).to(A)
 
     # The row, as seen from the aligned address below it
     i_b = (row // L).to(tl.int64)
@@ -225,7 +225,7 @@ def topk_kernel(
     else:
         b_y = tl.load(p_teacher, m_k, other=-INFINITY).to(R)
         if (FORM == RENORMALIZE) | (FORM == RENORMALIZE_REVERSE):
-            b_y = (b_y - finite_or_zero(tl.max(b_y, 0))) * (tl.load(options + 10) / tl.load(options + 1))
+            b_y = (b_y - finite_or_zero(tl.max(b_y, 0))) * (tl.load(real_options + 10) / tl.load(real_options + 1))
             b_y -= tl.log(tl.sum(tl.exp(b_y), 0))
         b_p = tl.exp(b_y)
     mass = tl.sum(b_p, 0)
@@ -289,9 +289,9 @@ def topk_kernel(
     finite = (dead == 0) & (broken == 0)
     if REVERSE:
         finite = finite & (divergence != INFINITY)
-    a_kd = up * tl.load(options + 3) * kd_scale * w * c / tl.load(normalizers)
+    a_kd = up * tl.load(real_options + 3) * kd_scale * w * c / tl.load(normalizers)
     a_kd = tl.where(has_kd & finite, a_kd, 0.0)
-    a_ce = up * tl.load(options + 4) / tl.load(normalizers + 1)
+    a_ce = up * tl.load(real_options + 4) / tl.load(normalizers + 1)
     a_ce = tl.where(has_ce & (broken == 0) & (top_1 != -INFINITY), a_ce, 0.0)
 
     if FORWARD:
