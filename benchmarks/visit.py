@@ -69,7 +69,7 @@ def plan(folder: Path, device: str) -> list[Step]:
         Step("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 300),
         Step("environment", [*module, "fusedkd.env"], 60),
         *map(smoke, ("cluster", "resident", "whole", "split", "topk", "linear", "cosine")),
-        *(headline(case, 120) for case in cases),
+        *(headline(case, 150) for case in cases),
         *(
             Step(f"tests-{name}", [*tests, f"tests/gpu/test_{name}.py"], 600)
             for name in ("kd_cluster", "kd_gpu", "linear_gpu", "cosine_gpu")

@@ -6,10 +6,14 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import setuptools
+import torch
+
+from fusedkd import ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,3 +74,18 @@ def test_kernels_for_hopper_need_90a(tmp_path: Path) -> None:
     checks.append("static_assert(!fusedkd::has_hopper(FUSEDKD_CUDA_ARCHS));")  # not known
     source.write_text("\n".join(['#include "archs.h"', *checks]))
     subprocess.run([compiler, "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc'}", str(source)], check=True)
+
+
+def test_the_report_says_why_nobody_answers_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library built and loaded, but not for 90a."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(ops, "load", lambda library: None)
+    monkeypatch.setattr(ops, "backends", {})
+    monkeypatch.setattr(ops, "_library", SimpleNamespace(impl=lambda *arguments: None))
+    pytest.importorskip("triton")
+    for built, backend in ((False, "nobody"), (True, "CUDA C++")):
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names, built=built: built)
+        ops._dispatch_cuda()
+        assert ops.backends["kd_cluster", "CUDA"][0] == backend
+        assert ops.backends["kd_forward", "CUDA"][0] == "Triton"
+        assert ("90a" in ops.backends["kd_cluster", "CUDA"][1]) is not built
