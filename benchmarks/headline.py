@@ -4,7 +4,7 @@
 
 fusedkd comes first and alone, then each of the others in rounds with fusedkd, `torch.compile` last, for it may take
 minutes. The JSON is of the kind of `test_losses.py`'s: `report.py` makes the same table of it. A provider that fails
-is listed with its error.
+is listed with its error, one that is not installed or not wanted as absent.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def in_turn(case: Case, device: str) -> list[str]:
 def run(case: Case, path: Path, device: str, others: list[str], command: str) -> bool:
     """Whether fusedkd's gradient is right."""
     data = {**stamp(), "machine_info": machine(device, command), "benchmarks": [], "failed": {}}
+    data["absent"] = [name for name in providers.PROVIDERS[case.loss] if name not in ("fusedkd", *others)]
     right = False
     for provider in ("fusedkd", *others):
         measured = measure(case, device, tuple(dict.fromkeys(("fusedkd", provider))))[provider]

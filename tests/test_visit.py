@@ -110,6 +110,7 @@ def test_a_visit_on_the_cpu(tmp_path: Path) -> None:
     assert [entry["provider"] for entry in entries] == ["fusedkd", "eager"]
     assert all(entry["of_copy"] > 0 and entry["median"] > 0 and entry["ratio"] > 0 for entry in entries)
     assert data["failed"] == {}
+    assert data["absent"] == ["torch.compile"]
     assert "cosine_hidden_loss 6×20" in report.text(data)
 
 
