@@ -17,7 +17,7 @@ from benchmarks import providers
 from benchmarks.cases import Case, cosine, kd
 from benchmarks.linear import linear
 from benchmarks.measure import measure
-from benchmarks.record import LARGEST_ERROR, entry_of, machine, stamp, write
+from benchmarks.record import LARGEST_ERROR, entry_of, machine, require, stamp, write
 
 CASES: dict[str, dict[str, Case]] = {
     "cuda": {
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=tuple(CASES))
     parser.add_argument("--providers", nargs="*", help="beside fusedkd; all that are installed, unless given")
     options = parser.parse_args()
+    require(options.device)
     case = CASES[options.device][options.case]
     others = in_turn(case, options.device)
     if options.providers is not None:

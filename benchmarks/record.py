@@ -24,6 +24,11 @@ LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy m
 LARGEST_ERROR = 0.01  # relative, of a gradient; bfloat16 rounds to 0.002. Being wrong fast is no result.
 
 
+def require(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda, but torch sees no GPU")
+
+
 def machine(device: str, command: str) -> dict[str, Any]:
     return {
         **env.devices(),

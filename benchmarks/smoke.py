@@ -18,7 +18,7 @@ from benchmarks.cases import KNOWN_AT_K, OTHERS, Case, cosine, family, kd, liste
 from benchmarks.linear import linear
 from benchmarks.measure import error_of, evaluate
 from benchmarks.providers import loss_of
-from benchmarks.record import LARGEST_ERROR, stamp, write
+from benchmarks.record import LARGEST_ERROR, require, stamp, write
 from fusedkd import env, ops
 
 # Each of these is answered by the kernel of its name on a Hopper GPU (fusedkd/kernels/choice.py).
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--device", default="cuda", choices=tuple(CASES))
     options = parser.parse_args()
+    require(options.device)
     served = {name: who for (name, device), (who, _) in ops.backends.items() if device.lower() == options.device}
     data = {**stamp(), "machine_info": {**env.devices(), "versions": env.versions(), "command": " ".join(sys.argv)}}
     data |= {"backends": served, "smoke": []}
