@@ -1,7 +1,8 @@
 # make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
 # make test    the test suite
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
-# make gpu     GPU tests, then GPU benchmarks, into $(RESULTS); needs no network and installs nothing
+# make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
+#              as MINUTES=8 allows; needs no network and installs nothing
 # make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
 # make lint    ruff and mypy
 #
@@ -11,7 +12,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench evidence gpu gpu-build gpu-test gpu-bench lint clean
+.PHONY: demo test bench evidence gpu lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
@@ -36,32 +37,10 @@ evidence: .venv/ready
 	.venv/bin/python -m benchmarks.step $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
-# A failing test does not keep the benchmarks from running, but fails the command. Most of the time of the tests goes into
-# compiling Triton kernels, on as many cores as there are if pytest-xdist is installed. `make gpu-test GPU_TESTS=tests/gpu`
-# and `make gpu-bench` are its parts.
-GPU_TESTS ?= tests
-PARALLEL := $(shell $(PYTHON) -c "import xdist; print('-n auto --dist worksteal')" 2>/dev/null)
-
+# What matters most comes first, every step has a limit, and its results are written as it has them: benchmarks/visit.py. A failing step does not keep the others from running, but fails the command. Triton
+# kernels of the tests compile on as many cores as there are if pytest-xdist is installed.
 gpu:
-	failed=0; \
-	$(MAKE) gpu-test || failed=1; \
-	$(MAKE) gpu-bench || failed=1; \
-	exit $$failed
-
-gpu-build:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-
-gpu-test: gpu-build
-	$(PYTHON) -m pytest -m gpu $(PARALLEL) $(GPU_TESTS)
-
-gpu-bench: gpu-build
-	failed=0; \
-	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda.json --device cuda || failed=1; \
-	$(PYTHON) $(BENCHMARK)=$(RESULTS)/cuda-linear.json --device cuda --cases cuda-linear || failed=1; \
-	$(PYTHON) -m benchmarks.accuracy $(RESULTS) --device cuda || failed=1; \
-	$(PYTHON) -m benchmarks.step $(RESULTS) --device cuda || failed=1; \
-	$(PYTHON) -m benchmarks.report $(RESULTS) || failed=1; \
-	exit $$failed
+	$(PYTHON) -m benchmarks.visit $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: .venv/ready
 	.venv/bin/ruff check .

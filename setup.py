@@ -8,7 +8,8 @@ torch >= 2.11; a CPU build of torch is enough to compile them. Neither is requir
 slowly, and a failure to build one is a warning. Environment variables:
 
     FUSEDKD_CPU, FUSEDKD_CUDA   0: do not build this library; 1: fail the installation if it cannot be built
-    FUSEDKD_CUDA_ARCHS          compute capabilities, "80 90a 90+PTX" unless set (+PTX: newer GPUs can translate it)
+    FUSEDKD_CUDA_ARCHS          compute capabilities, "80 90a 90+PTX" unless set (+PTX: newer GPUs can translate it);
+                                without 90a, Triton answers on Hopper GPUs too
     CUDA_HOME                   where nvcc is, if not on PATH
 """
 
@@ -25,6 +26,7 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that can l
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "--split-compile=0"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+BUILT_FOR = "built for the compute capabilities "  # csrc/archs.h
 
 
 def nvcc() -> str | None:
@@ -32,11 +34,17 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{cuda_home}/bin") if cuda_home else None)
 
 
-def gencode(archs: str) -> list[str]:
-    """nvcc's options for a list such as "80 90a 90+PTX"."""
+def architectures() -> list[str]:
+    """Compute capabilities as nvcc writes them: ["80", "90a", "90+PTX"]."""
+    archs = os.environ.get("FUSEDKD_CUDA_ARCHS", "80 90a 90+PTX")
+    return archs.replace(",", " ").replace(";", " ").replace(".", "").split()
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's options for such a list."""
     flags = []
-    for arch in archs.replace(",", " ").replace(";", " ").split():
-        number = arch.removesuffix("+PTX").replace(".", "")
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
         code = "compute" if arch.endswith("+PTX") else "sm"
         flags.append(f"-gencode=arch=compute_{number},code={code}_{number}")
     return flags
@@ -71,10 +79,12 @@ class BuildKernels(build_ext):
         if compiler is None:
             raise FileNotFoundError("nvcc is neither on PATH nor in CUDA_HOME/bin")
         newest = max(Path(file).stat().st_mtime for file in ext.sources + ext.depends)
-        if not self.force and target.exists() and target.stat().st_mtime > newest:
+        archs = " ".join(architectures())
+        fresh = not self.force and target.exists() and target.stat().st_mtime > newest
+        if fresh and f"{BUILT_FOR}{archs}:".encode() in target.read_bytes():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [compiler, "-shared", *NVCC_FLAGS, *gencode(os.environ.get("FUSEDKD_CUDA_ARCHS", "80 90a 90+PTX"))]
+        command = [compiler, "-shared", *NVCC_FLAGS, *gencode(architectures()), f'-DFUSEDKD_CUDA_ARCHS="{archs}"']
         command += [f"-D{name}={value}" for name, value in ext.define_macros]
         command += [f"-isystem={path}" for path in ext.include_dirs]
         command += [f"-L{path}" for path in ext.library_dirs]

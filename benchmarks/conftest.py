@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import pytest
 import torch
 
 from benchmarks import cases, linear, providers
-from benchmarks.measure import MALLOC, copy_bandwidth, set_malloc
-from fusedkd import env
+from benchmarks.measure import MALLOC, set_malloc
+from benchmarks.record import machine
 
 CASES = {**cases.CASES, **linear.CASES}
-LOAD = os.getloadavg()[0]  # before the run adds its own: the record of a busy machine says so
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,15 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return {
-        **env.devices(),
-        "threads": torch.get_num_threads(),
-        "load_before": LOAD,
-        "memory": config.getoption("memory"),
-        "copy_gb_per_s": copy_bandwidth(config.getoption("device")) / 1e9,
-        "versions": {**env.versions(), **providers.versions()},
-        "command": "python -m pytest " + shlex.join(config.invocation_params.args),
-    }
+    command = "python -m pytest " + shlex.join(config.invocation_params.args)
+    return {**machine(config.getoption("device"), command), "memory": config.getoption("memory")}
 
 
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:

@@ -92,6 +92,20 @@ def torchtune_kd(case: Case) -> Loss:
     return loss
 
 
+def speculators_kd(case: Case) -> Loss:
+    """Kernels of raw logits at temperature 1, the loss of each row: temperature and cross-entropy are PyTorch's."""
+    kernels = import_module("speculators.losses.fused")
+    names = {"forward_kl": "kl", "reverse_kl": "reverse_kl", "jsd": "js"}
+    kernel = getattr(kernels, f"fused_{names[case.divergence]}_div_loss")
+    t, scale, ce_weight = case.temperature, case.kd_scale, case.ce_weight
+
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        result = scale * kernel(eager.at(student, t).unsqueeze(0), eager.at(teacher, t).unsqueeze(0)).mean()
+        return result + ce_weight * F.cross_entropy(student.float(), labels) if ce_weight else result
+
+    return loss
+
+
 def eager_cosine(case: Case) -> Loss:
     def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return F.cosine_embedding_loss(student.float(), teacher.float(), student.new_ones(1, dtype=torch.float32))
@@ -214,6 +228,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "torch.compile": eager_kd,
         "liger": liger_kd,
         "torchtune": torchtune_kd,
+        "speculators": speculators_kd,
     },
     "linear_kd_loss": {
         "fusedkd": fusedkd_linear,
@@ -245,6 +260,7 @@ class Peer(NamedTuple):
 PEERS = {
     "liger": Peer("liger-kernel", "liger_kernel.transformers", ("forward_kl", "reverse_kl", "jsd")),
     "torchtune": Peer("torchtune", "torchtune.modules.loss", ("forward_kl", "reverse_kl")),
+    "speculators": Peer("speculators", "speculators.losses.fused", ("forward_kl", "reverse_kl", "jsd")),
     "liger chunked": Peer("liger-kernel", "liger_kernel.chunked_loss"),
     "liger JSD": Peer("liger-kernel", "liger_kernel.transformers", ce=False),
     "liger KL": Peer("liger-kernel", "liger_kernel.transformers.fused_linear_kl_div", ce=False),  # new releases only

@@ -38,7 +38,7 @@ def machine(data: dict[str, Any]) -> str:
 
 def subject(data: dict[str, Any]) -> Any:
     """The module that renders it; None for JSON of something else."""
-    return next((module for name, module in SUBJECTS.items() if name in data), None)
+    return next((module for name, module in SUBJECTS.items() if data.get(name)), None)
 
 
 def text(data: dict[str, Any]) -> str | None:

@@ -7,17 +7,13 @@ a case, and pytest-benchmark is given a clock that replays them.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import pytest
 
 from benchmarks.cases import Case
-from benchmarks.linear import LinearCase
-from benchmarks.measure import copy_bandwidth, measure
-
-LARGEST_ERROR = 0.01  # relative, of a gradient; bfloat16 rounds to 0.002. Being wrong fast is no result.
+from benchmarks.measure import measure
+from benchmarks.record import LARGEST_ERROR, entry_of
 
 
 class Replay:
@@ -50,30 +46,6 @@ def test_loss(case: Case, provider: str, request: pytest.FixtureRequest, benchma
     benchmark.group = str(case)
     benchmark.pedantic(replay.run, rounds=len(measured.seconds))
 
-    fifths = statistics.quantiles(measured.seconds, n=5)
-    median = statistics.median(measured.seconds)
-    benchmark.extra_info.update(
-        **asdict(case),
-        provider=provider,
-        rounds=len(measured.seconds),
-        median=median,
-        p20=fifths[0],
-        p80=fifths[-1],
-        ratio=statistics.median(measured.ratios) if measured.ratios else None,
-        peak_bytes=measured.peak_bytes,
-        gradient_bytes=case.gradient_bytes,
-        value_error=measured.value_error,
-        gradient_error=measured.gradient_error,
-        bytes_moved=case.bytes_moved,
-        **_speed(case, median, device),
-    )
+    benchmark.extra_info.update(entry_of(case, provider, measured, device))
     if provider == "fusedkd" and measured.gradient_error is not None:  # those of the others are recorded
         assert measured.gradient_error < LARGEST_ERROR
-
-
-def _speed(case: Case, median: float, device: str) -> dict[str, float]:
-    """In the units of what bounds it."""
-    if isinstance(case, LinearCase):
-        return {"tflop_per_s": case.operations / median / 1e12}
-    rate = case.bytes_moved / median
-    return {"gb_per_s": rate / 1e9, "of_copy": rate / copy_bandwidth(device)}

@@ -15,6 +15,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "archs.h"
 #include "cluster.cuh"
 #include "launch.cuh"
 
@@ -66,18 +67,25 @@ int choose_ranks(int columns, int64_t count, const Multiprocessors& sm) {
   return ranks;
 }
 
+// Fewer blocks where a device has no room for so many, as long as each can hold its share. False: nothing was launched.
 template <typename F, bool kTransform, typename S>
-void run(const Arguments<S>& p, const Tensor& where) {
+bool run(const Arguments<S>& p, const Tensor& where) {
   const Multiprocessors sm = multiprocessors(where);
-  const int ranks = choose_ranks<S>(p.columns, p.count, sm), bytes = shared_bytes<S>(p.columns, ranks);
-  STD_TORCH_CHECK(bytes <= sm.shared_per_block, "fusedkd: rows of ", p.columns, " columns do not fit into a cluster");
-  STD_TORCH_CHECK(p.count <= 0x7fffffff / ranks, "fusedkd: too many rows: ", p.count);
-  launch_clusters(kd_cluster_kernel<F, S, kTransform>, p.count, ranks, kThreads, bytes, where, p);
+  const auto kernel = kd_cluster_kernel<F, S, kTransform>;
+  for (int ranks = choose_ranks<S>(p.columns, p.count, sm); ranks >= 1; ranks /= 2) {
+    const int bytes = shared_bytes<S>(p.columns, ranks);
+    if (bytes > sm.shared_per_block) return false;
+    if (!cluster_fits(kernel, ranks, kThreads, bytes, sm, where)) continue;
+    STD_TORCH_CHECK(p.count <= 0x7fffffff / ranks, "fusedkd: too many rows: ", p.count);
+    launch_clusters(kernel, p.count, ranks, kThreads, bytes, sm, where, p);
+    return true;
+  }
+  return false;
 }
 
 // Soft-caps come with forward KL alone: twice as many kernels would compile for twice as long.
 template <typename S>
-void run(Form form, bool transform, const Arguments<S>& p, const Tensor& where) {
+bool run(Form form, bool transform, const Arguments<S>& p, const Tensor& where) {
   STD_TORCH_CHECK(!transform || form == Form::forward_kl, "fusedkd: kd_cluster soft-caps for forward KL alone");
   switch (form) {
     case Form::forward_kl:
@@ -90,19 +98,22 @@ void run(Form form, bool transform, const Arguments<S>& p, const Tensor& where) 
     case Form::dkd: return run<DKD<float>, false>(p, where);
   }
   STD_TORCH_CHECK(false, "fusedkd: unknown form ", int(form));
+  return false;
 }
 
 template <typename Use>
-void with_type(ScalarType type, const Use& use) {
+bool with_type(ScalarType type, const Use& use) {
   switch (type) {
     case ScalarType::BFloat16: return use(BFloat16{});
     case ScalarType::Half: return use(Half{});
     case ScalarType::Float: return use(float{});
     default: STD_TORCH_CHECK(false, "fusedkd: kd_cluster takes bfloat16, float16 and float32");
   }
+  return false;
 }
 
-void kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
+// False where the device has no room for a cluster that holds a row, and nothing was written.
+bool kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
                 const Tensor& options, const Tensor& normalizers, const Optional& upstream, const Optional& rows,
                 const Tensor& stats, const Optional& gradient, int64_t ignore_index, int64_t form, bool transform,
                 bool ce, bool rescale) {
@@ -117,8 +128,8 @@ void kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& la
                   "fusedkd: the teacher has more columns than the student, or the gradient others");
   STD_TORCH_CHECK(student.size(2) < (1 << 24), "fusedkd: too many columns");
   STD_TORCH_CHECK(upstream.has_value() != rows.has_value(), "fusedkd: expected an upstream gradient, or rows to write");
-  if (count == 0) return;
-  with_type(student.scalar_type(), [&](auto zero) {
+  if (count == 0) return true;
+  return with_type(student.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
     Arguments<S> p{};
     p.student = student.const_data_ptr<S>(), p.teacher = teacher.const_data_ptr<S>();
@@ -140,12 +151,12 @@ void kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& la
     p.ignore_index = ignore_index, p.count = count, p.length = length;
     p.columns = static_cast<int>(student.size(2)), p.common = static_cast<int>(teacher.size(2));
     p.ce = ce, p.skip_if_one = rescale;
-    run(static_cast<Form>(form), transform, p, student);
+    return run(static_cast<Form>(form), transform, p, student);
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd, CUDA, m) {
-  m.impl("kd_cluster", TORCH_BOX(&kd_cluster));
+  if (has_hopper(FUSEDKD_CUDA_ARCHS)) m.impl("kd_cluster", TORCH_BOX(&kd_cluster));  // otherwise Triton answers
 }
 
 }  // namespace fusedkd

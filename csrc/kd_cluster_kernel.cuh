@@ -50,8 +50,14 @@ __host__ __device__ constexpr int columns_at(int ranks) {
 template <typename F, bool kTransform>
 constexpr bool kCrowded = kTransform || std::is_same_v<F, AlphaBeta<float>> || std::is_same_v<F, DKD<float>>;
 
+#ifdef FUSEDKD_HOPPER
+constexpr int kCompiledThreads = kThreads;
+#else
+constexpr int kCompiledThreads = 1;  // what the host can ask of a loaded kernel: cluster_fits()
+#endif
+
 template <typename F, typename S, bool kTransform>
-__global__ void __launch_bounds__(kThreads, kCrowded<F, kTransform> ? 2 : kResident)
+__global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 : kResident)
     kd_cluster_kernel(const Arguments<S> p) {
 #ifdef FUSEDKD_HOPPER
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());

@@ -6,11 +6,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
-namespace fusedkd {
+#include "clusters.cuh"
 
-inline void check_cuda(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fusedkd: a CUDA kernel could not start: ", cudaGetErrorString(error));
-}
+namespace fusedkd {
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
@@ -27,41 +25,26 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const torch::s
   check_cuda(cudaGetLastError());
 }
 
-// The streaming multiprocessors of a tensor's device: how many, and bytes of shared memory that each has, that one
-// block may have, and that each block takes for itself.
-struct Multiprocessors {
-  int count, shared, shared_per_block, reserved;
-};
-
 inline Multiprocessors multiprocessors(const torch::stable::Tensor& where) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, where.get_device_index()));
-    return value;
-  };
-  STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor) == 9, "fusedkd: this kernel runs on Hopper GPUs alone");
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
+  return multiprocessors(where.get_device_index());
 }
 
-// `clusters` times `ranks` blocks, each with `shared` bytes of dynamic shared memory.
-template <typename... Parameters, typename... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int ranks, int threads, int shared,
-                     const torch::stable::Tensor& where, const Arguments&... arguments) {
+template <typename Kernel>
+bool cluster_fits(Kernel kernel, int ranks, int threads, int shared, const Multiprocessors& sm,
+                  const torch::stable::Tensor& where) {
   const int device = where.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                  cudaSharedmemCarveoutMaxShared));
-  if (ranks > 8) check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = ranks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * ranks)), config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared, config.stream = current_stream(device);
-  config.attrs = &cluster, config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return cluster_fits(kernel, ranks, threads, shared, sm, device);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int64_t count, int ranks, int threads, int shared,
+                     const Multiprocessors& sm, const torch::stable::Tensor& where, const Arguments&... arguments) {
+  const int device = where.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Clusters clusters(kernel, count, ranks, threads, shared, sm);
+  clusters.config.stream = current_stream(device);
+  check_cuda(cudaLaunchKernelEx(&clusters.config, kernel, arguments...));
 }
 
 }  // namespace fusedkd

@@ -207,9 +207,11 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
 
 
 def real_tensor(value: Real, device: torch.device) -> Tensor:
-    """A float64 0-d tensor: a number reaches the device as a kernel's argument, without a copy to wait for."""
+    """A float64 0-d tensor: a number reaches the device as a kernel's argument, without a copy to wait for. Only a copy
+    to the CPU is waited for: its reader is not behind it in a stream.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to(device, torch.float64, non_blocking=True)
+        return value.detach().to(device, torch.float64, non_blocking=device.type != "cpu")
     return torch.full((), value, dtype=torch.float64, device=device)
 
 

@@ -19,14 +19,18 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fusedkd.divergences import Form
+from fusedkd.slopes import BOUNDS, SPARSE_BOUNDS
+from fusedkd.sparse import SparseForm
+
 ops = torch.ops.fusedkd
 
 ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
 MOST_ROWS = 4096
 """Of a tile: more gain nothing. On a CPU a quarter does as well (benchmarks/results/cpu-linear.json)."""
-FLOAT16_TOP = 1024.0
-"""Of 65504: what families other than forward KL can exceed their weights by is left to spare."""
+FLOAT16_TOP = 8192.0
+"""Of 65504: an eighth, because some bounds of `slopes.py` hold for usual rows only."""
 PANEL = 8192
 """Rows of a 16-bit weight that the CPU converts to float32 at a time."""
 
@@ -94,10 +98,10 @@ def linear_kd(
         if overflow is not None:
             normalizers = [torch.where(overflow, torch.nan, each) for each in normalizers]
         unit = None
-        if dtype == torch.float16 and gradient:
-            unit, normalizers, upstream = _in_range(options, normalizers, upstream)
         fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, strict=True)
         members = [LinearTeacher(*each) for each in fields]
+        if dtype == torch.float16 and gradient:
+            unit, members, upstream = _in_range(members, forms, weight.shape[0], upstream)
         hidden, head = hidden.to(dtype), weight.to(dtype)
         rows = hidden.new_zeros(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
         gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
@@ -139,8 +143,7 @@ def linear_kd(
                 g.mul_(upstream[part].unsqueeze(1))
             if wanted[2]:
                 d_bias.add_(g.sum(0, dtype=d_bias.dtype))
-            if g.is_cuda and g.dtype != dtype:  # rounded for the matrix units
-                g = tiles.get("gradient", head.shape[0], dtype)[: len(g)].copy_(g)
+            g = _operand(g, dtype, tiles)
             if wanted[0]:
                 d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
             if wanted[1]:
@@ -198,25 +201,45 @@ def _selected(
 
 
 def _in_range(
-    options: Sequence[Tensor], normalizers: Sequence[Tensor], upstream: Tensor | None
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    members: list[LinearTeacher], forms: Sequence[int], columns: int, upstream: Tensor | None
+) -> tuple[Tensor, list[LinearTeacher], Tensor | None]:
     """A unit for gradients that float16 has room for, and normalisers and upstream gradient in it: those of the logits
-    are then about FLOAT16_TOP at most, where divided by the number of rows they would underflow.
+    are then FLOAT16_TOP at most, where divided by the number of rows they would underflow.
     """
-    temperature, _, kd_scale, kd_weight, ce_weight, _, _, scale = torch.stack([*options], 1)[:8]  # of each teacher
-    n_kd, n_ce = torch.stack([*normalizers], 1)
-    kd, ce = (torch.where(w > 0, w / n, 0) for w, n in ((kd_weight * kd_scale / temperature, n_kd), (ce_weight, n_ce)))
-    reach = (kd + ce).sum() * scale.max()
+    reach = torch.stack([_reach(*each, columns) for each in zip(members, forms, strict=True)]).sum()
     unit = FLOAT16_TOP / torch.where(reach > 0, reach, 1)
-    scaled = [each / unit for each in normalizers]
+    scaled = [each._replace(normalizers=each.normalizers / unit) for each in members]
     if upstream is None:
         return unit, scaled, None
-    top = upstream.abs().max().to(unit.dtype) if upstream.numel() else torch.ones_like(unit)
+    top = _largest(upstream).to(unit.dtype)
     top = torch.where(top > 0, top, 1)
     return unit / top, scaled, upstream / top.to(upstream.dtype)
 
 
+def _reach(teacher: LinearTeacher, form: int, columns: int) -> Tensor:
+    """What no column of the gradient of its terms exceeds."""
+    options, (n_kd, n_ce) = teacher.options, teacher.normalizers
+    temperature, _, kd_scale, kd_weight, ce_weight, _, _, scale, _, _, *coefficients = options  # of :mod:`fusedkd.ops`
+    bound = BOUNDS[Form(form)] if teacher.ids is None else SPARSE_BOUNDS[SparseForm(form)]
+    slope = bound(coefficients, columns) * kd_scale / temperature * _largest(teacher.row_weights)
+    if teacher.ids is not None and form == SparseForm.SAMPLES:
+        slope = slope * _largest(torch.where(teacher.ids >= 0, teacher.rows.flatten(0, 1), 0).sum(1))
+    terms = (kd_weight, slope / n_kd), (ce_weight, 1 / n_ce)
+    kd, ce = (torch.where(weight == 0, 0, weight * each).abs() for weight, each in terms)
+    return (kd + ce) * scale  # a soft-cap's slope is 1 at most
+
+
+def _largest(x: Tensor) -> Tensor:
+    """max |x|, 0 of nothing."""
+    return x.abs().amax() if x.numel() else x.new_zeros(())
+
+
 # -------------------------------------------------- products
+
+
+def _operand(g: Tensor, dtype: torch.dtype, tiles: _Tiles) -> Tensor:
+    """∂z as the products read it: on a GPU rounded to their type, for the matrix units."""
+    return tiles.get("gradient", g.shape[1], dtype)[: len(g)].copy_(g) if g.is_cuda and g.dtype != dtype else g
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:

@@ -23,6 +23,7 @@ The mathematics is in :mod:`fusedkd.definitions`, :mod:`fusedkd.divergences` and
                     ``teacher`` its log-probabilities or weights there, ``(B, L, K)``.
 ``kd_terms``        (loss, kd, ce) from rows: sums over the normalisers, or per row.
 ``kd_cluster``      kd_forward, kd_backward or kd_rescale_ in one pass on a Hopper GPU, into tensors that it is given.
+                    False, and nothing is written, where no cluster of the device has room for a row.
 ``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; weights, options, normalisers and form as above. The
@@ -102,7 +103,7 @@ SCHEMAS = {
 }
 CLUSTER = (
     "kd_cluster(Tensor student, Tensor teacher, Tensor? labels, Tensor weights, Tensor options, Tensor normalizers, "
-    f"Tensor? upstream, Tensor(a!)? rows, Tensor(b!) stats, Tensor(c!)? gradient, {_FLAGS}, bool rescale) -> ()"
+    f"Tensor? upstream, Tensor(a!)? rows, Tensor(b!) stats, Tensor(c!)? gradient, {_FLAGS}, bool rescale) -> bool"
 )
 
 _library = torch.library.Library("fusedkd", "DEF")
@@ -261,7 +262,10 @@ def _dispatch_cuda() -> None:
     missing = load("_C_cuda")
     if missing is None:
         _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
-        _serve(["kd_cluster"], "CUDA", "CUDA C++", "fusedkd._C_cuda is built; Triton's kd_* call it on Hopper GPUs")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_cluster", "CUDA"):
+            _serve(["kd_cluster"], "CUDA", "CUDA C++", "fusedkd._C_cuda is built; Triton's kd_* call it on Hopper GPUs")
+        else:
+            _serve(["kd_cluster"], "CUDA", "nobody", "fusedkd._C_cuda is built without 90a in FUSEDKD_CUDA_ARCHS")
     else:
         _serve(COSINE_OPERATORS, "CUDA", "definitions", missing, fallback)
 

@@ -39,10 +39,10 @@ class Case(NamedTuple):
             student, teacher, self.labels.view(2, 3), reduction="none", upstream=upstream, **self.truth_options
         )
 
-    def call(self, *, upstream=None, rows=None, stats, gradient=None, rescale=False) -> None:
+    def call(self, *, upstream=None, rows=None, stats, gradient=None, rescale=False, fits=True) -> None:
         normalizers = torch.tensor(NORMALIZERS, dtype=torch.float64, device=self.student.device)
         inputs = (self.student, self.teacher, self.labels, self.weights, self.options, normalizers)
-        self.operator(*inputs, upstream, rows, stats, gradient, *self.flags, rescale)
+        assert self.operator(*inputs, upstream, rows, stats, gradient, *self.flags, rescale) is fits
 
     def forward(self, gradient: bool = True, offset: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """rows, stats, and the gradient, which has been watched for writes beside it."""

@@ -146,9 +146,16 @@ inline Multiprocessors multiprocessors(const torch::stable::Tensor&) {
   return {0, shared, shared, 1024};
 }
 
+template <typename... Parameters>
+bool cluster_fits(void (*)(Parameters...), int blocks, int, int, const Multiprocessors&, const torch::stable::Tensor&) {
+  const char* most = std::getenv("FUSEDKD_ON_HOST_CLUSTER");  // blocks that the device has room for
+  return blocks <= (most ? std::atoi(most) : 16);
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t clusters, int blocks, int threads, int shared,
-                     const torch::stable::Tensor&, const Arguments&... arguments) {
+                     const Multiprocessors& sm, const torch::stable::Tensor& where, const Arguments&... arguments) {
+  require(shared <= sm.shared_per_block && cluster_fits(kernel, blocks, threads, shared, sm, where), "does not fit");
   body = [&] { kernel(arguments...); };
   gridDim = dim3(clusters * blocks), blockDim = dim3(threads), ranks = blocks;
   for (unsigned i = 0; i < clusters; ++i) {

@@ -22,7 +22,8 @@ def load(source: str, folder: Path, *options: str) -> None:
     library = folder / f"{Path(source).stem}_on_host.so"
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-fvisibility=hidden", *options]
     command += ["-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-isystem{path}" for path in include_paths())]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DFUSEDKD_CUDA_ARCHS="90a"']
+    command += [f"-isystem{path}" for path in include_paths()]
     command += ["-include", str(ROOT / "tests/cuda_on_host.h"), "-x", "c++", str(ROOT / "csrc" / source), "-x", "none"]
     command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-o", str(library)]
     subprocess.run(command, check=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from truth import operator_calls, pair, targets
 
 from fusedkd import (
@@ -289,6 +290,24 @@ def test_numbers_are_copied_to_a_device_once() -> None:
     assert pack([1.0, 2.0], device) is pack([1, 2.0], device)
     schedule = torch.tensor(3.0)
     assert pack([1.0, schedule], device).tolist() == [1.0, 3.0]
+
+
+def test_options_arrive_on_the_cpu_before_they_are_read() -> None:
+    """A copy from a GPU that nobody waited for would hold anything."""
+    waited: list[bool] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._to_copy.default:
+                waited.append(not kwargs.get("non_blocking"))
+            return function(*args, **(kwargs or {}))
+
+    two = torch.tensor(2.0)
+    with Record():
+        kd_loss(Z, V, Y, temperature=two, kd_weight=two, ce_weight=two, kd_normalizer=two, logit_scale=two)
+        cosine_hidden_loss(Z, V, normalizer=two)
+    assert len(waited) >= 6
+    assert all(waited)
 
 
 def test_fake_tensors_leave_no_trace(device: str) -> None:

@@ -70,7 +70,9 @@ def test_clusters_copy_in_bulk_and_store_16_bytes(source, compiled):
         copies = kernel.count("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes")
         if ".target sm_80" in ptx:
             assert "trap;" in kernel
+            assert re.search(r"\.maxntid 1\b", kernel), "cluster_fits() would take it for a kernel"
             continue
+        assert re.search(r"\.maxntid 192\b", kernel)
         assert copies > 0
         assert "mbarrier.try_wait" in kernel
         assert "st.shared::cluster" in kernel

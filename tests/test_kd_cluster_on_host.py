@@ -73,6 +73,25 @@ def test_clusters(shared, divergence, monkeypatch):
     case(2049, torch.float32, 2049, divergence, student={"offset": 1}).check()
 
 
+@pytest.mark.parametrize(("most", "shared"), [(8, 12000), (4, 18000), (2, 40000), (1, 40000)])
+def test_smaller_clusters_where_the_device_has_no_room(most, shared, monkeypatch):
+    monkeypatch.setenv("FUSEDKD_ON_HOST_SHARED", str(shared))
+    monkeypatch.setenv("FUSEDKD_ON_HOST_CLUSTER", str(most))
+    case(4099, torch.bfloat16, 4090, JSD(0.3), teacher={"offset": 3}, label_smoothing=0.1).check()
+
+
+@pytest.mark.parametrize(("most", "shared"), [(0, 40000), (1, 12000)])
+def test_no_cluster_has_room(most, shared, monkeypatch):
+    """The operator says so, and leaves everything to whoever called it."""
+    c = case(4099, torch.bfloat16)
+    rows, stats = torch.full((2, 6), 5.0), torch.full((6, STATS), 5.0)
+    gradient = torch.full_like(c.student, 5.0)
+    monkeypatch.setenv("FUSEDKD_ON_HOST_SHARED", str(shared))
+    monkeypatch.setenv("FUSEDKD_ON_HOST_CLUSTER", str(most))
+    c.call(rows=rows, stats=stats, gradient=gradient, fits=False)
+    assert all((x == 5).all() for x in (rows, stats, gradient))
+
+
 @DTYPES
 @pytest.mark.parametrize("v", [2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100])
 def test_short_rows(dtype, v):

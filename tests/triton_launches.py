@@ -114,6 +114,20 @@ def test_choice(
     assert choice.choose(case, device) == (kernel, parts)
 
 
+def test_another_kernel_where_no_cluster_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kd, "describe", lambda device: H200)
+    calls, (student, teacher) = [], (x.float() for x in logits(4200, b=B))
+    w, counts = kd.kd_row_weights(teacher, None, None, None, -100, True)
+    arguments = student, teacher, None, w, options_for(ForwardKL()), counts, *flags(ForwardKL(), ce=False), True
+    with torch.library._scoped_library("fusedkd", "IMPL") as library:
+        library.impl("kd_cluster", lambda *arguments: bool(calls.append(arguments)), "CPU")
+        found = kd.kd_forward(*arguments)
+    assert len(calls) == 1
+    for actual, expected in zip(found[::2], fallback.kd_forward(*arguments)[::2], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert found[2].any()
+
+
 # -------------------------------------------------- mathematics
 
 

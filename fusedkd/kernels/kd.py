@@ -150,8 +150,9 @@ class Call(NamedTuple):
         tail = self.ignore_index, self.form, self.transform, self.ce
         if kernel == "cluster":
             up = None if upstream is None else upstream.contiguous()
-            torch.ops.fusedkd.kd_cluster(*self[:6], up, rows, stats, gradient, *tail, rescale)
-            return
+            if torch.ops.fusedkd.kd_cluster(*self[:6], up, rows, stats, gradient, *tail, rescale):
+                return
+            kernel, parts = choose(case, device._replace(cluster=False))
         p_student, o_student = aligned(self.student)
         p_teacher, o_teacher = aligned(self.teacher)
         p_gradient, o_gradient = (None, o_student) if gradient is None else aligned(gradient)

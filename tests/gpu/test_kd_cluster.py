@@ -4,6 +4,7 @@ GPU shows is here: the real copies, barriers and clusters, their launch, today's
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cluster_cases
@@ -11,6 +12,7 @@ import pytest
 import torch
 from cluster_cases import Case
 from families import describe, divergences
+from torch import Tensor
 from truth import check_kd, pair, targets
 
 from fusedkd import DKD, JSD, kd_loss
@@ -114,6 +116,24 @@ def test_in_a_graph():
     replayed = loss.clone(), gradient.clone()
     for got, expected in zip(replayed, step(), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_two_threads_of_the_host():
+    """Short rows and long ones, launched at once: what one needs of a kernel's shared memory is not taken from the
+    other.
+    """
+
+    def step(columns: int) -> list[Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            student, teacher = pair(8, columns, dtype=torch.bfloat16, device="cuda")
+            student.requires_grad_()
+            return [torch.autograd.grad(kd_loss(student, teacher), student)[0] for _ in range(100)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for gradients in threads.map(step, (8200, 262144)):
+            assert gradients[0].any()
+            assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    torch.cuda.synchronize()
 
 
 def test_offsets_past_2_31_elements():

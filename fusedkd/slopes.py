@@ -1,0 +1,85 @@
+"""How steep the forms of :mod:`fusedkd.divergences` and :mod:`fusedkd.sparse` can be: a bound of |∂D/∂s| in any column,
+s = z/T, from the coefficients a₀, a₁, … of a form and the number of columns C, whatever the logits.
+
+Where log(q/p) or a logit itself occurs there is no such bound. It is then that of rows up to `LOG_RATIO` and `LOGIT`.
+What needs a bound, float16 gradients, leaves several times as much to spare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fusedkd.divergences import Form
+from fusedkd.sparse import SparseForm
+
+LOG_RATIO = 8.0
+"""Of |log q − log p|."""
+LOGIT = 64.0
+"""Of |z| and |v|, where they are compared themselves."""
+
+Bound = Callable[[Sequence[Tensor], int], Tensor]
+
+
+def one(a: Sequence[Tensor], columns: int) -> Tensor:
+    """Of q − p, and of ½·q·(sign − Σq·sign)."""
+    return torch.ones_like(a[0])
+
+
+def log_ratio(a: Sequence[Tensor], columns: int) -> Tensor:
+    """Of q·(x − Σqx), x = log(q/p): at most the range of x / 4. Without the other columns' share q·(1 + x)."""
+    return torch.full_like(a[0], LOG_RATIO + 1)
+
+
+def jeffreys(a: Sequence[Tensor], columns: int) -> Tensor:
+    return a[0].abs() + a[1].abs() * LOG_RATIO
+
+
+def mixture(a: Sequence[Tensor], columns: int) -> Tensor:
+    """With r = 1 − a₂ and x = log(q/m): q·x ≤ KL(q‖m) ≤ −log r, and −q·x ≤ a₂·p. In the other part (q/m)·|p − q| ≤ 1/r,
+    and its sum ≤ 2/r.
+    """
+    rest = 1 - a[2]
+    log = rest.log().neg().clamp(max=LOG_RATIO)
+    return a[1].abs() * (2 * log + a[2]) + torch.where(a[3] == 0, 0, 3 * a[3].abs() / rest)
+
+
+def alpha_beta(a: Sequence[Tensor], columns: int) -> Tensor:
+    """w = (q^s − p^α q^β)/α: either power is at most 1, and their sums at most C^(1 − s) (Hölder), while both exponents
+    are positive. p^α with α < 0 is up to (q/p)^−α·q^s.
+    """
+    alpha, beta = a[0], a[1]
+    w = alpha.abs().reciprocal().clamp(max=LOG_RATIO) * torch.exp(LOG_RATIO * torch.maximum(-alpha, -beta).clamp(min=0))
+    return w * (1 + torch.exp(math.log(columns) * (1 - alpha - beta).clamp(min=0)))
+
+
+def logit_mse(a: Sequence[Tensor], columns: int) -> Tensor:
+    return 2 * (1 + a[0].abs()) * LOGIT / columns
+
+
+def dkd(a: Sequence[Tensor], columns: int) -> Tensor:
+    """a₁·(q̂ − p̂) − a₀·(q_y − p_y)·q̂, and the label's own a₀·(q_y − p_y)."""
+    return a[0].abs() + a[1].abs()
+
+
+BOUNDS: dict[Form, Bound] = {
+    Form.FORWARD_KL: one,
+    Form.JEFFREYS: jeffreys,
+    Form.MIXTURE: mixture,
+    Form.ALPHA_BETA: alpha_beta,
+    Form.TOTAL_VARIATION: one,
+    Form.LOGIT_MSE: logit_mse,
+    Form.DKD: dkd,
+}
+SPARSE_BOUNDS: dict[SparseForm, Bound] = {
+    SparseForm.RENORMALIZE: one,
+    SparseForm.RENORMALIZE_REVERSE: log_ratio,
+    SparseForm.BUCKET: one,
+    SparseForm.BUCKET_REVERSE: log_ratio,
+    SparseForm.IGNORE: one,
+    SparseForm.IGNORE_REVERSE: log_ratio,
+    SparseForm.SAMPLES: one,  # times the sum of the row's weights
+}
