@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,7 +26,7 @@ class OfflineTeacherCollator:
 
     ``position_ids`` (L,), if there are any, are padded in the same way, with 0. Where they restart within an example,
     they mark packed documents, which causal models of transformers keep apart only in a batch without
-    ``attention_mask``: it is taken out, and labels at padding become −100.
+    ``attention_mask``: it is taken out; labels at padding, and ids before it, become −100 and −1.
 
     Raises:
         ValueError: naming the column and the example, where the two columns or the tokens differ in length, and where
@@ -141,5 +142,7 @@ def _add_positions(batch: Batch, positions: list[Tensor], places: list[tuple[int
     mask = batch.get("attention_mask")
     if any(restarts(own).any() for own in positions) and isinstance(mask, Tensor) and mask.dim() == 2:
         del batch["attention_mask"]
+        known = (mask != 0) & F.pad(mask[:, 1:] != 0, (0, 1))  # token i + 1, which row i is about, is no padding
+        batch["teacher_ids"] = batch["teacher_ids"].masked_fill(~known[..., None], -1)
         if isinstance(batch.get("labels"), Tensor) and batch["labels"].shape == mask.shape:
             batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)

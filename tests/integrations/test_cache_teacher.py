@@ -102,6 +102,79 @@ def test_values_are_the_teachers(masked, temperature, folder, tmp_path):
         assert (row["teacher_ids"][~attended.numpy()] == -1).all()
 
 
+LENGTHS = ((4, 6), (5,), (3, 3, 4), (7, 3))
+"""Of the documents in each packed row."""
+
+
+def packed(path, ends: int = 0, **columns) -> str:
+    """Rows of several documents, whose position_ids start again at each; the last row ends with padding."""
+    draw = torch.Generator().manual_seed(4)
+    ids = [torch.randint(5, len(VOCAB), (sum(lengths),), generator=draw).tolist() for lengths in LENGTHS]
+    positions = [[i for n in lengths for i in range(n)] for lengths in LENGTHS]
+    data = {"input_ids": ids, "position_ids": positions} | columns
+    if ends:
+        data["attention_mask"] = [[1] * len(row) for row in ids]
+        data["attention_mask"][-1][-ends:] = [0] * ends
+    datasets.Dataset.from_dict(data).save_to_disk(path)
+    return str(path)
+
+
+def alone(model, row, lengths) -> torch.Tensor:
+    """The truth: each document of a row by itself, float64 ``(L, V)``."""
+    parts = torch.as_tensor(row["input_ids"]).long().split(lengths)
+    return torch.cat([log_softmax(model, {"input_ids": ids, "attention_mask": ids * 0 + 1}, 1.0) for ids in parts])
+
+
+@pytest.mark.parametrize("ends", [0, 2])
+def test_packed_documents_do_not_see_each_other(ends, folder, tmp_path):
+    model = teacher()
+    completion = [[i % 2 for i in range(sum(lengths))] for lengths in LENGTHS]
+    weights = [[0.5] * sum(lengths) for lengths in LENGTHS]
+    data = packed(tmp_path / "data", ends, completion_mask=completion, loss_weights=weights)
+    for out, size in (("out", 3), ("other", 1)):
+        assert run(folder(model), data, tmp_path / out, "--top_k", 5, "--batch_size", size, "--shard_rows", 3) == 0
+    cached, other = (datasets.load_from_disk(tmp_path / out) for out in ("out", "other"))
+    assert ("attention_mask" in cached.column_names) == bool(ends)
+    for i, (row, again, before) in enumerate(zip(cached, other, datasets.load_from_disk(data), strict=True)):
+        for name in ("input_ids", "position_ids", "completion_mask", "loss_weights"):
+            assert row[name].tolist() == before[name]
+        attended = torch.as_tensor(before.get("attention_mask", [1] * len(before["input_ids"]))).bool()
+        expected = alone(model, before, LENGTHS[i])[attended].topk(5)
+        found = torch.from_numpy(row["teacher_logprobs"])[attended].double()
+        torch.testing.assert_close(found, expected.values, rtol=1e-6, atol=2e-6)
+        assert torch.equal(torch.from_numpy(row["teacher_ids"])[attended].long(), expected.indices)
+        assert (row["teacher_ids"][~attended.numpy()] == -1).all()
+        assert np.allclose(row["teacher_logprobs"], again["teacher_logprobs"], rtol=1e-6, atol=2e-6)
+    joined = log_softmax(model, {"input_ids": before["input_ids"], "attention_mask": [1] * 10}, 1.0)
+    assert (joined[7:] - alone(model, before, LENGTHS[-1])[7:]).abs().max() > 0.1  # it would show
+
+
+@pytest.mark.parametrize("ends", [0, 2])
+def test_training_on_packed_documents_is_training_on_each(ends, folder, tmp_path):
+    """DistillationTrainer takes the cache of packed rows, padded by a collator that knows of no position_ids."""
+    from transformers import DataCollatorWithPadding, TrainingArguments
+
+    from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
+
+    model, student = teacher(), teacher(seed=3)
+    name = folder(model)
+    assert run(name, packed(tmp_path / "data", ends), tmp_path / "out", "--top_k", len(VOCAB)) == 0
+    cached = datasets.load_from_disk(tmp_path / "out")
+    divergences = []
+    for row, lengths in zip(cached, LENGTHS, strict=True):
+        p, q = (alone(each, row, lengths) for each in (model, student))
+        kl = (p.exp() * (p - q)).sum(-1)
+        attended = len(kl) - (ends if lengths == LENGTHS[-1] else 0)
+        divergences.append(kl[: attended - 1])  # at the last token no next one is known
+    args = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, disable_tqdm=True)
+    kd = KDConfig(temperature=1.0, kd_weight=1.0, ce_weight=0.0, kd_on="attended")
+    collator = DataCollatorWithPadding(BertTokenizer.from_pretrained(name))
+    trainer = DistillationTrainer(student, None, args, collator, kd=kd, eval_dataset=cached)
+    expected = torch.cat(divergences).mean().item()
+    assert expected > 0.5
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_masked_columns_and_broken_teachers():
     """A column at −inf is no column; NaN is an error, but not at a position that nobody attends to."""
     logits = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
@@ -249,6 +322,17 @@ def test_other_settings_data_and_teachers_are_refused(folder, text_file, tmp_pat
     assert run(model, text_file, out, *more, "--batch_size", 5) == 0  # does not change what is written
 
 
+def test_other_columns_are_other_data(folder, tmp_path, capsys):
+    """An interrupted run must not go on with other positions or labels beside the same ids."""
+    model = folder(teacher())
+    for name, shift in (("position_ids", 1), ("labels", 1)):
+        columns = [[[j + s for j in range(4 + 3 * (i % 4))] for i in range(7)] for s in (0, shift)]
+        paths = [tokenized(tmp_path / f"{name}{i}" / "data", **{name: c}) for i, c in enumerate(columns)]
+        assert run(model, paths[0], tmp_path / name, "--top_k", 3) == 0
+        assert run(model, paths[1], tmp_path / name, "--top_k", 3) == 2
+        assert "begun with data_checksum" in capsys.readouterr().err
+
+
 BAD = {
     "top_k": (["--top_k", "25"], "--top_k must be at most the teacher's vocabulary of 24, not 25"),
     "negative": (["--temperature", "-1"], "--temperature must be positive"),
@@ -261,6 +345,13 @@ BAD = {
     "too long": (["--block_size", "65", "--top_k", "3"], "a row has 65 tokens, but the teacher 64 positions"),
     "empty": (["--dataset", "DATA/empty"], "--dataset is empty"),
     "tokenizer": (["--tokenizer", "DATA/nowhere"], "cannot load the tokenizer"),
+    "mask": (["--dataset", "DATA/mask"], "the column attention_mask must have as many numbers per row as input_ids"),
+    "nested": (["--dataset", "DATA/nested"], "the column position_ids must hold a list of numbers per row"),
+    "packed": (["--dataset", "DATA/lengths"], "the column seq_lengths says that documents are packed"),
+    "positions": (
+        ["--dataset", "DATA/far", "--top_k", "3"],
+        "position_ids go up to 64, but the teacher has 64 positions",
+    ),
 }
 
 
@@ -270,6 +361,10 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
         "numbers": {"number": [1]},
         "large": {"input_ids": [[5, 99]]},
         "empty": {"input_ids": [[]]},
+        "mask": {"input_ids": [[5, 6]], "attention_mask": [[1]]},
+        "nested": {"input_ids": [[5, 6]], "position_ids": [[[0, 1]] * 3]},
+        "lengths": {"input_ids": [[5, 6]], "seq_lengths": [[1, 1]]},
+        "far": {"input_ids": [[5, 6]], "position_ids": [[63, 64]]},
     }.items():
         datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
     arguments, message = BAD[case]
@@ -280,6 +375,20 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_packed_documents_of_a_masked_teacher_are_refused(folder, tmp_path, capsys):
+    """Its students, models of transformers, would not keep them apart."""
+    assert run(folder(teacher(masked=True)), packed(tmp_path / "data"), tmp_path / "out", "--top_k", 3) == 2
+    assert "masked models of transformers do not keep apart" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_is_named(folder, tmp_path, capsys):
+    data = tokenized(tmp_path / "data", text=["the cat"] * 7, label=[1] * 7)
+    assert run(folder(teacher()), data, tmp_path / "out", "--top_k", 3) == 0
+    assert "Left out: text, label " in capsys.readouterr().out
+    assert "text" not in datasets.load_from_disk(tmp_path / "out").column_names
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(folder, text_file, tmp_path, capsys):
