@@ -5,17 +5,17 @@
 
 Both use the LibTorch stable ABI and nothing of Python's, so that one build serves every Python >= 3.10 and
 torch >= 2.11; a CPU build of torch is enough to compile them. Neither is required: the package works without them, more
-slowly, and a failure to build one is said when all is done. Environment variables:
+slowly, and a failure to build one is a warning when all is done. Environment variables:
 
     FUSEDKD_CPU, FUSEDKD_CUDA   0: do not build this library; 1: fail the installation if it cannot be built
     FUSEDKD_CUDA_ARCHS          compute capabilities, "80 90a 90+PTX" unless set (+PTX: newer GPUs can translate it)
     CUDA_HOME                   where nvcc is, if not on PATH
 """
 
-import atexit
 import os
 import shutil
 import sys
+import warnings
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
@@ -40,8 +40,10 @@ WITHOUT = {
 
 
 def tell(message: str) -> None:
-    """When all is done; on the terminal too, for pip keeps the output of a build that succeeds to itself."""
-    print(message, file=sys.stderr)
+    """As a warning, which recent versions of pip show; on the terminal too, for older ones show nothing of a build that
+    succeeds.
+    """
+    warnings.warn(message, stacklevel=2)
     if not sys.stderr.isatty():
         with suppress(OSError), open("/dev/tty", "w") as terminal:
             print(f"\n{message}", file=terminal)
@@ -66,6 +68,12 @@ class BuildKernels(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or True  # both libraries at once
+        self.left_out: list[str] = []
+
+    def run(self) -> None:
+        super().run()
+        for message in self.left_out:
+            tell(message)
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -85,7 +93,7 @@ class BuildKernels(build_ext):
             reason = "the compiler is missing or failed"
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build: it would be packed
         if ext.optional:
-            atexit.register(tell, f"fusedkd is built without {ext.name}: {reason}. {WITHOUT[ext.variable]}")
+            self.left_out.append(f"fusedkd is built without {ext.name}: {reason}. {WITHOUT[ext.variable]}")
         raise CompileError(f"{reason}; fusedkd works without it, {ext.variable}=1 makes this an error")
 
     def build_with_nvcc(self, ext: Extension) -> None:
