@@ -13,10 +13,9 @@ A row of the result is a sequence of L tokens:
 
 What :class:`fusedkd.TeacherTopK` takes, with ``logprobs_temperature`` the temperature given here. Row i belongs to
 logits position i: for a causal model it is the distribution of token i + 1. Where position_ids start again within a
-row, documents are packed, and none sees another; such data gets no attention_mask, with which the student, called as
-transformers calls it, would let them. Log-probabilities are float32 because
-float16 would save only a quarter of the disk, and its rounding of 2⁻¹² of log p shows in ``tail="bucket"``, which needs
-1 − Σp.
+row, documents are packed: none sees another. Beside position_ids no attention_mask is added, for a causal model of
+transformers keeps documents apart only without one. Log-probabilities are float32 because float16 would save only a
+quarter of the disk, and its rounding of 2⁻¹² of log p shows in ``tail="bucket"``, which needs 1 − Σp.
 
 Shards of --shard_rows sequences are written one after the other, each under its own name only once it is complete. A
 run that was interrupted continues after the last one when it is started again with the same options; with others, other
