@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fusedkd import ops
+from fusedkd import env, ops
 
 ROOT = Path(__file__).parent.parent
 UNBUILT = ("*.so", "__pycache__", ".git", ".venv", "build", "dist", "runs", "*.egg-info", ".*_cache")
@@ -82,6 +82,14 @@ def test_the_advice_mends_what_is_missing(kind, tmp_path, monkeypatch) -> None:
     assert "hides" not in said
     assert "outside" not in said
     assert (f"-e {folder}`" if kind == "clone" else "--force-reinstall .` in a checkout") in said
+
+
+def test_env_tells_where_the_package_is(capsys) -> None:
+    env.main()
+    out = capsys.readouterr().out
+    assert re.search(rf"imported from +{re.escape(str(Path(ops.__file__).parent))}\n", out)
+    backend, reason = ops.backends["kd_forward", "CPU"]
+    assert re.search(rf"kd_forward +CPU +{re.escape(backend)} +{re.escape(reason)}\n", out)
 
 
 # -------------------------------------------------- torch
