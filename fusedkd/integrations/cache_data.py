@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Row = dict[str, np.ndarray]
 NUMBERS = ("int", "uint", "float", "bool", "null")  # the last: of an empty data set
 PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
-PACKED = ("seq_lengths", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
-"""Other marks of packed documents than position_ids."""
+PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Other marks of packed documents than position_ids and TRL's seq_lengths."""
 
 
 def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dataset, MaskingCollator | None]:
@@ -70,7 +70,9 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
 
 
 def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:
-    """The columns that are a list of numbers per row; says which are not."""
+    """The columns that are a list of numbers per row; says which are not. TRL's seq_lengths of packed documents become
+    position_ids.
+    """
 
     def holds_numbers(name: str) -> bool:
         inner = getattr(data.features[name], "feature", None)
@@ -80,6 +82,9 @@ def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:
     for name in ("input_ids", *PER_TOKEN):
         if name in data.column_names and name not in kept:
             raise UsageError(f"the column {name} must hold a list of numbers per row, not {data.features[name]}")
+    if "seq_lengths" in kept and "position_ids" not in kept:
+        data = data.map(_positions, input_columns="seq_lengths")
+        kept.append("position_ids")
     marks = [name for name in PACKED if name in kept]
     if marks and "position_ids" not in kept:
         raise UsageError(
@@ -89,6 +94,10 @@ def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:
     if left_out := [name for name in data.column_names if name not in kept]:
         console.print(f"[bold]Left out[/bold]: {', '.join(left_out)} (no list of numbers per row)")
     return data.select_columns(kept)
+
+
+def _positions(lengths: list[int]) -> dict[str, list[int]]:
+    return {"position_ids": [i for length in lengths for i in range(length)]}
 
 
 def pack_documents(text: datasets.Dataset, tokenizer: Tokenizer, size: int, whole: bool) -> datasets.Dataset:

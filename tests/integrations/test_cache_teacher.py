@@ -149,6 +149,18 @@ def test_packed_documents_do_not_see_each_other(ends, folder, tmp_path):
     assert (joined[7:] - alone(model, before, LENGTHS[-1])[7:]).abs().max() > 0.1  # it would show
 
 
+def test_lengths_of_packed_documents_become_positions(folder, tmp_path):
+    """TRL's packed rows have them instead."""
+    data = packed(tmp_path / "data", seq_lengths=[list(lengths) for lengths in LENGTHS])
+    datasets.load_from_disk(data).remove_columns("position_ids").save_to_disk(tmp_path / "lengths")
+    for name in ("data", "lengths"):
+        assert run(folder(teacher()), str(tmp_path / name), tmp_path / f"{name}-out", "--top_k", 5) == 0
+    one, other = (datasets.load_from_disk(tmp_path / f"{name}-out") for name in ("data", "lengths"))
+    assert set(one.column_names) == set(other.column_names)
+    for a, b in zip(one, other, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
 @pytest.mark.parametrize("ends", [0, 2])
 def test_training_on_packed_documents_is_training_on_each(ends, folder, tmp_path):
     """DistillationTrainer takes the cache of packed rows, padded by a collator that knows of no position_ids."""
@@ -347,7 +359,7 @@ BAD = {
     "tokenizer": (["--tokenizer", "DATA/nowhere"], "cannot load the tokenizer"),
     "mask": (["--dataset", "DATA/mask"], "the column attention_mask must have as many numbers per row as input_ids"),
     "nested": (["--dataset", "DATA/nested"], "the column position_ids must hold a list of numbers per row"),
-    "packed": (["--dataset", "DATA/lengths"], "the column seq_lengths says that documents are packed"),
+    "packed": (["--dataset", "DATA/index"], "the column seq_idx says that documents are packed"),
     "positions": (
         ["--dataset", "DATA/far", "--top_k", "3"],
         "position_ids go up to 64, but the teacher has 64 positions",
@@ -363,7 +375,8 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
         "empty": {"input_ids": [[]]},
         "mask": {"input_ids": [[5, 6]], "attention_mask": [[1]]},
         "nested": {"input_ids": [[5, 6]], "position_ids": [[[0, 1]] * 3]},
-        "lengths": {"input_ids": [[5, 6]], "seq_lengths": [[1, 1]]},
+        "index": {"input_ids": [[5, 6]], "seq_idx": [[0, 1]]},
+        "lengths": {"input_ids": [[5, 6]], "seq_lengths": [[1, 2]]},
         "far": {"input_ids": [[5, 6]], "position_ids": [[63, 64]]},
     }.items():
         datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
