@@ -5,7 +5,7 @@
 
 Both use the LibTorch stable ABI and nothing of Python's, so that one build serves every Python >= 3.10 and
 torch >= 2.11; a CPU build of torch is enough to compile them. Neither is required: the package works without them, more
-slowly, and a failure to build one is a warning. Environment variables:
+slowly, and a failure to build one is a warning when all is done. Environment variables:
 
     FUSEDKD_CPU, FUSEDKD_CUDA   0: do not build this library; 1: fail the installation if it cannot be built
     FUSEDKD_CUDA_ARCHS          compute capabilities, "80 90a 90+PTX" unless set (+PTX: newer GPUs can translate it);
@@ -15,6 +15,9 @@ slowly, and a failure to build one is a warning. Environment variables:
 
 import os
 import shutil
+import sys
+import warnings
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
@@ -22,11 +25,30 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError
 
+from backend import torch_folder
+
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that can load the libraries
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "--split-compile=0"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 BUILT_FOR = "built for the compute capabilities "  # csrc/archs.h
+
+WITHOUT = {
+    "FUSEDKD_CPU": "On a CPU it will be slow, PyTorch definitions answer instead of the fused kernels. Install a C++20 "
+    "compiler, such as g++, and repeat the command; -v shows what it says, FUSEDKD_CPU=1 makes this an error.",
+    "FUSEDKD_CUDA": "On a GPU the definition answers for the cosine loss, and Hopper GPUs have no kernel of their own. "
+    "Repeat the command with -v to see what nvcc says; FUSEDKD_CUDA=1 makes this an error.",
+}
+
+
+def tell(message: str) -> None:
+    """As a warning, which recent versions of pip show; on the terminal too, for older ones show nothing of a build that
+    succeeds.
+    """
+    warnings.warn(message, stacklevel=2)
+    if not sys.stderr.isatty():
+        with suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(f"\n{message}", file=terminal)
 
 
 def nvcc() -> str | None:
@@ -54,24 +76,32 @@ class BuildKernels(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.parallel = self.parallel or True  # both libraries at once
+        self.left_out: list[str] = []
+
+    def run(self) -> None:
+        super().run()
+        for message in self.left_out:
+            tell(message)
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            from torch.utils.cpp_extension import include_paths, library_paths
-
-            ext.include_dirs, ext.library_dirs = include_paths(), library_paths()
+            torch = torch_folder()
+            if torch is None:
+                raise FileNotFoundError("there is no torch >= 2.11 to build against")
+            ext.include_dirs = [str(torch / "include"), str(torch / "include/torch/csrc/api/include")]
+            ext.library_dirs = [str(torch / "lib")]
             if ext.name.endswith("_cuda"):
                 self.build_with_nvcc(ext)
             else:
                 super().build_extension(ext)
             return
-        except ImportError as error:
-            reason = f"torch cannot be imported ({error}), use pip --no-build-isolation"
         except OSError as error:
             reason = str(error)
         except (BaseError, CCompilerError):
-            reason = "the compiler is missing or failed, its message is above"
+            reason = "the compiler is missing or failed"
         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build: it would be packed
+        if ext.optional:
+            self.left_out.append(f"fusedkd is built without {ext.name}: {reason}. {WITHOUT[ext.variable]}")
         raise CompileError(f"{reason}; fusedkd works without it, {ext.variable}=1 makes this an error")
 
     def build_with_nvcc(self, ext: Extension) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -48,6 +49,8 @@ def main() -> None:
         print(title)
         for name, value in table.items():
             print(f"  {name:<15} {value}")
+        if title == "versions":
+            print(f"  {'imported from':<15} {Path(__file__).parent}")
     compilers = {name: shutil.which(name) or "not found" for name in ("c++", "nvcc")}
     print("compilers")
     for name, path in compilers.items():

@@ -37,6 +37,7 @@ The mathematics is in :mod:`fusedkd.definitions`, :mod:`fusedkd.divergences` and
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from enum import IntEnum
 from importlib import import_module
@@ -192,12 +193,34 @@ def load(library: str) -> str | None:
     """Load a compiled library, which registers its own operators; None, or the reason why it could not."""
     found = sorted(Path(__file__).parent.glob(f"{library}.*so"))
     if not found:
-        return f"{library} is not built"
+        other = _hidden(library)
+        hides = "" if other is None else f" in {Path(__file__).parent}, which hides the installed {other}, where it is"
+        return f"{library} is not built{hides}"
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"{library} does not load ({error})"
     return None
+
+
+def _hidden(library: str) -> Path | None:
+    """The folder of an installed fusedkd that has the library, where this one, a checkout in which Python was started,
+    comes before it.
+    """
+    here = Path(__file__).parent
+    folders = (Path(entry, here.name) for entry in sys.path)
+    return next((f for f in folders if f.resolve() != here.resolve() and any(f.glob(f"{library}.*so"))), None)
+
+
+def _advice() -> str:
+    """What mends a library that is missing, as one sentence."""
+    checkout = Path(__file__).parent.parent
+    hidden = _hidden("_C") is not None
+    builds = "With a C++ compiler, `pip install --no-build-isolation --no-deps"
+    if (checkout / "setup.py").is_file():
+        start = f"Start Python outside of {checkout} to use the installed one. " if hidden else ""
+        return f"{start}{builds} -e {checkout}` builds {'it here' if hidden else 'them'}."
+    return f"{builds} --force-reinstall .` in a checkout builds them."
 
 
 def _serve(names: list[str], device: str, backend: str, reason: str, module: Any = None) -> None:
@@ -215,8 +238,7 @@ class _Slow:
 
     def __init__(self, reason: str) -> None:
         self.message: str | None = (
-            f"fusedkd: {reason}, so slow PyTorch definitions answer instead of the fused kernels. With a C++ compiler, "
-            "`pip install --no-build-isolation --no-deps --force-reinstall .` in a checkout builds them."
+            f"fusedkd: {reason}, so slow PyTorch definitions answer instead of the fused kernels. {_advice()}"
         )
 
     def __getattr__(self, name: str) -> Any:

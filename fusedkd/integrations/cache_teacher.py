@@ -5,15 +5,17 @@
 
 A row of the result is a sequence of L tokens:
 
-    input_ids, attention_mask (L,)      and labels or token_type_ids where the data has them, or masking here made them
+    input_ids, attention_mask (L,)      and every other list of numbers that the data has: labels, token_type_ids,
+                                        position_ids, completion_mask; text for a masked teacher gets labels here
     teacher_ids        (L, K) int32     columns by falling probability; −1 where there is none: at unattended positions,
                                         and past the last column that is not masked (−inf)
     teacher_logprobs   (L, K) float32   natural log of softmax(logits / temperature) over the teacher's whole vocabulary
 
 What :class:`fusedkd.TeacherTopK` takes, with ``logprobs_temperature`` the temperature given here. Row i belongs to
-logits position i: for a causal model it is the distribution of token i + 1. Log-probabilities are float32 because
-float16 would save only a quarter of the disk, and its rounding of 2⁻¹² of log p shows in ``tail="bucket"``, which needs
-1 − Σp.
+logits position i: for a causal model it is the distribution of token i + 1. Where position_ids start again within a
+row, documents are packed: none sees another. Beside position_ids no attention_mask is added, for a causal model of
+transformers keeps documents apart only without one. Log-probabilities are float32 because float16 would save only a
+quarter of the disk, and its rounding of 2⁻¹² of log p shows in ``tail="bucket"``, which needs 1 − Σp.
 
 Shards of --shard_rows sequences are written one after the other, each under its own name only once it is complete. A
 run that was interrupted continues after the last one when it is started again with the same options; with others, other
@@ -24,13 +26,13 @@ data or another teacher it refuses. Of the logits one batch exists at a time.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,15 +43,14 @@ import transformers
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, HfArgumentParser
 
 from fusedkd.arguments import MAX_LISTED
 from fusedkd.distilbert.config import UsageError, option
-from fusedkd.distilbert.data import MaskingCollator, pack
+from fusedkd.integrations.cache_data import Row, Survey, batches, documents, features_of, pretrained, read, survey
 
-TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", "labels")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def required(text: str) -> Any:
@@ -114,79 +115,7 @@ def parse(argv: list[str] | None) -> Options:
     return options
 
 
-# ---- data
-
-
-def read(options: Options, masked: bool) -> tuple[datasets.Dataset, MaskingCollator | None]:
-    """Tokenized rows, and what masks them if they are text for a masked model."""
-    names, first = options.dataset, Path(options.dataset[0])
-    files = all(Path(name).is_file() for name in names)
-    if not files and len(names) > 1:
-        raise UsageError(f"no such file: {next(name for name in names if not Path(name).is_file())}")
-    try:
-        if files:
-            data = datasets.load_dataset("text", data_files=names, split="train", keep_linebreaks=not masked)
-        elif (first / "state.json").is_file() or (first / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(first)
-        else:
-            data = datasets.load_dataset(names[0], options.dataset_config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"cannot read --dataset {names[0]}: {_line(error)}") from error
-    if isinstance(data, dict):
-        if options.split not in data:
-            raise UsageError(f"--dataset has no split {options.split}: --split is one of {', '.join(data)}")
-        data = data[options.split]
-    if "input_ids" in data.column_names:
-        per_token = [name for name in TOKENIZED if not isinstance(data.features.get(name), datasets.Value | None)]
-        return data.select_columns(per_token), None
-    if options.text_column not in data.column_names:
-        raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(data.column_names)}")
-    tokenizer = pretrained(AutoTokenizer, options.tokenizer or options.teacher, "the tokenizer")
-    text = data.select_columns(options.text_column).filter(bool, input_columns=options.text_column)
-    if not masked:
-        return pack_documents(text, tokenizer, options.block_size, whole=not files), None
-    if tokenizer.mask_token_id is None:
-        raise UsageError(f"a masked teacher needs a tokenizer with a mask token, which {tokenizer.name_or_path} lacks")
-    text = text.rename_columns({} if options.text_column == "text" else {options.text_column: "text"})
-    counts = np.ones(len(tokenizer))
-    collator = MaskingCollator(tokenizer, counts, options.mlm_probability, smoothing=0.0, seed=options.seed)
-    return pack(text, tokenizer, options.block_size, "given"), collator
-
-
-def pack_documents(text: datasets.Dataset, tokenizer: Tokenizer, size: int, whole: bool) -> datasets.Dataset:
-    """Tokenize, join and cut into blocks; each thousand documents end with a shorter one. `whole` documents get the
-    tokenizer's special tokens and end with its end-of-sequence token; lines of a file follow each other as they stand.
-    """
-    eos = [tokenizer.eos_token_id] if whole and tokenizer.eos_token_id is not None else []
-
-    def blocks(documents: list[str]) -> dict[str, list[list[int]]]:
-        tokens = tokenizer(documents, add_special_tokens=whole, verbose=False)["input_ids"]
-        ids = list(chain.from_iterable(t if t[-1:] == eos else t + eos for t in tokens))
-        return {"input_ids": [ids[i : i + size] for i in range(0, len(ids), size)]}
-
-    (column,) = text.column_names
-    return text.map(blocks, batched=True, input_columns=column, remove_columns=column)
-
-
-def batches(
-    data: datasets.Dataset, rows: range, batch_size: int, collator: MaskingCollator | None
-) -> Iterator[list[dict[str, np.ndarray]]]:
-    """Lists of rows, complete with attention mask, masked (each by itself, so that no batch size changes the masks)."""
-    for start in range(rows.start, rows.stop, batch_size):
-        batch = [data[i] for i in range(start, min(start + batch_size, rows.stop))]
-        if collator is not None:
-            batch = [{k: v[0].numpy() for k, v in collator([row]).items()} for row in batch]
-        yield [{"attention_mask": np.ones(len(row["input_ids"]), np.int8)} | row for row in batch]
-
-
 # ---- teacher
-
-
-def pretrained(kind: Any, name: str, what: str, **more: Any) -> Any:
-    try:
-        return kind.from_pretrained(name, **more)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load {what} {name}: {_line(error)}") from error
 
 
 def is_masked(options: Options) -> bool:
@@ -200,6 +129,29 @@ def is_masked(options: Options) -> bool:
     raise UsageError(f"cannot tell what kind of language model {name} is: give --objective causal or masked")
 
 
+def fit(model: Any, data: Survey, masked: bool, k: int, position_ids: bool) -> None:
+    """Refuse data that the teacher was not made for."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if data.largest_id >= vocab:
+        raise UsageError(
+            f"the data holds the id {data.largest_id}, but the teacher has {vocab} tokens: another tokenizer?"
+        )
+    if k > vocab:
+        raise UsageError(f"--top_k must be at most the teacher's vocabulary of {vocab}, not {k}")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or data.positions
+    if data.positions > positions and position_ids:
+        raise UsageError(f"position_ids go up to {data.positions - 1}, but the teacher has {positions} positions")
+    if data.positions > positions:
+        raise UsageError(f"a row has {data.positions} tokens, but the teacher {positions} positions: see --block_size")
+    if position_ids and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UsageError(f"the data has position_ids, which the teacher, a {type(model).__name__}, does not take")
+    if data.packed and masked:
+        raise UsageError(
+            "position_ids that start again within a row mark packed documents, which masked models of transformers do "
+            "not keep apart: give one document per row"
+        )
+
+
 def load(options: Options, masked: bool) -> Any:
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     several = {"device_map": "auto"} if torch.accelerator.is_available() else {}  # all the devices there are
@@ -209,25 +161,29 @@ def load(options: Options, masked: bool) -> Any:
 
 
 @torch.inference_mode()
-def top_k(
-    model: Any, batch: list[dict[str, np.ndarray]], k: int, temperature: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and log-probabilities ``(L, K)`` of each row, from one forward pass over all, padded on the right."""
-
-    def padded(name: str) -> Tensor:
-        rows = [torch.as_tensor(row[name]).long() for row in batch]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-
-    inputs = {name: padded(name) for name in TOKENIZED[:3] if name in batch[0]}
-    logits = model(**inputs).logits
-    for row, z in zip(batch, logits, strict=True):
-        z = z[: len(row["input_ids"])]
-        logprobs, ids = torch.log_softmax(z.float() / temperature, dim=-1).topk(k)
-        attended = torch.as_tensor(row["attention_mask"]).bool().to(z.device)
-        if logprobs[attended].isnan().any():
-            raise UsageError(f"the teacher's logits hold NaN or infinity: --dtype {z.dtype} may be too narrow for it")
-        ids = ids.masked_fill((logprobs == -torch.inf) | ~attended[:, None], -1)
-        yield ids.to(torch.int32).cpu().numpy(), logprobs.masked_fill(ids < 0, -torch.inf).cpu().numpy()
+def top_k(model: Any, batch: list[Row], k: int, temperature: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids and log-probabilities ``(L, K)`` of each row. A forward pass takes as many documents as the batch has rows,
+    padded on the right, so that none sees another, whatever the model makes of position_ids.
+    """
+    taken = inspect.signature(getattr(model, "forward", model)).parameters
+    names = [name for name in MODEL_INPUTS if name in batch[0] and name in taken]
+    pieces = [(i, span) for i, row in enumerate(batch) for span in documents(row)]
+    all_ids = [np.full((len(row["input_ids"]), k), -1, np.int32) for row in batch]
+    all_logprobs = [np.full(ids.shape, -np.inf, np.float32) for ids in all_ids]
+    for start in range(0, len(pieces), len(batch)):
+        some = pieces[start : start + len(batch)]
+        rows = {name: [torch.as_tensor(batch[i][name][span]).long() for i, span in some] for name in names}
+        inputs = {name: pad_sequence(rows[name], batch_first=True).to(model.device) for name in names}
+        for (i, span), z in zip(some, model(**inputs).logits, strict=True):
+            z = z[: span.stop - span.start]
+            logprobs, ids = torch.log_softmax(z.float() / temperature, dim=-1).topk(k)
+            attended = torch.as_tensor(batch[i]["attention_mask"][span]).bool().to(z.device)
+            if logprobs[attended].isnan().any():
+                raise UsageError(f"the teacher's logits hold NaN or infinity: is --dtype {z.dtype} too narrow for it?")
+            ids = ids.masked_fill((logprobs == -torch.inf) | ~attended[:, None], -1)
+            all_ids[i][span] = ids.cpu().numpy()
+            all_logprobs[i][span] = logprobs.masked_fill(ids < 0, -torch.inf).cpu().numpy()
+    yield from zip(all_ids, all_logprobs, strict=True)
 
 
 # ---- folder
@@ -242,29 +198,24 @@ def write(options: Options, console: Console) -> None:
     settings["dataset"] = [Path(name).name for name in options.dataset]  # what they hold is checked by its checksum
     check(folder, settings)
 
-    data, collator = read(options, masked)
+    data, collator = read(options, masked, console)
     data = data.with_format("numpy")
-    rows, tokens, longest, largest, settings["data_checksum"] = survey(data)
+    known = survey(data)
+    settings["data_checksum"] = known.checksum
     check(folder, settings)
-    console.print(f"[bold]Data[/bold]: {tokens:,} tokens in {rows:,} rows")
+    console.print(f"[bold]Data[/bold]: {known.tokens:,} tokens in {known.rows:,} rows")
     model = load(options, masked)
-    vocab = model.get_input_embeddings().weight.shape[0]
-    if largest >= vocab:
-        raise UsageError(f"the data holds the id {largest}, but the teacher has {vocab} tokens: another tokenizer?")
-    if options.top_k > vocab:
-        raise UsageError(f"--top_k must be at most the teacher's vocabulary of {vocab}, not {options.top_k}")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    if longest > positions:
-        raise UsageError(f"a row has {longest} tokens, but the teacher {positions} positions: see --block_size")
+    fit(model, known, masked, options.top_k, "position_ids" in data.column_names)
     settings["teacher_checksum"] = checksum(model)
     check(folder, settings)
-    kind = f"{'masked' if masked else 'causal'} language model"
-    console.print(f"[bold]Teacher[/bold]: {options.teacher}, {kind}, {model.dtype}, vocabulary {vocab:,}")
+    kind = f"{'masked' if masked else 'causal'} language model, {model.dtype}"
+    vocab = model.get_input_embeddings().weight.shape[0]
+    console.print(f"[bold]Teacher[/bold]: {options.teacher}, {kind}, vocabulary {vocab:,}")
 
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
     features = features_of(data, options.top_k, labels=collator is not None)
-    count = -(-rows // options.shard_rows)
+    count, rows = -(-known.rows // options.shard_rows), known.rows
     shards = [folder / f"data-{i:05d}-of-{count:05d}.arrow" for i in range(count)]  # as save_to_disk names them
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
@@ -277,10 +228,10 @@ def write(options: Options, console: Console) -> None:
             partial = shard.with_suffix(".incomplete")
             with ArrowWriter(path=str(partial), features=features) as writer:
                 for batch in batches(data, part, options.batch_size, collator):
-                    known = top_k(model, batch, options.top_k, options.temperature)
+                    best = top_k(model, batch, options.top_k, options.temperature)
                     examples = [
                         row | {"teacher_ids": ids, "teacher_logprobs": logprobs}
-                        for row, (ids, logprobs) in zip(batch, known, strict=True)
+                        for row, (ids, logprobs) in zip(batch, best, strict=True)
                     ]
                     writer.write_batch({name: [example[name] for example in examples] for name in features})
                     listed = np.exp(np.concatenate([example["teacher_logprobs"] for example in examples])).sum(-1)
@@ -307,34 +258,12 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
         raise UsageError(f"{folder} holds something else (no settings.json): choose another --output")
 
 
-def survey(data: datasets.Dataset) -> tuple[int, int, int, int, int]:
-    """Rows, tokens, the longest row, the largest id, and a checksum of all ids and of where the rows end."""
-    tokens, longest, largest, crc = 0, 0, 0, 0
-    for batch in data.with_format("arrow").iter(batch_size=10_000):
-        ids = batch["input_ids"].combine_chunks()
-        flat = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        tokens, longest = tokens + len(flat), max(longest, int(lengths.max(initial=0)))
-        largest = max(largest, int(flat.max(initial=0)))
-        crc = zlib.crc32(lengths.tobytes(), zlib.crc32(flat.tobytes(), crc))
-    if not tokens:
-        raise UsageError("--dataset is empty")
-    return len(data), tokens, longest, largest, crc
-
-
 def checksum(model: torch.nn.Module) -> int:
     """Of the beginning of every parameter, which tells a teacher from a later version of it."""
     crc = 0
     for parameter in model.parameters():
         crc = zlib.crc32(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes(), crc)
     return crc
-
-
-def features_of(data: datasets.Dataset, k: int, labels: bool) -> datasets.Features:
-    names = dict.fromkeys([*data.column_names, "attention_mask", *(["labels"] if labels else [])])
-    tokens = {name: datasets.List(datasets.Value("int8" if name == "attention_mask" else "int32")) for name in names}
-    columns = {"teacher_ids": datasets.Array2D((None, k), "int32")}
-    return datasets.Features(tokens | columns | {"teacher_logprobs": datasets.Array2D((None, k), "float32")})
 
 
 def finish(folder: Path, features: datasets.Features, shards: list[Path], settings: dict[str, Any]) -> None:
@@ -358,10 +287,6 @@ def _replace(file: Path, text: str) -> None:
     temporary = file.with_suffix(".incomplete")
     temporary.write_text(text)
     os.replace(temporary, file)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 COLUMNS = ("teacher_ids", "teacher_logprobs")
+PADDING = (-1, 0.0)
 
 Batch = dict[str, Any]
 
@@ -15,8 +19,18 @@ Batch = dict[str, Any]
 class OfflineTeacherCollator:
     """Pads the columns of an offline teacher to the batch that another collator makes of the other columns.
 
-    Each example may have ``teacher_ids`` (L, K) and ``teacher_logprobs`` (L, K), L that of its ``input_ids``. They
-    become ``(B, L, K)``, padded on the tokenizer's side with ids of −1. Batches without these columns pass.
+    Each example may have ``teacher_ids`` and ``teacher_logprobs``, a list of columns for each of the L tokens of its
+    ``input_ids``: ``(L, K)``, or lists of different lengths. They become ``(B, L, K)``, padded with ids of −1, and lie
+    where the batch has the example's tokens: at the beginning of a row, at its end, or one example after the other in a
+    single row (a collator that flattens). Batches without these columns pass.
+
+    ``position_ids`` (L,), if there are any, are padded in the same way, with 0. Where they restart within an example,
+    they mark packed documents, which causal models of transformers keep apart only in a batch without
+    ``attention_mask``: it is taken out; labels at padding, and ids before it, become −100 and −1.
+
+    Raises:
+        ValueError: naming the column and the example, where the two columns or the tokens differ in length, and where
+            the batch does not hold the examples' tokens.
     """
 
     def __init__(self, base_collator: Callable[[list[Any]], Batch]):
@@ -25,19 +39,110 @@ class OfflineTeacherCollator:
     def __call__(self, examples: list[Any]) -> Batch:
         if isinstance(self.base_collator, OfflineTeacherCollator) or any(c not in examples[0] for c in COLUMNS):
             return self.base_collator(examples)
-        rest = [{k: v for k, v in example.items() if k not in COLUMNS} for example in examples]
-        lengths = [len(example["input_ids"]) for example in rest]
+        ours = (*COLUMNS, "position_ids")
+        rest = [{name: value for name, value in example.items() if name not in ours} for example in examples]
+        tokens = [torch.as_tensor(example["input_ids"]) for example in rest]
+        teacher = [_columns(examples[i], f"example {i} of the batch", len(ids)) for i, ids in enumerate(tokens)]
         batch = self.base_collator(rest)
-        length = batch["input_ids"].shape[1]
-        left = getattr(getattr(self.base_collator, "tokenizer", None), "padding_side", "right") == "left"
-        for name, padding in zip(COLUMNS, (-1, 0.0), strict=True):
-            rows = [torch.as_tensor(example[name]) for example in examples]
-            for row, tokens in zip(rows, lengths, strict=True):
-                if row.dim() != 2 or row.shape[0] != tokens:
-                    raise ValueError(f"{name} must have a row for each of the {tokens} tokens, not {tuple(row.shape)}")
-            shape = (len(rows), length, max(row.shape[1] for row in rows))
-            batch[name] = padded = torch.full(shape, padding, dtype=rows[0].dtype)
-            for i, row in enumerate(rows):
-                start = length - len(row) if left else 0
-                padded[i, start : start + len(row), : row.shape[1]] = row
+        places = _places(batch, rest, tokens)
+        for name, rows, padding in zip(COLUMNS, zip(*teacher, strict=True), PADDING, strict=True):
+            batch[name] = _placed(rows, places, batch["input_ids"].shape, padding)
+        if "position_ids" in examples[0]:
+            _add_positions(batch, [_positions(examples[i], i, len(ids)) for i, ids in enumerate(tokens)], places)
         return batch
+
+
+def restarts(position_ids: Tensor) -> Tensor:
+    """Where a document begins after another in the same row, ``(…, L)`` bool: where a position does not follow its
+    predecessor. What transformers goes by.
+    """
+    first = torch.zeros_like(position_ids[..., :1], dtype=torch.bool)
+    return torch.cat([first, position_ids.diff(dim=-1) != 1], -1)
+
+
+def _columns(example: Batch, who: str, tokens: int) -> list[Tensor]:
+    """Ids and log-probabilities ``(tokens, K)``; lists of different lengths are padded to the longest."""
+    found, widths = [], []
+    for name, padding, dtype in zip(COLUMNS, PADDING, (torch.int64, torch.float32), strict=True):
+        value = example[name]
+        try:
+            widths.append([len(row) for row in value])
+        except TypeError:
+            raise ValueError(f"{name} must have a list of columns for each token, but that of {who} is flat") from None
+        if len(value) != tokens:
+            raise ValueError(f"{name} must have a row for each of the {tokens} tokens of {who}, not {len(value)}")
+        if len(set(widths[-1])) > 1:
+            rows = [torch.as_tensor(row, dtype=None if len(row) else dtype) for row in value]
+            value = pad_sequence([row.to(rows[0].dtype) for row in rows], batch_first=True, padding_value=padding)
+        found.append(torch.as_tensor(value))
+    if widths[0] != widths[1]:
+        at, ids, logprobs = next((i, a, b) for i, (a, b) in enumerate(zip(*widths, strict=True)) if a != b)
+        where = f"{logprobs} for {ids}: token {at} of {who}"
+        raise ValueError(f"teacher_logprobs must have a column for each of teacher_ids, not {where}")
+    return found
+
+
+def _positions(example: Batch, index: int, tokens: int) -> Tensor:
+    found = torch.as_tensor(example["position_ids"])
+    if found.shape != (tokens,):
+        raise ValueError(
+            f"position_ids must have one for each of the {tokens} tokens of example {index}, not {tuple(found.shape)}"
+        )
+    return found
+
+
+def _places(batch: Batch, examples: list[Any], tokens: list[Tensor]) -> list[tuple[int, int]]:
+    """Row and column of the batch where the tokens of each example begin."""
+    ids, lengths = batch["input_ids"], [len(own) for own in tokens]
+    rows, length = ids.shape
+    if rows == 1 and length == sum(lengths):
+        sides = [[(0, sum(lengths[:i])) for i in range(len(lengths))]]
+    elif rows == len(examples) and max(lengths) <= length:
+        sides = [[(i, 0) for i in range(rows)], [(i, length - n) for i, n in enumerate(lengths)]]
+    else:
+        raise ValueError(
+            f"the collator made {rows} rows of {length} tokens out of {len(examples)} examples of up to "
+            f"{max(lengths)}: where the teacher's columns belong cannot be told"
+        )
+    mask = batch.get("attention_mask")
+    mask = mask != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else None
+
+    def agreement(places: list[tuple[int, int]]) -> tuple[int, int]:
+        """Of this many tokens ids, and of so many places the attention mask, are the examples'."""
+        same_ids = same_mask = 0
+        for example, own, (row, start) in zip(examples, tokens, places, strict=True):
+            here = slice(start, start + len(own))
+            same_ids += int((ids[row, here] == own).sum())
+            if mask is not None:
+                attended = torch.zeros_like(mask[row])
+                attended[here] = torch.as_tensor(example.get("attention_mask", torch.ones_like(own))) != 0
+                same_mask += int((attended == mask[row]).sum())
+        return same_ids, same_mask
+
+    found = [agreement(places) for places in sides]
+    best = max(range(len(sides)), key=lambda side: sum(found[side]))
+    if 2 * found[best][0] < sum(lengths):  # fewer than masking leaves
+        raise ValueError(
+            "the collator's input_ids are not the examples': where the teacher's columns belong cannot be told"
+        )
+    return sides[best]
+
+
+def _placed(rows: Sequence[Tensor], places: list[tuple[int, int]], shape: torch.Size, padding: float) -> Tensor:
+    width = [max(row.shape[1] for row in rows)] if rows[0].dim() > 1 else []
+    result = torch.full((*shape, *width), padding, dtype=rows[0].dtype)
+    for values, (row, start) in zip(rows, places, strict=True):
+        here = result[row, start : start + len(values)]
+        (here[:, : values.shape[1]] if width else here).copy_(values)
+    return result
+
+
+def _add_positions(batch: Batch, positions: list[Tensor], places: list[tuple[int, int]]) -> None:
+    batch["position_ids"] = _placed(positions, places, batch["input_ids"].shape, 0)
+    mask = batch.get("attention_mask")
+    if any(restarts(own).any() for own in positions) and isinstance(mask, Tensor) and mask.dim() == 2:
+        del batch["attention_mask"]
+        known = (mask != 0) & F.pad(mask[:, 1:] != 0, (0, 1))  # token i + 1, which row i is about, is no padding
+        batch["teacher_ids"] = batch["teacher_ids"].masked_fill(~known[..., None], -1)
+        if isinstance(batch.get("labels"), Tensor) and batch["labels"].shape == mask.shape:
+            batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)

@@ -18,13 +18,16 @@ from transformers import PreTrainedModel, Trainer
 
 EXAMPLES = 8
 Batch = dict[str, Any]
-Gradient = list[Tensor | None]
+Gradient = dict[nn.Parameter, Tensor]
+"""Of the parameters that have one."""
 
 # -------------------------------------------------- steps
 
 
 def step(twin: Any, batches: list[Batch], processes: int = 1) -> tuple[float, Gradient]:
-    """Loss and gradient of one optimiser step, as `Trainer.train` computes them. Ranks do not communicate."""
+    """Loss and gradient of one optimiser step, as `Trainer.train` computes them. Ranks do not communicate. The gradient
+    is that of all that is trained: a teacher that nobody froze is not.
+    """
     twin, model = copy.copy(twin), twin.model
     twin.args = copy.copy(twin.args)
     if (processes, twin.args.world_size) != (1, 1):
@@ -33,15 +36,17 @@ def step(twin: Any, batches: list[Batch], processes: int = 1) -> tuple[float, Gr
     rows = EXAMPLES // len(batches)
     twin.args.gradient_accumulation_steps = twin.current_gradient_accumulation_steps = len(batches)
     twin.args.per_device_train_batch_size = twin._train_batch_size = rows
-    parameters = [p for module in _modules(twin) for p in module.parameters() if p.requires_grad]
-    for p in parameters:
+    modules = _modules(twin)
+    for p in (p for module in modules for p in module.parameters()):
         p.grad = None
     samples, items = twin.get_batch_samples(iter([dict(b) for b in batches]), len(batches), twin.args.device)
     loss = 0.0
     for i, inputs in enumerate(samples):
         twin.accelerator.gradient_state._set_sync_gradients(i == len(samples) - 1)
         loss += float(twin.training_step(model, inputs, items))
-    return loss, [p.grad for p in parameters]
+    untrained = set(teachers(twin))
+    trained = [p for module in modules if module not in untrained for p in module.parameters()]
+    return loss, {p: p.grad for p in trained if p.grad is not None}
 
 
 class _Among:
@@ -119,35 +124,40 @@ def norm(gradient: Gradient) -> float:
 
 
 def inner(a: Gradient, b: Gradient) -> float:
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    return sum(float((x.float() * y.float()).sum(dtype=torch.float64)) for x, y in pairs)
+    return sum(float((x.float() * b[p].float()).sum(dtype=torch.float64)) for p, x in a.items() if p in b)
 
 
 def minus(a: Gradient, b: Gradient) -> Gradient:
-    return [x if y is None else -y if x is None else x - y for x, y in zip(a, b, strict=True)]
+    return {p: a.get(p, 0) - b.get(p, 0) for p in [*a, *(p for p in b if p not in a)]}  # type: ignore[misc]
 
 
 # -------------------------------------------------- examples
 
 
 def examples(twin: Trainer) -> Batch | None:
-    """The first eight of the training data as one collated batch, in order of their numbers of labels."""
+    """The first eight of the training data as one collated batch, in order of their numbers of labels; fewer are
+    repeated. None where a batch has no rows.
+    """
     prepared = len(twin.accelerator._dataloaders)
     twin._train_batch_size = twin.args.per_device_train_batch_size = EXAMPLES
     loader = twin.get_train_dataloader()
     batch = next(iter(loader), None)
     getattr(loader, "end", lambda: None)()  # accelerate's, which would wait for the rest
     del twin.accelerator._dataloaders[prepared:]
-    if batch is None or not all(len(v) == EXAMPLES for v in batch.values() if isinstance(v, Tensor) and v.dim()):
+    sizes = {len(v) for v in (batch or {}).values() if isinstance(v, Tensor) and v.dim()}
+    if batch is None or len(sizes) != 1 or sizes == {0}:
         return None
+    batch = _rows(batch, [i % min(sizes) for i in range(EXAMPLES)])
     return _rows(batch, labelled(batch).argsort(descending=True, stable=True).tolist())
 
 
 def _rows(batch: Batch, rows: list[int]) -> Batch:
+    size = next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim())
+
     def of(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim():
             return value[rows]
-        return [value[i] for i in rows] if isinstance(value, list) and len(value) == EXAMPLES else value
+        return [value[i] for i in rows] if isinstance(value, list) and len(value) == size else value
 
     return {name: of(value) for name, value in batch.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,11 @@ from fusedkd.nn import KDLoss
 VOCABULARY, LENGTH, ROWS = 48, 12, 11
 
 
-def gpt2(seed: int, dropout: float = 0.2) -> GPT2LMHeadModel:
+def gpt2(seed: int, dropout: float = 0.2, **more: Any) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     size = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
     size |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout, "bos_token_id": 0, "eos_token_id": 0}
-    return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.4))
+    return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.4, **more))
 
 
 def rows(prompts: bool = True) -> list[dict[str, Tensor]]:
@@ -250,7 +251,50 @@ class WithoutEntropy(NoT2):
         return -(p * (student[keep] / self.temperature).log_softmax(-1)).sum()
 
 
+class Unfrozen(NoT2):
+    """Nobody froze the teacher, whose head is not its embedding."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.teacher_model = gpt2(1, tie_word_embeddings=False).eval()
+        assert all(p.requires_grad for p in self.teacher_model.parameters())
+
+
+class GradientReachesTeacher(Unfrozen):
+    """And nobody said that it needs no gradient."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        student, teacher = (each(**inputs).logits[:, :-1] for each in (model, self.teacher_model))
+        return self.divide(self.summed(student, teacher, labels), labels, num_items_in_batch)
+
+
 # -------------------------------------------------- others
+
+
+class Generates(Right):
+    """TRL's GKD: a share `lmbda` of the batches is made of text that the student draws."""
+
+    lmbda = 1.0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.drawn(inputs):
+            tokens = torch.randint(1, VOCABULARY, inputs["input_ids"].shape)
+            inputs = {**inputs, "input_ids": tokens * inputs["attention_mask"]}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def drawn(self, inputs: Any) -> bool:
+        return random.random() < self.lmbda
+
+
+class AlwaysGenerates(Generates):
+    """Nothing that is known switches it off."""
+
+    lmbda = None
+
+    def drawn(self, inputs: Any) -> bool:
+        return True
 
 
 class Refuses(Right):

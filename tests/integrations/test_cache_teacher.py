@@ -35,16 +35,16 @@ def teacher(seed: int = 0, masked: bool = False) -> LlamaForCausalLM | BertForMa
     return (BertForMaskedLM(BertConfig(**SIZE)) if masked else LlamaForCausalLM(LlamaConfig(**SIZE))).eval()
 
 
+def saved(model, path) -> str:
+    """A teacher with its tokenizer; their folder."""
+    model.save_pretrained(path)
+    BertTokenizer(vocab={word: i for i, word in enumerate(VOCAB)}).save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """Writes a teacher with its tokenizer; its folder."""
-
-    def save(model) -> str:
-        model.save_pretrained(tmp_path / "teacher")
-        BertTokenizer(vocab={word: i for i, word in enumerate(VOCAB)}).save_pretrained(tmp_path / "teacher")
-        return str(tmp_path / "teacher")
-
-    return save
+    return lambda model: saved(model, tmp_path / "teacher")
 
 
 @pytest.fixture
@@ -249,6 +249,17 @@ def test_other_settings_data_and_teachers_are_refused(folder, text_file, tmp_pat
     assert run(model, text_file, out, *more, "--batch_size", 5) == 0  # does not change what is written
 
 
+def test_other_columns_are_other_data(folder, tmp_path, capsys):
+    """An interrupted run must not go on with other positions or labels beside the same ids."""
+    model = folder(teacher())
+    for name, shift in (("position_ids", 1), ("labels", 1)):
+        columns = [[[j + s for j in range(4 + 3 * (i % 4))] for i in range(7)] for s in (0, shift)]
+        paths = [tokenized(tmp_path / f"{name}{i}" / "data", **{name: c}) for i, c in enumerate(columns)]
+        assert run(model, paths[0], tmp_path / name, "--top_k", 3) == 0
+        assert run(model, paths[1], tmp_path / name, "--top_k", 3) == 2
+        assert "begun with data_checksum" in capsys.readouterr().err
+
+
 BAD = {
     "top_k": (["--top_k", "25"], "--top_k must be at most the teacher's vocabulary of 24, not 25"),
     "negative": (["--temperature", "-1"], "--temperature must be positive"),
@@ -261,6 +272,13 @@ BAD = {
     "too long": (["--block_size", "65", "--top_k", "3"], "a row has 65 tokens, but the teacher 64 positions"),
     "empty": (["--dataset", "DATA/empty"], "--dataset is empty"),
     "tokenizer": (["--tokenizer", "DATA/nowhere"], "cannot load the tokenizer"),
+    "mask": (["--dataset", "DATA/mask"], "the column attention_mask must have as many numbers per row as input_ids"),
+    "nested": (["--dataset", "DATA/nested"], "the column position_ids must hold a list of numbers per row"),
+    "packed": (["--dataset", "DATA/index"], "the column seq_idx says that documents are packed"),
+    "positions": (
+        ["--dataset", "DATA/far", "--top_k", "3"],
+        "position_ids go up to 64, but the teacher has 64 positions",
+    ),
 }
 
 
@@ -270,6 +288,11 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
         "numbers": {"number": [1]},
         "large": {"input_ids": [[5, 99]]},
         "empty": {"input_ids": [[]]},
+        "mask": {"input_ids": [[5, 6]], "attention_mask": [[1]]},
+        "nested": {"input_ids": [[5, 6]], "position_ids": [[[0, 1]] * 3]},
+        "index": {"input_ids": [[5, 6]], "seq_idx": [[0, 1]]},
+        "lengths": {"input_ids": [[5, 6]], "seq_lengths": [[1, 2]]},
+        "far": {"input_ids": [[5, 6]], "position_ids": [[63, 64]]},
     }.items():
         datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
     arguments, message = BAD[case]
@@ -280,6 +303,13 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
     assert message in error
     assert "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_is_named(folder, tmp_path, capsys):
+    data = tokenized(tmp_path / "data", text=["the cat"] * 7, label=[1] * 7)
+    assert run(folder(teacher()), data, tmp_path / "out", "--top_k", 3) == 0
+    assert "Left out: text, label " in capsys.readouterr().out
+    assert "text" not in datasets.load_from_disk(tmp_path / "out").column_names
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(folder, text_file, tmp_path, capsys):

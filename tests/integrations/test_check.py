@@ -27,6 +27,7 @@ from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
 
 from .distillers import (
     VOCABULARY,
+    AlwaysGenerates,
     Classifier,
     CountedByHand,
     CountsEverything,
@@ -35,7 +36,9 @@ from .distillers import (
     DividedTwice,
     Elsewhere,
     Fused,
+    Generates,
     GradientOnly,
+    GradientReachesTeacher,
     Head,
     ItemsIgnored,
     LocalCount,
@@ -48,6 +51,7 @@ from .distillers import (
     Refuses,
     Right,
     Twice,
+    Unfrozen,
     ValueOnly,
     WithoutEntropy,
     arguments,
@@ -151,7 +155,7 @@ def test_it_leaves_no_trace(tmp_path) -> None:
 
 class Catch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradient = [None if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+        self.gradient = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -168,6 +172,7 @@ def test_its_steps_are_those_of_training(accumulation: int, tmp_path) -> None:
     trainer.add_callback(catch)
     trainer.train()
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(loss, rel=1e-5)
+    assert catch.gradient.keys() == gradient.keys()
     assert probe.norm(probe.minus(catch.gradient, gradient)) < 1e-5 * probe.norm(catch.gradient)
     assert probe.norm(gradient) > 0.1
 
@@ -256,6 +261,8 @@ def test_processes_counted_by_hand(tmp_path) -> None:
         (GradientOnly, 2, 0, "T² is in the gradient but not in the value"),
         (Twice, -2, -2, "more than once"),
         (NoTemperature, None, None, "neither loss nor gradient depends on temperature"),
+        (Unfrozen, 2, 2, "T² is missing in value and gradient"),
+        (GradientReachesTeacher, 2, 2, "T² is missing in value and gradient"),
     ],
 )
 def test_t2(kind: type[Trainer], value: float, gradient: float, sentence: str, tmp_path) -> None:
@@ -292,9 +299,43 @@ def test_a_temperature_that_is_refused_is_a_note(tmp_path) -> None:
     assert "not checked: T²" in str(report)
 
 
-def test_too_few_examples(tmp_path) -> None:
-    report = check(Right, tmp_path, data=rows()[:5])
-    assert "no batch of 8 examples" in report.faults[0]
+@pytest.mark.parametrize("count", [3, 5])
+def test_few_examples_are_enough(count: int, tmp_path) -> None:
+    report = check(Right, tmp_path, data=rows()[-count:])
+    assert report.ok, report
+    assert not report.notes
+    assert len(report.runs) == 5
+    for kind, sentence in ((MicroBatchMean, "different numbers of tokens weigh the same"), (NoT2, "T² is missing")):
+        faults = check(kind, tmp_path, data=rows()[-count:]).faults
+        assert len(faults) == 1
+        assert sentence in faults[0]
+
+
+def test_a_batch_without_rows_is_a_note(tmp_path) -> None:
+    ids = torch.arange(1, 13)[None]
+
+    def flattened(examples):
+        return {"input_ids": ids, "labels": ids, "cu_seq_lens_q": torch.tensor([0, 5, 12])}
+
+    report = kd_check(Right(gpt2(0), arguments(tmp_path), flattened, rows()))
+    assert report.ok
+    assert report.notes == ("anything: the training data gave no batch with a number of rows.",)
+    assert "nothing was checked" in str(report)
+
+
+def test_generated_text_is_switched_off(tmp_path) -> None:
+    report = check(Generates, tmp_path)
+    assert report.ok, report
+    assert report.notes == ("text that the trainer generates (lmbda = 1): all here is with lmbda = 0.",)
+    assert len(report.runs) == 5
+    assert abs(report.gradient_power) < 0.3
+
+
+def test_a_step_that_draws_is_a_note(tmp_path) -> None:
+    report = check(AlwaysGenerates, tmp_path)
+    assert report.ok, report
+    assert "two steps of one batch differ" in report.notes[0]
+    assert "nothing was checked" in str(report)
 
 
 def test_no_gradient(tmp_path) -> None:

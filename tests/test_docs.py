@@ -1,0 +1,152 @@
+"""The snippets of README.md and docs/*.md run as they stand.
+
+Python: the blocks of a page run in its order, in one namespace, in an empty folder. What a block takes for granted, it
+says in a comment on the line before, which no reader sees rendered:
+
+    <!-- given: student_logits, labels -->
+
+Each is a name, or a file, that `given` below makes; a name that is neither given nor made on the page is an error.
+
+Commands: those of the driver are parsed, and the models that they name are loaded, as the page's earlier commands
+would have left them. Targets of make exist.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+from transformers import (
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainingArguments,
+)
+
+from fusedkd.distilbert import commands
+from fusedkd.distilbert import finetune as finetuning
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^(?:<!-- given: (?P<given>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^    (?:torchrun .*-m|python -m) fusedkd\.distilbert\b(.*?)(?:\s+#.*)?$", re.MULTILINE)
+VOCABULARY, ROWS, WIDTH = 48, 12, 16
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+
+def gpt2(seed: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    size = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.4, bos_token_id=0, eos_token_id=0))
+
+
+def saved_student(folder: str, positions: int = 512) -> None:
+    """As the driver leaves one, with a tokenizer."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat"]
+    size = {"vocab_size": len(words), "dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    DistilBertForMaskedLM(DistilBertConfig(**size, max_position_embeddings=positions)).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+
+
+def given(name: str) -> Any:
+    """What a page may take for granted."""
+    draw = torch.Generator().manual_seed(sum(map(ord, name)))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    kinds: dict[str, Any] = {
+        "student_logits": lambda: normal(ROWS, VOCABULARY).requires_grad_(),
+        **dict.fromkeys(("teacher_logits", "teacher_a", "teacher_b"), lambda: normal(ROWS, VOCABULARY)),
+        "student_hidden": lambda: normal(ROWS, WIDTH).requires_grad_(),
+        "teacher_hidden": lambda: normal(ROWS, WIDTH),
+        "labels": lambda: torch.randint(VOCABULARY, (ROWS,), generator=draw),
+        "ids": lambda: normal(ROWS, VOCABULARY).topk(5).indices,
+        "logprobs": lambda: normal(ROWS, VOCABULARY).log_softmax(-1)[:, :5],
+        **dict.fromkeys(("model", "student"), lambda: gpt2(0)),
+        **dict.fromkeys(("teacher", "teacher_model"), lambda: gpt2(1)),
+        "training_arguments": lambda: TrainingArguments("run", report_to=[], use_cpu=True),
+        "blocks": lambda: [{"input_ids": [(i * j) % 47 + 1 for j in range(9)], "labels": [1] * 9} for i in range(8)],
+        "GKDTrainer": lambda: type("GKDTrainer", (), {"generalized_jsd_loss": None}),
+        "runs/mine/student": lambda: saved_student(name),
+    }
+    assert name in kinds, f"a page takes {name} for granted, which {__file__} does not know"
+    return kinds[name]()
+
+
+@pages
+def test_python(page: Path, capsys) -> None:
+    text, names = page.read_text(), {}
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python")
+    for block in blocks:
+        names.update({name: given(name) for name in (block["given"] or "").split(", ") if name})
+        line = text[: block.start("code")].count("\n")
+        exec(compile("\n" * line + block["code"], str(page), "exec"), names)  # with the page's own line numbers
+    assert "FAULT" not in capsys.readouterr().out
+
+
+def test_the_first_two_losses_of_the_readme_are_one() -> None:
+    first, second = list(BLOCK.finditer(PAGES[0].read_text()))[:2]
+    found = []
+    for block in (first, second):
+        names = {name: given(name) for name in block["given"].split(", ")}
+        exec(block["code"], names)
+        found.append(names["loss"].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] > 1
+
+
+@pages
+def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in ("a.txt", "b.txt.gz", "c.txt", "held-out.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    students: dict[str, int] = {}
+    seen = []
+
+    def distil(config: Any, console: Any) -> None:
+        positions = 512 if config.teacher.teacher else config.text.block_size
+        folder = f"{config.run.output_dir}/student"
+        students[folder] = min(positions, students.get(folder, positions))
+        seen.append(folder)
+
+    def finetune(options: Any, console: Any) -> None:
+        finetuning.check(options)
+        saved_student(options.model, students[options.model])
+        finetuning.load_model(options.model, finetuning.TASKS[options.task], options.max_length, "--model")
+        seen.append(options.output_dir)
+
+    monkeypatch.setattr(commands, "driver", SimpleNamespace(run=distil))
+    monkeypatch.setattr(commands, "finetune", finetune)
+    found = COMMAND.findall(page.read_text())
+    for arguments in found:
+        assert commands.main(shlex.split(arguments)) == 0, (arguments, capsys.readouterr().err)
+    assert len(seen) == len(found) > 2
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_targets_of_make(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"^    make ([\w-]+)|`make ([\w-]+)", page.read_text(), re.MULTILINE))
+    assert {a or b for a, b in named} <= targets
