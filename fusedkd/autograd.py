@@ -4,6 +4,9 @@
 upstream 1. The first backward rescales it in place, which is a launch that returns at once when the upstream is 1 and
 otherwise recomputes from the logits; a second backward recomputes into fresh memory. Everything else takes the value
 forward and the gradient backward. Either way the gradient is rounded once.
+
+Hooks of saved tensors (checkpoints, offloading) are asked for each tensor once per backward, since a checkpoint refuses
+a second time. They never meet an early gradient: nothing is early under them (:mod:`fusedkd.functional`).
 """
 
 from __future__ import annotations
@@ -164,12 +167,12 @@ class LinearKDLossFunction(torch.autograd.Function):
         none = (None,) * (2 + TEACHER_FIELDS * len(ctx.plan.forms))
         if upstream is None:
             return None, None, None, *none
+        saved = ctx.saved_tensors
         if ctx.plan.per_row:
-            inputs, teachers = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-            _, *gradients = ctx.plan.run(inputs, teachers, upstream.contiguous(), ctx.plan.wanted)
+            _, *gradients = ctx.plan.run(saved[:4], saved[4:], upstream.contiguous(), ctx.plan.wanted)
             factor = None
         else:
-            gradients, factor = ctx.saved_tensors, upstream
+            gradients, factor = saved, upstream
         typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
         return *[_rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *none
 
@@ -203,7 +206,8 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """``save_for_backward`` refuses what ``torch.inference_mode`` made, as it often did the teacher's logits: of that,
-    an ordinary tensor on the same memory is saved.
+    an ordinary tensor on the same memory is saved. Compiled graphs save for themselves
+    and cannot ask.
     """
 
     def ordinary(t: Tensor | None) -> Tensor | None:

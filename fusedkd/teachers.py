@@ -153,6 +153,9 @@ class TeacherSamples:
         return cls(torch.where(masked, -1, ids).view(shape), weights.view(shape))
 
 
+torch.serialization.add_safe_globals([TeacherLogits, TeacherHead, TeacherTopK, TeacherSamples])
+"""Fields alone, checked by the loss that takes them: a saved teacher loads with ``weights_only``, PyTorch's default."""
+
 Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples
 
 
@@ -207,7 +210,7 @@ def known(
         return Known(teacher.hidden, None, family.form, coefficients, teacher.softcap, teacher.scale, head)
     form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
     check.float_rows("teacher", form.logits, like=student)
-    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch)
+    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch, bare=form is not teacher)
     rows = form.logits[..., : student.shape[-1]]
     return Known(rows, None, family.form, family.coefficients(), form.softcap, form.scale)
 
