@@ -27,6 +27,8 @@ PADDING_SHARE = 8
 """And by at most one column in so many, unless the larger one is the smaller rounded up as heads are."""
 PADDED_TO = (64, 128, 256)
 
+TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
 
 def plain(name: str, tensor: object) -> Tensor:
     """A tensor whose memory a kernel can read as it is."""
@@ -104,6 +106,7 @@ def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool
     float_rows(name, values, like=student)
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be an int32 or int64 tensor, not {getattr(ids, 'dtype', type(ids).__name__)}")
+    plain("ids", ids)
     if ids.shape != values.shape:
         raise ValueError(f"ids and {name} must have the same shape, not {tuple(ids.shape)} and {tuple(values.shape)}")
     if ids.device != student.device:
@@ -137,9 +140,8 @@ def traced(tensor: Tensor) -> bool:
     """Whether it stands for tensors to come: something compiles or traces, or it is fake."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return True
-    modes = torch._C._TorchDispatchModeKey
     return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY)
+        torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES
     )
 
 
@@ -150,8 +152,10 @@ def vocab_mismatch(mismatch: str) -> None:
 
 def vocabularies(student: int, teacher: int, mismatch: str, bare: bool = False) -> None:
     """Two sizes that padding explains. ``bare``: the teacher is a tensor, which may hold something else than logits."""
+    if mismatch == "truncate" or student == teacher:
+        return
     small, large = sorted((student, teacher))
-    if mismatch == "truncate" or large - small <= min(MAX_VOCABULARY_PADDING, small // PADDING_SHARE):
+    if large - small <= min(MAX_VOCABULARY_PADDING, small // PADDING_SHARE):
         return
     if large <= 2 * small and any(large % unit == 0 and large - small < unit for unit in PADDED_TO):
         return
@@ -209,7 +213,10 @@ def class_indices(labels: Tensor | None, classes: int, ignore_index: int) -> Non
         return
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, not {labels.dtype}")
-    if readable(labels):
+    if readable(labels) and labels.numel():
+        least, most = labels.aminmax()
+        if least.item() >= 0 and most.item() < classes:
+            return
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         if wrong.numel():
             raise ValueError(
@@ -222,6 +229,7 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
     caller's word.
     """
     if isinstance(value, Tensor):
+        plain(name, value)
         if value.dim() != 0 or value.requires_grad or value.is_complex():
             raise ValueError(
                 f"{name} must be a number or a real 0-d tensor without gradient, not a tensor of shape "

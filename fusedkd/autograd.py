@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.arguments import readable
 from fusedkd.linear import LinearTeacher
 
 ops = torch.ops.fusedkd
@@ -197,7 +198,7 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
     ctx.spent = True
     (student,) = ctx.saved_tensors
     gradient = student.detach()
-    if gradient.is_cuda:
+    if not readable(upstream):
         gradient.mul_(upstream.view(1))  # a 0-d operand would first be rounded to the gradient's dtype
     elif upstream != 1:
         gradient.mul_(upstream)

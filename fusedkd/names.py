@@ -33,12 +33,14 @@ OTHERS_NAMES = {
 
 def by_name(loss: Callable[P, R]) -> Callable[P, R]:
     """The loss, which answers an option that it does not have with the name it knows it by."""
-    options = inspect.signature(loss).parameters.keys()
+    options = list(inspect.signature(loss).parameters)
+    known = frozenset(options)
 
     @wraps(loss)
     def named(*arguments: P.args, **given: P.kwargs) -> R:
-        if not given.keys() <= options:
-            raise TypeError(unknown(loss.__name__, given.keys() - options, options))
+        for name in given:
+            if name not in known:
+                raise TypeError(unknown(loss.__name__, given.keys() - known, options))
         return loss(*arguments, **given)
 
     return named

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, operator_calls, pair, targets
 
-from fusedkd import cosine_hidden_loss, kd_loss
+from fusedkd import TeacherLogits, TeacherTopK, cosine_hidden_loss, kd_loss
+from fusedkd.divergences import FAMILIES
 
 OPTIONS = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -249,6 +250,53 @@ def test_inplace_refuses_what_it_cannot_overwrite(device: str) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         kd_loss(scattered, teacher.transpose(0, 1), labels.T, inplace=True, **OPTIONS)
     assert torch.equal(leaf, before)
+
+
+@pytest.mark.parametrize(
+    "case", ["one layer's", "flipped", "shifted", "shared by chance", "narrow", "logprobs", "labels"]
+)
+def test_inplace_refuses_memory_that_a_kernel_reads(device: str, case: str) -> None:
+    """Early exits of one tensor: the last layer's rows would be overwritten while they teach the others."""
+    leaf, (_, teacher, labels) = batch(device)[0].requires_grad_(), batch(device)
+    student = leaf * 1
+    seen = student.detach()
+    form, name = {
+        "one layer's": (seen[-1:].expand_as(seen), "teacher"),
+        "flipped": (seen.as_strided((3, 4, 70), (70, 210, 1)), "teacher"),
+        "shifted": (seen.as_strided((3, 4, 69), (280, 70, 1), 1), "teacher"),
+        "shared by chance": (seen.view(torch.int32).view(torch.float32)[:1].expand_as(seen), "teacher"),
+        "narrow": (TeacherLogits(seen.view(torch.bfloat16)[..., :70]), "teacher"),
+        "logprobs": (TeacherTopK(torch.arange(70, device=device).expand(3, 4, 70), seen), "teacher"),
+        "labels": (teacher, "labels"),
+    }[case]
+    if case == "labels":
+        labels = seen.view(torch.int64).flatten()[:12].view(3, 4).zero_()
+    elif case == "logprobs":
+        seen.copy_(seen.log_softmax(-1))
+    before = student.detach().clone()
+    with operator_calls() as calls, pytest.raises(ValueError, match=rf"inplace=True would overwrite the {name}.*clone"):
+        kd_loss(student, form, labels, inplace=True, **OPTIONS)
+    assert [name for name, _ in calls] == ["kd_row_weights"]
+    assert torch.equal(student, before)
+
+
+@pytest.mark.parametrize("divergence", FAMILIES)
+@inplace_dtypes
+def test_inplace_with_its_own_logits_as_teacher(device: str, dtype: torch.dtype, divergence: str) -> None:
+    """Row by row the same memory, sharpened or cut: each column is read before it is overwritten."""
+    values, _, labels = batch(device, dtype)
+    leaf = values.requires_grad_()
+    softmax = {} if divergence == "logit_mse" else {"temperature": 2.0, "teacher_temperature": 0.7}
+    options = {"ce_weight": 0.7, "divergence": divergence, **softmax}
+    for columns, scale in ((70, 1.0), (65, 1.5)):
+        apart = TeacherLogits(values.detach()[..., :columns].clone(), scale=scale)
+        (expected,) = torch.autograd.grad(kd_loss(leaf, apart, labels, **options), leaf)
+        student = leaf * 1
+        own = TeacherLogits(student.detach()[..., :columns], scale=scale)
+        kd_loss(student, own, labels, inplace=True, **options).backward()
+        assert torch.equal(leaf.grad, expected)
+        assert expected.any()
+        leaf.grad = None
 
 
 @pytest.mark.parametrize("use", ["used after", "view used after", "value saved before"])
