@@ -52,6 +52,18 @@ def test_fake_tensors(device: str, name: str) -> None:
         assert (fake.shape, fake.dtype, fake.device) == (expected.shape, expected.dtype, expected.device)
 
 
+def test_fake_tensors_leave_no_trace(device: str) -> None:
+    """Memory estimators and tracers call with fake tensors between real calls."""
+    student, teacher = pair(3, 10, device=device)
+    real = kd_loss(student, teacher, temperature=1.75)
+    for temperature in (1.75, 1.875):
+        with FakeTensorMode() as mode:
+            fake = kd_loss(mode.from_tensor(student), mode.from_tensor(teacher), temperature=temperature)
+        assert fake.shape == real.shape
+    assert torch.equal(kd_loss(student, teacher, temperature=1.75), real)
+    assert kd_loss(student, teacher, temperature=1.875) > 0
+
+
 @every_loss
 def test_meta_tensors(device: str, name: str) -> None:
     real = tensors(device)
