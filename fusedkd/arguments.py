@@ -41,6 +41,8 @@ def plain(name: str, tensor: object) -> Tensor:
             f"{name} is a DTensor, but must be an ordinary tensor: pass its full_tensor(), or its to_local() where "
             "each rank holds whole rows"
         )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not one of layout {tensor.layout}: pad it, or make it dense")
     return tensor
 
 

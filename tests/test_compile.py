@@ -126,6 +126,17 @@ def test_distilbert_loss(device: str) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
 
 
+def test_a_teacher_from_inference_mode(device: str) -> None:
+    """A compiled graph cannot save one for backward: its own doing, without a word from here. A clone will do."""
+    student, teacher = pair(3, 33, device=device)
+    leaf = student.requires_grad_()
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved for backward.*clone"):
+        graph(kd_loss)(leaf, inferred, **{**OPTIONS, "ce_weight": 0.0})
+    check(graph(kd_loss)(leaf, inferred.clone()), leaf, kd_truth(student, teacher))
+
+
 def test_a_schedule_of_tensors_recompiles_nothing(device: str) -> None:
     student, teacher = pair(4, 33, device=device)
     labels = targets(4, classes=33, device=device)

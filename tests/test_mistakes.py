@@ -19,6 +19,7 @@ from fusedkd.divergences import Form
 Z, V = pair(3, 4, 10)
 Y = targets(3, 4, classes=10)
 IDS, LOGPROBS = torch.arange(3).expand(3, 4, 3), V.log_softmax(-1)[..., :3]
+NESTED = torch.nested.nested_tensor([Z[0], Z[1, :2]], layout=torch.jagged)
 H, W = pair(3, 4, 20)[0], pair(10, 20)[0]
 
 
@@ -74,6 +75,8 @@ KD_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
         "vocabularies of 10 and 2 columns.*classes differ; vocab",
     ),
     ({"teacher": H}, ValueError, "vocabularies of 10 and 20.*holds hidden states, which belong in a TeacherHead"),
+    ({"student_logits": NESTED}, TypeError, "student_logits must be a dense tensor, not one of layout torch.jagged"),
+    ({"teacher": V.to_sparse()}, TypeError, "teacher must be a dense tensor, not one of layout torch.sparse_coo"),
     ({"student_logits": sharded(Z)}, TypeError, f"student_logits {WHOLE}"),
     ({"teacher": sharded(V)}, TypeError, f"teacher {WHOLE}"),
     ({"labels": sharded(Y)}, TypeError, f"labels {WHOLE}"),
