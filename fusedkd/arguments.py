@@ -156,7 +156,7 @@ def vocabularies(student: int, teacher: int, mismatch: str, bare: bool = False) 
     """Two sizes that padding explains. ``bare``: the teacher is a tensor, which may hold something else than logits."""
     if mismatch == "truncate" or student == teacher:
         return
-    small, large = sorted((student, teacher))
+    small, large = min(student, teacher), max(student, teacher)
     if large - small <= min(MAX_VOCABULARY_PADDING, small // PADDING_SHARE):
         return
     if large <= 2 * small and any(large % unit == 0 and large - small < unit for unit in PADDED_TO):

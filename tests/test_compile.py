@@ -180,6 +180,13 @@ def test_dynamic_shapes(device: str) -> None:
             check(step(leaf, teacher, labels, **OPTIONS), leaf, kd_truth(student, teacher, labels, **OPTIONS))
 
 
+@pytest.mark.parametrize("columns", [(33, 35), (35, 33), (101, 128)])
+def test_dynamic_vocabularies(device: str, columns: tuple[int, int]) -> None:
+    student, teacher = pair(5, columns[0], device=device, teacher_columns=columns[1])
+    leaf = student.requires_grad_()
+    check(graph(kd_loss, dynamic=True)(leaf, teacher), leaf, kd_truth(student, teacher))
+
+
 def test_double_backward_raises(device: str) -> None:
     student, teacher = pair(4, 33, device=device)
     leaf = student.requires_grad_()
