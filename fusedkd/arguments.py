@@ -78,7 +78,7 @@ def head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
             raise TypeError(f"{name}{part} must be a tensor, not {type(tensor).__name__}")
         if _sharded(tensor):
             whole = f"{name}{part}.full_tensor()"
-            if tensor.requires_grad:  # full_tensor() alone keeps each rank's own gradient, without an error
+            if name == "student_" and tensor.requires_grad:  # else each rank keeps its own gradient, without an error
                 whole = f'{whole[:-1]}grad_placements=[Partial("avg")] * {name}{part}.device_mesh.ndim)'
             raise TypeError(
                 f"{name}{part} is a DTensor, but must be an ordinary tensor, as it is inside the forward of the FSDP "
@@ -181,9 +181,9 @@ def frozen(name: str, teacher: Tensor, student_needs_gradient: bool) -> None:
 
 
 def warn(message: str) -> None:
-    """Where the user calls, so that it is shown once for that place."""
+    """Where the user calls, from a module or not, so that it is shown once for that place."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "fusedkd":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedkd", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"fusedkd: {message}", stacklevel=level)
 

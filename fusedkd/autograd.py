@@ -6,7 +6,8 @@ otherwise recomputes from the logits; a second backward recomputes into fresh me
 forward and the gradient backward. Either way the gradient is rounded once.
 
 Hooks of saved tensors (checkpoints, offloading) are asked for each tensor once per backward, since a checkpoint refuses
-a second time. They never meet an early gradient: nothing is early under them (:mod:`fusedkd.functional`).
+a second time. Under them nothing is early (:mod:`fusedkd.functional`) but with `inplace`, whose gradient is a saved
+tensor.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import wraps
@@ -50,6 +51,8 @@ def unknown(who: str, given: Collection[str], options: Collection[str]) -> str:
     """What to say of options that it does not have."""
     told = []
     for name in sorted(given):
-        near = OTHERS_NAMES.get(name) or next(iter(get_close_matches(name, options)), None)
+        near = OTHERS_NAMES.get(name, "")
+        if re.split("[ =]", near)[0] not in options:
+            near = next(iter(get_close_matches(name, options)), "")
         told.append(f"{name} ({near}?)" if near else name)
     return f"{who} has no option {', '.join(told)}; it has {', '.join(options)}"

@@ -15,6 +15,7 @@ from truth import operator_calls, pair, targets
 
 from fusedkd import Divergence, TeacherHead, TeacherTopK, cosine_hidden_loss, kd_loss, linear_kd_loss
 from fusedkd.divergences import Form
+from fusedkd.nn import KDLoss
 
 Z, V = pair(3, 4, 10)
 Y = targets(3, 4, classes=10)
@@ -123,6 +124,7 @@ def test_linear_kd_loss(arguments: Any, options: Any, error: type[Exception], me
         ({"teacher_hidden": sharded(H)}, TypeError, f"teacher_hidden {WHOLE}"),
         ({"mask": sharded(Y)}, TypeError, f"mask {WHOLE}"),
         ({"teacher_hidden": needy(H)}, ValueError, "the teacher_hidden requires a gradient and the student does not"),
+        ({"T": 2}, TypeError, "cosine_hidden_loss has no option T; it has student_hidden, teacher_hidden, mask"),
         ({"kd_mask": Y}, TypeError, r"cosine_hidden_loss has no option kd_mask \(mask\?\)"),
     ],
 )
@@ -132,11 +134,12 @@ def test_cosine_hidden_loss(change: Any, error: type[Exception], message: str) -
     assert not calls
 
 
-@pytest.mark.parametrize("loss", ["kd", "cosine", "linear"])
+@pytest.mark.parametrize("loss", ["kd", "module", "cosine", "linear"])
 def test_a_teacher_that_nobody_froze(loss: str) -> None:
     """It gets no gradient, of which a warning tells at the place of the call. Its head is nobody's concern."""
     run = {
         "kd": lambda grad: kd_loss(needy(Z), V.clone().requires_grad_(grad)),
+        "module": lambda grad: KDLoss()(needy(Z), V.clone().requires_grad_(grad)),
         "cosine": lambda grad: cosine_hidden_loss(needy(H), (H + 1).requires_grad_(grad)),
         "linear": lambda grad: linear_kd_loss(H, needy(W), TeacherHead(H.clone().requires_grad_(grad), needy(W))),
     }[loss]
