@@ -13,6 +13,7 @@ from fusedkd import teachers
 from fusedkd.arguments import Real
 from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
 from fusedkd.divergences import Divergence
+from fusedkd.inplace import overwritable
 from fusedkd.names import by_name
 from fusedkd.prepared import KDTerms, Options, Reduction, members, prepare, weighted
 from fusedkd.tiled import Tiles, tiled
@@ -118,7 +119,7 @@ def kd_loss(
     weights, options, normalizers = part.tensors(teacher_rows)
     early = _gradient_in_forward(student, reduction, inplace)
     if inplace and early:
-        check.overwritable(student_logits, teacher=teacher_rows, ids=part.known.ids, labels=part.labels)
+        overwritable(student_logits, teacher=teacher_rows, ids=part.known.ids, labels=part.labels)
     plan = Plan(
         grid=grid,
         per_row=reduction == "none",
