@@ -58,7 +58,8 @@ class TeacherTopK:
     Args:
         ids: ``(*, K)``, int32 or int64, K ≤ 1024: columns of the student, each at most once per row; −1 is padding, at
             any place. Repeated ids are an error on the CPU and unchecked on a GPU.
-        logprobs: ``(*, K)``, floating point: log p there, p the softmax over the teacher's whole vocabulary.
+        logprobs: ``(*, K)``, floating point: log p there, p the softmax over the teacher's whole vocabulary. One
+            above 0 by more than rounding (logits, probabilities) is an error on the CPU.
         tail: what becomes of the probability that is not listed, 1 − Σ_K p.
 
             ``"renormalize"``: p is divided by Σ_K p. Forward KL compares with the student's full softmax, reverse KL

@@ -92,6 +92,19 @@ def test_backward_twice_under_hooks(device: str, scale: float) -> None:
     assert first.any()
 
 
+def test_a_teacher_from_inference_mode_under_hooks(device: str) -> None:
+    student, teacher = pair(N, V, device=device)
+    leaf = student.clone().requires_grad_()
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    for reduction in ("sum", "none"):
+        loss = checkpoint(lambda x, r=reduction: kd_loss(x, inferred, reduction=r).sum(), leaf, use_reentrant=False)
+        with save_on_cpu():
+            again = kd_loss(leaf, inferred, reduction=reduction).sum()
+        for each in (loss, again):
+            assert_gradient(torch.autograd.grad(each, leaf)[0], kd_truth(student, teacher, reduction="sum"))
+
+
 class Made(TorchDispatchMode):
     """The tensors of at least so many bytes that were made inside."""
 
