@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Real = float | Tensor
 """A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing."""
@@ -20,14 +23,38 @@ MAX_LISTED = 1024
 
 MAX_VOCABULARY_PADDING = 1024
 """Two paddings of one vocabulary differ by at most this; a larger difference means another tokenizer."""
+PADDING_SHARE = 8
+"""And by at most one column in so many, unless the larger one is the smaller rounded up as heads are."""
+PADDED_TO = (64, 128, 256)
+
+TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def plain(name: str, tensor: object) -> Tensor:
+    """A tensor whose memory a kernel can read as it is."""
+    if not isinstance(tensor, Tensor):
+        fields = [field for field in ("logits", "last_hidden_state") if hasattr(tensor, field)]
+        advice = f": pass its .{fields[0]}" if fields else ""
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}{advice}")
+    if _sharded(tensor):
+        raise TypeError(
+            f"{name} is a DTensor, but must be an ordinary tensor: pass its full_tensor(), or its to_local() where "
+            "each rank holds whole rows"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, not one of layout {tensor.layout}: pad it, or make it dense")
+    return tensor
+
+
+def _sharded(tensor: Tensor) -> bool:
+    return type(tensor).__name__ == "DTensor"  # whose module takes a second to import
 
 
 def float_rows(name: str, tensor: object, like: Tensor | None = None) -> None:
     """A floating-point tensor ``(*, V)`` whose last dimension is contiguous, with the leading shape and device of
     `like`.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    tensor = plain(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, not {tensor.dtype}")
     if tensor.dim() == 0 or tensor.shape[-1] == 0:
@@ -45,12 +72,18 @@ def head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     shapes: dict[str, tuple[Any, tuple[Any, ...]]] = {"weight": (weight, ("V", hidden.shape[-1]))}
     if bias is not None:
         shapes["bias"] = (bias, (getattr(weight, "shape", ("V",))[0],))
-    cast = torch.is_autocast_enabled(hidden.device.type)
+    cast = autocast_dtype(hidden.device) is not None
     for part, (tensor, shape) in shapes.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}{part} must be a tensor, not {type(tensor).__name__}")
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{name}{part} is a DTensor: pass its full_tensor(), inside the module that FSDP wraps")
+        if _sharded(tensor):
+            whole = f"{name}{part}.full_tensor()"
+            if name == "student_" and tensor.requires_grad:  # else each rank keeps its own gradient, without an error
+                whole = f'{whole[:-1]}grad_placements=[Partial("avg")] * {name}{part}.device_mesh.ndim)'
+            raise TypeError(
+                f"{name}{part} is a DTensor, but must be an ordinary tensor, as it is inside the forward of the FSDP "
+                f"unit that holds it; elsewhere pass {whole}"
+            )
         if tensor.dtype not in FLOATING or (tensor.dtype != hidden.dtype and not cast):
             raise TypeError(f"{name}{part} must be {hidden.dtype} like the hidden states, not {tensor.dtype}")
         wrong = tensor.dim() != len(shape) or tensor.shape[-1] != shape[-1] or tensor.shape[0] == 0
@@ -61,6 +94,13 @@ def head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
             raise ValueError(f"{name}{part} must be on the hidden states' device {hidden.device}, not {tensor.device}")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Of matrix products on that device; None where autocast is off, as it always is on meta tensors."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool) -> Tensor:
     """Column numbers ``(*, K)`` that go with the floating-point `values` called `name`, as int64 ``(N, K)``. Which they
     are is checked on the CPU alone.
@@ -68,13 +108,14 @@ def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool
     float_rows(name, values, like=student)
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids must be an int32 or int64 tensor, not {getattr(ids, 'dtype', type(ids).__name__)}")
+    plain("ids", ids)
     if ids.shape != values.shape:
         raise ValueError(f"ids and {name} must have the same shape, not {tuple(ids.shape)} and {tuple(values.shape)}")
     if ids.device != student.device:
         raise ValueError(f"ids must be on the student's device {student.device}, not on {ids.device}")
     if ids.shape[-1] > MAX_LISTED:
         raise ValueError(f"ids must list at most {MAX_LISTED} columns per row, not {ids.shape[-1]}")
-    if ids.is_cpu and not torch.compiler.is_compiling():
+    if readable(ids):
         wrong = ids[(ids < -1) | (ids >= student.shape[-1])]
         if wrong.numel():
             raise ValueError(f"ids must be −1 (padding) or in [0, {student.shape[-1]}), but one is {wrong[0].item()}")
@@ -83,7 +124,27 @@ def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool
             raise ValueError("ids must list a column at most once per row, but some row repeats one")
         if not unique and (values < 0).any():
             raise ValueError(f"{name} must be at least 0, but one is {values.min().item()}")
+        rounding = max(1e-3, 16 * torch.finfo(values.dtype).eps)
+        if unique and (values > rounding).any() and (positive := values[(values > rounding) & (ids >= 0)]).numel():
+            raise ValueError(
+                f"{name} must be log-probabilities, at most 0, but one is {positive[0].item():g}: logits need a "
+                "log_softmax over the whole vocabulary first, probabilities a log"
+            )
     return ids.reshape(-1, ids.shape[-1]).to(torch.int64).contiguous()
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.is_cpu and not traced(tensor)
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether it stands for tensors to come: something compiles or traces, or it is fake."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES
+    )
 
 
 def vocab_mismatch(mismatch: str) -> None:
@@ -91,13 +152,40 @@ def vocab_mismatch(mismatch: str) -> None:
         raise ValueError(f"vocab_mismatch must be 'error' or 'truncate', not {mismatch!r}")
 
 
-def vocabularies(student: int, teacher: int, mismatch: str) -> None:
-    if mismatch == "error" and abs(student - teacher) > MAX_VOCABULARY_PADDING:
+def vocabularies(student: int, teacher: int, mismatch: str, bare: bool = False) -> None:
+    """Two sizes that padding explains. ``bare``: the teacher is a tensor, which may hold something else than logits."""
+    if mismatch == "truncate" or student == teacher:
+        return
+    small, large = min(student, teacher), max(student, teacher)
+    if large - small <= min(MAX_VOCABULARY_PADDING, small // PADDING_SHARE):
+        return
+    if large <= 2 * small and any(large % unit == 0 and large - small < unit for unit in PADDED_TO):
+        return
+    hidden = ", or the teacher's tensor holds hidden states, which belong in a TeacherHead" if bare else ""
+    raise ValueError(
+        f"student and teacher have vocabularies of {student} and {teacher} columns, which no padding explains: either "
+        f"their tokenizers or classes differ{hidden}; vocab_mismatch='truncate' distils the common prefix all the same"
+    )
+
+
+def frozen(name: str, teacher: Tensor, student_needs_gradient: bool) -> None:
+    """A teacher's side that needs no gradient, for it gets none."""
+    if not teacher.requires_grad or not torch.is_grad_enabled():
+        return
+    if not student_needs_gradient:
         raise ValueError(
-            f"student and teacher have vocabularies of {student} and {teacher}, more than {MAX_VOCABULARY_PADDING} "
-            "apart: no padding explains that, so do they use different tokenizers? vocab_mismatch='truncate' distils "
-            "the common prefix all the same"
+            f"the {name} requires a gradient and the student does not: are the two swapped? If not, detach the {name}"
         )
+    if not torch.compiler.is_compiling():
+        warn(f"the {name} requires a gradient, but gets none: run it under torch.no_grad(), or detach it")
+
+
+def warn(message: str) -> None:
+    """Where the user calls, from a module or not, so that it is shown once for that place."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fusedkd", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"fusedkd: {message}", stacklevel=level)
 
 
 def _matches(name: str, tensor: Tensor, lead: torch.Size, student: Tensor) -> None:
@@ -112,8 +200,7 @@ def row_vector(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | No
     """``(*)`` of the student's leading shape, flattened to ``(N,)``."""
     if tensor is None:
         return None
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    tensor = plain(name, tensor)
     _matches(name, tensor, tensor.shape, student)
     if tensor.is_complex():
         raise TypeError(f"{name} must be bool, integer or floating point, not {tensor.dtype}")
@@ -128,7 +215,10 @@ def class_indices(labels: Tensor | None, classes: int, ignore_index: int) -> Non
         return
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, not {labels.dtype}")
-    if labels.is_cpu and not torch.compiler.is_compiling():
+    if readable(labels) and labels.numel():
+        least, most = labels.aminmax()
+        if least.item() >= 0 and most.item() < classes:
+            return
         wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
         if wrong.numel():
             raise ValueError(
@@ -141,6 +231,7 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
     caller's word.
     """
     if isinstance(value, Tensor):
+        plain(name, value)
         if value.dim() != 0 or value.requires_grad or value.is_complex():
             raise ValueError(
                 f"{name} must be a number or a real 0-d tensor without gradient, not a tensor of shape "
@@ -177,20 +268,6 @@ def reduction(reduction: str, **normalizers: Real | None) -> None:
                 f"{name} replaces the row count of reduction='mean': it means nothing under reduction={reduction!r}"
             )
         real(name, value)
-
-
-def overwritable(student: Tensor) -> None:
-    """Logits that `inplace` may overwrite: a result nobody else holds a view of."""
-    if student.is_leaf:
-        raise ValueError(
-            "inplace=True cannot overwrite a leaf that needs a gradient: student_logits must be some operation's result"
-        )
-    if student._is_view():
-        raise ValueError(
-            "inplace=True cannot overwrite a view: pass the tensor student_logits was viewed from, or a clone"
-        )
-    if not student.is_contiguous():
-        raise ValueError(f"inplace=True needs contiguous student_logits, but their strides are {student.stride()}")
 
 
 def pack(values: Sequence[Real], device: torch.device) -> Tensor:

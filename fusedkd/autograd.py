@@ -4,6 +4,10 @@
 upstream 1. The first backward rescales it in place, which is a launch that returns at once when the upstream is 1 and
 otherwise recomputes from the logits; a second backward recomputes into fresh memory. Everything else takes the value
 forward and the gradient backward. Either way the gradient is rounded once.
+
+Hooks of saved tensors (checkpoints, offloading) are asked for each tensor once per backward, since a checkpoint refuses
+a second time. Under them nothing is early (:mod:`fusedkd.functional`) but with `inplace`, whose gradient is a saved
+tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.arguments import readable
 from fusedkd.linear import LinearTeacher
 
 ops = torch.ops.fusedkd
@@ -164,12 +169,12 @@ class LinearKDLossFunction(torch.autograd.Function):
         none = (None,) * (2 + TEACHER_FIELDS * len(ctx.plan.forms))
         if upstream is None:
             return None, None, None, *none
+        saved = ctx.saved_tensors
         if ctx.plan.per_row:
-            inputs, teachers = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-            _, *gradients = ctx.plan.run(inputs, teachers, upstream.contiguous(), ctx.plan.wanted)
+            _, *gradients = ctx.plan.run(saved[:4], saved[4:], upstream.contiguous(), ctx.plan.wanted)
             factor = None
         else:
-            gradients, factor = ctx.saved_tensors, upstream
+            gradients, factor = saved, upstream
         typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
         return *[_rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *none
 
@@ -194,7 +199,7 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
     ctx.spent = True
     (student,) = ctx.saved_tensors
     gradient = student.detach()
-    if gradient.is_cuda:
+    if not readable(upstream):
         gradient.mul_(upstream.view(1))  # a 0-d operand would first be rounded to the gradient's dtype
     elif upstream != 1:
         gradient.mul_(upstream)
@@ -203,7 +208,8 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """``save_for_backward`` refuses what ``torch.inference_mode`` made, as it often did the teacher's logits: of that,
-    an ordinary tensor on the same memory is saved.
+    an ordinary tensor on the same memory is saved. Compiled graphs save for themselves
+    and cannot ask.
     """
 
     def ordinary(t: Tensor | None) -> Tensor | None:

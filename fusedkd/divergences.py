@@ -233,6 +233,11 @@ FAMILIES: dict[str, type[Divergence]] = {
 def resolve(divergence: str | Divergence) -> Divergence:
     """The object itself, or the family of that name with its default parameters."""
     if isinstance(divergence, Divergence) and type(divergence) is not Divergence:
+        if not isinstance(getattr(divergence, "form", None), Form) or not hasattr(divergence, "name"):
+            raise TypeError(
+                f"divergence is a {type(divergence).__name__}, which must have a name, and as its form one of "
+                "fusedkd.divergences.Form, the definitions that kernels compute"
+            )
         return divergence
     if isinstance(divergence, str) and divergence in FAMILIES:
         return FAMILIES[divergence]()

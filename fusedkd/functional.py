@@ -13,12 +13,15 @@ from fusedkd import teachers
 from fusedkd.arguments import Real
 from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
 from fusedkd.divergences import Divergence
+from fusedkd.inplace import overwritable
+from fusedkd.names import by_name
 from fusedkd.prepared import KDTerms, Options, Reduction, members, prepare, weighted
 from fusedkd.tiled import Tiles, tiled
 
 Teacher: TypeAlias = teachers.Teacher
 
 
+@by_name
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher | list[Teacher] | tuple[Teacher, ...],
@@ -57,10 +60,11 @@ def kd_loss(
         teacher: logits v, ``(*, V_t)``, of any of these dtypes; a :class:`~fusedkd.TeacherLogits`; a
             :class:`~fusedkd.TeacherHead`, whose logits are then computed whole; a few columns per row,
             :class:`~fusedkd.TeacherTopK` or :class:`~fusedkd.TeacherSamples`; or a list of these. Never receives a
-            gradient. Where V_t differs from V_s (padded heads) the common prefix is distilled and counts as the whole
-            distribution; the student's surplus columns keep their cross-entropy.
-        labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
+            gradient, and is warned of where it requires one. Where V_t differs from V_s (padded heads) the common
+            prefix is distilled and counts as the whole distribution; the student's surplus columns keep their
             cross-entropy.
+        labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
+            cross-entropy, and without a `kd_mask` no KD term. Labels alone add no cross-entropy: `ce_weight` does.
         temperature, teacher_temperature: T > 0 of the KD term; the teacher's defaults to the student's. CE is always at
             temperature 1.
         divergence: a name of :data:`fusedkd.divergences.FAMILIES`, or an object where it has parameters:
@@ -77,13 +81,20 @@ def kd_loss(
         kd_normalizer, ce_normalizer: replace the counts under ``"mean"``. With the totals over an optimiser step and
             over all ranks they make gradient accumulation and data parallelism exact.
         logit_softcap, logit_scale: the student's logits are c·tanh(scale·z/c), for KD and CE alike.
-        vocab_mismatch: ``"error"``: V_s and V_t may differ by at most 1024; ``"truncate"``: by anything.
+        vocab_mismatch: ``"error"``: V_s and V_t may differ as paddings of one vocabulary do, by an eighth of the
+            smaller and at most 1024, or where the larger is the smaller rounded up to a multiple of 64, 128 or 256, to
+            no more than twice its size; ``"truncate"``: by anything.
         teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default. Under ``"mean"``
             each teacher's is divided by its own count of rows.
-        inplace: lets the gradient overwrite the student's logits, which must be neither a leaf nor a view. Ignored
-            under ``torch.compile``, with grad mode off, and where the gradient is computed in backward (float16,
-            ``"none"``, a list of teachers). One backward only; an upstream gradient other than 1 rounds a second time.
+        inplace: lets the gradient overwrite the student's logits, which must be neither a leaf nor a view, nor share
+            memory with the teacher, unless row by row (``student_logits.detach()``). Ignored under ``torch.compile``,
+            with grad mode off, and where the gradient is computed in backward (float16, ``"none"``, a list of
+            teachers). One backward only; an upstream gradient other than 1 rounds a second time.
         return_terms: also return :class:`KDTerms`.
+
+    Under ``torch.compile`` a teacher from ``torch.inference_mode`` cannot be saved for backward, which is PyTorch's
+    rule: run it under ``torch.no_grad``. Where hooks of saved tensors are active (non-reentrant checkpoints,
+    offloading) the gradient is computed in backward.
 
     Real-valued options take a number or a 0-d tensor without gradient. A schedule given as tensors on the logits'
     device recompiles nothing and waits for nothing; numbers are copied to a GPU once per set of values, which waits for
@@ -103,11 +114,12 @@ def kd_loss(
     members(teacher, teacher_weights, kd_weight)
     check.float_rows("student_logits", student_logits)
     part = prepare(student_logits, teacher, labels, Options.of(given))
+    check.frozen("teacher", part.known.rows, student_logits.requires_grad)
     student, teacher_rows, grid = check.as_rows(student_logits, part.known.logits())
     weights, options, normalizers = part.tensors(teacher_rows)
-    early = _gradient_in_forward(student, reduction)
+    early = _gradient_in_forward(student, reduction, inplace)
     if inplace and early:
-        check.overwritable(student_logits)
+        overwritable(student_logits, teacher=teacher_rows, ids=part.known.ids, labels=part.labels)
     plan = Plan(
         grid=grid,
         per_row=reduction == "none",
@@ -126,6 +138,7 @@ def kd_loss(
     return (loss, KDTerms(kd, ce)) if return_terms else loss
 
 
+@by_name
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -191,6 +204,7 @@ def linear_kd_loss(
     return (loss, terms) if return_terms else loss
 
 
+@by_name
 def cosine_hidden_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -227,6 +241,7 @@ def cosine_hidden_loss(
             f"student_hidden and teacher_hidden must have the same last dimension, not {student_hidden.shape[-1]} and "
             f"{teacher_hidden.shape[-1]}: project one of them first"
         )
+    check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad)
     check.reduction(reduction, normalizer=normalizer)
     flat_mask = check.row_vector("mask", mask, student_hidden)
     student, teacher, grid = check.as_rows(student_hidden, teacher_hidden)
@@ -263,9 +278,10 @@ def _several_teachers(arguments: dict[str, Any]) -> Any:
     return (loss, KDTerms(torch.stack([term.kd for term in terms]).sum(0), terms[0].ce)) if return_terms else loss
 
 
-def _gradient_in_forward(student: Tensor, reduction: Reduction) -> bool:
+def _gradient_in_forward(student: Tensor, reduction: Reduction, inplace: bool = False) -> bool:
     """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
-    its own memory.
+    its own memory. Hooks of saved tensors say where memory is short: a checkpoint would throw the gradient away, an
+    offload would carry it besides both logits. Over the student's logits it takes no memory of its own.
     """
     return (
         torch.is_grad_enabled()
@@ -273,6 +289,7 @@ def _gradient_in_forward(student: Tensor, reduction: Reduction) -> bool:
         and reduction != "none"
         and student.dtype != torch.float16
         and not torch.compiler.is_compiling()
+        and (inplace or torch._C._autograd._top_saved_tensors_default_hooks(False) is None)
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusedkd.arguments import Real
+from fusedkd.divergences import Divergence
 from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss, linear_kd_loss
+from fusedkd.names import unknown
 
 
 class _Options(nn.Module):
@@ -20,14 +24,33 @@ class _Options(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         named = inspect.signature(type(self).loss).parameters.values()
-        unknown = options.keys() - {p.name for p in named if p.kind == p.KEYWORD_ONLY}
-        if unknown:
-            loss = type(self).loss.__name__
-            raise TypeError(f"{type(self).__name__} got what is not an option of {loss}: {', '.join(sorted(unknown))}")
+        known = [p.name for p in named if p.kind == p.KEYWORD_ONLY]
+        if not options.keys() <= set(known):
+            raise TypeError(unknown(type(self).__name__, options.keys() - set(known), known))
         self.options = options
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Options:
+        """Options given as tensors follow the module to another device. Their type stays: a schedule in 16 bits would
+        be another one. They are no buffers, so that a checkpoint does not bring back an old schedule.
+        """
+        super()._apply(fn, recurse)
+        self.options = {name: _moved(value, fn) for name, value in self.options.items()}
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(fn(value).device)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(each, fn) for each in value)
+    if isinstance(value, Divergence):
+        parameters = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        if any(isinstance(x, Tensor) for x in parameters.values()):
+            return dataclasses.replace(value, **{name: _moved(x, fn) for name, x in parameters.items()})
+    return value
 
 
 class KDLoss(_Options):

@@ -122,6 +122,11 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
     for name, transform in transforms.items():
         if transform is not None:
             check.real(name, transform, open_low=True)
+    if student.shape[-1] == 1 and (family.temperature_power > 0 or not _is(0, o.ce_weight)):
+        raise ValueError(
+            "the student has one column, whose softmax is 1 whatever it holds: for a regression head use "
+            "divergence='logit_mse' without cross-entropy, the mean squared error"
+        )
     flat_labels = check.row_vector("labels", labels, student)
     mask = check.row_vector("kd_mask", o.kd_mask, student)
     wants_kd, wants_ce = not _is(0, o.kd_weight), not _is(0, o.ce_weight)

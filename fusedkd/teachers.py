@@ -58,7 +58,8 @@ class TeacherTopK:
     Args:
         ids: ``(*, K)``, int32 or int64, K ≤ 1024: columns of the student, each at most once per row; −1 is padding, at
             any place. Repeated ids are an error on the CPU and unchecked on a GPU.
-        logprobs: ``(*, K)``, floating point: log p there, p the softmax over the teacher's whole vocabulary.
+        logprobs: ``(*, K)``, floating point: log p there, p the softmax over the teacher's whole vocabulary. One
+            above 0 by more than rounding (logits, probabilities) is an error on the CPU.
         tail: what becomes of the probability that is not listed, 1 − Σ_K p.
 
             ``"renormalize"``: p is divided by Σ_K p. Forward KL compares with the student's full softmax, reverse KL
@@ -153,6 +154,9 @@ class TeacherSamples:
         return cls(torch.where(masked, -1, ids).view(shape), weights.view(shape))
 
 
+torch.serialization.add_safe_globals([TeacherLogits, TeacherHead, TeacherTopK, TeacherSamples])
+"""Fields alone, checked by the loss that takes them: a saved teacher loads with ``weights_only``, PyTorch's default."""
+
 Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples
 
 
@@ -207,7 +211,7 @@ def known(
         return Known(teacher.hidden, None, family.form, coefficients, teacher.softcap, teacher.scale, head)
     form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
     check.float_rows("teacher", form.logits, like=student)
-    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch)
+    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch, bare=form is not teacher)
     rows = form.logits[..., : student.shape[-1]]
     return Known(rows, None, family.form, family.coefficients(), form.softcap, form.scale)
 

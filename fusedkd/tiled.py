@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,10 +29,9 @@ class Tiles(NamedTuple):
         """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
         rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
         if rows < min(FEWEST_ROWS, count) and not torch.compiler.is_compiling():
-            warnings.warn(
-                f"fusedkd: max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {FEWEST_ROWS} "
-                "the matrix products of linear_kd_loss are slow",
-                stacklevel=4,
+            check.warn(
+                f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {FEWEST_ROWS} "
+                "the matrix products of linear_kd_loss are slow"
             )
         return rows
 
@@ -56,8 +54,8 @@ def tiled(
         raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {tiles.dtype}")
     grad_mode, device = torch.is_grad_enabled(), hidden.device
     wanted = [grad_mode and x is not None and x.requires_grad for x in student]
-    casts = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64  # as autocast does
-    dtype = torch.get_autocast_dtype(device.type) if casts else hidden.dtype
+    cast = check.autocast_dtype(device)
+    dtype = hidden.dtype if cast is None or hidden.dtype == torch.float64 else cast  # as autocast does
     wish = tiles.dtype if hidden.is_cuda else torch.promote_types(tiles.dtype, torch.float32)
     lead, columns, count = hidden.shape[:-1], weight.shape[0], hidden.shape[:-1].numel()
     logits = hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
@@ -67,6 +65,7 @@ def tiled(
     for member in teachers:
         options = options._replace(kd_weight=member.kd_weight)
         part = prepare(logits, member.teacher, labels, options)
+        check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in student))
         options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
         rows = check.as_rows(part.known.rows, part.known.rows)[1]
         head, head_bias = part.known.head or (None, None)
@@ -74,8 +73,7 @@ def tiled(
         tensors = part.tensors(known)
         if not part.kd and part.known.ids is None:  # nothing reads it
             rows, head, head_bias = rows[..., :0], None, None
-        if head is not None and torch.is_autocast_enabled(device.type) and head.dtype != torch.float64:
-            cast = torch.get_autocast_dtype(device.type)
+        if head is not None and cast is not None and head.dtype != torch.float64:
             rows, head = rows.to(cast), head.to(cast)
         of_tile = rows.dtype if head is None else tile_type(head.dtype, wish)
         v_bytes = max(v_bytes, row_bytes(part.known.columns if part.kd else 0, of_tile))

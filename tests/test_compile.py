@@ -126,6 +126,17 @@ def test_distilbert_loss(device: str) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
 
 
+def test_a_teacher_from_inference_mode(device: str) -> None:
+    """A compiled graph cannot save one for backward: its own doing, without a word from here. A clone will do."""
+    student, teacher = pair(3, 33, device=device)
+    leaf = student.requires_grad_()
+    with torch.inference_mode():
+        inferred = teacher.clone()
+    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved for backward.*clone"):
+        graph(kd_loss)(leaf, inferred, **{**OPTIONS, "ce_weight": 0.0})
+    check(graph(kd_loss)(leaf, inferred.clone()), leaf, kd_truth(student, teacher))
+
+
 def test_a_schedule_of_tensors_recompiles_nothing(device: str) -> None:
     student, teacher = pair(4, 33, device=device)
     labels = targets(4, classes=33, device=device)
@@ -167,6 +178,13 @@ def test_dynamic_shapes(device: str) -> None:
         leaf = student.requires_grad_()
         with torch.compiler.set_stance("default" if n == 3 else "fail_on_recompile"):
             check(step(leaf, teacher, labels, **OPTIONS), leaf, kd_truth(student, teacher, labels, **OPTIONS))
+
+
+@pytest.mark.parametrize("columns", [(33, 35), (35, 33), (101, 128)])
+def test_dynamic_vocabularies(device: str, columns: tuple[int, int]) -> None:
+    student, teacher = pair(5, columns[0], device=device, teacher_columns=columns[1])
+    leaf = student.requires_grad_()
+    check(graph(kd_loss, dynamic=True)(leaf, teacher), leaf, kd_truth(student, teacher))
 
 
 def test_double_backward_raises(device: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from truth import DTYPES, check_kd, kd_truth, noise_for, pair, targets
 
-from fusedkd import TeacherLogits, kd_loss
+from fusedkd import TeacherLogits, TotalVariation, kd_loss
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 T = [0.5, 1.0, 2.0, 4.0, 20.0]
@@ -93,8 +93,13 @@ def test_teacher_of_another_dtype(device: str, dtype: torch.dtype, teacher_dtype
 
 
 def test_one_column(device: str) -> None:
+    """A regression head, of which the squared error alone can learn."""
     student, teacher = pair(5, 1, device=device)
-    check_kd(student, teacher, torch.zeros(5, dtype=torch.int64, device=device), vacuous=True, **BOTH)
+    check_kd(student, teacher, divergence="logit_mse")
+    labels = torch.zeros(5, dtype=torch.int64, device=device)
+    for options in ({}, {"labels": labels, "divergence": "logit_mse", **BOTH}, {"divergence": TotalVariation()}):
+        with pytest.raises(ValueError, match=r"one column, whose softmax is 1.*logit_mse"):
+            kd_loss(student, teacher, **options)
 
 
 def test_no_rows(device: str) -> None:

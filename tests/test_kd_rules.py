@@ -9,6 +9,7 @@ import torch
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd.arguments import vocabularies
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N, V = 12, 50
@@ -117,27 +118,48 @@ def test_padded_vocabularies(device: str, dtype: torch.dtype, teacher_columns: i
     student[1, 43:] += 60  # the largest logit of the row lies in the surplus
     labels = targets(N, classes=V, device=device)
     labels[:2] = V - 1
-    options = {**BOTH, "temperature": temperature}
-    check_kd(student, teacher, labels, **options)
-    check_kd(student, teacher, labels, reduction="none", label_smoothing=0.1, **options)
-    gradient_of_kd = check_kd(student, teacher, temperature=temperature).gradient
+    options = {"temperature": temperature, "vocab_mismatch": "truncate"}
+    check_kd(student, teacher, labels, **BOTH | options)
+    check_kd(student, teacher, labels, reduction="none", label_smoothing=0.1, **BOTH | options)
+    gradient_of_kd = check_kd(student, teacher, **options).gradient
     assert not gradient_of_kd[:, teacher_columns:].any()
 
 
 def test_teacher_masked_on_the_common_columns(device: str) -> None:
     """A teacher that is finite in its surplus alone has no distribution to distil."""
-    student, teacher = pair(N, V, device=device, teacher_columns=V + 8)
+    student, teacher = pair(N, V, device=device, teacher_columns=V + 6)
     teacher[2, :V] = -torch.inf
     labels = targets(N, classes=V, device=device)
     check_kd(student, teacher, labels, kd_mask=torch.ones_like(labels), **BOTH)
 
 
 def test_large_vocabulary_differences(device: str) -> None:
-    student, teacher = pair(2, 2000, device=device, teacher_columns=976)
-    check_kd(student, teacher)
-    with pytest.raises(ValueError, match=r"2000 and 975.*tokenizer"):
-        kd_loss(student, teacher[:, :975])
+    student, teacher = pair(2, 2000, device=device)
     check_kd(student, teacher[:, :100], targets(2, classes=2000, device=device), vocab_mismatch="truncate", **BOTH)
+
+
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [
+        *[(50257, 50304), (151646, 152064), (151936, 152064), (32000, 32002), (8192, 9216), (30522, 30528)],
+        *[(65, 128), (33, 64), (100, 104), (100, 128), (256, 260), (260, 384), (1000, 1024), (5000, 5120)],
+    ],
+)
+def test_paddings(small: int, large: int) -> None:
+    """Of real vocabularies, to the multiples that heads are padded to, or by added tokens."""
+    vocabularies(small, large, "error")
+    vocabularies(large, small, "error")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(130, 100), (2, 3), (4, 5), (10, 64), (10, 1000), (1024, 1300), (30522, 32000)],
+)
+def test_differences_that_no_padding_explains(student: int, teacher: int) -> None:
+    for sizes in ((student, teacher), (teacher, student)):
+        with pytest.raises(ValueError, match="{} and {} columns.*tokenizer".format(*sizes)):
+            vocabularies(*sizes, "error")
+        vocabularies(*sizes, "truncate")
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from truth import DTYPES, assert_value, noise_for
 
-from fusedkd import TeacherHead, TeacherLogits, TeacherTopK, kd_loss
+from fusedkd import TeacherHead, TeacherLogits, TeacherTopK, kd_loss, linear_kd_loss
 from fusedkd.sparse import TAILS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
@@ -90,7 +90,7 @@ def test_label_smoothing(device: str, dtype: torch.dtype, smoothing: float) -> N
         (101, 90),
         (90, 101),
         (1088, 1037),
-        (1, 1),
+        (2, 2),
         (7, 6),
         pytest.param((20011, 20020), marks=pytest.mark.wide),
     ],
@@ -100,10 +100,11 @@ def test_vocabularies(device: str, dtype: torch.dtype, columns: tuple[int, int])
     p = problem(2, 20, columns=columns, dtype=dtype, device=device)
     if columns[0] > columns[1]:
         p.labels[1] = columns[0] - 1
-    check_linear(p, temperature=2.0, vacuous=columns == (1, 1), **BOTH)
+    options = {"temperature": 2.0, "vocab_mismatch": "truncate"}
+    check_linear(p, **options, **BOTH)
     if columns[0] > columns[1]:
         leaves = p.leaves()
-        gradient = leaves.gradients(leaves.loss(temperature=2.0))
+        gradient = leaves.gradients(leaves.loss(**options))
         assert not gradient["weight"][columns[1] :].any()
         assert not gradient["bias"][columns[1] :].any()
         assert gradient["weight"][: columns[1]].any()
@@ -113,6 +114,8 @@ def test_vocabularies_far_apart(device: str) -> None:
     p = problem(9, columns=(1200, 100), device=device)
     with pytest.raises(ValueError, match=r"1200 and 100.*tokenizer"):
         p.loss()
+    with pytest.raises(ValueError, match="hidden states, which belong in a TeacherHead"):
+        linear_kd_loss(p.hidden, p.weight, p.teacher.hidden)
     check_linear(p, vocab_mismatch="truncate", **BOTH)
 
 
@@ -308,8 +311,12 @@ def test_teacher_gets_no_gradient(device: str) -> None:
     p = problem(13, device=device)
     head = [x.requires_grad_() for x in (p.teacher.hidden, p.teacher.weight, p.teacher.bias)]
     leaves = p.leaves()
-    leaves.loss(**BOTH).backward()
+    with pytest.warns(UserWarning, match="teacher requires a gradient, but gets none"):
+        leaves.loss(**BOTH).backward()
     assert all(x.grad is None for x in head)
     assert all(x.grad.any() for x in leaves.operands.values())
+    with pytest.raises(ValueError, match=r"student does not: are the two swapped"):
+        p.loss(**BOTH)
+    p.teacher.hidden.requires_grad_(False)  # a head that nobody froze is nothing to tell of
     assert not p.loss(**BOTH).requires_grad
     assert teacher_logits(p.teacher).logits.shape == (13, 101)

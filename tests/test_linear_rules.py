@@ -233,6 +233,11 @@ ERRORS: list[tuple[dict[str, Any], Any, str]] = [
     ({"student_weight": W[:0]}, ValueError, "student_weight"),
     ({"student_weight": W.bfloat16()}, TypeError, "student_weight .*float32.*bfloat16"),
     ({"student_weight": W.as_subclass(type("DTensor", (Tensor,), {}))}, TypeError, "student_weight .*DTensor"),
+    (
+        {"student_weight": W.as_subclass(type("DTensor", (Tensor,), {})).requires_grad_()},
+        TypeError,
+        r"student_weight is a DTensor.*grad_placements=\[Partial\(.avg.\)\] \* student_weight\.device_mesh\.ndim\)",
+    ),
     ({"student_weight": W.to("meta")}, ValueError, "student_weight .*device.*meta"),
     ({"student_bias": B[:9]}, ValueError, r"student_bias .*10.*\(9,\)"),
     ({"student_bias": B[None]}, ValueError, r"student_bias .*\(1, 10\)"),

@@ -156,8 +156,25 @@ def test_kd_loss_module(device: str) -> None:
     assert "divergence=JSD(beta=0.3)" in repr(module)
     listed = check_kd(student, top_k(teacher, 5, "bucket"), labels).loss.value
     torch.testing.assert_close(KDLoss()(student, top_k(teacher, 5, "bucket"), labels).double().cpu(), listed)
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=r"KDLoss has no option temprature \(temperature\?\); it has temperature, "):
         KDLoss(temprature=2.0)
+
+
+def test_options_follow_the_module_to_a_device(device: str) -> None:
+    """But not to another type, in which a schedule would be another one; and numbers stay numbers."""
+    temperature, beta, share = torch.tensor(0.1), torch.tensor(0.3), torch.tensor(0.25)
+    module = KDLoss(temperature=temperature, divergence=JSD(beta), teacher_weights=[share, 1.0], ce_weight=0.5)
+    assert not module.state_dict()
+    for moved in (module.half(), nn.Sequential(module).to(torch.bfloat16)[0]):
+        assert moved.options["temperature"] is temperature
+        assert moved.options["divergence"].beta is beta
+    on = nn.Sequential(module).to("meta")[0].options
+    assert {x.device.type for x in (on["temperature"], on["divergence"].beta, on["teacher_weights"][0])} == {"meta"}
+    assert (on["teacher_weights"][1], on["ce_weight"]) == (1.0, 0.5)
+    student, teacher = pair(3, 4, V, device=device)
+    module = KDLoss(temperature=temperature, divergence=JSD(beta), reduction="sum").to(device)
+    truth = check_kd(student, teacher, temperature=0.1, divergence=JSD(0.3), reduction="sum").loss.value
+    torch.testing.assert_close(module(student, teacher).double().cpu(), truth, rtol=1e-5, atol=0)
 
 
 def test_cosine_module(device: str) -> None:

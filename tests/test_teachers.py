@@ -4,6 +4,7 @@ cross-entropy, masks, reductions, upstream gradients, inplace, normalisers, besi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from families import describe, samples, top_k
 from torch import Tensor
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, noise_for, operator_calls, pair, targets
 
-from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
+from fusedkd import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
 from fusedkd.sparse import TAILS, SparseForm
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
@@ -256,6 +257,26 @@ def test_rows_that_are_not_selected_are_not_read(device: str, kind: str, diverge
     values[0, 1, 3] = torch.nan
     rows = kd_loss(student, teacher, labels, divergence=divergence, reduction="none")
     assert rows.isnan().flatten().tolist() == [i == 1 for i in range(N)]
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        TeacherLogits(torch.ones(2, 3), softcap=torch.tensor(3.0)),
+        TeacherHead(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.bfloat16), scale=0.5),
+        TeacherTopK(torch.ones(2, 3, dtype=torch.int32), -torch.ones(2, 3), "bucket", 2.0),
+        TeacherSamples(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_saved_teacher_loads(teacher: Any, tmp_path: Path) -> None:
+    """By PyTorch's default, which unpickles nothing but what it knows."""
+    torch.save({"teacher": [teacher]}, tmp_path / "teacher.pt")
+    (loaded,) = torch.load(tmp_path / "teacher.pt", weights_only=True)["teacher"]
+    assert type(loaded) is type(teacher)
+    assert vars(loaded).keys() == vars(teacher).keys()
+    for found, saved in zip(vars(loaded).values(), vars(teacher).values(), strict=True):
+        assert torch.equal(found, saved) if isinstance(saved, Tensor) else found == saved
 
 
 def test_strides_and_integer_types(device: str) -> None:

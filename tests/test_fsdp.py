@@ -1,0 +1,67 @@
+"""A head that FSDP2 shards as a unit of its own, on two processes: what the error says to do gives the gradients of one
+process. (A plain ``full_tensor()`` leaves each rank with its own rows' gradient, without an error.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from truth import pair, targets
+
+from fusedkd import TeacherHead, linear_kd_loss
+
+ROWS, INPUTS, H, V = 8, 6, 16, 24
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(INPUTS, H), nn.Linear(H, V)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x).tanh()
+
+
+def loss(model: Model, rows: slice, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of some rows, divided by the number of rows there are in each process."""
+    x, h = pair(ROWS, INPUTS)[0][rows], pair(ROWS, 12)[1][rows]
+    teacher = TeacherHead(h, pair(V, 12, seed=4)[0])
+    labels = targets(ROWS, classes=V, ignored=None)[rows]
+    return linear_kd_loss(model(x), weight, teacher, labels, student_bias=bias, ce_weight=0.5)
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Partial
+
+    group = torch.distributed
+    group.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, mesh = Model(), init_device_mesh("cpu", (2,))
+    for unit in (model.body, model.head, model):
+        fully_shard(unit, mesh=mesh)
+    rows, head = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2), model.head
+    with pytest.raises(TypeError, match="student_weight is a DTensor") as told:
+        loss(model, rows, head.weight, head.bias)
+    names = {"Partial": Partial, "student_weight": head.weight, "student_bias": head.bias}
+    advice = str(told.value).rpartition("elsewhere pass ")[2]
+    whole = [eval(advice.replace("student_weight", name), names) for name in ("student_weight", "student_bias")]
+    loss(model, rows, *whole).backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(gradients, folder / "gradients.pt")
+    group.destroy_process_group()
+
+
+def test_the_advice_for_a_sharded_head(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
+    found, model = torch.load(tmp_path / "gradients.pt"), Model()
+    loss(model, slice(None), model.head.weight, model.head.bias).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.any()
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-7)
