@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd.arguments import Real
-from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss, linear_kd_loss
+from fusedkd.functional import Reduction, Teacher, check_options, cosine_hidden_loss, kd_loss, linear_kd_loss
 
 
 class _Options(nn.Module):
@@ -24,6 +24,7 @@ class _Options(nn.Module):
         if unknown:
             loss = type(self).loss.__name__
             raise TypeError(f"{type(self).__name__} got what is not an option of {loss}: {', '.join(sorted(unknown))}")
+        check_options(type(self).loss, options)
         self.options = options
 
     def extra_repr(self) -> str:
