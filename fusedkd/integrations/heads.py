@@ -68,8 +68,7 @@ class Head:
         name = type(whole).__name__
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
             raise ValueError(f"{name} has a prompt-learning adapter, whose virtual tokens have no row at the teacher")
-        causal, linear = _is_causal(whole), output_head(whole)
-        _refuse(linear, name)
+        causal, linear = checked(whole)
         softcap, scale = _measure(model, linear, name, whole.config.get_text_config())
         return cls(name, linear, causal, softcap, scale)
 
@@ -137,8 +136,9 @@ def output_head(whole: Any) -> Any:
     return whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
 
 
-def _refuse(linear: Any, name: str) -> None:
-    """An output head that is no table of numbers to multiply with."""
+def checked(whole: Any) -> tuple[bool, nn.Linear]:
+    """Whether the model is causal, and its output head, which must be a table of numbers to multiply with."""
+    causal, linear, name = _is_causal(whole), output_head(whole), type(whole).__name__
     head = f"the output head of {name}"
     if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save"):
         raise ValueError(f"{name} has an adapter on its output head: leave it out of target_modules")
@@ -153,6 +153,7 @@ def _refuse(linear: Any, name: str) -> None:
         if not plain or parameter.dtype not in FLOATING:
             kind = parameter.dtype if plain else type(parameter).__name__
             raise ValueError(f"{head} must be plain floating-point numbers, not {kind}: keep it unquantized")
+    return causal, linear
 
 
 def _is_causal(model: Any) -> bool:
@@ -196,7 +197,9 @@ def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[flo
     if len(given) != 1 or logits.shape != given[0].shape or logits.shape[1] != tokens.shape[1]:
         raise refusal
     trained = [p for p in model.parameters() if p.requires_grad]
-    if any(g is not None for g in torch.autograd.grad(logits.sum(), [given[0], *trained], allow_unused=True)[1:]):
+    with torch.enable_grad():
+        total = logits.sum()
+    if any(g is not None for g in torch.autograd.grad(total, [given[0], *trained], allow_unused=True)[1:]):
         raise refusal
     tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
     z, logits = given[0].detach().double(), logits.detach().double()

@@ -140,8 +140,8 @@ def warn_of_blank(terms: set[str]) -> None:
     """Of the terms that had no row in a whole batch."""
     if terms:
         warnings.warn(
-            f"fusedkd: a batch without a row of {' and '.join(sorted(terms))}, to which it adds nothing: every label is "
-            "−100 (ignored), or the teacher has nothing to say",
+            f"fusedkd: a batch without a row of {' and '.join(sorted(terms))}, to which it adds nothing: every label "
+            "is −100 (ignored), or the teacher has nothing to say",
             stacklevel=2,
         )
 

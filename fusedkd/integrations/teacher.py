@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from fusedkd import arguments as check
 from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.heads import Head, base_model
+from fusedkd.integrations.heads import Head, base_model, checked
 from fusedkd.integrations.offline import COLUMNS
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
@@ -39,7 +39,9 @@ class TeacherModel:
             _refuse_moving_base(student)
         else:
             refusals.shared_parameters(student, model)
-            if getattr(model, "hf_device_map", None) is None:
+            checked(base_model(model))
+            placed = getattr(model, "hf_device_map", None) is not None or any(p.is_meta for p in model.parameters())
+            if not placed:
                 model.to(device)
             _ = self.head  # while it is not frozen: what it adds to its logits shows by its gradient
             model.eval().requires_grad_(False)

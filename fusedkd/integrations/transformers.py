@@ -144,7 +144,7 @@ class DistillationTrainer(Trainer):
 
     def _bind(self) -> None:
         """To the models as they are now, before anything wraps them."""
-        _ = self.head
+        _ = self.head, self.teacher and self.teacher_model.head
         if self.teacher is not None and self.model_init is not None:
             refusals.shared_parameters(self.student, self.teacher)
 

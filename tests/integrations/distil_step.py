@@ -22,6 +22,8 @@ from transformers import (
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
 
 VOCAB, ROWS, LENGTH = 61, 8, 10
+TRAINERS = ("eval_dataset", "compute_metrics", "model_init")
+"""Arguments of a Trainer; the others are those of TrainingArguments."""
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **SIZE}
@@ -97,15 +99,13 @@ def trainer(student, teacher, kd=None, data=None, batch=8, accumulation=1, folde
         output_dir=folder or tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        **{"max_steps": 1, "logging_steps": 1, "eval_strategy": "no"}
-        | {k: v for k, v in options.items() if k not in ("eval_dataset", "compute_metrics")},
+        **{"max_steps": 1, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True}
+        | {k: v for k, v in options.items() if k not in TRAINERS},
         max_grad_norm=0.0,
         report_to=[],
-        use_cpu=True,
-        save_strategy="no",
         disable_tqdm=True,
     )
-    more = {k: v for k, v in options.items() if k in ("eval_dataset", "compute_metrics")}
+    more = {k: v for k, v in options.items() if k in TRAINERS}
     data = list(rows()) if data is None else data
     collator = collator or default_data_collator
     return DistillationTrainer(student, teacher, arguments, collator, train_dataset=data, kd=kd, **more)
