@@ -70,10 +70,10 @@ class DistillationTrainer(Trainer):
         args, data_collator, …: as for :class:`transformers.Trainer`. For an offline teacher the collator is wrapped in
             :class:`OfflineTeacherCollator`.
 
-    A teacher is given what the student is given, as far as its forward takes it, and warns once of what it does not
-    take. Ids that its vocabulary does not hold are replaced where they are padding, and else refused; on a GPU, which
-    would have to be waited for, they make the loss NaN. So do ids of an offline teacher beyond the student's
-    vocabulary, unless they can be padding of the teacher's.
+    A teacher is given what the student is given, as far as its forward takes it; a warning names what it does not take.
+    Tokens that its vocabulary does not hold may be padding; elsewhere they are an error, and on a GPU, where finding
+    them would wait for the device, the loss is NaN. So it is with an offline teacher's ids that the student's
+    vocabulary does not hold, but those that may be padding of the teacher's are left out.
 
     `compute_loss(…, return_outputs=True)` computes the logits as well, and so do `predict` and a `compute_metrics`.
 
@@ -227,11 +227,7 @@ class DistillationTrainer(Trainer):
         return self.accelerator.gather(total).view(-1, len(total)).sum(0) if self.args.world_size > 1 else total
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.offline and COLUMNS[0] not in inputs:
             raise ValueError(f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}")

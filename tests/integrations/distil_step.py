@@ -1,5 +1,6 @@
 """The gradient of one step of DistillationTrainer; under torchrun: `distil_step.py BATCH ACCUMULATION OUT`."""
 
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -140,7 +141,11 @@ def sharded_gradient(batch: int, own_unit: bool):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         batch, accumulation = int(sys.argv[1]), int(sys.argv[2])
-        result = {"DDP": gradient(*llamas(), KDConfig(), batch=batch, accumulation=accumulation, folder=temporary)}
+        options = {"batch": batch, "accumulation": accumulation, "folder": temporary}
+        result = {"DDP": gradient(*llamas(), KDConfig(), **options)}
+        if importlib.util.find_spec("peft"):
+            base = llamas()[0]
+            result["adapters off"] = gradient(lora(base, target_modules=["q_proj"]).eval(), base, **options)
     result["FSDP2"] = sharded_gradient(ROWS // 2, own_unit=False)
     try:
         sharded_gradient(ROWS // 2, own_unit=True)
