@@ -111,9 +111,8 @@ def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTo
     if kd.vocab_mismatch == "error":
         wrong = beyond & ~(known >= 0).any(-1, keepdim=True)
         if ids.is_cpu:
-            check.vocabularies(
-                vocabulary, max(vocabulary, 1 + int(ids.max())) if ids.numel() else vocabulary, kd.vocab_mismatch
-            )
+            largest = int(ids.max()) if ids.numel() else -1
+            check.vocabularies(vocabulary, max(vocabulary, largest + 1), kd.vocab_mismatch)
             refusals.unknown_ids(ids, wrong, "teacher_ids", vocabulary)
         else:
             wrong |= ids >= vocabulary + check.MAX_VOCABULARY_PADDING

@@ -1,8 +1,8 @@
 """transformers' Trainer with a distillation loss that never holds the logits, for causal and masked language models.
 
 The backbones of student and teacher run, their maps onto the vocabulary do not: :func:`fusedkd.linear_kd_loss` takes
-the hidden states and the two heads. Each term is a sum over its own rows divided by the number of such rows in the
-whole optimiser step, all micro-batches and all ranks, so that one step has one gradient however it is cut.
+the hidden states and the two heads. Each term is a sum over its rows divided by their number in the whole optimiser
+step, all micro-batches and all ranks, so that one step has one gradient however it is cut.
 """
 
 from __future__ import annotations
@@ -101,18 +101,19 @@ class DistillationTrainer(Trainer):
         self.offline = teacher is None and self.kd.needs_teacher
         refusals.training_arguments(self)
         self.known_head: Head | None = None
-        self.teacher: Any = load(teacher, self.head.causal) if isinstance(teacher, str | Path) else teacher
+        causal = self.head.causal  # refuses a student that is neither, with a teacher or without
+        self.teacher: Any = load(teacher, causal) if isinstance(teacher, str | Path) else teacher
         self.teacher_model: Any = None
         if self.offline:
             self.use_columns()
         if self.teacher is not None:
             with self.accelerator.autocast():
-                self.teacher_model = TeacherModel(self.teacher, self.student, self.head.causal, self.args.device)
+                self.teacher_model = TeacherModel(self.teacher, self.student, causal, self.args.device)
             if self.teacher_model.adapted is not None:
                 refusals.adapters_off(self)
         self._start_sums()
         self.eval_sums: list[Tensor] = []
-        self.warned: set[str] = set()
+        self.warned: set[str] = set()  # names of terms
 
     def use_columns(self) -> None:
         """Of the data sets, as the teacher."""
@@ -144,8 +145,8 @@ class DistillationTrainer(Trainer):
 
     def _bind(self) -> None:
         """To the models as they are now, before anything wraps them."""
-        _ = self.head, self.teacher and self.teacher_model.head
-        if self.teacher is not None and self.model_init is not None:
+        _ = self.head, self.teacher_model and self.teacher_model.head
+        if self.teacher_model and self.model_init is not None:
             refusals.shared_parameters(self.student, self.teacher)
 
     def _set_signature_columns_if_needed(self) -> None:

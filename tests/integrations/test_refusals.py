@@ -34,13 +34,14 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("of_teacher", [False, True])
-def test_other_models(name, of_teacher):
+@pytest.mark.parametrize("role", ["student", "teacher", "student without a teacher"])
+def test_other_models(name, role):
     config, options, reason = OTHERS[name]
     other = getattr(transformers, name)(getattr(transformers, config)(vocab_size=VOCAB, **options))
     student, teacher = llamas()
+    models = {"student": (other, teacher), "teacher": (student, other)}
     with pytest.raises(ValueError, match=f"{name} is {reason}"):
-        trainer(*((student, other) if of_teacher else (other, teacher)))
+        trainer(*models.get(role, (other, None, KDConfig(kd_weight=0))))
 
 
 def test_a_module_that_is_no_model_of_transformers():
