@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedkd import arguments as check
 from fusedkd.arguments import Real
 from fusedkd.functional import Reduction, Teacher, check_options, cosine_hidden_loss, kd_loss, linear_kd_loss
 
@@ -69,6 +70,7 @@ class CosineHiddenLoss(nn.Module):
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         super().__init__()
+        check.reduction(reduction)
         self.reduction: Reduction = reduction
 
     def forward(
@@ -115,6 +117,9 @@ class DistilBertLoss(nn.Module):
         super().__init__()
         if kd_on not in ("attended", "masked"):
             raise ValueError(f"kd_on must be 'attended' or 'masked', not {kd_on!r}")
+        check.real("temperature", temperature, open_low=True)
+        for name, weight in {"alpha_distil": alpha_distil, "alpha_mlm": alpha_mlm, "alpha_cos": alpha_cos}.items():
+            check.real(name, weight)
         self.temperature, self.kd_on, self.ignore_index = temperature, kd_on, ignore_index
         self.alpha_distil, self.alpha_mlm, self.alpha_cos = alpha_distil, alpha_mlm, alpha_cos
 

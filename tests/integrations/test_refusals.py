@@ -14,7 +14,7 @@ import fusedkd
 from fusedkd.integrations import refusals
 from fusedkd.integrations.heads import Head
 from fusedkd.integrations.transformers import KDConfig
-from fusedkd.nn import KDLoss, LinearKDLoss
+from fusedkd.nn import CosineHiddenLoss, DistilBertLoss, KDLoss, LinearKDLoss
 
 from .distil_step import BERT, SIZE, VOCAB, gradient, initialised, llamas, rows, trainer
 from .test_transformers import Padding, assert_equal, collated, top_k, truth
@@ -164,6 +164,14 @@ def test_wrong_options_of_the_trainer(options, message):
 def test_wrong_options_of_the_modules(loss, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         loss(**options)
+
+
+def test_wrong_options_of_the_other_modules():
+    with pytest.raises(ValueError, match="reduction must be"):
+        CosineHiddenLoss("avg")
+    for name in ("temperature", "alpha_distil", "alpha_mlm", "alpha_cos"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            DistilBertLoss(**{name: -1.0})
 
 
 def test_options_that_are_right():
