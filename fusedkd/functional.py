@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,7 +12,7 @@ from fusedkd import arguments as check
 from fusedkd import teachers
 from fusedkd.arguments import Real
 from fusedkd.autograd import CosineHiddenLossFunction, KDLossFunction, Plan
-from fusedkd.divergences import Divergence, resolve
+from fusedkd.divergences import Divergence
 from fusedkd.prepared import KDTerms, Options, Reduction, members, prepare, weighted
 from fusedkd.tiled import Tiles, tiled
 
@@ -243,23 +242,6 @@ def cosine_hidden_loss(
     plan = Plan(grid=grid, per_row=reduction == "none", early=_gradient_in_forward(student, reduction))
     loss = CosineHiddenLossFunction.apply(student, teacher, weights, divisor, plan)
     return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
-
-
-def check_options(loss: Callable[..., Any], options: Mapping[str, Any], teacher: Teacher | None = None) -> None:
-    """Refuses the options that `kd_loss` or `linear_kd_loss` would refuse whatever its tensors are.
-
-    Args:
-        teacher: one row of it, where options depend on its form; None: logits.
-    """
-    given = {p.name: p.default for p in inspect.signature(loss).parameters.values()} | dict(options)
-    shares, row = given["teacher_weights"], torch.zeros(1, 2, device="cpu")
-    several = [row] * len(shares) if isinstance(shares, Sequence) else [row]
-    members(row if shares is None else several, shares, given["kd_weight"])
-    if "tile_dtype" in given:
-        Tiles(given["max_tile_bytes"], given["tile_dtype"], given["max_rows"]).check()
-    needs_labels = resolve(given["divergence"]).needs_labels or isinstance(given["ce_weight"], Tensor)
-    labels = torch.zeros(1, dtype=torch.int64, device="cpu") if needs_labels or given["ce_weight"] != 0 else None
-    prepare(row, row if teacher is None else teacher, labels, Options.of(given | {"kd_mask": None}))
 
 
 def _several_teachers(arguments: dict[str, Any]) -> Any:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd import arguments as check
+from fusedkd import validation
 from fusedkd.arguments import Real
-from fusedkd.functional import Reduction, Teacher, check_options, cosine_hidden_loss, kd_loss, linear_kd_loss
+from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss, linear_kd_loss
 
 
 class _Options(nn.Module):
@@ -25,8 +26,8 @@ class _Options(nn.Module):
         if unknown:
             loss = type(self).loss.__name__
             raise TypeError(f"{type(self).__name__} got what is not an option of {loss}: {', '.join(sorted(unknown))}")
-        check_options(type(self).loss, options)
         self.options = options
+        validation.check_options(type(self).loss, options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

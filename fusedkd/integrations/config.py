@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from fusedkd import arguments as check
 from fusedkd.divergences import Divergence
-from fusedkd.functional import check_options, linear_kd_loss
+from fusedkd.functional import linear_kd_loss
 from fusedkd.sparse import TAILS
+from fusedkd.validation import check_options
 
 
 @dataclass

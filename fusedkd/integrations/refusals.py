@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedkd.functional import check_options, linear_kd_loss
+from fusedkd.functional import linear_kd_loss
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
 from fusedkd.teachers import TeacherTopK
+from fusedkd.validation import check_options
 
 
 def options(kd: Any, teacher: Any) -> None:

@@ -78,7 +78,10 @@ class TeacherModel:
         if not ids.is_cpu:
             lost = (beyond & attended).any(1).to(hidden.device)
             hidden = hidden.masked_fill(lost[:, None, None], torch.nan)
-        return TeacherHead(hidden, *self.head.parameters(), softcap=self.head.softcap, scale=self.head.scale), outputs
+        head = self.head
+        weight, bias = head.parameters()  # which a resize makes anew, and not frozen
+        bias = None if bias is None else bias.detach()
+        return TeacherHead(hidden, weight.detach(), bias, softcap=head.softcap, scale=head.scale), outputs
 
     def _tell(self, dropped: set[str]) -> None:
         if dropped - self.dropped:
@@ -111,9 +114,9 @@ def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTo
     if kd.vocab_mismatch == "error":
         wrong = beyond & ~(known >= 0).any(-1, keepdim=True)
         if ids.is_cpu:
+            refusals.unknown_ids(ids, wrong, "teacher_ids", vocabulary)
             largest = int(ids.max()) if ids.numel() else -1
             check.vocabularies(vocabulary, max(vocabulary, largest + 1), kd.vocab_mismatch)
-            refusals.unknown_ids(ids, wrong, "teacher_ids", vocabulary)
         else:
             wrong |= ids >= vocabulary + check.MAX_VOCABULARY_PADDING
             row = wrong.any(-1, keepdim=True)
