@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedkd import arguments as check
+from fusedkd import validation
 from fusedkd.arguments import Real
 from fusedkd.divergences import Divergence
 from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss, linear_kd_loss
@@ -28,6 +30,7 @@ class _Options(nn.Module):
         if not options.keys() <= set(known):
             raise TypeError(unknown(type(self).__name__, options.keys() - set(known), known))
         self.options = options
+        validation.check_options(type(self).loss, options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Options:
         """Options given as tensors follow the module to another device. Their type stays: a schedule in 16 bits would
@@ -91,6 +94,7 @@ class CosineHiddenLoss(nn.Module):
 
     def __init__(self, reduction: Reduction = "mean") -> None:
         super().__init__()
+        check.reduction(reduction)
         self.reduction: Reduction = reduction
 
     def forward(
@@ -137,6 +141,9 @@ class DistilBertLoss(nn.Module):
         super().__init__()
         if kd_on not in ("attended", "masked"):
             raise ValueError(f"kd_on must be 'attended' or 'masked', not {kd_on!r}")
+        check.real("temperature", temperature, open_low=True)
+        for name, weight in {"alpha_distil": alpha_distil, "alpha_mlm": alpha_mlm, "alpha_cos": alpha_cos}.items():
+            check.real(name, weight)
         self.temperature, self.kd_on, self.ignore_index = temperature, kd_on, ignore_index
         self.alpha_distil, self.alpha_mlm, self.alpha_cos = alpha_distil, alpha_mlm, alpha_cos
 

@@ -25,6 +25,12 @@ class Tiles(NamedTuple):
     dtype: torch.dtype
     max_rows: int | None
 
+    def check(self) -> None:
+        check.count("max_tile_bytes", self.max_bytes)
+        check.count("max_rows", 1 if self.max_rows is None else self.max_rows)
+        if self.dtype not in check.FLOATING:
+            raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {self.dtype}")
+
     def rows(self, bytes_per_row: int, count: int) -> int:
         """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
         rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
@@ -48,10 +54,7 @@ def tiled(
     hidden, weight, bias = student
     check.float_rows("student_hidden", hidden)
     check.head("student_", hidden, weight, bias)
-    check.count("max_tile_bytes", tiles.max_bytes)
-    check.count("max_rows", 1 if tiles.max_rows is None else tiles.max_rows)
-    if tiles.dtype not in check.FLOATING:
-        raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {tiles.dtype}")
+    tiles.check()
     grad_mode, device = torch.is_grad_enabled(), hidden.device
     wanted = [grad_mode and x is not None and x.requires_grad for x in student]
     cast = check.autocast_dtype(device)

@@ -15,6 +15,8 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from fusedkd import kd_loss
 from fusedkd.distilbert.interrupt import Interruptible
 from fusedkd.divergences import Divergence
+from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.refusals import shared_parameters
 
 Batch = dict[str, Any]
 
@@ -56,6 +58,7 @@ class TaskTrainer(Interruptible):
         self.softmax: Any = {"temperature": temperature, "divergence": divergence}
         self.teacher: Any = teacher
         if teacher is not None:
+            shared_parameters(self.model, teacher)  # type: ignore[arg-type]
             self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)  # type: ignore[arg-type]
             self.teacher_takes = takes(teacher)
         self.student_takes = takes(self.model)
@@ -116,7 +119,11 @@ class TaskTrainer(Interruptible):
 def takes(model: Any) -> set[str]:
     """The columns of a batch that a model can use. Token types are none where there is one type, as in RoBERTa."""
     one_type = getattr(model.config, "type_vocab_size", 1) < 2
-    return set(inspect.signature(model.forward).parameters) - {"labels"} - ({"token_type_ids"} if one_type else set())
+    return (
+        set(inspect.signature(base_model(model).forward).parameters)
+        - {"labels"}
+        - ({"token_type_ids"} if one_type else set())
+    )
 
 
 def outputs(model: Any, columns: set[str], batch: Batch) -> Tensor:

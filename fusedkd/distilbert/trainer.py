@@ -61,10 +61,11 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
 
     def __init__(self, *args: Any, loss: TripleLoss, eval_collator: Any = None, **options: Any):
         super().__init__(*args, kd=loss, **options)
-        if self.offline:
-            raise ValueError("teacher is None, but kd_weight, cos_weight or mse_weight is not 0")
         self.loss, self.eval_collator = loss, eval_collator
         self.add_callback(EpochSetter(self.data_collator))
+
+    def use_columns(self) -> None:
+        raise ValueError("teacher is None, but kd_weight, cos_weight or mse_weight is not 0")
 
     # ---- the loss
 

@@ -20,7 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from fusedkd.arguments import FLOATING
 
 SCALES = (
     ("logit_scale", 1),  # Cohere
@@ -58,19 +64,18 @@ class Head:
             ValueError: naming the model's class, where its logits are not known to be those of :class:`Head`.
         """
         adapters: Any = getattr(model, "peft_config", None) or {}
-        whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        whole = base_model(model)
         name = type(whole).__name__
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
             raise ValueError(f"{name} has a prompt-learning adapter, whose virtual tokens have no row at the teacher")
-        linear = whole.get_output_embeddings()
-        if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save"):
-            raise ValueError(f"{name} has an adapter on its output head: leave it out of target_modules")
-        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-            raise ValueError(f"the output head of {name} must be a torch.nn.Linear, not {type(linear).__name__}")
-        if not linear.weight.is_floating_point():
-            raise ValueError(f"the output head of {name} is quantized ({linear.weight.dtype}): keep it unquantized")
+        causal, linear = checked(whole)
         softcap, scale = _measure(model, linear, name, whole.config.get_text_config())
-        return cls(name, linear, _is_causal(whole), softcap, scale)
+        return cls(name, linear, causal, softcap, scale)
+
+    @classmethod
+    def current(cls, known: Head | None, model: nn.Module) -> Head:
+        """`known`, if it is still the model's; else `of` the model: its head may have been resized, or be another's."""
+        return known if known is not None and known.linear is output_head(base_model(model)) else cls.of(model)
 
     def hidden_states(
         self, forward: Callable[..., Any], inputs: dict[str, Any], with_logits: bool = False
@@ -122,14 +127,46 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own  # type: ignore[method-assign]
 
 
-def _is_causal(model: nn.Module) -> bool:
-    if not getattr(model.config, "is_encoder_decoder", False):
-        for name in (ancestor.__name__ for ancestor in type(model).__mro__):  # the nearest that is known decides
-            causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM")
-            masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM")
-            if causal != masked:
-                return causal
-    raise ValueError(f"{type(model).__name__} is not known to be a causal or a masked language model")
+def base_model(model: nn.Module) -> Any:
+    """The model of transformers that a PEFT model is built around, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def output_head(whole: Any) -> Any:
+    return whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
+
+
+def checked(whole: Any) -> tuple[bool, nn.Linear]:
+    """Whether the model is causal, and its output head, which must be a table of numbers to multiply with."""
+    causal, linear, name = _is_causal(whole), output_head(whole), type(whole).__name__
+    head = f"the output head of {name}"
+    if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save"):
+        raise ValueError(f"{name} has an adapter on its output head: leave it out of target_modules")
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(f"{head} must be a torch.nn.Linear, not {type(linear).__name__}: keep it unquantized")
+    for parameter in (linear.weight, linear.bias):
+        if parameter is None:
+            continue
+        if parameter.is_meta:
+            raise ValueError(f"{head} is offloaded, its weights are on the meta device: keep it on a real one")
+        plain = type(parameter) in (nn.Parameter, Tensor) or hasattr(parameter, "full_tensor")  # a DTensor
+        if not plain or parameter.dtype not in FLOATING:
+            kind = parameter.dtype if plain else type(parameter).__name__
+            raise ValueError(f"{head} must be plain floating-point numbers, not {kind}: keep it unquantized")
+    return causal, linear
+
+
+def _is_causal(model: Any) -> bool:
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder–decoder: the model must be a causal or a masked language model")
+    causal_names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    for ancestor in (kind.__name__ for kind in type(model).__mro__):  # the nearest that is known decides
+        causal = ancestor in causal_names or ancestor.endswith("ForCausalLM")
+        masked = ancestor in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or ancestor.endswith("ForMaskedLM")
+        if causal != masked:
+            return causal
+    raise ValueError(f"{name} is not known to be a causal or a masked language model")
 
 
 def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[float | None, float | None]:
@@ -144,9 +181,13 @@ def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[flo
 
     training = model.training
     tokens = torch.arange(4, device=linear.weight.device)[None]
-    with replaced_forward(linear, project), torch.enable_grad():
-        logits = model.eval()(input_ids=tokens).logits
-    model.train(training)
+    try:
+        with replaced_forward(linear, project), torch.enable_grad():
+            logits = model.eval()(input_ids=tokens).logits
+    except Exception as failure:
+        raise ValueError(f"{name} cannot be run with input_ids alone to see what it does to its logits") from failure
+    finally:
+        model.train(training)
     names = sorted({scale for scale, _ in SCALES} | set(SOFTCAPS))
     refusal = ValueError(
         f"{name} does something to its logits that is not known here: its forward must return W·x + b of its output "
@@ -156,7 +197,9 @@ def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[flo
     if len(given) != 1 or logits.shape != given[0].shape or logits.shape[1] != tokens.shape[1]:
         raise refusal
     trained = [p for p in model.parameters() if p.requires_grad]
-    if any(g is not None for g in torch.autograd.grad(logits.sum(), [given[0], *trained], allow_unused=True)[1:]):
+    with torch.enable_grad():
+        total = logits.sum()
+    if any(g is not None for g in torch.autograd.grad(total, [given[0], *trained], allow_unused=True)[1:]):
         raise refusal
     tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
     z, logits = given[0].detach().double(), logits.detach().double()

@@ -1,70 +1,33 @@
 """transformers' Trainer with a distillation loss that never holds the logits, for causal and masked language models.
 
 The backbones of student and teacher run, their maps onto the vocabulary do not: :func:`fusedkd.linear_kd_loss` takes
-the hidden states and the two heads. Each term is a sum over its own rows divided by the number of such rows in the
-whole optimiser step, all micro-batches and all ranks, so that one step has one gradient however it is cut.
+the hidden states and the two heads. Each term is a sum over its rows divided by their number in the whole optimiser
+step, all micro-batches and all ranks, so that one step has one gradient however it is cut.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from fusedkd.divergences import Divergence, resolve
+from fusedkd.divergences import resolve
 from fusedkd.functional import linear_kd_loss
+from fusedkd.integrations import refusals
+from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, replaced_forward
 from fusedkd.integrations.offline import COLUMNS, Batch, OfflineTeacherCollator
+from fusedkd.integrations.teacher import Takes, TeacherModel, listed, load
 from fusedkd.prepared import KDTerms
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
 IGNORE = -100
-
-
-@dataclass
-class KDConfig:
-    """What :class:`DistillationTrainer` minimises: kd_weight · T^k · D + ce_weight · CE.
-
-    The options of :func:`fusedkd.linear_kd_loss`, by their names there, and:
-
-    kd_on                       the rows of the KD term: "labels", those whose label is not −100 (so not the prompt's),
-                                or "attended", all that the attention mask selects
-    tail, logprobs_temperature  of an offline teacher, as for :class:`fusedkd.TeacherTopK`
-    """
-
-    temperature: float = 2.0
-    teacher_temperature: float | None = None
-    divergence: str | Divergence = "forward_kl"
-    kd_weight: float = 0.5
-    ce_weight: float = 0.5
-    scale_by_t2: bool = True
-    label_smoothing: float = 0.0
-    kd_on: Literal["labels", "attended"] = "labels"
-    vocab_mismatch: Literal["error", "truncate"] = "error"
-    max_tile_bytes: int = 4 << 30
-    max_rows: int | None = None
-    tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
-    logprobs_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kd_on not in ("labels", "attended"):
-            raise ValueError(f"kd_on must be 'labels' or 'attended', not {self.kd_on!r}")
-
-    def options(self) -> dict[str, Any]:
-        """Those of :func:`fusedkd.linear_kd_loss`."""
-        own = ("kd_on", "tail", "logprobs_temperature")
-        return {f.name: getattr(self, f.name) for f in fields(KDConfig) if f.name not in own}
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a term compares student and teacher."""
-        return self.kd_weight != 0
 
 
 class Pair(NamedTuple):
@@ -85,89 +48,106 @@ class DistillationTrainer(Trainer):
     """A Trainer whose loss is the distillation of a teacher, for causal and masked LMs of transformers.
 
     Scales, soft-caps and biases of either model's logits are honoured (:class:`fusedkd.integrations.heads.Head`). Logs
-    `kd` and `ce` without their weights beside `loss`, means over optimiser steps; evaluates `loss`, and at temperature
-    1 the cross-entropy `ce`, its `perplexity`, and `kl`, the divergence from the teacher (of an offline teacher: at the
-    temperature of its log-probabilities).
+    `kd` and `ce` without their weights beside `loss`, means over optimiser steps. Evaluates `loss`, and at temperature
+    1 the cross-entropy `ce`, its `perplexity`, and `kl`, the divergence from the teacher; an offline teacher's is
+    called `kl_top_k`, for it is that from the listed columns, with KDConfig's `tail` and at the temperature of their
+    log-probabilities. What has no row in the whole data set is absent (`loss`: NaN).
 
     Runs alone, under DistributedDataParallel and under FSDP, with PEFT adapters anywhere but on the output head. Every
-    rank holds the whole teacher.
+    rank holds the whole teacher. Text alone: vision–language models are distilled by their tokens.
 
     Args:
         model: the student.
-        teacher: a model of any size and dtype, of the same kind and with the student's tokenizer; it is frozen, put
-            into evaluation mode and moved to the device. Vocabularies may be padded to different sizes. None: the data
-            sets have the columns ``teacher_ids`` (L, K) and ``teacher_logprobs`` (L, K), in whose row i is the
-            teacher's distribution at position i: of a causal LM that of token i + 1. Id −1 is padding. With a
-            kd_weight of 0 a teacher is asked in evaluation only, and None is no teacher at all.
+        teacher: a model of any size and dtype, of the same kind and with the student's tokenizer, or the name or folder
+            of one; it is frozen, put into evaluation mode and moved to the device. Vocabularies may be padded to
+            different sizes. The student's own base model, where the student is a PEFT model
+            (``student.get_base_model()``), is the student with adapters off: the weights are held once. Else it shares
+            no parameter with the student that is to be trained. None: the data sets have the columns ``teacher_ids``
+            (L, K) and ``teacher_logprobs`` (L, K), in whose row i is the teacher's distribution at position i: of a
+            causal LM that of token i + 1. Id −1 is padding. Data without these columns is evaluated by cross-entropy
+            alone. With a kd_weight of 0 a teacher is asked in evaluation only, and None is no teacher at all.
         kd: the loss's options.
         args, data_collator, …: as for :class:`transformers.Trainer`. For an offline teacher the collator is wrapped in
             :class:`OfflineTeacherCollator`.
+
+    A teacher is given what the student is given, as far as its forward takes it; a warning names what it does not take.
+    Tokens that its vocabulary does not hold may be padding; elsewhere they are an error, and on a GPU, where finding
+    them would wait for the device, the loss is NaN. So it is with an offline teacher's ids that the student's
+    vocabulary does not hold, but those that may be padding of the teacher's are left out.
 
     `compute_loss(…, return_outputs=True)` computes the logits as well, and so do `predict` and a `compute_metrics`.
 
     Raises:
         ValueError: naming the model's class, where something lies between head and logits that is not understood, or
             where the Trainer is asked for what would change the loss in silence.
+        TypeError: for a teacher or options of another type.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole optimiser step
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
-        teacher: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | None = None,
+        teacher: PreTrainedModel | nn.Module | str | Path | None = None,
         args: Any = None,
         data_collator: Callable[[list[Any]], Batch] | None = None,
         *more: Any,
         kd: KDConfig | None = None,
         **options: Any,
     ):
-        super().__init__(model, args, data_collator, *more, **options)
         self.kd = KDConfig() if kd is None else kd
+        refusals.options(self.kd, teacher)
+        super().__init__(model, args, data_collator, *more, **options)
         self.offline = teacher is None and self.kd.needs_teacher
-        self._refuse()
-        with self.accelerator.autocast():
-            self.head = Head.of(self.student)
-        self.teacher: Any = None
+        refusals.training_arguments(self)
+        self.known_head: Head | None = None
+        causal = self.head.causal  # refuses a student that is neither, with a teacher or without
+        self.teacher: Any = load(teacher, causal) if isinstance(teacher, str | Path) else teacher
+        self.teacher_model: Any = None
         if self.offline:
-            self.data_collator = OfflineTeacherCollator(self.data_collator)
-        if teacher is not None:
-            if getattr(teacher, "hf_device_map", None) is None:
-                teacher = teacher.to(self.args.device)
-            self.teacher = teacher
+            self.use_columns()
+        if self.teacher is not None:
             with self.accelerator.autocast():
-                self.teacher_head = Head.of(self.teacher)
-            self.teacher.eval().requires_grad_(False)
-            if self.teacher_head.causal != self.head.causal:
-                kinds = [f"{h.model} is {'causal' if h.causal else 'masked'}" for h in (self.head, self.teacher_head)]
-                raise ValueError(f"student and teacher must be of one kind, but {kinds[0]} and {kinds[1]}")
-            self.teacher_arguments = inspect.signature(self.teacher.forward).parameters
-        self.terms: Any = 0
-        """The sums of the terms over this rank's micro-batches since the last log."""
-        self.steps, self.last_step = 0, -1  # optimiser steps in that sum
+                self.teacher_model = TeacherModel(self.teacher, self.student, causal, self.args.device)
+            if self.teacher_model.adapted is not None:
+                refusals.adapters_off(self)
+        self._start_sums()
         self.eval_sums: list[Tensor] = []
+        self.warned: set[str] = set()  # names of terms
+
+    def use_columns(self) -> None:
+        """Of the data sets, as the teacher."""
+        refusals.offline_data(self.kd, self.train_dataset, self.data_collator)
+        self.data_collator = OfflineTeacherCollator(self.data_collator)
 
     @property
     def student(self) -> Any:
         return self.model
 
-    def _refuse(self) -> None:
-        """What would change the loss in silence."""
-        parallel = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        for wrong, message in (
-            (self.args.n_gpu > 1, "DataParallel is not supported: start one process per GPU with torchrun"),
-            (parallel > 1, "tensor, context and sequence parallelism are not supported"),
-            (self.is_deepspeed_enabled, "DeepSpeed is not supported: use FSDP"),
-            (self.args.torch_compile, "torch_compile is not supported: compile the backbone, model.model.compile()"),
-            (self.args.label_smoothing_factor, "label_smoothing_factor has no effect: use KDConfig(label_smoothing=…)"),
-            (self.compute_loss_func, "compute_loss_func has no effect: the loss is that of KDConfig"),
-            (
-                getattr(self.student.config, "output_router_logits", False),
-                f"the router loss of {type(self.student).__name__} would be left out: set output_router_logits=False",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+    @property
+    def head(self) -> Head:
+        """Of the student as it is: `model_init` makes other models, `resize_token_embeddings` another head."""
+        with self.accelerator.autocast():
+            self.known_head = Head.current(self.known_head, self.student)
+        return self.known_head
+
+    def _start_sums(self) -> None:
+        self.terms: Any = 0
+        """The sums of the terms over this rank's micro-batches since the last log."""
+        self.steps, self.last_step = 0, -1  # optimiser steps in that sum
+        self.blank: Any = 0
+        """How many of this rank's batches had no row of each of `masks`."""
+
+    def _inner_training_loop(self, *args: Any, **options: Any) -> Any:
+        self._bind()
+        self._start_sums()
+        return super()._inner_training_loop(*args, **options)
+
+    def _bind(self) -> None:
+        """To the models as they are now, before anything wraps them."""
+        _ = self.head, self.teacher_model and self.teacher_model.head
+        if self.teacher_model and self.model_init is not None:
+            refusals.shared_parameters(self.student, self.teacher)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -182,6 +162,7 @@ class DistillationTrainer(Trainer):
 
     def rows(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """(labels, KD mask), ``(B, L)`` each: of what position i predicts, which in a causal LM is token i + 1."""
+        refusals.batch(batch)
         labels, attended = batch.get("labels"), self.attended(batch)
         on_labels = self.kd.kd_on == "labels" or resolve(self.kd.divergence).needs_labels
         if labels is None and (on_labels or self.kd.ce_weight != 0):
@@ -194,15 +175,12 @@ class DistillationTrainer(Trainer):
         else:
             mask = attended & F.pad(attended[:, 1:], (0, 1)) if self.head.causal else attended
         if self.offline:
-            if any(name not in batch for name in COLUMNS):
-                raise ValueError(f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}")
-            mask = mask & (self._listed(batch) >= 0).any(-1)
+            teacher = self._listed(batch)
+            mask = torch.zeros_like(mask) if teacher is None else mask & (teacher.ids >= 0).any(-1)
         return labels, mask
 
-    def _listed(self, batch: Batch) -> Tensor:
-        """The ids that are the student's too: a teacher's vocabulary may be padded further."""
-        ids: Tensor = batch["teacher_ids"]
-        return ids.masked_fill(ids >= self.head.linear.out_features, -1)
+    def _listed(self, batch: Batch) -> TeacherTopK | None:
+        return listed(batch, self.kd, self.head.linear.out_features)
 
     def masks(self, batch: Batch) -> list[Tensor]:
         """The rows ``(B, L)`` over which terms are means: those of KD and of the cross-entropy."""
@@ -244,17 +222,16 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The numbers of rows of `masks` in one optimiser step over all ranks."""
-        counts = [torch.stack([mask.sum() for mask in self.masks(batch)]) for batch in batch_samples]
-        total = torch.stack(counts).sum(0).to(device)
+        counts = torch.stack([torch.stack([mask.sum() for mask in self.masks(batch)]) for batch in batch_samples])
+        self.blank = self.blank + (counts == 0).sum(0)
+        total = counts.sum(0).to(device)
         return self.accelerator.gather(total).view(-1, len(total)).sum(0) if self.args.world_size > 1 else total
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if self.offline and COLUMNS[0] not in inputs:
+            raise ValueError(f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}")
         counts = num_items_in_batch
         if counts is None:
             counts = self._get_num_items_in_batch([inputs], self.args.device)
@@ -276,9 +253,10 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Any, Any]:
         """What `compute` makes of the batch, and the student's outputs."""
         (labels, _), masks = self.rows(inputs), self.masks(inputs)
-        teacher, teacher_outputs = self._teacher(inputs) if with_teacher else (None, None)
-        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", *COLUMNS)} | self.wanted()
+        given = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", *COLUMNS)} | self.wanted()
+        teacher, teacher_outputs = self._teacher(inputs, given) if with_teacher else (None, None)
         inner = self.accelerator.unwrap_model(model)
+        given |= Takes(inner).cache
         forward = inner.forward
 
         def computation(**inputs: Any) -> tuple[Any, Any]:
@@ -289,30 +267,29 @@ class DistillationTrainer(Trainer):
 
         # Called through the wrapper, whose hooks gather sharded weights and prepare the reduction of gradients.
         with replaced_forward(inner, computation):
-            return model(**inputs)  # type: ignore[no-any-return]
+            return model(**given)  # type: ignore[no-any-return]
 
     def wanted(self) -> dict[str, Any]:
         """Further arguments of both models."""
         return {}
 
     @torch.no_grad()
-    def _teacher(self, inputs: Batch) -> tuple[TeacherHead | TeacherTopK | None, Any]:
-        kd = self.kd
+    def _teacher(self, inputs: Batch, given: Batch) -> tuple[TeacherHead | TeacherTopK | None, Any]:
+        """Of the batch, of which the student is `given` a part."""
         if self.offline:
-            ids, logprobs = self._listed(inputs), inputs["teacher_logprobs"]
-            return TeacherTopK(ids, logprobs, tail=kd.tail, logprobs_temperature=kd.logprobs_temperature), None
-        if self.teacher is None:
+            return self._listed(inputs), None
+        if self.teacher_model is None:
             return None, None
-        own = {k: v for k, v in inputs.items() if k in self.teacher_arguments and k != "labels"} | self.wanted()
-        if "use_cache" in self.teacher_arguments:
-            own["use_cache"] = False
-        head = self.teacher_head
         with self.accelerator.autocast():
-            hidden, outputs = head.hidden_states(self.teacher, own)
-        return TeacherHead(hidden, *head.parameters(), softcap=head.softcap, scale=head.scale), outputs
+            return self.teacher_model(given, self.attended(inputs))  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the terms beside the loss: means over the optimiser steps since the last time."""
+        if isinstance(self.blank, Tensor):
+            blank, self.blank = self.blank.tolist(), 0  # waits for the device, as a log does anyway
+            names = {name for name, (weight, i) in self.parts().items() if weight != 0 and blank[i]} - self.warned
+            refusals.warn_of_blank(names)
+            self.warned |= names
         if "loss" in logs and self.steps:
             means = self.accelerator.reduce(self.terms / self.steps, "sum").tolist()
             logs |= dict(zip(self.parts(), means, strict=True))
@@ -347,18 +324,24 @@ class DistillationTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, inputs.get("labels"))
 
     def _means(self, sums: Tensor) -> dict[str, float]:
-        """Of the sums of [the terms, kl, plain ce, the rows of `masks`]."""
+        """Of the sums of [the terms, kl, plain ce, the rows of `masks`], those that have rows."""
         parts = self.parts()
         *terms, kl, ce = sums[: len(parts) + 2].tolist()
-        counts = sums[len(parts) + 2 :].clamp(min=1).tolist()
-        loss = sum(weight * term / counts[i] for term, (weight, i) in zip(terms, parts.values(), strict=True))
-        ce /= counts[1]
-        found = {"loss": float(loss), "ce": ce, "perplexity": float(torch.tensor(ce, dtype=torch.float64).exp())}
-        return found | ({"kl": kl / counts[0]} if self.offline or self.teacher is not None else {})
+        counts = sums[len(parts) + 2 :].tolist()
+        of_parts = zip(terms, parts.values(), strict=True)
+        found = [weight * term / counts[i] for term, (weight, i) in of_parts if weight != 0 and counts[i]]
+        means = {"loss": float(sum(found)) if found else math.nan}
+        if counts[1]:
+            ce /= counts[1]
+            means |= {"ce": ce, "perplexity": float(torch.tensor(ce, dtype=torch.float64).exp())}
+        if counts[0] and (self.offline or self.teacher is not None):
+            means["kl_top_k" if self.offline else "kl"] = kl / counts[0]
+        return means
 
     def evaluation_loop(  # type: ignore[override]
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> Any:
+        self._bind()
         self.eval_sums.clear()
         options["metric_key_prefix"] = metric_key_prefix
         output: Any = super().evaluation_loop(dataloader, description, *args, **options)

@@ -1,5 +1,6 @@
 """The gradient of one step of DistillationTrainer; under torchrun: `distil_step.py BATCH ACCUMULATION OUT`."""
 
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers import (
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
 
 VOCAB, ROWS, LENGTH = 61, 8, 10
+TRAINERS = ("eval_dataset", "compute_metrics", "model_init")
+"""Arguments of a Trainer; the others are those of TrainingArguments."""
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **SIZE}
@@ -97,15 +100,13 @@ def trainer(student, teacher, kd=None, data=None, batch=8, accumulation=1, folde
         output_dir=folder or tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        **{"max_steps": 1, "logging_steps": 1, "eval_strategy": "no"}
-        | {k: v for k, v in options.items() if k not in ("eval_dataset", "compute_metrics")},
+        **{"max_steps": 1, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "use_cpu": True}
+        | {k: v for k, v in options.items() if k not in TRAINERS},
         max_grad_norm=0.0,
         report_to=[],
-        use_cpu=True,
-        save_strategy="no",
         disable_tqdm=True,
     )
-    more = {k: v for k, v in options.items() if k in ("eval_dataset", "compute_metrics")}
+    more = {k: v for k, v in options.items() if k in TRAINERS}
     data = list(rows()) if data is None else data
     collator = collator or default_data_collator
     return DistillationTrainer(student, teacher, arguments, collator, train_dataset=data, kd=kd, **more)
@@ -140,7 +141,11 @@ def sharded_gradient(batch: int, own_unit: bool):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         batch, accumulation = int(sys.argv[1]), int(sys.argv[2])
-        result = {"DDP": gradient(*llamas(), KDConfig(), batch=batch, accumulation=accumulation, folder=temporary)}
+        options = {"batch": batch, "accumulation": accumulation, "folder": temporary}
+        result = {"DDP": gradient(*llamas(), KDConfig(), **options)}
+        if importlib.util.find_spec("peft"):
+            base = llamas()[0]
+            result["adapters off"] = gradient(lora(base, target_modules=["q_proj"]).eval(), base, **options)
     result["FSDP2"] = sharded_gradient(ROWS // 2, own_unit=False)
     try:
         sharded_gradient(ROWS // 2, own_unit=True)

@@ -1,0 +1,59 @@
+"""The options of a distilling Trainer's loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fusedkd import arguments as check
+from fusedkd.divergences import Divergence
+from fusedkd.functional import linear_kd_loss
+from fusedkd.sparse import TAILS
+from fusedkd.validation import check_options
+
+
+@dataclass
+class KDConfig:
+    """What :class:`DistillationTrainer` minimises: kd_weight · T^k · D + ce_weight · CE.
+
+    The options of :func:`fusedkd.linear_kd_loss`, by their names there, and:
+
+    kd_on                       the rows of the KD term: "labels", those whose label is not −100 (so not the prompt's),
+                                or "attended", all that the attention mask selects
+    tail, logprobs_temperature  of an offline teacher, as for :class:`fusedkd.TeacherTopK`
+
+    Raises:
+        ValueError, TypeError: naming the option, what it was and what it must be.
+    """
+
+    temperature: float = 2.0
+    teacher_temperature: float | None = None
+    divergence: str | Divergence = "forward_kl"
+    kd_weight: float = 0.5
+    ce_weight: float = 0.5
+    scale_by_t2: bool = True
+    label_smoothing: float = 0.0
+    kd_on: Literal["labels", "attended"] = "labels"
+    vocab_mismatch: Literal["error", "truncate"] = "error"
+    max_tile_bytes: int = 4 << 30
+    max_rows: int | None = None
+    tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
+    logprobs_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kd_on not in ("labels", "attended"):
+            raise ValueError(f"kd_on must be 'labels' or 'attended', not {self.kd_on!r}")
+        check_options(linear_kd_loss, self.options())
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {self.tail!r}")
+        check.real("logprobs_temperature", self.logprobs_temperature, open_low=True)
+
+    def options(self) -> dict[str, Any]:
+        """Those of :func:`fusedkd.linear_kd_loss`."""
+        own = ("kd_on", "tail", "logprobs_temperature")
+        return {f.name: getattr(self, f.name) for f in fields(KDConfig) if f.name not in own}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares student and teacher."""
+        return self.kd_weight != 0

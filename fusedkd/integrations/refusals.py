@@ -1,0 +1,156 @@
+"""What a distilling Trainer refuses: what would change its loss in silence, or fail in the words of something else."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedkd.functional import linear_kd_loss
+from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
+from fusedkd.teachers import TeacherTopK
+from fusedkd.validation import check_options
+
+
+def options(kd: Any, teacher: Any) -> None:
+    """Arguments of another type."""
+    if not isinstance(kd, KDConfig):
+        wish = "KDConfig(**kd)" if isinstance(kd, Mapping) else "KDConfig(…)"
+        raise TypeError(f"kd must be a KDConfig, not {type(kd).__name__}: pass {wish}")
+    if isinstance(teacher, list | tuple):
+        raise TypeError(
+            f"teacher must be one model, not a {type(teacher).__name__} of {len(teacher)}: several teachers are for "
+            "fusedkd.linear_kd_loss in a Trainer of your own"
+        )
+    if not isinstance(teacher, str | Path | nn.Module | None):
+        raise TypeError(f"teacher must be a model, its name or folder, or None, not {type(teacher).__name__}")
+
+
+def training_arguments(trainer: Any) -> None:
+    """What the Trainer is asked for, beside the loss."""
+    processes(trainer.accelerator.num_processes)
+    config: Any = getattr(trainer.student, "config", None)
+    parallel = trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size()
+    for wrong, message in (
+        (trainer.args.n_gpu > 1, "DataParallel is not supported: start one process per GPU with torchrun"),
+        (parallel > 1, "tensor, context and sequence parallelism are not supported"),
+        (trainer.is_deepspeed_enabled, "DeepSpeed is not supported: use FSDP"),
+        (trainer.args.torch_compile, "torch_compile is not supported: compile the backbone, model.model.compile()"),
+        (trainer.args.label_smoothing_factor, "label_smoothing_factor has no effect: use KDConfig(label_smoothing=…)"),
+        (trainer.compute_loss_func, "compute_loss_func has no effect: the loss is that of KDConfig"),
+        (
+            getattr(config, "output_router_logits", False),
+            f"the router loss of {type(trainer.student).__name__} would be left out: set output_router_logits=False",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+
+def processes(found: int) -> None:
+    """Processes that were started together and do not know of each other: each would train alone, on the same rows and
+    into the same folder.
+    """
+    advice = "on a CPU start them with torchrun and pass TrainingArguments(use_cpu=True)"
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > found:
+        raise ValueError(f"WORLD_SIZE is {started}, but accelerate sees {found} process: {advice}")
+    # What `accelerate launch --cpu --num_processes N` leaves in the environment of the one process that it starts.
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if found == 1 and on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"accelerate launch --cpu was asked for several processes (MASTER_ADDR is set) and started one: {advice}"
+        )
+
+
+def shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
+    """A student that would stand still, or move its teacher. What is frozen already it may share, with a warning."""
+    teachers, adapted = {_memory(p) for p in teacher.parameters()}, hasattr(student, "disable_adapter")
+    shared = {name: p for name, p in student.named_parameters() if _memory(p) in teachers}
+    trained = [name for name, p in shared.items() if p.requires_grad]
+    names = ", ".join((trained or list(shared))[:3]) + (", …" if len(trained or shared) > 3 else "")
+    advice = "give the student copies of its own (copy.deepcopy)"
+    if trained:
+        if adapted:
+            advice = "for the student's own weights with adapters off pass teacher=student.get_base_model()"
+        raise ValueError(
+            f"student and teacher share {len(trained)} parameters that are to be trained, and a teacher's are frozen "
+            f"({names}): {advice}"
+        )
+    if shared and not adapted:
+        warnings.warn(
+            f"fusedkd: student and teacher share {len(shared)} frozen parameters ({names}), which stay as they are; "
+            f"if the student is to train them, {advice}",
+            stacklevel=2,
+        )
+
+
+def adapters_off(trainer: Any) -> None:
+    """Where a teacher that is the student with adapters off is not known to be right."""
+    for wrong, message in (
+        (trainer.is_fsdp_enabled, "FSDP, which shards the weights of both"),
+        (trainer.model_init is not None, "model_init, which makes other students"),
+    ):
+        if wrong:
+            raise ValueError(f"a teacher that is the student with adapters off does not go with {message}: pass a copy")
+
+
+def _memory(parameter: Tensor) -> Any:
+    plain = type(parameter) in (nn.Parameter, Tensor) and not parameter.is_meta and parameter.numel() > 0
+    return (parameter.device, parameter.data_ptr()) if plain else id(parameter)
+
+
+def offline_data(kd: KDConfig, data: Any, collator: Any) -> None:
+    """Training data that is known to be without the columns of an offline teacher, and options that such a teacher
+    cannot serve.
+    """
+    like = {"tail": kd.tail, "logprobs_temperature": kd.logprobs_temperature}
+    listed = TeacherTopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), **like)  # type: ignore[arg-type]
+    check_options(linear_kd_loss, kd.options(), listed)
+    base = collator.base_collator if isinstance(collator, OfflineTeacherCollator) else collator
+    if not getattr(base, "__module__", "").startswith("transformers."):
+        return  # a collator of one's own may make the columns
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    columns = getattr(data, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
+    if columns is not None and any(name not in columns for name in COLUMNS):
+        raise ValueError(
+            f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}, but train_dataset "
+            f"has {', '.join(map(str, columns))}: pass teacher=, or kd=KDConfig(kd_weight=0)"
+        )
+
+
+def batch(inputs: Mapping[str, Any]) -> None:
+    """A batch that is not text by its tokens, or has one of the teacher's columns without the other."""
+    if inputs.get("input_ids") is None:
+        other = " instead of inputs_embeds, which mean nothing to a teacher" if "inputs_embeds" in inputs else ""
+        raise ValueError(f"the batch must have input_ids{other}, but it has {', '.join(inputs)}")
+    for name in inputs:
+        if name.startswith(("pixel_values", "input_features")):
+            raise ValueError(f"the batch has {name}: text alone is supported, by its input_ids")
+    if sum(name in inputs for name in COLUMNS) == 1:
+        raise ValueError(f"the batch must have both or none of the columns {' and '.join(COLUMNS)}")
+
+
+def warn_of_blank(terms: set[str]) -> None:
+    """Of the terms that had no row in a whole batch."""
+    if terms:
+        warnings.warn(
+            f"fusedkd: a batch without a row of {' and '.join(sorted(terms))}, to which it adds nothing: every label "
+            "is −100 (ignored), or the teacher has nothing to say",
+            stacklevel=2,
+        )
+
+
+def unknown_ids(ids: Tensor, unknown: Tensor, name: str, vocabulary: int) -> None:
+    """On a CPU: on a GPU it would wait for the device, and what is unknown shows as a NaN instead."""
+    if ids.is_cpu and unknown.any():
+        raise ValueError(
+            f"{name} must be below {vocabulary}, the size of the {'teacher' if name == 'input_ids' else 'student'}'s "
+            f"vocabulary, but one is {ids[unknown][0].item()}"
+        )

@@ -1,0 +1,183 @@
+"""The teacher model of a distilling Trainer: what it is, what of a batch it is given, and how it runs."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from fusedkd import arguments as check
+from fusedkd.integrations import refusals
+from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.heads import Head, base_model, checked
+from fusedkd.integrations.offline import COLUMNS
+from fusedkd.teachers import TeacherHead, TeacherTopK
+
+
+class TeacherModel:
+    """A teacher beside its student: frozen, run in evaluation mode and without gradients.
+
+    Args:
+        model: the teacher. The very model around which the student, a PEFT model, is built: the student's own weights
+            with adapters off.
+        student: the student.
+        causal: whether the student is a causal LM.
+        device: where the teacher goes, unless `device_map` has placed it.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device):
+        self.model, self.adapted = model, None
+        self.known: Head | None = None
+        if model is not student and model is base_model(student):
+            self.adapted = student
+            _refuse_moving_base(student)
+        else:
+            refusals.shared_parameters(student, model)
+            checked(base_model(model))
+            placed = getattr(model, "hf_device_map", None) is not None or any(p.is_meta for p in model.parameters())
+            if not placed:
+                model.to(device)
+            _ = self.head  # while it is not frozen: what it adds to its logits shows by its gradient
+            model.eval().requires_grad_(False)
+        self.takes = Takes(model)
+        self.dropped: set[str] = set()
+        if self.head.causal != causal:
+            kinds = [
+                f"{type(base_model(m)).__name__} is {'causal' if c else 'masked'}"
+                for m, c in ((student, causal), (model, self.head.causal))
+            ]
+            raise ValueError(f"student and teacher must be of one kind, but {kinds[0]} and {kinds[1]}")
+
+    @property
+    def head(self) -> Head:
+        self.known = Head.current(self.known, self.model)
+        return self.known
+
+    def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[TeacherHead, Any]:
+        """Its hidden states at the head, and its outputs.
+
+        Args:
+            batch: what the student is given.
+            attended: ``(B, L)``, the tokens that are no padding. One that the teacher's vocabulary does not hold is an
+                error on the CPU; on a GPU the teacher's states of that sequence are NaN.
+        """
+        ids = batch["input_ids"]
+        vocabulary = len(base_model(self.model).get_input_embeddings().weight)
+        beyond = ids >= vocabulary
+        refusals.unknown_ids(ids, beyond & attended, "input_ids", vocabulary)
+        own = self.takes.of(batch) | {"input_ids": ids.masked_fill(beyond, 0)}
+        self._tell(batch.keys() - own.keys())
+        with _evaluating(self.model), _without_adapters(self.adapted):
+            hidden, outputs = self.head.hidden_states(self.model, own)
+        if not ids.is_cpu:
+            lost = (beyond & attended).any(1).to(hidden.device)
+            hidden = hidden.masked_fill(lost[:, None, None], torch.nan)
+        head = self.head
+        weight, bias = head.parameters()  # which a resize makes anew, and not frozen
+        bias = None if bias is None else bias.detach()
+        return TeacherHead(hidden, weight.detach(), bias, softcap=head.softcap, scale=head.scale), outputs
+
+    def _tell(self, dropped: set[str]) -> None:
+        if dropped - self.dropped:
+            self.dropped |= dropped
+            names = ", ".join(sorted(dropped))
+            warnings.warn(
+                f"fusedkd: {type(base_model(self.model)).__name__}, the teacher, does not take {names}, which the "
+                "student is given",
+                stacklevel=2,
+            )
+
+
+def load(name: Any, causal: bool) -> nn.Module:
+    """The teacher of that name or in that folder, of the student's kind."""
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    return auto.from_pretrained(name)  # type: ignore[no-any-return]
+
+
+def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTopK | None:
+    """The offline teacher of a batch, if it has one, by the columns that a student of that vocabulary has.
+
+    Others may be padding of the teacher's vocabulary and are left out. A row that has no more, and a column too far
+    beyond, are refused; on a GPU the row is NaN. With vocab_mismatch "truncate" they are left out as well.
+    """
+    if COLUMNS[0] not in batch:
+        return None
+    ids, logprobs = (batch[name] for name in COLUMNS)
+    beyond = ids >= vocabulary
+    known = ids.masked_fill(beyond, -1)
+    if kd.vocab_mismatch == "error":
+        wrong = beyond & ~(known >= 0).any(-1, keepdim=True)
+        if ids.is_cpu:
+            refusals.unknown_ids(ids, wrong, "teacher_ids", vocabulary)
+            largest = int(ids.max()) if ids.numel() else -1
+            check.vocabularies(vocabulary, max(vocabulary, largest + 1), kd.vocab_mismatch)
+        else:
+            wrong |= ids >= vocabulary + check.MAX_VOCABULARY_PADDING
+            row = wrong.any(-1, keepdim=True)
+            known, logprobs = torch.where(row, known.clamp(min=0), known), logprobs.masked_fill(row, torch.nan)
+    return TeacherTopK(known, logprobs, tail=kd.tail, logprobs_temperature=kd.logprobs_temperature)
+
+
+class Takes:
+    """What a model of a Trainer can be given: the arguments of its forward, of a PEFT model those of its base.
+
+    A cache is never wanted: only without one do models find the ends of packed documents in `position_ids`.
+    """
+
+    def __init__(self, model: nn.Module):
+        base = base_model(model)
+        parameters = inspect.signature(base.forward).parameters
+        self.names = {name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD}
+        self.others = len(self.names) < len(parameters)
+        inherited = [vars(kind)["forward"] for kind in type(base).__mro__ if "forward" in vars(kind)]
+        caches = any("use_cache" in inspect.signature(forward).parameters for forward in inherited)
+        self.cache = {"use_cache": False} if "use_cache" in self.names or (self.others and caches) else {}
+
+    def of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in batch.items() if self.others or k in self.names} | self.cache
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode: modules that are the student's as well are in training mode."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _without_adapters(student: Any) -> Iterator[None]:
+    """With the adapters of a PEFT model off, if there is one. Which parameters are trained is as before."""
+    if student is None:
+        yield
+        return
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    try:
+        with student.disable_adapter():
+            yield
+    finally:
+        for p in student.parameters():
+            p.requires_grad_(id(p) in trained)
+
+
+def _refuse_moving_base(student: Any) -> None:
+    """Weights that are trained and not switched off with the adapters."""
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    with _without_adapters(student):
+        moving = [name for name, p in student.named_parameters() if p.requires_grad and name in trained]
+    if moving:
+        raise ValueError(
+            f"the teacher is the student with adapters off, but {', '.join(moving[:3])} of these weights are trained: "
+            "give the student a base of its own (copy.deepcopy)"
+        )
