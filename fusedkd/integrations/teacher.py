@@ -45,6 +45,7 @@ class TeacherModel:
                 model.to(device)
             _ = self.head  # while it is not frozen: what it adds to its logits shows by its gradient
             model.eval().requires_grad_(False)
+        self.student = student
         self.takes = Takes(model)
         self.dropped: set[str] = set()
         if self.head.causal != causal:
@@ -67,17 +68,18 @@ class TeacherModel:
             attended: ``(B, L)``, the tokens that are no padding. One that the teacher's vocabulary does not hold is an
                 error on the CPU; on a GPU the teacher's states of that sequence are NaN.
         """
-        ids = batch["input_ids"]
-        vocabulary = len(base_model(self.model).get_input_embeddings().weight)
-        beyond = ids >= vocabulary
-        refusals.unknown_ids(ids, beyond & attended, "input_ids", vocabulary)
-        own = self.takes.of(batch) | {"input_ids": ids.masked_fill(beyond, 0)}
+        ids, own = batch["input_ids"], self.takes.of(batch)
         self._tell(batch.keys() - own.keys())
+        vocabulary, lost = _tokens(self.model), None
+        if vocabulary < _tokens(self.student):
+            beyond = ids >= vocabulary
+            refusals.unknown_ids(ids, beyond & attended, "input_ids", vocabulary)
+            own["input_ids"] = ids.masked_fill(beyond, 0)
+            lost = None if ids.is_cpu else (beyond & attended).any(1)
         with _evaluating(self.model), _without_adapters(self.adapted):
             hidden, outputs = self.head.hidden_states(self.model, own)
-        if not ids.is_cpu:
-            lost = (beyond & attended).any(1).to(hidden.device)
-            hidden = hidden.masked_fill(lost[:, None, None], torch.nan)
+        if lost is not None:
+            hidden = hidden.masked_fill(lost.to(hidden.device)[:, None, None], torch.nan)
         head = self.head
         weight, bias = head.parameters()  # which a resize makes anew, and not frozen
         bias = None if bias is None else bias.detach()
@@ -92,6 +94,12 @@ class TeacherModel:
                 "student is given",
                 stacklevel=2,
             )
+
+
+def _tokens(model: nn.Module) -> int:
+    """How many a model has embeddings of."""
+    embeddings = base_model(model).get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", len(embeddings.weight)))
 
 
 def load(name: Any, causal: bool) -> nn.Module:
