@@ -122,7 +122,9 @@ class RunOptions:
     eval_steps: int = option(20, "evaluate the students every so many steps (the teacher at the same number of points)")
     eval_blocks: int = option(256, "held-out blocks evaluated; 0: all")
     logging_steps: int = option(10, "log every so many steps")
-    save_steps: int = option(200, "checkpoint every so many steps")
+    save_steps: int = option(
+        None, "checkpoint every so many steps; default: five times per model, and every 200 steps at least"
+    )
     report_to: str = option("tensorboard", "trackers of the Trainer: tensorboard, wandb, ..., none", metavar="NAME")
     dataloader_num_workers: int = option(0, "processes that mask and pad")
     seed: int = option(56, "first seed")

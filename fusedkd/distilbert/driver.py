@@ -33,7 +33,7 @@ from fusedkd.distilbert.data import (
     train_tokenizer,
 )
 from fusedkd.distilbert.evidence import Models, add_tasks, check_tasks, latencies
-from fusedkd.distilbert.interrupt import last_checkpoint, training_arguments
+from fusedkd.distilbert.interrupt import resume, training_arguments
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import Teacher, layers_of, load_teacher, new_teacher, student_from_teacher
 from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
@@ -206,7 +206,7 @@ def make_trainer(
         eval_strategy="steps",
         eval_steps=max(steps * options.eval_steps // options.student_steps, 1),
         eval_on_start=True,
-        save_steps=options.save_steps,
+        save_steps=options.save_steps or max(min(steps // 5, 200), 1),
         seed=seed,
         fsdp=options.fsdp,
         **config.text.trainer_arguments,
@@ -245,9 +245,8 @@ def train(
     torch.manual_seed(seed)
     model = make()
     trainer = make_trainer(shared, folder, model, loss, teacher, seed, steps)
-    checkpoint = last_checkpoint(folder) if config.run.resume_from_checkpoint else None
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    shared.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {steps} steps{resumed}")
+    checkpoint, begin = resume(folder, config.run.resume_from_checkpoint)
+    shared.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {steps} steps{begin}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     stage = sizes(model) | {

@@ -34,7 +34,7 @@ from fusedkd.distilbert import squad, tasks
 from fusedkd.distilbert.card import Facts, write_card
 from fusedkd.distilbert.config import check_folder, contents, parse_divergence
 from fusedkd.distilbert.data import ByLength
-from fusedkd.distilbert.interrupt import last_checkpoint, training_arguments
+from fusedkd.distilbert.interrupt import resume, training_arguments
 from fusedkd.distilbert.options import UsageError, check_signs, option
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import usable_positions
@@ -91,7 +91,7 @@ class FinetuneOptions:
     report_to: str = option("tensorboard", "trackers of the Trainer: tensorboard, wandb, ..., none", metavar="NAME")
     dataloader_num_workers: int = option(0, "processes that pad")
     seed: int = option(56, "of the new head, the order and the dropout")
-    resume_from_checkpoint: bool = option(False, "continue an interrupted run from its last epoch")
+    resume_from_checkpoint: bool = option(False, "continue an interrupted run from its last checkpoint")
 
     @property
     def folder(self) -> Path:
@@ -200,10 +200,9 @@ def finetune(options: FinetuneOptions, console: Console) -> Stage:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(console, task.name))
-    checkpoint = last_checkpoint(folder) if options.resume_from_checkpoint else None
+    checkpoint, start = resume(folder, options.resume_from_checkpoint)
     what = f" taught by {options.teacher}" if teacher else ""
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    size = f"{model.num_parameters():,} parameters, {len(rows[0]):,} examples{resumed}"
+    size = f"{model.num_parameters():,} parameters, {len(rows[0]):,} examples{start}"
     console.print(f"[bold]{task.name}[/bold]: {options.model}{what}, {size}")
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)

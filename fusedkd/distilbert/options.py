@@ -115,7 +115,7 @@ def flags_of(file: str, parser: HfArgumentParser) -> list[str]:
 def check_signs(options: Any, positive: Iterable[str], not_negative: Iterable[str]) -> None:
     """UsageError for the first of the options (attributes) whose value is out of range; ratios are below 1."""
     for name in sorted(positive):
-        if getattr(options, name, 1) <= 0:
+        if (value := getattr(options, name, 1)) is not None and value <= 0:
             raise UsageError(f"--{name} must be positive")
     for name in sorted(not_negative):
         if getattr(options, name, 0) < 0:

@@ -241,43 +241,6 @@ def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files, glue
     DistilBertForMaskedLM.from_pretrained(out / "student")
 
 
-def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_files, capsys, monkeypatch):
-    """Killed after its checkpoint at step 4, the student's run ends where the uninterrupted one does."""
-    from fusedkd.distilbert.progress import StepClock
-
-    arguments = [
-        *files(text_files),
-        "--teacher",
-        str(teacher_folder),
-        *SHORT,
-        "--save_steps",
-        "4",
-        "--arms",
-        "full",
-        "mlm_alone",
-    ]
-    arguments.append("--output_dir")
-    assert main([*arguments, str(tmp_path / "whole")]) == 0
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepClock, "on_step_begin", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            main([*arguments, str(tmp_path / "cut")])
-    capsys.readouterr()
-    assert main([*arguments, str(tmp_path / "cut"), "--resume_from_checkpoint"]) == 0
-    assert "resumed from" in capsys.readouterr().out
-    for name in ("student", "student-mlm_alone"):
-        whole, cut = (
-            DistilBertForMaskedLM.from_pretrained(tmp_path / folder / name).state_dict() for folder in ("whole", "cut")
-        )
-        assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    assert not list((tmp_path / "cut").rglob("checkpoint-*"))
-
-
 def test_cased_vocabularies_stay_cased(tmp_path, text_files):
     words = sorted({w for line in sentences(200) for w in line.split()})
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "The", *words]))
