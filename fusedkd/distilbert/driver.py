@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fusedkd.distilbert import report
 from fusedkd.distilbert.arms import changed
 from fusedkd.distilbert.card import write_card
-from fusedkd.distilbert.config import Config, UsageError, check_folder, parse_divergence
+from fusedkd.distilbert.config import OF_STUDENTS, Config, UsageError, check_folder, parse_divergence
 from fusedkd.distilbert.data import (
     CausalCollator,
     MaskingCollator,
@@ -35,7 +35,14 @@ from fusedkd.distilbert.data import (
 from fusedkd.distilbert.evidence import Models, add_tasks, check_tasks, latencies
 from fusedkd.distilbert.interrupt import resume, training_arguments
 from fusedkd.distilbert.progress import RichProgress
-from fusedkd.distilbert.student import Teacher, layers_of, load_teacher, new_teacher, student_from_teacher
+from fusedkd.distilbert.student import (
+    Teacher,
+    check_folding,
+    layers_of,
+    load_teacher,
+    new_teacher,
+    student_from_teacher,
+)
 from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
 
 EVAL_SEED = 0  # the held-out masks are the same for every model and every run
@@ -93,7 +100,9 @@ def run(config: Config, console: Console) -> None:
 def prepare(config: Config, console: Console) -> Run:
     """Text, tokenizer, blocks and a teacher from elsewhere. Nothing is written before everything has been read."""
     text, saved = config.text, config.folder / "tokenizer"
-    check_folder(config)
+    begun = {f.parent.name for name in ("stage.json", "checkpoint-*") for f in config.folder.glob(f"*/{name}")}
+    students = any(name.startswith("student") for name in begun)
+    check_folder(config, () if students else OF_STUDENTS if begun else None)
     source = text.dataset or ", ".join(Path(f).name for f in text.train_files) or "the documentation of Python"
     console.print(f"[bold]Text[/bold]: {source}")
     tokenizer = load_vocab(text.vocab_file) if text.vocab_file else None
@@ -102,9 +111,10 @@ def prepare(config: Config, console: Console) -> Run:
         console.print(f"[bold]Teacher[/bold]: {config.teacher.teacher}")
         vocab = tokenizer.get_vocab() if tokenizer else None
         teacher, tokenizer = load_teacher(config.teacher.teacher, text.block_size, vocab)
-        layers_of(config.student, teacher)  # refuses what cannot be
+        check_folding(config.student.fold_token_type, teacher.config.model_type)
+    layers_of(config.student, depth_of(config, teacher))  # refuses what cannot be
     check_tasks(config)
-    if teacher is None and saved.is_dir():
+    if teacher is None and saved.is_dir() and (begun or not PartialState().is_main_process):
         console.print(f"[bold]Tokenizer[/bold]: reusing {saved}")
         tokenizer = AutoTokenizer.from_pretrained(saved)
     train_text, eval_text = read_text(text)
@@ -134,6 +144,11 @@ def prepare(config: Config, console: Console) -> Run:
 # ---- models
 
 
+def depth_of(config: Config, teacher: Teacher | None) -> int:
+    """Layers of the teacher, given or to be trained here."""
+    return teacher.config.num_hidden_layers if teacher else config.teacher.teacher_layers
+
+
 def teacher_of(shared: Run) -> tuple[Teacher, Stage]:
     """The teacher, given or trained here, and what its stage found."""
     config, teacher = shared.config, shared.teacher
@@ -152,7 +167,7 @@ def student_of(shared: Run, arm: str, teacher: Teacher, seed: int) -> Stage:
     """The student of one arm and one seed."""
     config = changed(shared.config, arm)
     student = config.student
-    layers = layers_of(student, teacher)
+    layers = layers_of(student, depth_of(config, teacher))
     frozen = student.freeze_position_embeddings, student.freeze_token_embeddings
 
     def make() -> PreTrainedModel:
@@ -307,7 +322,7 @@ def card(shared: Run, folder: Path, stage: Stage, loss: TripleLoss, teacher: Tea
             "teacher_parameters": teacher.num_parameters() if teacher and distilled else None,
             "base_model": source if copied and not distilled else None,
             "init": config.student.init if teacher else None,
-            "layers": layers_of(config.student, teacher) if teacher and copied else None,
+            "layers": layers_of(config.student, depth_of(config, teacher)) if copied else None,
             "data": data,
             "loss": terms,
             "training": {

@@ -18,7 +18,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -35,9 +34,9 @@ from fusedkd.distilbert.card import Facts, write_card
 from fusedkd.distilbert.config import check_folder, contents, parse_divergence
 from fusedkd.distilbert.data import ByLength
 from fusedkd.distilbert.interrupt import resume, training_arguments
-from fusedkd.distilbert.options import UsageError, check_signs, option
+from fusedkd.distilbert.options import UsageError, check_signs, check_tracker, option
 from fusedkd.distilbert.progress import RichProgress
-from fusedkd.distilbert.student import usable_positions
+from fusedkd.distilbert.student import loading, usable_positions
 from fusedkd.distilbert.task_trainer import Padding, TaskTrainer
 from fusedkd.distilbert.tasks import TASKS, Task
 
@@ -121,6 +120,7 @@ def check(options: FinetuneOptions) -> None:
     if options.max_length is None:
         options.max_length = 384 if options.task == "squad" else 128
     check_signs(options, POSITIVE, NOT_NEGATIVE)
+    check_tracker(options.report_to)
     if options.bf16 and options.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
     if parse_divergence(options.divergence).temperature_power == 0 and options.temperature != 1:
@@ -139,7 +139,8 @@ def finetune(options: FinetuneOptions, console: Console) -> Stage:
     state = PartialState(cpu=not torch.accelerator.is_available())
     task, folder, finished = TASKS[options.task], options.folder, options.folder / "stage.json"
     with state.main_process_first():  # the other ranks find what the first one wrote
-        check_folder(options)  # type: ignore[arg-type]
+        begun = finished.is_file() or any(folder.glob("checkpoint-*"))
+        check_folder(options, () if begun else None)  # type: ignore[arg-type]
         if finished.is_file():
             console.print(f"[bold]{task.name}[/bold]: reusing {folder}")
             return dict(json.loads(finished.read_text()))
@@ -272,13 +273,11 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
         names = task.labels or ("score",)
         sizes = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
         sizes |= {"problem_type": "single_label_classification" if task.labels else "regression"}
-    try:
+    with loading(flag, name):
         config = AutoConfig.from_pretrained(name, **sizes)
         tokenizer = AutoTokenizer.from_pretrained(name)
         more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = kind.from_pretrained(name, config=config, dtype=torch.float32, **more)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"cannot load {flag} {name}: {str(error).strip().splitlines()[0]}") from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     body = [k for k in absent if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]
     if body:

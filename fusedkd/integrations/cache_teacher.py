@@ -34,6 +34,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+try:
+    from fusedkd.distilbert.data import MaskingCollator, pack  # needs what the extra installs
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or (error.name or "").startswith("fusedkd"):
+        raise
+    print(f'error: {error.name} is missing: cache_teacher needs pip install "fusedkd[train]"', file=sys.stderr)
+    sys.exit(2)
+
 import datasets
 import numpy as np
 import torch
@@ -47,7 +55,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.arguments import MAX_LISTED
 from fusedkd.distilbert.config import UsageError, option
-from fusedkd.distilbert.data import MaskingCollator, pack
 
 TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
@@ -93,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -255,7 +255,7 @@ def test_models_that_are_refused(tmp_path, student_folder, teacher_folder):
         load_model(str(teacher_folder), TASKS["sst2"], 32, "--teacher")
     with pytest.raises(UsageError, match="--max_length 65 exceeds the 64 positions"):
         load_model(str(student_folder), TASKS["sst2"], 65, "--model")
-    with pytest.raises(UsageError, match="cannot load --model"):
+    with pytest.raises(UsageError, match=r"^--model .*nowhere: no such folder$"):
         load_model(str(tmp_path / "nowhere"), TASKS["sst2"], 32, "--model")
     config = json.loads((student_folder / "config.json").read_text())
     (student_folder / "config.json").write_text(json.dumps({**config, "n_layers": 2}))
