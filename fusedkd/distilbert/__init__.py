@@ -9,5 +9,5 @@ It needs the training extra (`pip install "fusedkd[train]"`), so nothing is impo
     trainer         the exact triple loss                      interrupt         NaN, SIGTERM, Ctrl-C, full disk
     finetune        the second step, on GLUE and SQuAD         tasks, squad      their data and scores
     task_trainer    its exact loss                             progress          the bar, the clock
-    evidence        fine-tuning and latency of what was made   card              its README
+    evidence        fine-tuning and latency of what was made   export, card      its settings, its README
 """

@@ -33,6 +33,7 @@ from fusedkd.distilbert.data import (
     train_tokenizer,
 )
 from fusedkd.distilbert.evidence import Models, add_tasks, check_tasks, latencies
+from fusedkd.distilbert.export import as_exported, tokenizer_for
 from fusedkd.distilbert.interrupt import resume, training_arguments
 from fusedkd.distilbert.progress import RichProgress
 from fusedkd.distilbert.student import (
@@ -233,7 +234,7 @@ def make_trainer(
         shared.collator(seed),
         in_order(shared.train, arguments.train_batch_size * arguments.world_size, seed),
         shared.held_out,
-        shared.tokenizer,
+        tokenizer_for(model.config, shared.tokenizer),
         loss=loss,
         eval_collator=shared.collator(EVAL_SEED),
     )
@@ -293,8 +294,9 @@ def with_folders(shared: Run, teacher: Teacher, teachers: list[Stage], students:
     folder = shared.config.folder / "teacher"
     with PartialState().main_process_first():
         if not (folder / "config.json").is_file():
-            teacher.save_pretrained(folder)
-            shared.tokenizer.save_pretrained(folder)
+            with as_exported(teacher):
+                teacher.save_pretrained(folder)
+            tokenizer_for(teacher.config, shared.tokenizer).save_pretrained(folder)
     models = [(folder, stage) for stage in teachers]
     for arm, stages in students.items():
         models += [(shared.config.folder / folder_name(shared.config, arm, s["seed"]), s) for s in stages]

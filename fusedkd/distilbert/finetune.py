@@ -33,10 +33,11 @@ from fusedkd.distilbert import squad, tasks
 from fusedkd.distilbert.card import Facts, write_card
 from fusedkd.distilbert.config import check_folder, contents, parse_divergence
 from fusedkd.distilbert.data import ByLength
+from fusedkd.distilbert.export import tokenizer_for, usable_positions
 from fusedkd.distilbert.interrupt import resume, training_arguments
 from fusedkd.distilbert.options import UsageError, check_signs, check_tracker, option
 from fusedkd.distilbert.progress import RichProgress
-from fusedkd.distilbert.student import loading, usable_positions
+from fusedkd.distilbert.student import loading
 from fusedkd.distilbert.task_trainer import Padding, TaskTrainer
 from fusedkd.distilbert.tasks import TASKS, Task
 
@@ -297,7 +298,7 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
     if tokenizer.pad_token is None:  # GPT-2, which then classifies at the last token that is not this one
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model, tokenizer_for(config, tokenizer)
 
 
 class Progress(RichProgress):

@@ -11,7 +11,7 @@ import signal
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fusedkd.distilbert.export import as_exported
 from fusedkd.distilbert.options import UsageError
 from fusedkd.distilbert.progress import StepClock
 
@@ -89,8 +90,10 @@ class Interruptible(Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with nullcontext() if _internal_call else writing(self, "the model"):
-            super().save_model(output_dir, _internal_call)
+        if _internal_call:  # of a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        with writing(self, "the model"), as_exported(self.model):
+            super().save_model(output_dir)
 
 
 # -------------------------------------------------- checkpoints

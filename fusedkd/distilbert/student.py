@@ -33,6 +33,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert.config import StudentOptions, TeacherOptions, UsageError
+from fusedkd.distilbert.export import set_cache, usable_positions
 
 Teacher: TypeAlias = BertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
 Student: TypeAlias = DistilBertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
@@ -146,11 +147,6 @@ def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None
     return teacher, tokenizer
 
 
-def usable_positions(config: PreTrainedConfig) -> int:
-    """The longest sequence a model takes. RoBERTa's first token has position pad_token_id + 1: 512 of its 514 rows."""
-    return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
-
-
 def alternate_layers(depth: int) -> list[int]:
     """Half of the teacher's layers, evenly spread from the first to the last: 0, 2, 4, 7, 9, 11 of 12, as published."""
     kept = max(depth // 2, 1)
@@ -205,6 +201,9 @@ def student_from_teacher(
     layers = alternate_layers(depth) if layers is None else check_layers(layers, depth)
     check_folding(fold_token_type, source.model_type)
     student = new_student(source, len(layers))
+    if teacher.can_generate():
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+        set_cache(student.generation_config)
     if init == "teacher":
         weights = teacher.state_dict()
         copied = {new: weights[old] for new, old in key_map(student, layers).items()}
@@ -227,6 +226,7 @@ def new_student(source: PreTrainedConfig, depth: int) -> Student:
     if source.model_type != "bert":
         config = copy.deepcopy(source)
         config.num_hidden_layers = depth
+        set_cache(config)  # off in a teacher that was in a Trainer
         return TEACHERS[source.model_type][0](config)
     return DistilBertForMaskedLM(
         DistilBertConfig(
