@@ -63,6 +63,7 @@ def test_ctrl_c_ends_a_run_in_two_lines_and_nothing_is_lost(tmp_path, teacher_fo
     arguments += ["--eval_steps", "90", "--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in the background of a script
     run = subprocess.Popen([sys.executable, "-m", "fusedkd.distilbert", *arguments], env=environment, **pipes)
     told = iter(run.stdout.readline, "")
     assert any("student: " in line for line in told)

@@ -23,6 +23,14 @@ from .conftest import bert
 VOCAB, ROWS, LENGTH, MASK = 29, 22, 9, 4
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """What runs in the background of a script ignores Ctrl-C, tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Masking:
     """Other masks in each epoch."""
 
