@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    from fusedkd.distilbert.data import MaskingCollator, pack  # needs what the extra installs
+    import fusedkd.distilbert.data  # noqa: F401 (it needs all that the extra installs)
 except ModuleNotFoundError as error:
     if __name__ != "__main__" or (error.name or "").startswith("fusedkd"):
         raise
@@ -55,6 +55,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.arguments import MAX_LISTED
 from fusedkd.distilbert.config import UsageError, option
+from fusedkd.distilbert.data import MaskingCollator, pack
 
 TOKENIZED = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
