@@ -238,4 +238,6 @@ def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, floa
     predicted, given = torch.from_numpy(outputs).double(), torch.from_numpy(labels)
     if not task.labels:
         given = given.double()
-    return {name: float(METRICS[name](predicted, given).nan_to_num(0.0)) for name in task.metrics}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The variance of predictions or target is close to zero")
+        return {name: float(METRICS[name](predicted, given).nan_to_num(0.0)) for name in task.metrics}

@@ -108,6 +108,13 @@ def test_what_the_report_says():
     assert report.verdict(other["loss"], full["loss"], "loss") == "worse by 1.0000 ± 0.1414"
     assert report.verdict(other[report.SCORE], full[report.SCORE], report.SCORE).startswith("no difference")
 
+    for stages in students.values():
+        stages[0]["parameters"] = 60
+    teacher = {"curve": [{"step": 1, "loss": 3.0, "kl": 0.0}], "parameters": 100}
+    for score, said in ((0.9, "83.3% of the teacher's mean score, 40% fewer"), (0.0, "has 40% fewer")):  # 0: collapsed
+        results = {"teacher": [{**teacher, "tasks": {"cola": {"metrics": {"matthews": score}}}}], "students": students}
+        assert said in report.retention(results, full)[0]
+
 
 def test_teacher_and_data_set_folders(tmp_path, teacher_folder, tokenizer, capsys):
     (tmp_path / "set").mkdir()

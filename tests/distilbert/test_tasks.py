@@ -130,7 +130,7 @@ def test_scores_by_hand():
     assert score(TASKS["mnli"], three, np.array([0, 1, 2, 0])) == {"accuracy": pytest.approx(0.75)}
 
 
-@pytest.mark.filterwarnings("ignore:The variance")
+@pytest.mark.filterwarnings("error")
 def test_constant_predictions_have_no_correlation():
     ones = np.ones(4, np.float32)
     assert score(TASKS["stsb"], ones, np.arange(4, dtype=np.float32)) == {"pearson": 0.0, "spearman": 0.0}
