@@ -10,6 +10,8 @@ from transformers import AutoConfig
 
 from fusedkd import env
 
+OLDEST_TRANSFORMERS = "4.51"  # older ones lose the bias of RoBERTa's head, or cannot read the tokenizers of today
+
 # end of the architecture's name: Auto class, task on the hub
 KINDS = {
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
@@ -133,7 +135,8 @@ def usage(folder: str, auto_class: str) -> str:
     code = f"""from transformers import {auto_class}, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = {auto_class}.from_pretrained("{folder}")"""
-    return f"`{folder}` stands for the path of this folder, or the model's name on the hub.\n\n```python\n{code}\n```"
+    where = f"`{folder}` stands for the path of this folder, or the model's name on the hub"
+    return f"{where}; transformers {OLDEST_TRANSFORMERS} or newer.\n\n```python\n{code}\n```"
 
 
 def listed(options: dict[str, Any]) -> str:

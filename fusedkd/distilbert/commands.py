@@ -38,4 +38,6 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    finally:
+        console.show_cursor()  # which a bar that was cut short has hidden
     return 0

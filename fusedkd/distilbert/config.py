@@ -2,8 +2,10 @@
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
+import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, Literal
 import xxhash
 from accelerate import PartialState
 
-from fusedkd.distilbert.options import UsageError, check_signs, option, parse_into
+from fusedkd.distilbert.options import UsageError, check_signs, check_tracker, option, parse_into
 from fusedkd.divergences import FAMILIES, Divergence
 
 __all__ = ["Config", "UsageError", "check_folder", "option", "parse", "parse_divergence", "parse_into"]
@@ -122,7 +124,9 @@ class RunOptions:
     eval_steps: int = option(20, "evaluate the students every so many steps (the teacher at the same number of points)")
     eval_blocks: int = option(256, "held-out blocks evaluated; 0: all")
     logging_steps: int = option(10, "log every so many steps")
-    save_steps: int = option(200, "checkpoint every so many steps")
+    save_steps: int = option(
+        None, "checkpoint every so many steps; default: five times per model, and every 200 steps at least"
+    )
     report_to: str = option("tensorboard", "trackers of the Trainer: tensorboard, wandb, ..., none", metavar="NAME")
     dataloader_num_workers: int = option(0, "processes that mask and pad")
     seed: int = option(56, "first seed")
@@ -164,6 +168,14 @@ ABLATION = {"arms": ["full", "no_cos", "no_mlm", "no_distil", "random_init"], "s
 # Options that may change between two runs in the same folder: they do not change what a finished stage is.
 FREE = {"output_dir", "seeds", "arms", "logging_steps", "save_steps", "report_to", "resume_from_checkpoint"}
 FREE |= {"dataloader_num_workers", *TaskOptions.__dataclass_fields__}
+
+# Options that matter to students alone: they may change as long as none has begun.
+OF_STUDENTS = {
+    *StudentOptions.__dataclass_fields__,
+    *LossOptions.__dataclass_fields__,
+    "student_steps",
+    "learning_rate",
+}
 
 INPUTS = ("train_files", "eval_files", "vocab_file", "dataset", "teacher")  # may name files: known by content
 
@@ -281,8 +293,13 @@ def check(config: Config) -> None:
     if text.streaming and text.sequences == "by_length":
         raise UsageError("--streaming needs --sequences packed: the lengths of a stream are not known")
     for name in [*text.train_files, *text.eval_files, *([text.vocab_file] if text.vocab_file else [])]:
+        if Path(name).is_dir():
+            raise UsageError(f"{name} is a folder, not a file (a folder of text can be a --dataset)")
         if not Path(name).is_file():
             raise UsageError(f"no such file: {name}")
+    for which, files in (("training", text.train_files), ("held-out", text.eval_files)):
+        if files and all(map(is_empty, files)):
+            raise UsageError(f"the {which} text is empty: {', '.join(files)}")
     if text.block_size < 8:
         raise UsageError(f"--block_size must be at least 8, not {text.block_size}")
     if not 0 < text.mlm_probability < 1:
@@ -291,14 +308,26 @@ def check(config: Config) -> None:
         check_signs(getattr(config, group.name), POSITIVE, NOT_NEGATIVE)
     if config.teacher.teacher_hidden % (2 * config.teacher.teacher_heads):
         raise UsageError("--teacher_hidden must be a multiple of twice --teacher_heads")
+    check_tracker(config.run.report_to)
     if config.run.bf16 and config.run.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
     if parse_divergence(loss.divergence).temperature_power == 0 and loss.temperature != 1:
         raise UsageError(f"--divergence {loss.divergence} needs --temperature 1")
 
 
-def check_folder(config: Config) -> None:
-    """Refuse an output folder that holds anything but an earlier run with the same settings."""
+def is_empty(file: str) -> bool:
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as stream:
+            return not stream.read(1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_folder(config: Config, free: Collection[str] | None = ()) -> None:
+    """Refuse an output folder that holds anything but an earlier run with the same settings.
+
+    Those in `free` may have changed (None: all, and the inputs), since nothing kept there depends on them.
+    """
     folder, run = config.folder, config.folder / "run.json"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file")
@@ -307,9 +336,11 @@ def check_folder(config: Config) -> None:
             before = dict(json.loads(run.read_text()))
         except (ValueError, TypeError):
             raise UsageError(f"{folder} holds something else (its run.json is not ours): choose another") from None
+        if free is None:
+            return
         now = json.loads(json.dumps(config.settings()))
         inputs = now.pop("inputs")
-        for name in now:
+        for name in (name for name in now if name not in free):
             if before.get(name) != now[name]:
                 was = f"--{name} {before.get(name)}, not {now[name]}"
                 raise UsageError(f"{folder} holds a run with {was}: choose another --output_dir")

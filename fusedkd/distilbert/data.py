@@ -259,7 +259,10 @@ class ByLength(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """A stream over and over, shuffled anew each time: the Trainer counts no epochs of it, and resumes at any step."""
+    """A stream over and over, shuffled anew each time: the Trainer counts no epochs of it, and resumes at any step.
+
+    Each example has a field `epoch`, since the collator hears of none: the masks are other ones each time.
+    """
 
     def __init__(self, stream: datasets.IterableDataset):
         self.stream = stream
@@ -269,7 +272,7 @@ class Endless(torch.utils.data.IterableDataset[dict[str, Any]]):
             self.stream.set_epoch(epoch)
             example = None
             for example in self.stream:
-                yield example
+                yield {**example, "epoch": epoch}
             if example is None:  # a worker without a share in the stream
                 return
 
@@ -325,7 +328,8 @@ class MaskingCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids, attention = pad(examples, self.pad)
-        key = f"{self.seed} {self.epoch}".encode() + ids.numpy().tobytes()
+        epoch = max(example.get("epoch", self.epoch) for example in examples)
+        key = f"{self.seed} {epoch}".encode() + ids.numpy().tobytes()
         draw = torch.Generator().manual_seed(zlib.crc32(key))
 
         flat, weights = ids.flatten(), self.weights[ids.flatten()]

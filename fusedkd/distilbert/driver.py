@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fusedkd.distilbert import report
 from fusedkd.distilbert.arms import changed
 from fusedkd.distilbert.card import write_card
-from fusedkd.distilbert.config import Config, UsageError, check_folder, parse_divergence
+from fusedkd.distilbert.config import OF_STUDENTS, Config, UsageError, check_folder, parse_divergence
 from fusedkd.distilbert.data import (
     CausalCollator,
     MaskingCollator,
@@ -33,9 +33,17 @@ from fusedkd.distilbert.data import (
     train_tokenizer,
 )
 from fusedkd.distilbert.evidence import Models, add_tasks, check_tasks, latencies
-from fusedkd.distilbert.interrupt import last_checkpoint, training_arguments
+from fusedkd.distilbert.export import as_exported, tokenizer_for
+from fusedkd.distilbert.interrupt import resume, training_arguments
 from fusedkd.distilbert.progress import RichProgress
-from fusedkd.distilbert.student import Teacher, layers_of, load_teacher, new_teacher, student_from_teacher
+from fusedkd.distilbert.student import (
+    Teacher,
+    check_folding,
+    layers_of,
+    load_teacher,
+    new_teacher,
+    student_from_teacher,
+)
 from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
 
 EVAL_SEED = 0  # the held-out masks are the same for every model and every run
@@ -93,7 +101,9 @@ def run(config: Config, console: Console) -> None:
 def prepare(config: Config, console: Console) -> Run:
     """Text, tokenizer, blocks and a teacher from elsewhere. Nothing is written before everything has been read."""
     text, saved = config.text, config.folder / "tokenizer"
-    check_folder(config)
+    begun = {f.parent.name for name in ("stage.json", "checkpoint-*") for f in config.folder.glob(f"*/{name}")}
+    students = any(name.startswith("student") for name in begun)
+    check_folder(config, () if students else OF_STUDENTS if begun else None)
     source = text.dataset or ", ".join(Path(f).name for f in text.train_files) or "the documentation of Python"
     console.print(f"[bold]Text[/bold]: {source}")
     tokenizer = load_vocab(text.vocab_file) if text.vocab_file else None
@@ -102,9 +112,10 @@ def prepare(config: Config, console: Console) -> Run:
         console.print(f"[bold]Teacher[/bold]: {config.teacher.teacher}")
         vocab = tokenizer.get_vocab() if tokenizer else None
         teacher, tokenizer = load_teacher(config.teacher.teacher, text.block_size, vocab)
-        layers_of(config.student, teacher)  # refuses what cannot be
+        check_folding(config.student.fold_token_type, teacher.config.model_type)
+    layers_of(config.student, depth_of(config, teacher))  # refuses what cannot be
     check_tasks(config)
-    if teacher is None and saved.is_dir():
+    if teacher is None and saved.is_dir() and (begun or not PartialState().is_main_process):
         console.print(f"[bold]Tokenizer[/bold]: reusing {saved}")
         tokenizer = AutoTokenizer.from_pretrained(saved)
     train_text, eval_text = read_text(text)
@@ -134,6 +145,11 @@ def prepare(config: Config, console: Console) -> Run:
 # ---- models
 
 
+def depth_of(config: Config, teacher: Teacher | None) -> int:
+    """Layers of the teacher, given or to be trained here."""
+    return teacher.config.num_hidden_layers if teacher else config.teacher.teacher_layers
+
+
 def teacher_of(shared: Run) -> tuple[Teacher, Stage]:
     """The teacher, given or trained here, and what its stage found."""
     config, teacher = shared.config, shared.teacher
@@ -152,7 +168,7 @@ def student_of(shared: Run, arm: str, teacher: Teacher, seed: int) -> Stage:
     """The student of one arm and one seed."""
     config = changed(shared.config, arm)
     student = config.student
-    layers = layers_of(student, teacher)
+    layers = layers_of(student, depth_of(config, teacher))
     frozen = student.freeze_position_embeddings, student.freeze_token_embeddings
 
     def make() -> PreTrainedModel:
@@ -206,7 +222,7 @@ def make_trainer(
         eval_strategy="steps",
         eval_steps=max(steps * options.eval_steps // options.student_steps, 1),
         eval_on_start=True,
-        save_steps=options.save_steps,
+        save_steps=options.save_steps or max(min(steps // 5, 200), 1),
         seed=seed,
         fsdp=options.fsdp,
         **config.text.trainer_arguments,
@@ -218,7 +234,7 @@ def make_trainer(
         shared.collator(seed),
         in_order(shared.train, arguments.train_batch_size * arguments.world_size, seed),
         shared.held_out,
-        shared.tokenizer,
+        tokenizer_for(model.config, shared.tokenizer),
         loss=loss,
         eval_collator=shared.collator(EVAL_SEED),
     )
@@ -245,9 +261,8 @@ def train(
     torch.manual_seed(seed)
     model = make()
     trainer = make_trainer(shared, folder, model, loss, teacher, seed, steps)
-    checkpoint = last_checkpoint(folder) if config.run.resume_from_checkpoint else None
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    shared.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {steps} steps{resumed}")
+    checkpoint, begin = resume(folder, config.run.resume_from_checkpoint)
+    shared.console.print(f"[bold]{name}[/bold]: {model.num_parameters():,} parameters, {steps} steps{begin}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     stage = sizes(model) | {
@@ -279,8 +294,9 @@ def with_folders(shared: Run, teacher: Teacher, teachers: list[Stage], students:
     folder = shared.config.folder / "teacher"
     with PartialState().main_process_first():
         if not (folder / "config.json").is_file():
-            teacher.save_pretrained(folder)
-            shared.tokenizer.save_pretrained(folder)
+            with as_exported(teacher):
+                teacher.save_pretrained(folder)
+            tokenizer_for(teacher.config, shared.tokenizer).save_pretrained(folder)
     models = [(folder, stage) for stage in teachers]
     for arm, stages in students.items():
         models += [(shared.config.folder / folder_name(shared.config, arm, s["seed"]), s) for s in stages]
@@ -308,7 +324,7 @@ def card(shared: Run, folder: Path, stage: Stage, loss: TripleLoss, teacher: Tea
             "teacher_parameters": teacher.num_parameters() if teacher and distilled else None,
             "base_model": source if copied and not distilled else None,
             "init": config.student.init if teacher else None,
-            "layers": layers_of(config.student, teacher) if teacher and copied else None,
+            "layers": layers_of(config.student, depth_of(config, teacher)) if copied else None,
             "data": data,
             "loss": terms,
             "training": {

@@ -36,6 +36,7 @@ def task_options(config: Config, task: str, model: Path, seed: int) -> FinetuneO
     if task == "squad":
         raise UsageError("--tasks squad: its texts are longer than these blocks; use the command finetune")
     chosen = {**config.tasks.finetune, "max_length": min(128, config.text.block_size), "by_length": True, "seed": seed}
+    chosen["resume_from_checkpoint"] = config.run.resume_from_checkpoint
     name = "-".join([task, *(f"{value:g}" for value in chosen.values() if type(value) in (int, float))])
     folder = config.folder / "tasks" / model.name / name
     return FinetuneOptions(task=task, model=str(model), output_dir=str(folder), report_to="none", **chosen)

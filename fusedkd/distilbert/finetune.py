@@ -18,7 +18,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -34,10 +33,11 @@ from fusedkd.distilbert import squad, tasks
 from fusedkd.distilbert.card import Facts, write_card
 from fusedkd.distilbert.config import check_folder, contents, parse_divergence
 from fusedkd.distilbert.data import ByLength
-from fusedkd.distilbert.interrupt import last_checkpoint, training_arguments
-from fusedkd.distilbert.options import UsageError, check_signs, option
+from fusedkd.distilbert.export import tokenizer_for, usable_positions
+from fusedkd.distilbert.interrupt import resume, training_arguments
+from fusedkd.distilbert.options import UsageError, check_signs, check_tracker, option
 from fusedkd.distilbert.progress import RichProgress
-from fusedkd.distilbert.student import usable_positions
+from fusedkd.distilbert.student import loading
 from fusedkd.distilbert.task_trainer import Padding, TaskTrainer
 from fusedkd.distilbert.tasks import TASKS, Task
 
@@ -91,7 +91,7 @@ class FinetuneOptions:
     report_to: str = option("tensorboard", "trackers of the Trainer: tensorboard, wandb, ..., none", metavar="NAME")
     dataloader_num_workers: int = option(0, "processes that pad")
     seed: int = option(56, "of the new head, the order and the dropout")
-    resume_from_checkpoint: bool = option(False, "continue an interrupted run from its last epoch")
+    resume_from_checkpoint: bool = option(False, "continue an interrupted run from its last checkpoint")
 
     @property
     def folder(self) -> Path:
@@ -121,6 +121,7 @@ def check(options: FinetuneOptions) -> None:
     if options.max_length is None:
         options.max_length = 384 if options.task == "squad" else 128
     check_signs(options, POSITIVE, NOT_NEGATIVE)
+    check_tracker(options.report_to)
     if options.bf16 and options.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
     if parse_divergence(options.divergence).temperature_power == 0 and options.temperature != 1:
@@ -139,7 +140,8 @@ def finetune(options: FinetuneOptions, console: Console) -> Stage:
     state = PartialState(cpu=not torch.accelerator.is_available())
     task, folder, finished = TASKS[options.task], options.folder, options.folder / "stage.json"
     with state.main_process_first():  # the other ranks find what the first one wrote
-        check_folder(options)  # type: ignore[arg-type]
+        begun = finished.is_file() or any(folder.glob("checkpoint-*"))
+        check_folder(options, () if begun else None)  # type: ignore[arg-type]
         if finished.is_file():
             console.print(f"[bold]{task.name}[/bold]: reusing {folder}")
             return dict(json.loads(finished.read_text()))
@@ -200,10 +202,9 @@ def finetune(options: FinetuneOptions, console: Console) -> Stage:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(console, task.name))
-    checkpoint = last_checkpoint(folder) if options.resume_from_checkpoint else None
+    checkpoint, start = resume(folder, options.resume_from_checkpoint)
     what = f" taught by {options.teacher}" if teacher else ""
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    size = f"{model.num_parameters():,} parameters, {len(rows[0]):,} examples{resumed}"
+    size = f"{model.num_parameters():,} parameters, {len(rows[0]):,} examples{start}"
     console.print(f"[bold]{task.name}[/bold]: {options.model}{what}, {size}")
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -273,13 +274,11 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
         names = task.labels or ("score",)
         sizes = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
         sizes |= {"problem_type": "single_label_classification" if task.labels else "regression"}
-    try:
+    with loading(flag, name):
         config = AutoConfig.from_pretrained(name, **sizes)
         tokenizer = AutoTokenizer.from_pretrained(name)
         more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = kind.from_pretrained(name, config=config, dtype=torch.float32, **more)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"cannot load {flag} {name}: {str(error).strip().splitlines()[0]}") from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     body = [k for k in absent if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]
     if body:
@@ -299,7 +298,7 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
     if tokenizer.pad_token is None:  # GPT-2, which then classifies at the last token that is not this one
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model, tokenizer_for(config, tokenizer)
 
 
 class Progress(RichProgress):

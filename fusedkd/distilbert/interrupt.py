@@ -1,16 +1,17 @@
-"""How training ends early: a loss that is no number, SIGTERM, a checkpoint that cannot be written.
+"""How training ends early: a loss that is no number, SIGTERM or Ctrl-C, a checkpoint that cannot be written.
 
 Each ends in :class:`Stopped`, one line, and leaves the last checkpoint complete.
 """
 
 import json
 import math
+import os
 import shutil
 import signal
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fusedkd.distilbert.export import as_exported
 from fusedkd.distilbert.options import UsageError
 from fusedkd.distilbert.progress import StepClock
 
@@ -59,8 +61,8 @@ class Interruptible(Trainer):
     """A Trainer, or what comes before one in a list of bases, that ends so; it logs the seconds per step as well.
 
     Raises:
-        Stopped: in training, when the loss is no number, on SIGTERM and where a model or a checkpoint cannot be
-            written.
+        Stopped: in training, when the loss is no number, on SIGTERM and SIGINT (Ctrl-C), and where a model or a
+            checkpoint cannot be written.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -88,8 +90,10 @@ class Interruptible(Trainer):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with nullcontext() if _internal_call else writing(self, "the model"):
-            super().save_model(output_dir, _internal_call)
+        if _internal_call:  # of a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        with writing(self, "the model"), as_exported(self.model):
+            super().save_model(output_dir)
 
 
 # -------------------------------------------------- checkpoints
@@ -100,6 +104,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
     named = ((f.name.partition("-")[2], f) for f in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     found = {int(step): f for step, f in named if step.isdigit()}
     return next((str(found[step]) for step in sorted(found, reverse=True) if complete(found[step])), None)
+
+
+def resume(folder: Path, wanted: bool) -> tuple[str | None, str]:
+    """The checkpoint to go on from, if it is `wanted` and there is one; and what is to be told of it."""
+    checkpoint = last_checkpoint(folder)
+    if wanted:
+        return (
+            checkpoint,
+            f", resumed from {checkpoint}" if checkpoint else ", from the start (no checkpoint to resume)",
+        )
+    ignored = f", from the start (--resume_from_checkpoint would go on from {checkpoint})"
+    return None, ignored if checkpoint else ""
 
 
 def complete(checkpoint: Path) -> bool:
@@ -167,42 +183,50 @@ def check_finite(trainer: Any, logs: dict[str, float]) -> None:
             raise Stopped(f"the {what} is {value} at step {step}: {advice}; {last(trainer)}")
 
 
-# -------------------------------------------------- SIGTERM
+# -------------------------------------------------- SIGTERM, SIGINT
 
 
 class StopOnSignal(TrainerCallback):
-    """Within its context, SIGTERM on any rank ends training after the step, with a checkpoint; and no checkpoint is
-    written but after a log, so that a resumed run logs means over the same steps.
+    """Within its context, SIGTERM or SIGINT (Ctrl-C) on any rank ends training after the step, with a checkpoint; and
+    no checkpoint is written but after a log, so that a resumed run logs means over the same steps. A second Ctrl-C ends
+    it at once, with a KeyboardInterrupt.
 
     (`enable_jit_checkpoint` of transformers waits seconds before it does anything, saves in the middle of a step, each
     rank for itself, and lets `train` return as if training were complete.)
     """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.requested, self.stopped = trainer, False, False
+        self.trainer, self.requested, self.stopped = trainer, 0, 0  # numbers of signals
         self.main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
 
     def __enter__(self) -> None:
-        self.requested = self.stopped = False
+        self.requested, self.stopped, self.process = 0, 0, os.getpid()
+        self.before: dict[int, Any] = {}
         if self.main:
-            self.before = signal.signal(signal.SIGTERM, self._request)
+            handled = (s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN)  # of nohup
+            self.before = {number: signal.signal(number, self._request) for number in handled}
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if self.main:
-            signal.signal(signal.SIGTERM, self.before)
-        if kind is None and self.stopped:
-            step = self.trainer.state.global_step
-            raise Stopped(f"SIGTERM ended the training after step {step}; {last(self.trainer)}", 128 + signal.SIGTERM)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        number = self.stopped or self.requested  # requested alone: after the last step, which is in a checkpoint
+        if kind is None and number:
+            name, step = signal.Signals(number).name, self.trainer.state.global_step
+            raise Stopped(f"{name} ended the training after step {step}; {last(self.trainer)}", 128 + number)
 
-    def _request(self, *_: Any) -> None:
-        self.requested = True
+    def _request(self, number: int, *_: Any) -> None:
+        self.requested = number
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
+            if os.getpid() == self.process and self.trainer.is_world_process_zero():  # not a worker that loads data
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again: at once, without one\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = self.requested
+        self.stopped = self.requested
         if args.world_size > 1:  # all ranks after the same step
-            stop = bool(self.trainer.accelerator.reduce(torch.tensor(float(stop), device=args.device)) > 0)
-        if stop:
-            self.stopped = control.should_save = control.should_training_stop = True
+            self.stopped = int(self.trainer.accelerator.gather(torch.tensor(self.stopped, device=args.device)).max())
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
         control.should_log |= control.should_save
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 
 class UsageError(Exception):
@@ -115,13 +116,20 @@ def flags_of(file: str, parser: HfArgumentParser) -> list[str]:
 def check_signs(options: Any, positive: Iterable[str], not_negative: Iterable[str]) -> None:
     """UsageError for the first of the options (attributes) whose value is out of range; ratios are below 1."""
     for name in sorted(positive):
-        if getattr(options, name, 1) <= 0:
+        if (value := getattr(options, name, 1)) is not None and value <= 0:
             raise UsageError(f"--{name} must be positive")
     for name in sorted(not_negative):
         if getattr(options, name, 0) < 0:
             raise UsageError(f"--{name} must not be negative")
     if getattr(options, "warmup_ratio", 0) >= 1:
         raise UsageError(f"--warmup_ratio is a share of the steps, below 1, not {options.warmup_ratio}")
+
+
+def check_tracker(name: str) -> None:
+    """UsageError for a --report_to that is not there."""
+    known = ["none", "all", *get_available_reporting_integrations()]
+    if name not in known:
+        raise UsageError(f"--report_to {name}: unknown, or not installed; there are {', '.join(known)}")
 
 
 def hint(name: str, parser: HfArgumentParser) -> str:

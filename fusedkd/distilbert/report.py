@@ -125,9 +125,8 @@ def retention(results: dict[str, Any], full: Numbers) -> list[str]:
     parts = [f"{1 - student['parameters'] / teacher['parameters']:.0%} fewer parameters"]
     if teacher.get("body") and student.get("body"):
         parts.append(f"{1 - student['body'] / teacher['body']:.0%} fewer outside the embeddings and the head")
-    if SCORE in full:
-        kept = mean(full[SCORE]) / mean(numbers(results["teacher"])[SCORE])
-        parts.insert(0, f"{kept:.1%} of the teacher's mean score")
+    if SCORE in full and (whole := mean(numbers(results["teacher"])[SCORE])) > 0:  # 0: a collapsed teacher on CoLA
+        parts.insert(0, f"{mean(full[SCORE]) / whole:.1%} of the teacher's mean score")
     if latency := results.get("latency"):
         times = latency["milliseconds"]
         parts.append(

@@ -10,6 +10,9 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -30,6 +33,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert.config import StudentOptions, TeacherOptions, UsageError
+from fusedkd.distilbert.export import set_cache, usable_positions
 
 Teacher: TypeAlias = BertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
 Student: TypeAlias = DistilBertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
@@ -92,6 +96,24 @@ def look_at_neighbours(attention: Any, frequency: torch.Tensor, gain: float = 1.
             query[at, pair], key[at, pair] = gain * turn, gain * torch.eye(2)
 
 
+@contextmanager
+def loading(flag: str, name: str) -> Iterator[None]:
+    """One line for what can go wrong with a model: a folder, or a name on the hub."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageError(f"{flag} {name}: the folder holds no model (no config.json)")
+    if folder.is_file():
+        raise UsageError(f"{flag} {name} is a file, not the folder of a model")
+    if not folder.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # no name on the hub either
+        raise UsageError(f"{flag} {name}: no such folder")
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        absent = "" if folder.exists() else "no such folder, and from the hub: "
+        raise UsageError(f"cannot load {flag} {name}: {absent}{reason}") from error
+
+
 def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None) -> tuple[Teacher, Tokenizer]:
     """A BERT, RoBERTa or GPT-2 with its head, local or from the hub, in float32, and its tokenizer.
 
@@ -99,7 +121,7 @@ def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None
     tokenizer larger than the model's vocabulary, or other than `vocab` where that is given; for a `block_size` beyond
     the usable positions.
     """
-    try:
+    with loading("--teacher", name):
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in TEACHERS:
             known = ", ".join(title for _, title, _ in TEACHERS.values())
@@ -110,8 +132,6 @@ def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None
         tokenizer = AutoTokenizer.from_pretrained(name)
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         teacher, info = kind.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"cannot load --teacher {name}: {str(error).strip().splitlines()[0]}") from error
     if any(key.startswith(head) for key in info["missing_keys"]):
         raise UsageError(f"--teacher {name} has no language-modelling head")
     if wrong := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
@@ -127,20 +147,14 @@ def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None
     return teacher, tokenizer
 
 
-def usable_positions(config: PreTrainedConfig) -> int:
-    """The longest sequence a model takes. RoBERTa's first token has position pad_token_id + 1: 512 of its 514 rows."""
-    return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
-
-
 def alternate_layers(depth: int) -> list[int]:
     """Half of the teacher's layers, evenly spread from the first to the last: 0, 2, 4, 7, 9, 11 of 12, as published."""
     kept = max(depth // 2, 1)
     return [round(i * (depth - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 
-def layers_of(options: StudentOptions, teacher: Teacher) -> list[int]:
-    """The teacher layers that --layers names ("0,2,4,7,9,11"), alternate ones without it."""
-    depth = teacher.config.num_hidden_layers
+def layers_of(options: StudentOptions, depth: int) -> list[int]:
+    """The layers that --layers names ("0,2,4,7,9,11") of a teacher that has `depth`, alternate ones without it."""
     if options.layers is None:
         return alternate_layers(depth)
     try:
@@ -156,6 +170,11 @@ def check_layers(layers: list[int], depth: int) -> list[int]:
         given = ",".join(map(str, layers))
         raise UsageError(f"--layers {given}: must ascend within the teacher's layers, 0 to {depth - 1}, none twice")
     return layers
+
+
+def check_folding(fold_token_type: bool, model_type: str) -> None:
+    if fold_token_type and model_type == "gpt2":
+        raise UsageError("--fold_token_type: GPT-2 has no token types")
 
 
 def student_from_teacher(
@@ -180,9 +199,11 @@ def student_from_teacher(
     """
     source, depth = teacher.config, teacher.config.num_hidden_layers
     layers = alternate_layers(depth) if layers is None else check_layers(layers, depth)
-    if fold_token_type and source.model_type == "gpt2":
-        raise UsageError("--fold_token_type: GPT-2 has no token types")
+    check_folding(fold_token_type, source.model_type)
     student = new_student(source, len(layers))
+    if teacher.can_generate():
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+        set_cache(student.generation_config)
     if init == "teacher":
         weights = teacher.state_dict()
         copied = {new: weights[old] for new, old in key_map(student, layers).items()}
@@ -205,6 +226,7 @@ def new_student(source: PreTrainedConfig, depth: int) -> Student:
     if source.model_type != "bert":
         config = copy.deepcopy(source)
         config.num_hidden_layers = depth
+        set_cache(config)  # off in a teacher that was in a Trainer
         return TEACHERS[source.model_type][0](config)
     return DistilBertForMaskedLM(
         DistilBertConfig(

@@ -38,7 +38,7 @@ class TaskTrainer(Interruptible):
                   start and end, are averaged.
 
     Raises:
-        Stopped: in training, when the loss is no number, on SIGTERM and where a checkpoint cannot be written.
+        Stopped: in training, when the loss is no number, on SIGTERM or Ctrl-C and where a checkpoint cannot be written.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the count of the whole optimiser step

@@ -1,7 +1,10 @@
 """The tasks of the second step: what GLUE and SQuAD look like on the hub and in files, and how they are scored."""
 
-import csv
-from collections.abc import Callable
+import gzip
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import binary_f1_score, multiclass_accuracy, multiclass_matthews_corrcoef
+from torchmetrics.functional.classification import binary_f1_score, multiclass_accuracy
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert.options import UsageError
@@ -37,7 +40,13 @@ class Task:
     header: tuple[str, ...] | None = None
     held_out: tuple[str, str] = ("validation", "dev")
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Of the labels, by name or as they are."""
+        return {known: i for i, name in enumerate(self.labels) for known in (name, str(i))}
 
+
+MOST_LINES = 50  # of a record
 PAIR, ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 MRPC = {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"}
 MNLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
@@ -98,39 +107,83 @@ def load(source: str, **options: Any) -> Any:
 
 
 def local(task: Task, stem: Path) -> datasets.Dataset:
-    """Of a tab-separated file of GLUE's download, as it is or with gzip. Quotation marks in it are text."""
+    """Of a tab-separated file of GLUE's download, as it is or with gzip."""
     files = [file for file in (stem.with_suffix(".tsv"), stem.with_suffix(".tsv.gz")) if file.is_file()]
     if not files:
         raise UsageError(f"no such file: {stem.with_suffix('.tsv')} (or .tsv.gz)")
-    names = {column: task.local.get(column, column) for column in (*task.texts, "label")}
-    layout = {"header": None, "names": list(task.header)} if task.header else {}
-    rows = load(
-        "csv",
-        data_files={"train": str(files[0])},
-        split="train",
-        delimiter="\t",
-        quoting=csv.QUOTE_NONE,
-        keep_default_na=False,
-        usecols=[*names.values()],
-        **layout,
-    )
-    return numbered(task, rows.rename_columns({v: k for k, v in names.items() if v != k}), str(files[0]))
+    file = files[0]
+    columns: dict[str, list[Any]] = {name: [] for name in (*task.texts, "label")}
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
+            header = task.header or next(lines, "").rstrip("\r\n").split("\t")
+            names = [task.local.get(name, name) for name in columns]
+            if missing := set(names) - set(header):
+                raise UsageError(f"{file} is not of the form of {task.name}: it has no column {min(missing)}")
+            places = [header.index(name) for name in names]
+            for number, record in records(lines, len(header), file, 1 if task.header else 2):
+                *texts, label = (record[place] for place in places)
+                for name, value in zip(columns, (*texts, encoded(task, label, f"{file}, line {number}")), strict=True):
+                    columns[name].append(value)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+    features = {name: datasets.Value("string") for name in task.texts} | {"label": label_type(task)}
+    return datasets.Dataset.from_dict(columns, datasets.Features(features))
+
+
+def records(lines: Iterable[str], width: int, file: Path, first: int) -> Iterator[tuple[int, list[str]]]:
+    """Line and `width` columns of each record; quotation marks are text.
+
+    Some of QQP's are broken over lines, where a question holds a line break: it becomes a blank. A piece whose rest is
+    not there is left out, with a warning.
+    """
+    pending: list[str] = []  # columns of a record that is not complete
+    start, torn = 0, []
+    for number, line in enumerate(lines, first):
+        columns = line.rstrip("\r\n").split("\t")
+        if len(columns) > width:
+            raise UsageError(f"{file}, line {number}: {len(columns)} columns, not {width}")
+        joined = [*pending[:-1], f"{pending[-1]} {columns[0]}", *columns[1:]] if pending else columns
+        if pending and (len(joined) > width or number - start > MOST_LINES):
+            torn.append(start)
+            pending, joined = [], columns
+        if not pending:
+            start = number
+        if len(joined) == width:
+            yield start, joined
+            pending = []
+        else:
+            pending = joined if any(joined) else []
+    if torn := [*torn, start] if pending else torn:
+        what = f"{len(torn)} of its records have too few columns and are left out, line {torn[0]} the first"
+        warnings.warn(f"{file}: {what}", stacklevel=2)
+
+
+def encoded(task: Task, label: Any, where: str) -> int | float:
+    """A label as a number: files have names of classes."""
+    try:
+        if task.labels:
+            return task.numbers[str(label)]
+        if math.isfinite(score := float(label)):
+            return score
+    except (KeyError, ValueError, TypeError):
+        pass
+    known = f"one of {', '.join(task.labels)}" if task.labels else "a number"
+    raise UsageError(f"{where}: the label is not {known}: {label!r}")
+
+
+def label_type(task: Task) -> datasets.Value:
+    return datasets.Value("int64" if task.labels else "float32")
 
 
 def numbered(task: Task, rows: datasets.Dataset, source: str) -> datasets.Dataset:
-    """With labels as numbers: files have names of classes."""
-    number = {name: i for i, name in enumerate(task.labels)} | {str(i): i for i in range(len(task.labels))}
+    """With labels as numbers."""
 
-    def encode(label: Any) -> dict[str, Any]:
-        return {"label": number[str(label)] if task.labels else float(label)}
+    def encode(label: Any, row: int) -> dict[str, Any]:
+        return {"label": encoded(task, label, f"{source}, row {row}")}
 
     features = rows.features.copy()
-    features["label"] = datasets.Value("int64" if task.labels else "float32")
-    try:
-        return rows.map(encode, input_columns="label", features=features)
-    except (KeyError, ValueError, TypeError) as error:
-        known = f"one of {', '.join(task.labels)}" if task.labels else "a number"
-        raise UsageError(f"{source}: a label is not {known}: {error}") from None
+    features["label"] = label_type(task)
+    return rows.map(encode, input_columns="label", with_indices=True, features=features)
 
 
 def squad_file(file: str) -> datasets.Dataset:
@@ -173,7 +226,8 @@ def tokenized(task: Task, rows: datasets.Dataset, tokenizer: Tokenizer, max_leng
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": lambda logits, labels: multiclass_accuracy(logits, labels, logits.shape[-1], average="micro"),
     "f1": lambda logits, labels: binary_f1_score(logits.argmax(-1), labels),
-    "matthews": lambda logits, labels: multiclass_matthews_corrcoef(logits.argmax(-1), labels, logits.shape[-1]),
+    # Of two classes it is Pearson's correlation; the Matthews coefficient of torchmetrics is not 0 without variation.
+    "matthews": lambda logits, labels: pearson_corrcoef(logits.argmax(-1).double(), labels.double()),
     "pearson": pearson_corrcoef,
     "spearman": spearman_corrcoef,
 }
@@ -184,4 +238,6 @@ def score(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, floa
     predicted, given = torch.from_numpy(outputs).double(), torch.from_numpy(labels)
     if not task.labels:
         given = given.double()
-    return {name: float(METRICS[name](predicted, given).nan_to_num(0.0)) for name in task.metrics}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The variance of predictions or target is close to zero")
+        return {name: float(METRICS[name](predicted, given).nan_to_num(0.0)) for name in task.metrics}

@@ -55,8 +55,8 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
     hundred rows it loses a millisecond.
 
     Raises:
-        Stopped: in training, when the loss is no number, on SIGTERM and where a checkpoint cannot be written; the last
-            checkpoint is complete.
+        Stopped: in training, when the loss is no number, on SIGTERM or Ctrl-C and where a checkpoint cannot be written;
+            the last checkpoint is complete.
     """
 
     def __init__(self, *args: Any, loss: TripleLoss, eval_collator: Any = None, **options: Any):

@@ -36,6 +36,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+try:
+    import fusedkd.distilbert.data  # noqa: F401 (it needs all that the extra installs)
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or (error.name or "").startswith("fusedkd"):
+        raise
+    print(f'error: {error.name} is missing: cache_teacher needs pip install "fusedkd[train]"', file=sys.stderr)
+    sys.exit(2)
+
 import datasets
 import numpy as np
 import torch
@@ -94,6 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
     return 0
 
 

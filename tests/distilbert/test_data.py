@@ -3,7 +3,6 @@
 # ruff: noqa: E402 (imports after importorskip)
 
 import gzip
-import math
 from pathlib import Path
 
 import numpy as np
@@ -298,71 +297,3 @@ def test_a_resumed_trainer_sees_the_same_batches(kind, tmp_path, text_files, tok
     assert train(tmp_path / "out" / "checkpoint-22") == whole[22:]
     assert 5 < epoch < 22  # the checkpoint lies in the second epoch
     assert whole[:5] != whole[epoch : epoch + 5]
-
-
-# ---- masks
-
-
-def masked_batches(tokenizer, rounds: int, probability: float = 0.15):
-    lines = datasets.Dataset.from_dict({"text": sentences(300)})
-    blocks = pack(lines, tokenizer, 32, "training")
-    counts = token_counts(blocks, len(tokenizer))
-    collator = MaskingCollator(tokenizer, counts, probability, 0.7, seed=3)
-    examples = [blocks[i] for i in range(len(blocks))]
-    plain = collator.__class__(tokenizer, counts, 1e-9, 0.7, 0)(examples)
-    original = plain["input_ids"].where(plain["labels"] == -100, plain["labels"])
-    for epoch in range(rounds):
-        collator.epoch = epoch
-        yield counts, original, collator(examples)
-
-
-def test_masking_statistics_follow_the_published_recipe(tokenizer):
-    masked = random = kept = total = 0
-    for _, original, batch in masked_batches(tokenizer, 60):
-        chosen = batch["labels"] != -100
-        assert int(chosen.sum()) == math.ceil(0.15 * int(batch["attention_mask"].sum()))
-        assert torch.equal(batch["labels"][chosen], original[chosen])
-        assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
-        assert not np.isin(original[chosen].numpy(), tokenizer.all_special_ids).any()
-        new = batch["input_ids"][chosen]
-        replaced = (new != tokenizer.mask_token_id) & (new != original[chosen])
-        assert not np.isin(new[replaced].numpy(), tokenizer.all_special_ids).any()
-        masked += int((new == tokenizer.mask_token_id).sum())
-        random += int(replaced.sum())
-        kept += int((new == original[chosen]).sum())
-        total += int(chosen.sum())
-    assert masked / total == pytest.approx(0.8, abs=0.01)
-    words = len(WORDS)
-    assert random / total == pytest.approx(0.1 * (words - 1) / words, abs=0.01)
-    assert kept / total == pytest.approx(0.1 + 0.1 / words, abs=0.01)
-
-
-def test_rare_tokens_are_masked_more_often(tokenizer):
-    """p ~ count^-0.7: the share of a token's occurrences that is drawn falls with that power.
-
-    Few are drawn here, because drawing without replacement flattens it.
-    """
-    drawn = torch.zeros(len(tokenizer), dtype=torch.float64)
-    for counts, _, batch in masked_batches(tokenizer, 300, probability=0.03):  # noqa: B007
-        drawn += torch.bincount(batch["labels"][batch["labels"] != -100], minlength=len(tokenizer))
-    words = slice(5, None)
-    share = drawn[words].numpy() / counts[words]
-    slope = np.polyfit(np.log(counts[words]), np.log(share), 1)[0]
-    assert slope == pytest.approx(-0.7, abs=0.04)
-
-
-def test_masks_depend_on_seed_epoch_and_batch_only(tokenizer):
-    (_, _, first), (_, _, second) = masked_batches(tokenizer, 2)
-    torch.manual_seed(99)
-    again = next(iter(masked_batches(tokenizer, 1)))[2]
-    assert all(torch.equal(first[k], again[k]) for k in first)
-    assert not torch.equal(first["labels"], second["labels"])
-
-
-def test_padding_is_neither_attended_nor_masked(tokenizer):
-    counts = np.ones(len(tokenizer), np.int64)
-    rows = [{"input_ids": [2, 7, 8, 9, 10, 3]}, {"input_ids": [2, 6, 3]}]
-    batch = MaskingCollator(tokenizer, counts, 0.9, 0.7, seed=0)(rows)
-    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
-    assert (batch["labels"] != -100).sum() == 5  # wanted: ceil(0.9 * 9); there are five ordinary tokens
-    assert batch["labels"][1].tolist() == [-100, 6, -100, -100, -100, -100]

@@ -108,6 +108,13 @@ def test_what_the_report_says():
     assert report.verdict(other["loss"], full["loss"], "loss") == "worse by 1.0000 ± 0.1414"
     assert report.verdict(other[report.SCORE], full[report.SCORE], report.SCORE).startswith("no difference")
 
+    for stages in students.values():
+        stages[0]["parameters"] = 60
+    teacher = {"curve": [{"step": 1, "loss": 3.0, "kl": 0.0}], "parameters": 100}
+    for score, said in ((0.9, "83.3% of the teacher's mean score, 40% fewer"), (0.0, "has 40% fewer")):  # 0: collapsed
+        results = {"teacher": [{**teacher, "tasks": {"cola": {"metrics": {"matthews": score}}}}], "students": students}
+        assert said in report.retention(results, full)[0]
+
 
 def test_teacher_and_data_set_folders(tmp_path, teacher_folder, tokenizer, capsys):
     (tmp_path / "set").mkdir()
@@ -157,6 +164,8 @@ def test_gpt2_from_a_stream_with_every_term(tmp_path, gpt2_tokenizer, text_files
 def bad(tmp_path, text_files, teacher_folder):
     """Command lines that cannot work, and what the one line of the answer says."""
     (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "nothing.txt").touch()
+    (tmp_path / "text.gz").write_text("text")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 5)
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the"]))
     mismatched = tmp_path / "mismatched"
@@ -165,11 +174,21 @@ def bad(tmp_path, text_files, teacher_folder):
     text = files(text_files)
     return {
         "missing file": (["--train_files", "nowhere.txt"], "no such file: nowhere.txt"),
+        "folder as text": (["--train_files", str(tmp_path)], f"{tmp_path} is a folder, not a file"),
+        "file of no bytes": (["--train_files", str(tmp_path / "nothing.txt")], "the training text is empty: "),
+        "held-out file of no bytes": ([*text[:3], str(tmp_path / "nothing.txt")], "the held-out text is empty: "),
+        "no gzip": (["--train_files", str(tmp_path / "text.gz")], f"cannot read {tmp_path / 'text.gz'}: Not a gzipped"),
         "empty text": (["--train_files", str(tmp_path / "empty.txt")], "the training text is empty"),
         "not utf-8": (["--train_files", str(tmp_path / "latin.txt")], "cannot read the text files"),
         "empty held-out text": ([*text[:3], str(tmp_path / "empty.txt")], "the held-out text is empty"),
         "no such data set": (["--dataset", str(tmp_path / "nothing")], "cannot read"),
-        "no such teacher": ([*text, "--teacher", str(tmp_path / "nothing")], "cannot load --teacher"),
+        "no such teacher": (
+            [*text, "--teacher", str(tmp_path / "nothing")],
+            f"--teacher {tmp_path / 'nothing'}: no such folder",
+        ),
+        "a teacher's folder without one": ([*text, "--teacher", str(tmp_path)], "holds no model (no config.json)"),
+        "a file as teacher": ([*text, "--teacher", text[1]], "train.txt is a file, not the folder of a model"),
+        "tracker": ([*text, "--report_to", "nothing"], "--report_to nothing: unknown, or not installed; there are "),
         "teacher's tokenizer too large": ([*text, "--teacher", str(mismatched)], "20 vocabulary rows"),
         "another vocabulary": (
             [*text, "--teacher", str(teacher_folder), "--vocab_file", str(tmp_path / "vocab.txt")],
@@ -185,10 +204,13 @@ def bad(tmp_path, text_files, teacher_folder):
         "task": ([*text, "--tasks", "rte", "--glue_dir", str(tmp_path)], "no such file"),
         "no loss": ([*text, "--alpha_mlm", "0", "--arms", "mlm_alone"], "--arms mlm_alone: every weight"),
         "layers": ([*text, "--teacher", str(teacher_folder), "--layers", "0,2", "--block_size", "16"], "--layers 0,2"),
+        "layers of a teacher to be trained": ([*text, "--layers", "0,9"], "--layers 0,9: must ascend within"),
     }
 
 
-CASES = ["missing file", "empty text", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
+CASES = ["missing file", "folder as text", "file of no bytes", "held-out file of no bytes", "no gzip", "empty text",
+         "a teacher's folder without one", "a file as teacher", "tracker",
+         "layers of a teacher to be trained", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
          "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps", "negative weight",
          "heads", "binary vocabulary", "unknown option", "unknown arm", "task", "no loss", "layers"]  # fmt: skip
 
@@ -218,12 +240,28 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, text_files, 
     assert tree(out) == {"chapter1.txt": b"precious", "run.json": b"[1]"}
 
 
-def test_without_the_training_extra_it_says_what_to_install():
-    hide = "import runpy, sys; sys.modules['transformers'] = None; "
-    hide += "runpy.run_module('fusedkd.distilbert', run_name='__main__')"
+def test_a_corrected_command_goes_on_in_the_same_folder(tmp_path, text_files, capsys):
+    """What is kept there must depend on none of the corrections."""
+    arguments = [*files(text_files), *SHORT, *SMALL, "--vocab_size", "60", "--save_steps", "10"]
+    arguments += ["--arms", "full", "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--teacher_learning_rate", "1e30"]) == 1
+    assert main([*arguments, "--learning_rate", "1e30", "--layers", "1"]) == 1
+    assert capsys.readouterr().err.count("try a lower learning rate") == 2
+    assert main([*arguments, "--layers", "0"]) == 0
+    assert "teacher: reusing" in capsys.readouterr().out
+    for change in (["--layers", "1"], ["--layers", "0", "--teacher_learning_rate", "1e-2"]):
+        assert main([*arguments, *change]) == 2
+        assert "choose another --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "what"), [("fusedkd.distilbert", "the driver"), ("fusedkd.integrations.cache_teacher", "cache_teacher")]
+)
+def test_without_the_training_extra_it_says_what_to_install(module, what):
+    hide = f"import runpy, sys; sys.modules['transformers'] = None; runpy.run_module('{module}', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == 'error: transformers is missing: the driver needs pip install "fusedkd[train]"'
+    assert done.stderr.strip() == f'error: transformers is missing: {what} needs pip install "fusedkd[train]"'
 
 
 def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files, glue):
@@ -239,43 +277,6 @@ def test_two_processes_share_the_work(tmp_path, teacher_folder, text_files, glue
     assert done.stdout.count("student-mlm_alone: ") == 1  # one process speaks
     assert (out / "results.json").is_file()
     DistilBertForMaskedLM.from_pretrained(out / "student")
-
-
-def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_files, capsys, monkeypatch):
-    """Killed after its checkpoint at step 4, the student's run ends where the uninterrupted one does."""
-    from fusedkd.distilbert.progress import StepClock
-
-    arguments = [
-        *files(text_files),
-        "--teacher",
-        str(teacher_folder),
-        *SHORT,
-        "--save_steps",
-        "4",
-        "--arms",
-        "full",
-        "mlm_alone",
-    ]
-    arguments.append("--output_dir")
-    assert main([*arguments, str(tmp_path / "whole")]) == 0
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepClock, "on_step_begin", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            main([*arguments, str(tmp_path / "cut")])
-    capsys.readouterr()
-    assert main([*arguments, str(tmp_path / "cut"), "--resume_from_checkpoint"]) == 0
-    assert "resumed from" in capsys.readouterr().out
-    for name in ("student", "student-mlm_alone"):
-        whole, cut = (
-            DistilBertForMaskedLM.from_pretrained(tmp_path / folder / name).state_dict() for folder in ("whole", "cut")
-        )
-        assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    assert not list((tmp_path / "cut").rglob("checkpoint-*"))
 
 
 def test_cased_vocabularies_stay_cased(tmp_path, text_files):

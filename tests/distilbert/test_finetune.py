@@ -1,4 +1,4 @@
-"""Fine-tuning on the tasks of GLUE: reading, scores, an exact loss, and runs that learn. SQuAD has its own file."""
+"""Fine-tuning on the tasks of GLUE: an exact loss, and runs that learn. SQuAD has its own file."""
 
 # ruff: noqa: E402 (imports after importorskip)
 
@@ -33,45 +33,12 @@ from transformers import (
 from fusedkd.distilbert.finetune import FinetuneOptions, Progress, finetune, load_model
 from fusedkd.distilbert.interrupt import Stopped
 from fusedkd.distilbert.options import UsageError
-from fusedkd.distilbert.tasks import TASKS, read, score, tokenized
+from fusedkd.distilbert.tasks import TASKS, read, tokenized
 
 from . import one_task_step
-from .conftest import bert, sentences
+from .conftest import bert, labelled
 
 SILENT = Console(quiet=True)
-
-
-def labelled(count: int, seed: int) -> list[tuple[str, int]]:
-    """Sentences that begin with a cat or a dog, and with which."""
-    texts = (text.replace("cat", "bird").replace("dog", "house") for text in sentences(count, seed))
-    return [
-        (f"{'dog' if (i * 7 + seed) % 3 else 'cat'} {text}", int((i * 7 + seed) % 3 > 0))
-        for i, text in enumerate(texts)
-    ]
-
-
-@pytest.fixture
-def glue(tmp_path) -> Path:
-    """Files in the layout of GLUE's download."""
-    folder = tmp_path / "glue"
-    for name in ("SST-2", "CoLA", "RTE", "STS-B"):
-        (folder / name).mkdir(parents=True)
-    for split, count in (("train", 96), ("dev", 40)):
-        rows = labelled(count, count)
-        sst2 = ["sentence\tlabel", *(f"{text} \t{label}" for text, label in rows)]
-        with gzip.open(folder / "SST-2" / f"{split}.tsv.gz", "wt") as file:
-            file.write("\n".join(sst2) + "\n")
-        cola = [f"src\t{label}\t{'' if label else '*'}\t{text}" for text, label in rows]
-        cola[1] = 'src\t0\t*\t"the cat sees'
-        cola[2] = "src\t1\t\tnull"
-        (folder / "CoLA" / f"{split}.tsv").write_text("\n".join(cola) + "\n")
-        names = ["entailment", "not_entailment"]
-        rte = [f"{i}\t{text}\t{text[:9]}\t{names[label]}" for i, (text, label) in enumerate(rows)]
-        (folder / "RTE" / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rte]) + "\n")
-        stsb = [f"{i}\tg\tf\t{text}\tthe cat\t{4.5 * label:.3f}" for i, (text, label) in enumerate(rows)]
-        head = "index\tgenre\tfilename\tsentence1\tsentence2\tscore"
-        (folder / "STS-B" / f"{split}.tsv").write_text("\n".join([head, *stsb]) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -87,81 +54,6 @@ def student_folder(tmp_path, tokenizer) -> Path:
 def options(model, glue, folder, **more) -> FinetuneOptions:
     common = {"learning_rate": 1e-2, "max_length": 32, "per_device_train_batch_size": 8, "report_to": "none"}
     return FinetuneOptions(model=str(model), glue_dir=str(glue), output_dir=str(folder), **common | more)
-
-
-# ---- reading
-
-
-def test_files_of_glue(glue):
-    cola = read(TASKS["cola"], None, str(glue), [])
-    assert [len(part) for part in cola] == [96, 40]
-    assert cola[0][1] == {"label": 0, "sentence": '"the cat sees'}  # no header, quotation marks are text
-    assert cola[0][2]["sentence"] == "null"
-    rte, _ = read(TASKS["rte"], None, str(glue), [])
-    first, label = labelled(96, 96)[0]
-    assert rte[0] == {"sentence1": first, "sentence2": first[:9], "label": label}
-    stsb, _ = read(TASKS["stsb"], None, str(glue), [])
-    assert stsb["label"][:5] == [4.5 * label for _, label in labelled(96, 96)[:5]]
-    with pytest.raises(UsageError, match=r"no such file: .*MRPC/train.tsv"):
-        read(TASKS["mrpc"], None, str(glue), [])
-    (glue / "RTE" / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n")
-    with pytest.raises(UsageError, match="not one of entailment, not_entailment: 'maybe'"):
-        read(TASKS["rte"], None, str(glue), [])
-
-
-def hub_folder(folder: Path, configs: dict[str, dict[str, list[dict]]]) -> str:
-    """A data set in the hub's form: parquet files, and a README that names the configurations."""
-    lines = ["---", "configs:"]
-    for config, splits in configs.items():
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for split, rows in splits.items():
-            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
-            (folder / config).mkdir(parents=True, exist_ok=True)
-            datasets.Dataset.from_list(rows).to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
-    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
-    return str(folder)
-
-
-def test_a_data_set_in_the_form_of_the_hub(tmp_path):
-    rows = [{"sentence": text, "label": label, "idx": i} for i, (text, label) in enumerate(labelled(9, 0))]
-    other = [{"sentence1": "a", "sentence2": "b", "label": 2.5, "idx": 0}]
-    configs = {
-        "sst2": {"train": rows, "validation": rows[:4], "test": [{**rows[0], "label": -1}]},
-        "stsb": {"train": other},
-    }
-    folder = hub_folder(tmp_path / "hub", configs)
-    train, held_out = read(TASKS["sst2"], folder, None, [])
-    assert train["sentence"][:] == [row["sentence"] for row in rows]
-    assert held_out["label"][:] == [row["label"] for row in rows[:4]]
-    with pytest.raises(UsageError, match=r"no split validation \(it has train\)"):
-        read(TASKS["stsb"], folder, None, [])
-    with pytest.raises(UsageError, match="cannot read"):
-        read(TASKS["cola"], folder, None, [])
-
-
-# ---- scores
-
-
-def test_scores_by_hand():
-    """The labels predicted are 1 1 0 1 0, those given 1 0 0 1 1: two true positives, one of each other kind."""
-    logits = np.array([[0, 1], [0, 2], [3, 1], [-1, 0], [1, 0]], np.float32)
-    labels = np.array([1, 0, 0, 1, 1])
-    assert score(TASKS["sst2"], logits, labels) == {"accuracy": pytest.approx(3 / 5)}
-    assert score(TASKS["cola"], logits, labels) == {"matthews": pytest.approx((2 * 1 - 1 * 1) / np.sqrt(3 * 3 * 2 * 2))}
-    assert score(TASKS["mrpc"], logits, labels) == {"f1": pytest.approx(4 / 6), "accuracy": pytest.approx(3 / 5)}
-    scores = score(TASKS["stsb"], np.array([1, 2, 4], np.float32), np.array([0, 5, 4], np.float32))
-    # deviations from the means: −4/3, −1/3, 5/3 and −3, 2, 1; ranks 1 2 3 and 1 3 2
-    assert scores["pearson"] == pytest.approx((4 - 2 / 3 + 5 / 3) / np.sqrt(42 / 9 * 14))
-    assert scores["spearman"] == pytest.approx(0.5, abs=1e-6)
-    three = np.eye(3, dtype=np.float32)[[0, 1, 2, 2]]
-    assert score(TASKS["mnli"], three, np.array([0, 1, 2, 0])) == {"accuracy": pytest.approx(0.75)}
-
-
-@pytest.mark.filterwarnings("ignore:The variance")
-def test_constant_predictions_have_no_correlation():
-    ones = np.ones(4, np.float32)
-    assert score(TASKS["stsb"], ones, np.arange(4, dtype=np.float32)) == {"pearson": 0.0, "spearman": 0.0}
-    assert score(TASKS["cola"], np.tile([0.0, 1.0], (4, 1)), np.array([0, 1, 1, 0])) == {"matthews": 0.0}
 
 
 # ---- the loss
@@ -255,7 +147,7 @@ def test_models_that_are_refused(tmp_path, student_folder, teacher_folder):
         load_model(str(teacher_folder), TASKS["sst2"], 32, "--teacher")
     with pytest.raises(UsageError, match="--max_length 65 exceeds the 64 positions"):
         load_model(str(student_folder), TASKS["sst2"], 65, "--model")
-    with pytest.raises(UsageError, match="cannot load --model"):
+    with pytest.raises(UsageError, match=r"^--model .*nowhere: no such folder$"):
         load_model(str(tmp_path / "nowhere"), TASKS["sst2"], 32, "--model")
     config = json.loads((student_folder / "config.json").read_text())
     (student_folder / "config.json").write_text(json.dumps({**config, "n_layers": 2}))

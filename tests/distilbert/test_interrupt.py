@@ -23,6 +23,14 @@ from .conftest import bert
 VOCAB, ROWS, LENGTH, MASK = 29, 22, 9, 4
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """What runs in the background of a script ignores Ctrl-C, tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Masking:
     """Other masks in each epoch."""
 
@@ -47,12 +55,21 @@ class At(TrainerCallback):
             action(model)
 
 
+class CtrlCInEvaluation(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def kill(_):
     raise KeyboardInterrupt
 
 
-def terminate(_):
-    os.kill(os.getpid(), signal.SIGTERM)
+def send(*signals):
+    return lambda _: [os.kill(os.getpid(), number) for number in signals]
 
 
 def make(folder, step=0, action=None, **options):
@@ -119,18 +136,46 @@ def test_a_killed_run_resumed_is_the_same_run(tmp_path, whole):
     assert resumed.clock.median > 0
 
 
-@pytest.mark.parametrize("step", [3, 5])
-def test_sigterm_ends_the_step_and_saves(tmp_path, whole, step):
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 3), (signal.SIGTERM, 5), (signal.SIGINT, 5)])
+def test_a_signal_ends_the_step_and_saves(tmp_path, whole, number, step):
     """Also in the short step that ends an epoch."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=f"^SIGTERM ended the training after step {step}; .*checkpoint-{step}$") as stop:
-        make(tmp_path, step, terminate).train()
-    assert stop.value.exit_code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    line = f"^{number.name} ended the training after step {step}; .*checkpoint-{step}$"
+    with pytest.raises(Stopped, match=line) as stop:
+        make(tmp_path, step, send(number)).train()
+    assert stop.value.exit_code == 128 + number
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
     assert_same_weights(resumed, whole)
     assert history(resumed)[-2:] == history(whole)[-2:]
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, 3, send(signal.SIGINT, signal.SIGINT)).train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "Ctrl-C again: at once" in capfd.readouterr().err
+
+
+def test_a_signal_in_the_last_evaluation_is_not_lost(tmp_path, whole):
+    """The driver must not go on to its next stage; the finished training is in a checkpoint."""
+    trainer = make(tmp_path)
+    trainer.add_callback(CtrlCInEvaluation(8))
+    with pytest.raises(Stopped, match=r"^SIGINT ended the training after step 8; .*checkpoint-8$"):
+        trainer.train()
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert_same_weights(resumed, whole)
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
+    """As under nohup, or in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        make(tmp_path, 1, send(signal.SIGINT), max_steps=1).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def break_weights(model):

@@ -110,6 +110,18 @@ def test_scores_by_hand():
     assert found == {"f1": pytest.approx((1 + 0.8 + 0 + 1) / 4), "exact_match": pytest.approx(2 / 4)}
 
 
+def test_answers_of_articles_alone_have_no_f1():
+    """As SQuAD's own script counts: nothing is left to agree on, but the two are the same."""
+    empty = datasets.Dataset.from_list([{"id": "0", "answers": {"text": ["The"], "answer_start": [0]}}])
+    for text, exact in (("", 1.0), ("a", 1.0), ("An, the.", 1.0), ("cat", 0.0)):
+        assert squad.score([text], empty) == {"f1": 0.0, "exact_match": exact}
+    given = datasets.Dataset.from_list(
+        [{"id": "0", "answers": {"text": ["the the-a cat’s  CAT"], "answer_start": [0]}}]
+    )
+    # left of it: thea cat’s cat; of the other: cat cat
+    assert squad.score(["Cat cat!"], given) == {"f1": pytest.approx(2 * 1 / 5), "exact_match": 0.0}
+
+
 def test_spans():
     offsets = [[0, 3], [4, 7], [7, 9], [10, 12]]
     assert squad.token_span(offsets, 4, 9) == (1, 2)

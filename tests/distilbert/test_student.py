@@ -27,6 +27,7 @@ from fusedkd.distilbert.student import (
     key_map,
     layers_of,
     load_teacher,
+    loading,
     new_teacher,
     student_from_teacher,
 )
@@ -70,14 +71,14 @@ def test_alternate_layers():
 
 def test_the_option_names_the_teachers_layers_in_order():
     teacher = bert(30, 5)
-    assert layers_of(StudentOptions(layers="0, 1,4"), teacher) == [0, 1, 4]
-    assert layers_of(StudentOptions(layers=None), teacher) == [0, 4]
+    assert layers_of(StudentOptions(layers="0, 1,4"), 5) == [0, 1, 4]
+    assert layers_of(StudentOptions(layers=None), 5) == [0, 4]
     for wrong in ("0,5", "-1,2", "1,1", "3,1"):
         with pytest.raises(UsageError, match="0 to 4"):
-            layers_of(StudentOptions(layers=wrong), teacher)
+            layers_of(StudentOptions(layers=wrong), 5)
     for wrong in ("0,x", "", "0,,1"):
         with pytest.raises(UsageError, match="numbers with commas"):
-            layers_of(StudentOptions(layers=wrong), teacher)
+            layers_of(StudentOptions(layers=wrong), 5)
     with pytest.raises(UsageError, match="none twice"):
         student_from_teacher(teacher, [2, 2])
     with pytest.raises(UsageError, match="must ascend"):
@@ -284,8 +285,11 @@ def test_teachers_that_do_not_fit_are_refused(teacher_folder, tokenizer, tmp_pat
     assert teacher.config.num_hidden_layers == 2
     refused("64 positions", 65)
     refused("another vocabulary", vocab={"[PAD]": 0})
-    with pytest.raises(UsageError, match="cannot load"):
+    with pytest.raises(UsageError, match=f"^--teacher {tmp_path / 'nowhere'}: no such folder$"):
         load_teacher(str(tmp_path / "nowhere"), 32)
+    for name, what in (("a/b", "no such folder, and from the hub: not found"), (str(teacher_folder), "not found")):
+        with pytest.raises(UsageError, match=f"^cannot load --teacher {name}: {what}$"), loading("--teacher", name):
+            raise OSError("not found\nmore lines")
     bert(20).save_pretrained(teacher_folder)
     refused("20 vocabulary rows, its tokenizer 24 tokens")
     bert(24).bert.save_pretrained(teacher_folder)
