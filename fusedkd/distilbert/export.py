@@ -1,8 +1,10 @@
 """What a folder that is exported must say for those who use it, where training or the teacher has it otherwise."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import BertTokenizer, DistilBertTokenizer, PreTrainedConfig
@@ -27,6 +29,13 @@ def tokenizer_for(config: PreTrainedConfig, tokenizer: Tokenizer) -> Tokenizer:
         names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     return tokenizer
+
+
+def name_tokenizer_class(folder: str | Path) -> None:
+    """Of a saved tokenizer without a class of its own: by the name that transformers 4 has for it, and 5 knows too."""
+    file = Path(folder) / "tokenizer_config.json"
+    if file.is_file() and (saved := json.loads(file.read_text())).get("tokenizer_class") == "TokenizersBackend":
+        file.write_text(json.dumps({**saved, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fusedkd.distilbert.export import as_exported
+from fusedkd.distilbert.export import as_exported, name_tokenizer_class
 from fusedkd.distilbert.options import UsageError
 from fusedkd.distilbert.progress import StepClock
 
@@ -94,6 +94,8 @@ class Interruptible(Trainer):
             return super().save_model(output_dir, _internal_call)
         with writing(self, "the model"), as_exported(self.model):
             super().save_model(output_dir)
+            if self.args.should_save:
+                name_tokenizer_class(str(output_dir or self.args.output_dir))
 
 
 # -------------------------------------------------- checkpoints

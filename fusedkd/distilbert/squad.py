@@ -28,8 +28,9 @@ def windows(rows: datasets.Dataset, tokenizer: Tokenizer, max_length: int, overl
         raise UsageError(f"--doc_stride must be smaller than --max_length − {QUESTION_TOKENS + 3}")
 
     def encode(batch: dict[str, list[Any]], index: list[int]) -> dict[str, Any]:
-        if not all(answers["text"] for answers in batch["answers"]):
-            raise UsageError("a question has no answer: the task is SQuAD 1.1, not 2.0")
+        for name, given in zip(batch["id"], batch["answers"], strict=True):
+            if not given["text"]:
+                raise UsageError(f"question {name} has no answer: the task is SQuAD 1.1, not 2.0")
         questions = [question.strip() for question in batch["question"]]
         tokens = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         ends = [[end for _, end in offsets[:QUESTION_TOKENS]] for offsets in tokens]

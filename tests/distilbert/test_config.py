@@ -13,6 +13,7 @@ import yaml
 
 from fusedkd.distilbert.config import (
     ABLATION,
+    OF_STUDENTS,
     PUBLISHED,
     TRAINED_HERE,
     Config,
@@ -212,3 +213,8 @@ def test_a_changed_input_is_noticed_when_a_folder_is_reused(tmp_path, text_files
             check_folder(parse(argv))
         with pytest.raises(UsageError, match=r"holds a run with --temperature 2.0, not 3.0"):
             check_folder(parse([*argv, "--temperature", "3"]))
+        check_folder(parse([*argv, "--temperature", "3"]), None)  # nothing is kept there: not even the text matters
+        file.write_text(text)
+        check_folder(parse([*argv, "--temperature", "3"]), OF_STUDENTS)
+        with pytest.raises(UsageError, match=r"holds a run with --teacher_hidden 128, not 64"):
+            check_folder(parse([*argv, "--teacher_hidden", "64"]), OF_STUDENTS)

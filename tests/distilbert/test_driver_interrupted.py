@@ -59,8 +59,8 @@ def test_resume_continues_an_interrupted_stage(tmp_path, teacher_folder, text_fi
 
 def test_ctrl_c_ends_a_run_in_two_lines_and_nothing_is_lost(tmp_path, teacher_folder, text_files, capsys):
     """A real process, with a process that loads its data; as a terminal does it, both receive the signal."""
-    arguments = [*files(text_files), "--teacher", str(teacher_folder), *SHORT, "--student_steps", "90"]
-    arguments += ["--eval_steps", "90", "--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "1"]
+    arguments = [*files(text_files), "--teacher", str(teacher_folder), *SHORT, "--student_steps", "60"]
+    arguments += ["--eval_steps", "60", "--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in the background of a script
@@ -74,7 +74,7 @@ def test_ctrl_c_ends_a_run_in_two_lines_and_nothing_is_lost(tmp_path, teacher_fo
     first, second = errors.strip().splitlines()
     assert first == "stopping after this step, with a checkpoint; Ctrl-C again: at once, without one"
     step = int(re.fullmatch(r"error: SIGINT ended the training after step (\d+); the last .*checkpoint-\1", second)[1])
-    assert 0 < step < 90
+    assert 0 < step < 60
     assert main([*arguments, "--resume_from_checkpoint"]) == 0
     assert f"checkpoint-{step}" in "".join(capsys.readouterr().out.split())
 

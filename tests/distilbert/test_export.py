@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
     pipeline,
@@ -59,7 +60,7 @@ def student(distil, tmp_path, tokenizer) -> Path:
 
 @pytest.fixture
 def generator(distil, tmp_path, gpt2_tokenizer) -> Path:
-    """Of a GPT-2 that comes out of a Trainer, and has settings of its own."""
+    """Of a GPT-2 that comes out of a Trainer, has settings of its own and a tokenizer of no named class."""
     torch.manual_seed(0)
     size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
     end = gpt2_tokenizer.eos_token_id
@@ -67,7 +68,9 @@ def generator(distil, tmp_path, gpt2_tokenizer) -> Path:
     teacher.config.use_cache = teacher.generation_config.use_cache = False
     teacher.generation_config.repetition_penalty = 1.5
     teacher.save_pretrained(tmp_path / "gpt2")
-    gpt2_tokenizer.save_pretrained(tmp_path / "gpt2")
+    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), gpt2_tokenizer.eos_token)
+    unnamed = PreTrainedTokenizerFast(tokenizer_object=gpt2_tokenizer.backend_tokenizer, **ends)
+    unnamed.save_pretrained(tmp_path / "gpt2")
     return distil(tmp_path / "gpt2")
 
 
@@ -91,6 +94,7 @@ def test_a_masked_student_is_used_as_its_card_says(student):
 
 def test_a_generating_student_uses_a_cache_and_its_teachers_settings(generator):
     assert said(generator, "config")["use_cache"] is True
+    assert said(generator, "tokenizer_config")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert said(generator, "generation_config").get("use_cache") in (None, True)
     tokenizer, model = AutoTokenizer.from_pretrained(generator), AutoModelForCausalLM.from_pretrained(generator)
     assert model.generation_config.repetition_penalty == 1.5

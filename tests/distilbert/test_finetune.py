@@ -193,8 +193,11 @@ def test_a_run_learns_is_kept_and_teaches(tmp_path, glue, student_folder, teache
     assert student["metrics"]["accuracy"] > 0.85
 
 
-@pytest.mark.filterwarnings("ignore:The variance")
 def test_a_score_is_learnt_and_examples_are_limited(tmp_path, glue, student_folder):
+    """In a folder where nothing is kept of a first command, which diverged."""
+    diverging = options(student_folder, glue, tmp_path / "out", task="stsb", learning_rate=1e30, max_train_examples=24)
+    with pytest.raises(UsageError, match=r"not numbers|try a lower learning rate"):
+        finetune(diverging, SILENT)
     run = options(student_folder, glue, tmp_path / "out", task="stsb", epochs=6, max_train_examples=80, by_length=True)
     stage = finetune(run, SILENT)
     assert (stage["train_examples"], stage["steps"]) == (80, 60)
