@@ -188,28 +188,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Argument
           p.teacher + outer * p.teacher_strides[0] + inner * p.teacher_strides[1], p.hidden};
   A a, b, distance;
   if (forward) {
-    A xx = 0, yy = 0, vv = 0;
-    const auto add_squares = [&](A far) {
+    A xx, yy, vv = 0, far_x = 1, far_y = 1;
+#pragma unroll 1
+    for (int k = 0; k < 2; ++k) {
       xx = yy = 0;
       row.each([&](int64_t, const Pack<S, W>& x, const Pack<T, W>& y) {
 #pragma unroll
         for (int e = 0; e < W; ++e) {
-          const A xe = far * static_cast<A>(x.value[e]), ye = far * static_cast<A>(y.value[e]);
+          const A xe = far_x * static_cast<A>(x.value[e]), ye = far_y * static_cast<A>(y.value[e]);
           xx += xe * xe;
           yy += ye * ye;
         }
       });
-    };
-    add_squares(1);
-    xx = sum_over_row(xx, scratch[0]), yy = sum_over_row(yy, scratch[1]);
-    a = 1 / std::sqrt(xx + A(kEpsilon)), b = 1 / std::sqrt(yy + A(kEpsilon));
-    const bool x_over = !std::isfinite(xx), y_over = !std::isfinite(yy);
-    if (x_over || y_over) {
-      add_squares(kFar<A>);
-      xx = sum_over_row(xx, scratch[2]), yy = sum_over_row(yy, scratch[3]);
-      if (x_over) a = kFar<A> / std::sqrt(xx);
-      if (y_over) b = kFar<A> / std::sqrt(yy);
+      xx = sum_over_row(xx, scratch[2 * k]), yy = sum_over_row(yy, scratch[2 * k + 1]);
+      if (std::isfinite(xx) && std::isfinite(yy)) break;
+      if (!std::isfinite(xx)) far_x = kFar<A>;
+      if (!std::isfinite(yy)) far_y = kFar<A>;
     }
+    a = 1 / std::sqrt(xx + A(kEpsilon) * far_x * far_x) * far_x;
+    b = 1 / std::sqrt(yy + A(kEpsilon) * far_y * far_y) * far_y;
     row.each([&](int64_t, const Pack<S, W>& x, const Pack<T, W>& y) {
 #pragma unroll
       for (int e = 0; e < W; ++e) {

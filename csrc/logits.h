@@ -25,8 +25,8 @@ template <> struct Partial<float, double> {
 // that there is to the entropy of a sure row, would drop out of float32 sums that have a 1 in them. Elsewhere a block is
 // read once. settle() makes m the maximum of all.
 template <class A> struct Softmax {
-  static constexpr double REACH = 4;      // powers of two that an exponential may reach,
-  static constexpr double SHARE = 0.125;  // and the part of the sum that one may have
+  static constexpr double REACH = 4;    // powers of two that an exponential may reach,
+  static constexpr double SHARE = 0.5;  // and the part of the sum that one may have
   A m = -INFINITE<A>, top = -INFINITE<A>;  // −∞ also of nothing but −∞; then l is 0
   double l = 0, l_1 = 0;  // l_1: at temperature 1, kept if `squarings` say how its exponential comes from that at T
   double c;               // log2(e)/T

@@ -233,10 +233,10 @@ def topk_kernel(
     r_t = mass * 0.0
     if (FORM == BUCKET) | (FORM == BUCKET_REVERSE):
         r_t = teachers_tail(b_p, b_y, mass, sum_c != 0, teacher.dtype.element_ty)
-        total_p = mass + r_t
-        b_p /= total_p
-        b_y -= tl.log(total_p)
-        r_t /= total_p
+        share = 1.0 / (mass + r_t)
+        b_p *= share
+        b_y += tl.log(share)
+        r_t *= share
 
     # q, D, and ∂D/∂s; off it, ∂D/∂s = rest·e^((z − top_c)/T), and q = q_c·e^((z − top_c)/T)
     dead = total == 0
