@@ -1,9 +1,11 @@
 // The cosine loss of hidden states on NVIDIA GPUs: value and gradient in one launch, every row read once.
 //
 //   a = (Σ x² + ε)^-½,  b = (Σ y² + ε)^-½,  ε = 1e-12        x student row, y teacher row
-//   v = x − (b/a) y                                           one rounding, by FMA: close rows lose nothing
-//   D = 1 − cos = ½ a² Σ v² + ½ ε (a² + b²)                   an error of b/a enters in second order
-//   ∂D/∂x = a² (v − D x)
+//   v = a x − b y                                             by FMA: close rows lose nothing
+//   D = 1 − cos = ½ Σ v² + ½ ε (a² + b²)                      an error of a or b enters in second order
+//   ∂D/∂x = a (v − D a x)
+//
+// A row whose squares overflow is summed once more, scaled down: a x and b y are in range whatever x and y are.
 //
 // Moves 6 bytes per element of 16-bit input: x and y in, the gradient out. Up to 16384 elements, the row pair waits in
 // registers, in its own precision, through two reductions (norms, then v) until the gradient is written: one warp per
@@ -35,6 +37,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kEpsilon = 1e-12;
+template <typename A>
+constexpr A kFar = std::is_same_v<A, double> ? 0x1p-700 : 0x1p-96;  // times a row, whose squares then are in range
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 16;     // of a row
 constexpr int kHeld = 32;         // elements of either side that a thread keeps in registers
@@ -134,6 +138,13 @@ struct Reread {
   }
 };
 
+// a x − b y without the rounding of the products, which would be all that is left of it near convergence.
+template <typename A>
+__device__ A apart(A x, A y, A a, A b) {
+  const A by = b * y;
+  return std::fma(a, x, -by) - std::fma(b, y, -by);
+}
+
 // The sum over the threads of a row, the same bits in all of them. A row is one warp, or the whole block, which shares
 // `scratch`; nothing guards its reuse, so each sum of a kernel has its own.
 template <typename A>
@@ -153,7 +164,7 @@ template <typename S, typename T, int W>
 __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Arguments<S, T> p) {
   using A = Accumulator<S>;
   using Row = std::conditional_t<W == 1, Reread<S, T>, Held<S, T, W>>;
-  __shared__ A scratch[3][kMaxWarps];
+  __shared__ A scratch[5][kMaxWarps];
 
   // Every exit below is taken by all threads of a row together, as the shuffles and barriers need.
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -177,26 +188,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Argument
           p.teacher + outer * p.teacher_strides[0] + inner * p.teacher_strides[1], p.hidden};
   A a, b, distance;
   if (forward) {
-    A xx = 0, yy = 0, vv = 0;
+    A xx, yy, vv = 0, far_x = 1, far_y = 1;
+#pragma unroll 1
+    for (int k = 0; k < 2; ++k) {
+      xx = yy = 0;
+      row.each([&](int64_t, const Pack<S, W>& x, const Pack<T, W>& y) {
+#pragma unroll
+        for (int e = 0; e < W; ++e) {
+          const A xe = far_x * static_cast<A>(x.value[e]), ye = far_y * static_cast<A>(y.value[e]);
+          xx += xe * xe;
+          yy += ye * ye;
+        }
+      });
+      xx = sum_over_row(xx, scratch[2 * k]), yy = sum_over_row(yy, scratch[2 * k + 1]);
+      if (std::isfinite(xx) && std::isfinite(yy)) break;
+      if (!std::isfinite(xx)) far_x = kFar<A>;
+      if (!std::isfinite(yy)) far_y = kFar<A>;
+    }
+    a = 1 / std::sqrt(xx + A(kEpsilon) * far_x * far_x) * far_x;
+    b = 1 / std::sqrt(yy + A(kEpsilon) * far_y * far_y) * far_y;
     row.each([&](int64_t, const Pack<S, W>& x, const Pack<T, W>& y) {
 #pragma unroll
       for (int e = 0; e < W; ++e) {
-        const A xe = static_cast<A>(x.value[e]), ye = static_cast<A>(y.value[e]);
-        xx += xe * xe;
-        yy += ye * ye;
-      }
-    });
-    a = 1 / std::sqrt(sum_over_row(xx, scratch[0]) + A(kEpsilon));
-    b = 1 / std::sqrt(sum_over_row(yy, scratch[1]) + A(kEpsilon));
-    const A ratio = b / a;
-    row.each([&](int64_t, const Pack<S, W>& x, const Pack<T, W>& y) {
-#pragma unroll
-      for (int e = 0; e < W; ++e) {
-        const A v = std::fma(-ratio, static_cast<A>(y.value[e]), static_cast<A>(x.value[e]));
+        const A v = apart(static_cast<A>(x.value[e]), static_cast<A>(y.value[e]), a, b);
         vv += v * v;
       }
     });
-    distance = (a * a * sum_over_row(vv, scratch[2]) + A(kEpsilon) * (a * a + b * b)) / 2;
+    distance = (sum_over_row(vv, scratch[4]) + A(kEpsilon) * (a * a + b * b)) / 2;
     if (first) {
       p.rows[i] = weight * distance;
       stats[0] = a, stats[1] = b, stats[2] = distance;
@@ -206,13 +224,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Argument
   }
   if (!gradient) return;
 
-  const A scale = factor * (a * a), ratio = b / a;
+  const A scale = factor * a;
   row.each([&](int64_t j, const Pack<S, W>& x, const Pack<T, W>& y) {
     Pack<S, W> out;
 #pragma unroll
     for (int e = 0; e < W; ++e) {
-      const A xe = static_cast<A>(x.value[e]), v = std::fma(-ratio, static_cast<A>(y.value[e]), xe);
-      out.value[e] = static_cast<S>(scale * std::fma(-distance, xe, v));
+      const A xe = static_cast<A>(x.value[e]), v = apart(xe, static_cast<A>(y.value[e]), a, b);
+      out.value[e] = static_cast<S>(scale * std::fma(-distance, a * xe, v));
     }
     store(gradient + j, out);
   });

@@ -4,6 +4,8 @@
 //   1 − cos = ½·Σ(a·x − b·y)² + ½·ε·(a² + b²), which loses nothing when the two are close
 //   gradient = c·((a·x − b·y) − (1 − cos)·a·x),  c = a·w/n times the upstream
 //
+// A row whose squares overflow is summed once more, scaled down: a·x and b·y are in range whatever x and y are.
+//
 // A row pair is read from memory once, 4 + 4 bytes per element in float32, and later sweeps find it in cache; the
 // gradient is 4 bytes more.
 
@@ -51,7 +53,7 @@ template <class A> struct CosineRows {
     if (k.forward) {
       double xx = 0, yy = 0, sum = 0;
       for (int64_t j = 0; j < H; j += BLOCK) squares(student(i, j), teacher(i, j), steps(j), xx, yy);
-      const A a = A(1 / std::sqrt(xx + EPSILON)), b = A(1 / std::sqrt(yy + EPSILON));
+      const A a = inverse_norm(xx, student, i), b = inverse_norm(yy, teacher, i);
       for (int64_t j = 0; j < H; j += BLOCK) {
         student.fetch_next(i, j), teacher.fetch_next(i, j);
         sum += difference(student(i, j), teacher(i, j), steps(j), a, b);
@@ -72,6 +74,18 @@ template <class A> struct CosineRows {
   }
 
   int64_t steps(int64_t j) const { return whole_steps(student.length(j)); }
+
+  // Of a row with Σx² as given.
+  A inverse_norm(double xx, Side<A>& side, int64_t i) const {
+    constexpr double far = std::is_same_v<A, double> ? 0x1p-700 : 0x1p-96;
+    if (std::isfinite(xx)) return A(1 / std::sqrt(xx + EPSILON));
+    double sum = 0;
+    for (int64_t j = 0; j < k.student.columns; j += BLOCK) {
+      const A* x = side(i, j);
+      for (int64_t c = 0; c < side.length(j); c++) sum += (far * x[c]) * (far * x[c]);
+    }
+    return A(far / std::sqrt(sum));
+  }
 
   // a·x − b·y without the rounding of the products, which would be all that is left of it near convergence.
   static INLINE Vec<A> apart(Vec<A> x, Vec<A> y, Vec<A> a, Vec<A> b) {

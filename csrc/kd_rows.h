@@ -126,7 +126,8 @@ template <class A> struct KdRows {
   const char *z_row, *v_row;
   int64_t label, hidden;  // hidden: the column that the divergence does without, −1 if none
   bool kd, ce;            // the terms that the row has
-  A z_y, v_y, *stats;     // logits of the label, 0 where there is none; m_s, l_s, m_t, l_t, m_1, l_1, W
+  A z_y, v_y, *stats;     // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
+                          // near 1: m_s, l_s, m_t, l_t, m_1, l_1; W
   int squarings;          // that make e_1 of e_s, −1 if none do
 
   explicit KdRows(const KdCall& call) : k(call) {}
@@ -170,25 +171,29 @@ template <class A> struct KdRows {
     }
     s.settle(), t.settle(), one.settle();
     if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
-    const A found[8] = {s.m, A(s.l), t.m, A(t.l), one.m, A(one.l)};
+    const A found[8] = {s.m, A(s.l - 1), t.m, A(t.l - 1), one.m, A(one.l - 1)};
     std::copy_n(found, 8, stats);
     if (one.l == 0) return INFINITE<double>;
     const double hit = k.smoothing < 1 ? (1 - k.smoothing) * (double(one.m) - z_y) : 0;
     return std::log(one.l) + hit + (k.smoothing != 0 ? k.smoothing * (one.m - z_sum / V) : 0);
   }
 
+  double l_s() const { return 1 + double(stats[1]); }
+  double l_t() const { return 1 + double(stats[3]); }
+  double l_1() const { return 1 + double(stats[5]); }
+
   Terms<A> terms(double a, double b) const {
-    const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = stats[1], l_t = stats[3];
+    const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = this->l_s(), l_t = this->l_t();
     const double m_s = l_s == 0 ? A(0) : stats[0], m_t = l_t == 0 ? A(0) : stats[2];
     const double shift = m_t - m_s, b_shift = shift - m_t, lost = (m_t - (shift - b_shift)) - (m_s + b_shift);
-    const double excess = (l_t - l_s) / l_s;
+    const double excess = (double(stats[3]) - stats[1]) / l_s;
     Terms<A> r;
     r.m_s = m_s, r.inv_l_s = l_s == 0 ? 0 : A(1 / l_s), r.c_s = A(LOG2E / T_s);
     r.m_t = m_t, r.inv_l_t = l_t == 0 ? 0 : A(1 / l_t), r.c_t = A(LOG2E / T_t);
     r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s);
     r.rate_excess = A((1 - T_t / T_s) / LOG2E);
     r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
-    r.m_1 = stats[4], r.inv_l_1 = A(1 / double(stats[5])), r.target = A(k.smoothing / V);
+    r.m_1 = stats[4], r.inv_l_1 = A(1 / l_1()), r.target = A(k.smoothing / V);
     r.a = A(a), r.b = A(b), r.squarings = squarings;
     r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);
     return r;
@@ -258,13 +263,13 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     Terms<A> row = this->terms(a, b);
-    const double l_s = stats[1], l_t = stats[3];
+    const double l_s = this->l_s(), l_t = this->l_t();
     const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(C), odds(z_y, 0), odds(v_y, 2)});
     const bool no_student = softmax && l_s == 0 && (!hides || z_y == -INFINITE<A>), no_teacher = softmax && l_t == 0;
     const bool alive = kd && !no_student && (hides || !no_teacher), measure = k.forward && alive;
     const bool ahead = measured && measure;                  // D and W before the gradient
     bool pull = out && alive && legal && a != 0;             // there is a gradient of the divergence,
-    const bool push = out && ce && stats[5] != 0 && b != 0;  // of the cross-entropy
+    const bool push = out && ce && this->l_1() != 0 && b != 0;  // of the cross-entropy
     double value = kd && no_student && (hides || !no_teacher) ? INFINITE<double> : 0;
     if (twice) pull = pull && !std::isinf(stats[6]);
     if constexpr (hides) {
@@ -340,20 +345,25 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     return sweep<Divergence, A, value, out, hides ? E1::own : E1::power>(divergence, r, z, v, n, g).value;
   }
 
-  // The label's column once more, with its own target.
+  // The label's column once more, with its own target: in float64, for of q_1 − 1 little is left where the label is sure.
   [[gnu::noinline]] A at_label(Terms<A> r, const Divergence& divergence, bool pull, E1 e_1) {
     A z[STEP], v[STEP], w[STEP], g[STEP];
     std::fill_n(z, STEP, z_y), std::fill_n(v, STEP, v_y);
-    r.next_z = this->z_row, r.next_v = this->v_row, r.target += A(1 - k.smoothing);
-    if (pull) sweep<Divergence, A, false, Out::pull>(divergence, r, z, v, STEP, w);
-    if constexpr (hides) std::fill_n(w, STEP, A(divergence.centre));
-    this->template emit<measured && Divergence::centred, false>(r, z, w, STEP, g, pull, e_1);
-    return g[0];
+    r.next_z = this->z_row, r.next_v = this->v_row, g[0] = 0;
+    if (pull) {
+      sweep<Divergence, A, false, Out::pull>(divergence, r, z, v, STEP, w);
+      if constexpr (hides) std::fill_n(w, STEP, A(divergence.centre));
+      this->template emit<measured && Divergence::centred, false>(r, z, w, STEP, g, true, E1::none);
+    }
+    if (e_1 == E1::none) return g[0];
+    const double l_1 = this->l_1(), q_1 = std::exp(double(z_y) - stats[4]) / l_1;
+    const double less_one = z_y == stats[4] ? -stats[5] / l_1 : q_1 - 1;
+    return A(g[0] + r.b * (less_one + k.smoothing - k.smoothing / V));
   }
 
   // The log odds of the label against the columns of m and l at stats[at].
   double odds(A logit, int at) const {
-    const double T = at == 0 ? k.temperature : k.teacher_temperature, l = stats[at + 1];
+    const double T = at == 0 ? k.temperature : k.teacher_temperature, l = at == 0 ? this->l_s() : this->l_t();
     return l == 0 ? INFINITE<double> : (double(logit) - stats[at]) / T - std::log(l);
   }
   // The row's terms at the block at j: with its kept exponentials, which were relative to another maximum.
@@ -362,11 +372,12 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     if (j >= C) return r;
     r.next_z = k.student[next] + j * r.z_bytes, r.next_v = k.teacher[next] + j * r.v_bytes;
     if (!kd || !softmax || !k.forward) return r;
+    const double l_s = this->l_s(), l_t = this->l_t();
     const double rise_s = (double(this->top_s[j / BLOCK]) - r.m_s) * LOG2E / k.temperature;
     const double rise_t = (double(this->top_t[j / BLOCK]) - r.m_t) * LOG2E / k.teacher_temperature;
-    r.e_s = &this->e_s[j], r.inv_l_s = stats[1] == 0 ? 0 : A(std::exp2(rise_s) / stats[1]);
-    r.e_t = &this->e_t[j], r.inv_l_t = stats[3] == 0 ? 0 : A(std::exp2(rise_t) / stats[3]);
-    if (e_1 == E1::power) r.inv_l_1 = A(std::exp2(std::ldexp(rise_s, r.squarings)) / stats[5]);
+    r.e_s = &this->e_s[j], r.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
+    r.e_t = &this->e_t[j], r.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
+    if (e_1 == E1::power) r.inv_l_1 = A(std::exp2(std::ldexp(rise_s, r.squarings)) / this->l_1());
     return r;
   }
 };

@@ -2,10 +2,31 @@
 
 #include "vec.h"
 
-// Running Σ exp((x − m)/T). The reference m is the maximum of the first columns, and rises only where a later one is so
-// far above it that exponentials could overflow: a block is read once. settle() makes m the maximum of all.
+// The partial sums of a loop over vectors of A, in that type, or in float64.
+template <class A, class R> struct Partial {
+  Vec<A> sum[PER_STEP<A>] = {};
+  INLINE void add(int u, Vec<A> x) { sum[u] += x; }
+  double all() const { return total<A>(sum); }
+};
+template <> struct Partial<float, double> {
+  double sum[STEP] = {};
+  INLINE void add(int u, F x) {
+    for (int i = 0; i < WIDTH<float>; i++) sum[u * WIDTH<float> + i] += double(x[i]);
+  }
+  double all() const {
+    D of[PER_STEP<double>];
+    std::memcpy(of, sum, sizeof of);
+    return total<double>(of);
+  }
+};
+
+// Running Σ exp((x − m)/T). The reference m is the maximum of the first columns, and rises where a later one makes out
+// much of the sum: its exponential then is exactly 1. Such a block is added once more, in float64: the other columns, all
+// that there is to the entropy of a sure row, would drop out of float32 sums that have a 1 in them. Elsewhere a block is
+// read once. settle() makes m the maximum of all.
 template <class A> struct Softmax {
-  static constexpr double REACH = 64;  // powers of two that an exponential may reach
+  static constexpr double REACH = 4;    // powers of two that an exponential may reach,
+  static constexpr double SHARE = 0.5;  // and the part of the sum that one may have
   A m = -INFINITE<A>, top = -INFINITE<A>;  // −∞ also of nothing but −∞; then l is 0
   double l = 0, l_1 = 0;  // l_1: at temperature 1, kept if `squarings` say how its exponential comes from that at T
   double c;               // log2(e)/T
@@ -14,13 +35,23 @@ template <class A> struct Softmax {
   // `kept` gets the exponentials, if given.
   void add(const A* x, int64_t n, A* kept = nullptr) {
     if (m == -INFINITE<A>) m = maximum(x, n);
-    A most;
-    while (!reaches(x, n, kept, most)) rise(most);
-    top = std::max(top, most);
+    Sums of = sums<A>(x, n, kept);
+    const double above = std::ldexp((double(of.most) - m) * c, squarings);
+    if (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l)) {
+      rise(std::max(m, of.most));
+      of = sums<double>(x, n, kept);
+    }
+    l += of.l, l_1 += of.l_1;
+    top = std::max(top, of.most);
   }
   void settle() { rise(top); }
 
  private:
+  struct Sums {
+    double l, l_1;
+    A most;  // the maximum of the columns
+  };
+
   void rise(A to) {
     if (to == m) return;
     const double lowered = (double(m) - to) * c;
@@ -35,9 +66,10 @@ template <class A> struct Softmax {
     return highest<A>(highest_of);
   }
 
-  // Adds the columns, unless their maximum `most` is out of reach.
-  bool reaches(const A* x, int64_t n, A* kept, A& most) {
-    Vec<A> highest_of[PER_STEP<A>], sum[PER_STEP<A>] = {}, sum_1[PER_STEP<A>] = {};
+  // The columns' sums, added in the type R.
+  template <class R> Sums sums(const A* x, int64_t n, A* kept) const {
+    Vec<A> highest_of[PER_STEP<A>];
+    Partial<A, R> sum, sum_1;
     for (auto& of : highest_of) of = splat(-INFINITE<A>);
     const A from = m == -INFINITE<A> ? 0 : m, scale = A(c);
     for (int64_t j = 0; j < n; j += STEP)
@@ -47,17 +79,13 @@ template <class A> struct Softmax {
         highest_of[u] = max(column, highest_of[u]);
         Vec<A> e = exp2<A>((column - from) * scale);
         if (kept) store(kept + at, e);
-        sum[u] += e;
+        sum.add(u, e);
         if (squarings > 0) {
           for (int k = 0; k < squarings; k++) e *= e;
-          sum_1[u] += e;
+          sum_1.add(u, e);
         }
       }
-    most = highest<A>(highest_of);
-    if (std::ldexp((double(most) - m) * c, squarings) > REACH) return false;
-    l += total<A>(sum);
-    if (squarings > 0) l_1 += total<A>(sum_1);
-    return true;
+    return {sum.all(), sum_1.all(), highest<A>(highest_of)};
   }
 };
 

@@ -3,14 +3,15 @@
 //
 //   z student on V columns, q = exp((z − m)/T)/l; on the list of ids y the teacher's log-probabilities, or its weights ω
 //   p = exp(y), or exp(y·T_lp/T) over its sum on the list; δ = log p − log q; q' = q over its sum on the list
-//   m_c, l_c: m and l of the columns off the list, where Σq = r_s = l_c·exp((m_c − m)/T)/l; r_t = max(0, 1 − Σp)
-//   M = Σp + r_t; excess(p, q, δ) = p·δ + q − p >= 0, so that nothing cancels (divergences.h)
+//   m_c, l_c: m and l of the columns off the list, where Σq = r_s = l_c·exp((m_c − m)/T)/l
+//   r_t the teacher's tail, |1 − Σp| or what rounding leaves open of it; with it p is over Σp + r_t (fusedkd/sparse.py)
+//   excess(p, q, δ) = p·δ + q − p >= 0, so that nothing cancels (divergences.h)
 //
 //                         D                                                    ∂D/∂s on the list         off it, over q
 //   RENORMALIZE           Σ excess(p, q, δ) + r_s                              q − p                     1
 //   RENORMALIZE_REVERSE   Σ excess(q', p, −δ)                                  q'·(−δ − D)               0
-//   BUCKET                Σ excess(p, q, δ) + excess(r_t, r_s, ·) + M − 1      M·q − p                   M − r_t/r_s
-//   BUCKET_REVERSE        Σ excess(q, p, −δ) + excess(r_s, r_t, ·) + 1 − M     q·(−δ − D)                log(r_s/r_t) − D
+//   BUCKET                Σ excess(p, q, δ) + excess(r_t, r_s, ·)              q − p                     1 − r_t/r_s
+//   BUCKET_REVERSE        Σ excess(q, p, −δ) + excess(r_s, r_t, ·)             q·(−δ − D)                log(r_s/r_t) − D
 //   IGNORE                Σ p·δ                                                (Σp)·q − p                Σp
 //   IGNORE_REVERSE        Σ −q·δ, with W = Σ q·(1 − δ)                         q·(1 − δ − W)             −W
 //   SAMPLES               Σ −ω·log q                                           (Σω)·q − ω                Σω
@@ -23,6 +24,7 @@
 
 #include "logits.h"
 #include "divergences.h"
+#include "tails.h"
 
 namespace topk {
 
@@ -97,7 +99,7 @@ template <class A> struct TopkRows {
   int64_t label;
   bool kd, ce, label_listed;  // the terms that the row has
   double z_y;
-  A* stats;              // m, l, m_c, l_c, m_1, l_1, and what A rounds off l and l_c
+  A* stats;              // m, l, m_c, l_c, m_1, l_1 − 1 (kd_rows.h), and what A rounds off l and l_c
   int squarings;         // that make exp(z) of exp(z/T), −1 if none do
   double rest;           // ∂D/∂s off the list, over exp((z − m_c)/T)
 
@@ -200,7 +202,7 @@ template <class A> struct TopkRows {
     merge(s, x.data(), n);
     if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
     else if (ce) merge(one, x.data(), n);
-    const A found[8] = {s.m, A(s.l), m_c, l_c, one.m, A(one.l), A(s.l - A(s.l)), A(off - l_c)};
+    const A found[8] = {s.m, A(s.l), m_c, l_c, one.m, A(one.l - 1), A(s.l - A(s.l)), A(off - l_c)};
     std::copy_n(found, 8, stats);
     if (one.l == 0) return INFINITE<double>;
     const double hit = k.smoothing < 1 ? (1 - k.smoothing) * (double(one.m) - z_y) : 0;
@@ -225,9 +227,11 @@ template <class A> struct TopkRows {
       store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) / l);
       p_sum += p_j;
     }
-    const double total = renormalized ? added(p_sum) : 1, mass = renormalized ? 1 : added(p_sum);
-    const double log_total = std::log(total);
-    const double M = std::max(1.0, mass), r_t = std::max(0.0, 1 - mass), log_r_t = std::log(r_t);
+    const bool bucket = k.form == Form::bucket || k.form == Form::bucket_reverse;
+    const double mass = added(p_sum);
+    const double left = bucket ? teachers_tail(k.teacher.type, p.data(), y.data(), n, mass, l_c != 0) : 0;
+    const double total = renormalized || bucket ? mass + left : 1, log_total = std::log(total);
+    const double r_t = left / total, log_r_t = std::log(r_t);
 
     const D zero = {}, infinite = splat(INFINITE<double>);
     D sum = {}, w_sum = {};
@@ -240,7 +244,7 @@ template <class A> struct TopkRows {
         case Form::renormalize:
         case Form::bucket:
           term = t_masked ? q_j : (s_masked ? infinite : excess(p_j, q_j, delta));
-          w = M * q_j - p_j;
+          w = q_j - p_j;
           break;
         case Form::renormalize_reverse:
         case Form::bucket_reverse:
@@ -264,11 +268,11 @@ template <class A> struct TopkRows {
       case Form::renormalize: value += r_s, W = 0, rest = q_c; break;
       case Form::renormalize_reverse: W = value, rest = 0; break;
       case Form::bucket:
-        value += tail(r_t, r_s, log_r_t - log_r_s) + (M - 1), W = 0;
-        rest = M * q_c - (l_c == 0 ? 0 : r_t / l_c);
+        value += tail(r_t, r_s, log_r_t - log_r_s), W = 0;
+        rest = q_c - (l_c == 0 ? 0 : r_t / l_c);
         break;
       case Form::bucket_reverse:
-        value += tail(r_s, r_t, log_r_s - log_r_t) + (1 - M), W = value;
+        value += tail(r_s, r_t, log_r_s - log_r_t), W = value;
         rest = l_c == 0 ? 0 : ((log_r_s - log_r_t) - value) * q_c;
         break;
       case Form::ignore_reverse: rest = -W * q_c; break;
@@ -277,11 +281,6 @@ template <class A> struct TopkRows {
     for (int64_t j = 0; j < n; j++) g[j] -= q[j] * W;
     return value;
   }
-  // excess of the residual classes; 0·log 0 = 0.
-  static double tail(double p, double m, double delta) {
-    if (p == 0 && !(delta > -INFINITE<double>)) return m;
-    return delta == INFINITE<double> ? delta : excess(p, m, delta);
-  }
 
   // Second sweep.
   void gradient(int64_t i, bool legal, bool infinite) {
@@ -289,9 +288,9 @@ template <class A> struct TopkRows {
     const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     const bool pull = kd && legal && stats[1] != 0 && a != 0 && !(infinite && reverse());  // of KD and CE
-    const bool push = ce && legal && stats[5] != 0 && b != 0, dense = pull && rest != 0;
+    const bool push = ce && legal && stats[5] != -1 && b != 0, dense = pull && rest != 0;
     const E1 e_1 = !push ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
-    const double m_c = stats[2] == -INFINITE<A> ? 0 : stats[2], m_1 = stats[4], l_1 = stats[5];
+    const double m_c = stats[2] == -INFINITE<A> ? 0 : stats[2], m_1 = stats[4], l_1 = 1 + double(stats[5]);
     Terms<A> r{.m_c = A(m_c), .c_s = A(LOG2E / k.temperature), .rest = dense ? A(a * rest) : 0};
     r.m_1 = A(m_1), r.inv_l_1 = A((e_1 == E1::power ? std::exp(m_c - m_1) : 1) / l_1), r.b = A(b);
     r.target = A(k.smoothing / V), r.squarings = squarings, r.z_bytes = size_of(k.student.type);

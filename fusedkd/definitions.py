@@ -79,5 +79,6 @@ def cosine_distance_gradient(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def inverse_norm(hidden: Tensor) -> Tensor:
-    """(Σx² + ε)^−½ per row, shape ``(N, 1)``."""
-    return (hidden.square().sum(-1, keepdim=True) + COSINE_EPSILON).rsqrt()
+    """(Σx² + ε)^−½ per row, shape ``(N, 1)``. A row above 1 is scaled down first, lest its squares overflow."""
+    scale = hidden.detach().abs().amax(-1, keepdim=True).clamp(min=1).reciprocal()
+    return scale * ((scale * hidden).square().sum(-1, keepdim=True) + COSINE_EPSILON * scale**2).rsqrt()

@@ -75,7 +75,8 @@ class _Call(NamedTuple):
             illegal = self.illegal()
             ids = torch.where(illegal.unsqueeze(-1), -1, self.ids)
             log_q = log_softmax(z / t_s)
-            value, gradient = sparse.definition(SparseForm(self.form), ids, v, log_q, a[0] / t_t)
+            known = self.teacher.flatten(0, 1)
+            value, gradient = sparse.definition(SparseForm(self.form), ids, known, log_q, a[0] / t_t)
             value = torch.where(illegal, torch.nan, value)
             finite = self.form not in sparse.REVERSE
         else:

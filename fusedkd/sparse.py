@@ -1,8 +1,14 @@
 """Teachers known at K columns per row: the forms in which the ``topk_*`` operators compute them, and what each is.
 
 p_k is the teacher's probability of column id_k, q the student's softmax over all V columns, δ = log p − log q on the K
-columns, r_q = Σ q and r_p = max(0, 1 − Σ p) the two tails. The definitions scatter the teacher over the vocabulary,
-which no kernel does, and return the value and its gradient with respect to s = z/T.
+columns, r_q = Σ q and r_p the two tails. The definitions scatter the teacher over the vocabulary, which no kernel does,
+and return the value and its gradient with respect to s = z/T.
+
+Of the teacher's tail no more is known than rounding leaves of 1 − Σp: e = ½ε·Σp|log p| + ε', by the rounding of the
+log-probabilities, ε of their dtype, and of the softmax that they come from and of the sum, ε' = 2⁻²³ or, if they are
+float64, 2⁻⁴⁶.
+r_p is |1 − Σp|, at least e; but 0 where 1 − Σp ≤ e and the student has nothing off the list, as when K = V. Then p and
+r_p are divided by their sum, which is 1 unless they were rounded.
 """
 
 from __future__ import annotations
@@ -38,8 +44,10 @@ def definition(
 ) -> tuple[Tensor, Tensor]:
     """(D, ∂D/∂s) of rows with ids ``(N, K)``, −1 for padding, and the teacher's log-probabilities (or weights) there.
 
-    ``sharpening``: T_lp/T, which takes the log-probabilities to the temperature T before ``renormalize``.
+    ``sharpening``: T_lp/T, which takes the log-probabilities to the temperature T before ``renormalize``. They are in
+    the dtype in which they are known.
     """
+    rounded, teacher = teacher, teacher.to(log_q.dtype)
     valid = ids >= 0
     column = torch.where(valid, ids, 0)
     q = log_q.exp()
@@ -66,14 +74,28 @@ def definition(
         value = torch.where(listed, kl_terms(log_q, log_p), 0).sum(-1)
         return value, chain(torch.where(listed, q * (1 + log_q - log_p), 0), log_q)
 
-    mass = p.sum(-1, keepdim=True)
-    log_tail_p = (1 - mass).clamp(min=0).log()
     log_tail_q = torch.where(listed, -torch.inf, log_q).logsumexp(-1, keepdim=True)
+    tail = tail_of_teacher(torch.where(valid, rounded, -torch.inf), log_tail_q > -torch.inf)
+    log_mass = (p.sum(-1, keepdim=True) + tail).log()
+    log_p, log_tail_p = log_p - log_mass, tail.log() - log_mass
     if form == SparseForm.BUCKET:
         value = (kl_terms(log_p, log_q).sum(-1, keepdim=True) + kl_terms(log_tail_p, log_tail_q)).squeeze(-1)
-        w = torch.where(listed, p, q * (log_tail_p - log_tail_q).exp())
-        return value, torch.where(q == 0, 0, (mass + log_tail_p.exp()) * q) - torch.where(listed | (q > 0), w, 0)
+        w = torch.where(listed, log_p.exp(), q * (log_tail_p - log_tail_q).exp())
+        return value, q - torch.where(listed | (q > 0), w, 0)
     assert form == SparseForm.BUCKET_REVERSE
     inside = torch.where(listed, kl_terms(log_q, log_p), 0).sum(-1, keepdim=True)
     value = (inside + kl_terms(log_tail_q, log_tail_p)).squeeze(-1)
     return value, chain(q * torch.where(listed, log_q - log_p, log_tail_q - log_tail_p), log_q)
+
+
+def tail_of_teacher(logprobs: Tensor, possible: Tensor) -> Tensor:
+    """r_p of log-probabilities ``(N, K)`` in the dtype in which they are known, −inf where there is none, not yet
+    divided by Σp + r_p; float64 ``(N, 1)``. ``possible``: whether the student has anything off the list, ``(N, 1)``.
+    """
+    eps = torch.finfo(logprobs.dtype).eps
+    log_p = logprobs.double()
+    p = log_p.exp()
+    rest = 1 - p.sum(-1, keepdim=True)
+    error = eps / 2 * torch.where(p == 0, 0, p * log_p.abs()).sum(-1, keepdim=True)
+    error += 2.0**-46 if logprobs.dtype == torch.float64 else 2.0**-23
+    return torch.where(possible, rest.abs().maximum(error), torch.where(rest <= error, 0, rest))

@@ -66,8 +66,12 @@ class TeacherTopK:
             with the student renormalised over the K columns. The temperature may differ from the log-probabilities'.
             Biased: it sharpens the teacher (Sparse Logit Sampling, arXiv:2503.16870, §3).
 
-            ``"bucket"``: all other columns are one class, on both sides. Where the listed columns are all there are, or
-            hold all of the teacher's probability, rounding decides whether that class is empty, and so finite.
+            ``"bucket"``: all other columns are one class, on both sides. The teacher's probability of it is
+            |1 − Σ_K p|, but never less than rounding leaves open of that, ½ε·Σ_K p|log p| + ε', ε of the dtype of the
+            log-probabilities and ε' = 2⁻²³ (2⁻⁴⁶ for float64): reverse KL stays finite, and keeps a gradient, where the
+            list holds all of the teacher's probability. The class is empty where that is all there is and the student
+            has nothing off the list either, as when K = V. p and the tail are divided by their sum, which rounding may
+            take above 1.
 
             ``"ignore"``: Σ_K p·δ alone; may be negative.
         logprobs_temperature: the temperature at which they were taken. Only ``"renormalize"`` can change it; the others

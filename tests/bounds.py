@@ -181,10 +181,10 @@ def listed(
 
     reverse = divergence.name == "reverse_kl"
     form = SparseForm(TAILS[teacher.tail] + reverse)
-    lp = teacher.logprobs.detach().cpu().double().reshape(ids.shape)
+    known = torch.where(valid, teacher.logprobs.detach().cpu().reshape(ids.shape), -torch.inf)
     sharpening = float(teacher.logprobs_temperature) / t
-    value, gradient = sparse.definition(form, ids, lp, log_q, sharpening)
-    lp = torch.where(valid, lp, -torch.inf)
+    value, gradient = sparse.definition(form, ids, known, log_q, sharpening)
+    lp = known.double()
     log_qk = torch.where(valid, log_q.gather(-1, column), -torch.inf)
     if teacher.tail == "renormalize":
         lp = (lp * sharpening).log_softmax(-1)
@@ -195,7 +195,7 @@ def listed(
     bound = tolerance(value, exact)
     if teacher.tail == "bucket":
         off = q.scatter_reduce(-1, column, torch.where(valid, 0, q.gather(-1, column)), "amin")
-        tails = (1 - p.sum(-1)).clamp(min=0), off.sum(-1)
+        tails = sparse.tail_of_teacher(known, off.sum(-1, keepdim=True) > 0).squeeze(-1), off.sum(-1)
         ratio = torch.where(tails[1] > 0, tails[0] / tails[1], 0)
         both = both + norm(off) * ratio
         if reverse:

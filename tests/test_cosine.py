@@ -79,6 +79,35 @@ def test_scale(device: str, scale: float) -> None:
     check_cosine(scale * student, scale * teacher, reduction="none")
 
 
+FAR = [(torch.bfloat16, 1e30), (torch.float32, 1e19), (torch.float32, 1e20), (torch.float32, 3e36)]
+FAR += [(torch.float64, 1e155), (torch.float64, 1e200), (torch.float64, 1e306)]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), FAR, ids=str)
+@pytest.mark.parametrize("hidden", [48, 77, 4097])
+def test_squares_that_overflow(device: str, dtype: torch.dtype, scale: float, hidden: int) -> None:
+    """On either side and on both. The gradient is as small as the student's rows are large."""
+    student, teacher = (x.to(dtype) for x in pair(4, hidden, dtype=torch.float64, device=device))
+    for large in ((1, scale), (scale, 1), (scale, scale)):
+        x, y = large[0] * student, large[1] * teacher
+        truth = check_cosine(x, y, reduction="none", upstream=torch.tensor(large[0], dtype=torch.float64))
+        assert ((truth.loss.value > 0.01) & (truth.loss.value < 1)).all()
+        check_cosine(x, y, vacuous=scale > 1e100)  # squares of what is so small are 0
+    student[0], teacher[1] = scale * student[0], scale * teacher[1]
+    check_cosine(student, teacher)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-38, 1e-44])
+def test_squares_that_underflow(device: str, scale: float) -> None:
+    """ε is all there is: the distance is 1, and the gradient that of −x·y/√ε‖y‖."""
+    student, teacher = pair(4, 48, device=device)
+    rows = check_cosine(scale * student, teacher, reduction="none").loss.value
+    torch.testing.assert_close(rows, torch.ones(4, dtype=torch.float64))
+    check_cosine(scale * student, scale * teacher, reduction="none", vacuous=scale < 1e-30)
+    check_cosine(student, scale * teacher, reduction="none", vacuous=True)
+    check_cosine(scale * student, 1e30 * teacher, reduction="none")
+
+
 def test_zero_vectors(device: str) -> None:
     student, teacher = pair(4, 32, device=device)
     student[0], teacher[1] = 0, 0

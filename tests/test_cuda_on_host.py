@@ -10,6 +10,7 @@ import torch
 from on_host import guarded
 from torch import Tensor
 
+from fusedkd import definitions
 from fusedkd.ops import SCHEMAS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -134,6 +135,36 @@ def test_a_zero_row_follows_the_epsilon_rule(ops):
     distance, expected = truth(x, y, torch.ones(1))
     torch.testing.assert_close(rows.double(), distance)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("h", [40, 77, 1160])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e19),
+        (torch.float32, 1e30),
+        (torch.bfloat16, 1e36),
+        (torch.float64, 1e200),
+        (torch.float32, 1e-25),
+    ],
+    ids=str,
+)
+def test_squares_out_of_range(ops, dtype, scale, h):
+    x, y = (x.to(dtype) for x in torch.randn(2, 1, 3, h, generator=torch.Generator().manual_seed(h)).double())
+    x[0, 0], y[0, 1] = scale * x[0, 0], scale * y[0, 1]
+    x[0, 2], y[0, 2] = scale * x[0, 2], scale * y[0, 2]
+    rows, stats, gradient = ops.cosine_forward(x, y, None, torch.ones((), dtype=torch.float64), True)
+    distance = definitions.cosine_distance(x[0].double(), y[0].double())
+    torch.testing.assert_close(rows.double(), distance, rtol=1e-5, atol=1e-12)
+    expected = definitions.cosine_distance_gradient(x[0].double(), y[0].double())
+    for upstream, found in ((1.0, gradient), (-3.0, None)):
+        if found is None:
+            up = torch.tensor(upstream, dtype=stats.dtype)
+            found = ops.cosine_backward(up, x, y, None, torch.ones((), dtype=torch.float64), stats)
+        error = (found[0].double() - upstream * expected).norm(dim=-1)
+        rounding = (upstream * expected - (upstream * expected).to(dtype).double()).norm(dim=-1)
+        assert (error <= 1.25 * rounding + 3e-6 * definitions.inverse_norm(x[0].double())[:, 0]).all()
+        assert (found != 0).any(-1)[:, :: 1 if scale > 1 else 2].all()
 
 
 def test_nan_and_infinity_show(ops):

@@ -22,6 +22,7 @@ from topk_cases import (
     near_convergence,
     no_column,
     repeated_samples,
+    rounded_tails,
     tails_out_of_reach,
     unselected_rows,
     whole_vocabulary,
@@ -68,6 +69,7 @@ def test_near_convergence(form: SparseForm) -> None:
 @pytest.mark.parametrize("form", [SparseForm.BUCKET, SparseForm.BUCKET_REVERSE])
 def test_tails(form: SparseForm) -> None:
     tails_out_of_reach(topk, form)
+    rounded_tails(topk, form)
     whole_vocabulary(topk, form)
 
 

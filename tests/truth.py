@@ -189,7 +189,7 @@ def cosine_truth(
     factor = (w / n).unsqueeze(-1)
     gradient = torch.where(on.unsqueeze(-1), factor * definitions.cosine_distance_gradient(x, y), 0)
     a, b = definitions.inverse_norm(x), definitions.inverse_norm(y)
-    subtracted = torch.where(on, (factor * a * a * x).norm(dim=-1) + (factor * a * b * y).norm(dim=-1), 0)
+    subtracted = torch.where(on, (factor * a).squeeze(-1) * ((a * x).norm(dim=-1) + (b * y).norm(dim=-1)), 0)
     loss = _reduced(rows, n, student, reduction)
     scaled = _with_upstream(gradient, subtracted, torch.zeros(()), upstream, student)
     return Truth(loss, loss, loss, *scaled)

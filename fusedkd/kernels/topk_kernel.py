@@ -3,13 +3,14 @@ in two passes over the student's row.
 
 Row i has student logits z [V], q = softmax(z/T), and on the list of ids y [K] the teacher's log-probabilities, or its
 weights ω: p = e^y, or e^(y·T_lp/T) over its sum on the list; δ = log p − log q; q' = q over its sum on the list. Off
-the list r_s = Σq, and r_t = max(0, 1 − Σp); M = Σp + r_t. excess(p, q, δ) = p·δ + q − p ≥ 0 (kernels/divergences.py).
+the list r_s = Σq; r_t is the teacher's tail, |1 − Σp| or what rounding leaves open of it, and with it p is over
+Σp + r_t (fusedkd/sparse.py). excess(p, q, δ) = p·δ + q − p ≥ 0 (kernels/divergences.py).
 
                        D                                                   ∂D/∂s on the list       off it, over q
   RENORMALIZE          Σ excess(p, q, δ) + r_s                             q − p                   1
   RENORMALIZE_REVERSE  Σ excess(q', p, −δ)                                 q'·(−δ − D)             0
-  BUCKET               Σ excess(p, q, δ) + excess(r_t, r_s, ·) + M − 1     M·q − p                 M − r_t/r_s
-  BUCKET_REVERSE       Σ excess(q, p, −δ) + excess(r_s, r_t, ·) + 1 − M    q·(−δ − D)              log(r_s/r_t) − D
+  BUCKET               Σ excess(p, q, δ) + excess(r_t, r_s, ·)             q − p                   1 − r_t/r_s
+  BUCKET_REVERSE       Σ excess(q, p, −δ) + excess(r_s, r_t, ·)            q·(−δ − D)              log(r_s/r_t) − D
   IGNORE               Σ p·δ                                               (Σp)·q − p              Σp
   IGNORE_REVERSE       Σ −q·δ, with W = Σ q·(1 − δ)                        q·(1 − δ − W)           −W
   SAMPLES              Σ −ω·log q                                          (Σω)·q − ω              Σω
@@ -229,6 +230,13 @@ def topk_kernel(
             b_y -= tl.log(tl.sum(tl.exp(b_y), 0))
         b_p = tl.exp(b_y)
     mass = tl.sum(b_p, 0)
+    r_t = mass * 0.0
+    if (FORM == BUCKET) | (FORM == BUCKET_REVERSE):
+        r_t = teachers_tail(b_p, b_y, mass, sum_c != 0, teacher.dtype.element_ty)
+        share = 1.0 / (mass + r_t)
+        b_p *= share
+        b_y += tl.log(share)
+        r_t *= share
 
     # q, D, and ∂D/∂s; off it, ∂D/∂s = rest·e^((z − top_c)/T), and q = q_c·e^((z − top_c)/T)
     dead = total == 0
@@ -248,18 +256,15 @@ def topk_kernel(
             b_d = b_q - b_p
             rest = q_c
         else:
-            r_t = tl.maximum(1.0 - mass, 0.0)
-            M = tl.maximum(mass, 1.0)
-            divergence += tail(r_t, tl.exp(log_rs), tl.log(r_t) - log_rs) + (M - 1.0)
-            b_d = M * b_q - b_p
-            rest = M * q_c - r_t * reciprocal_or_zero(sum_c.to(R))
+            divergence += tail(r_t, tl.exp(log_rs), tl.log(r_t) - log_rs)
+            b_d = b_q - b_p
+            rest = q_c - r_t * reciprocal_or_zero(sum_c.to(R))
     elif (FORM == RENORMALIZE_REVERSE) | (FORM == BUCKET_REVERSE):
         divergence = tl.sum(excess(b_q, b_p, -b_delta), 0)
         rest = 0.0 * q_c
         if FORM == BUCKET_REVERSE:
-            r_t = tl.maximum(1.0 - mass, 0.0)
             ratio = log_rs - tl.log(r_t)
-            divergence += tail(tl.exp(log_rs), r_t, ratio) + (1.0 - tl.maximum(mass, 1.0))
+            divergence += tail(tl.exp(log_rs), r_t, ratio)
             rest = tl.where(sum_c == 0, 0.0, (ratio - divergence) * q_c)
         b_d = tl.where(b_q == 0, 0.0, b_q * (-b_delta - divergence))
     elif FORM == IGNORE_REVERSE:
@@ -356,6 +361,17 @@ def excess(p, m, x):
         y = 1.0 - x * (y * (1.0 / k))
     px = tl.where(x > -1024, (p + 1.2e-38) * x, 0.0)  # p is 0 below
     return tl.where(tl.abs(x) < 0.5, px * x * 0.5 * y, (m - p) + px)
+
+
+@triton.jit
+def teachers_tail(b_p, b_y, mass, possible, dtype: tl.constexpr):
+    """|1 − Σp|, at least what rounding leaves open of it (fusedkd/sparse.py); dtype: of the log-probabilities."""
+    half: tl.constexpr = 2.0**-7 if dtype == tl.bfloat16 else 2.0**-10
+    eps: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23 if dtype == tl.float32 else half
+    error = eps / 2 * tl.sum(tl.where(b_p == 0, 0.0, b_p * tl.abs(b_y)), 0)
+    error += 2.0**-46 if dtype == tl.float64 else 2.0**-23
+    left = 1.0 - mass
+    return tl.where(possible, tl.maximum(tl.abs(left), error), tl.where(left <= error, 0.0, left))
 
 
 @triton.jit
