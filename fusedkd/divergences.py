@@ -315,7 +315,9 @@ def alpha_beta(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def total_variation(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
     """½·Σ|p − q|; w = ½·q·sign(q − p)."""
-    return 0.5 * (r.p - r.q).abs().sum(-1), chain(0.5 * r.q * (r.log_q - r.log_p).sign(), r.log_q)
+    delta = r.log_q - r.log_p
+    sign = torch.where(delta.isnan(), delta, delta.sign())  # PyTorch's sign of NaN is 0
+    return 0.5 * (r.p - r.q).abs().sum(-1), chain(0.5 * r.q * sign, r.log_q)
 
 
 def logit_mse(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,31 @@ def test_masked_rows_and_labels():
         assert rows[0, 0].isnan()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "total_variation", "dkd", "logit_mse"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_where_not_a_number_shows(divergence, bad):
+    """On the common columns, which the KD term reads; a term of weight 0 adds nothing."""
+    c = case(120, columns=110, divergence=divergence, ce=False, masked=0.0)
+    c.teacher[0, 0, 3] = bad  # the label
+    rows, _, gradient = c.forward()
+    if divergence == "logit_mse":  # no softmax: +∞ makes D infinite
+        assert rows[0, 0].isinf() if bad == torch.inf else rows[0, 0].isnan()
+        assert gradient[0, 0].isnan().sum() == (bad != torch.inf)
+    else:
+        assert rows[0, 0].isnan()
+        assert gradient[0, 0, :110].isnan().all()
+    assert not gradient[0, 0, 110:].any()
+    c.options[3:5] = torch.tensor([0.0, 0.3])
+    c.student[0, 2, 115] = torch.nan
+    rows, _, gradient = c.forward()
+    assert not rows[0, 0].isfinite()
+    assert gradient[0, 0].isfinite().all()
+    c.options[3:5] = torch.tensor([0.7, 0.0])
+    _, _, gradient = c.forward()
+    assert gradient[0, 2].isfinite().all()
+    assert gradient[0, 2, :110].any()
+
+
 def test_bad_arguments():
     c = case(64)
     rows, stats, _ = c.forward()

@@ -41,9 +41,10 @@ SAMPLES = tl.constexpr(int(SparseForm.SAMPLES))
 
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+VECTORS = ["teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "rows", "stats", "marks"]
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def topk_kernel(
     # Inputs: [B, L, V], [B, L, K], [N, K], [N] or None (no cross-entropy), [N]; float64 [16] and [2]; A, [N] or [] or
     # None (1)
