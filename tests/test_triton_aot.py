@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from fusedkd.divergences import Form  # noqa: E402
 from fusedkd.kernels import kd  # noqa: E402
-from fusedkd.kernels.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout  # noqa: E402
+from fusedkd.kernels.choice import MIXTURE_COLUMNS, PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout  # noqa: E402
 from fusedkd.kernels.divergences import MEASURED  # noqa: E402
 from fusedkd.kernels.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
 
@@ -77,11 +77,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **structure: Any) -> CompiledKernel:
     constants = STRUCTURE | structure
     constants |= {key: int(getattr(constants[key], "value", constants[key])) for key in ("FORM", "STAGE")}
-    constants["MEASURED"] = constants["FORM"] in MEASURED
+    form = constants["FORM"]
+    constants["MEASURED"] = form in MEASURED
     options = layout(
         student,
-        4096 if constants["RESIDENT"] else 50257,
-        constants["FORM"],
+        50257 if not constants["RESIDENT"] else MIXTURE_COLUMNS if form == Form.MIXTURE else RESIDENT_COLUMNS,
+        form,
         teacher=teacher,
         resident=constants["RESIDENT"],
         transform=constants["TRANSFORM"],

@@ -27,8 +27,11 @@ SURPLUS_COLUMNS = 2048
 RESIDENT_COLUMNS = 4096
 """Eight columns of both sides for each of 512 threads. Twice as many compile without a spill at 128 registers, but then
 a processor has one row, and nothing to compute while it waits for the next; two sweeps over 8192 columns find the
-second in L1 and L2. Neither float64 fits nor the mixture with a soft-cap or narrow accesses.
+second in L1 and L2. Float64 does not fit, nor the soft-capped mixture.
 """
+
+MIXTURE_COLUMNS = 2048
+"""The same of the mixture, for which 128 registers are too few by Triton 3.8."""
 
 PART_COLUMNS = 8192
 """Two blocks: a shorter part is done before its launch has paid for itself."""
@@ -64,22 +67,21 @@ class Case(NamedTuple):
     transform: bool
     forward: bool
     """Statistics are to be taken. Otherwise one sweep is left, which nothing has to be kept for."""
-    in_phase: bool = True
-    """Rows of all sides start alike, so that all accesses are wide."""
 
 
 def choose(case: Case, device: Device) -> tuple[str, int]:
     """A kernel, the first line that fits, and the number of parts into which it splits a row."""
-    rows, V, C, dtype, teacher, form, transform, forward, in_phase = case
+    rows, V, C, dtype, teacher, form, transform, forward = case
     wide = dtype == torch.float64
     cluster = device.cluster and not wide and dtype == teacher and (form == Form.FORWARD_KL or not transform)
-    resident = forward and not wide and not (form == Form.MIXTURE and (transform or not in_phase))
+    most = MIXTURE_COLUMNS if form == Form.MIXTURE else RESIDENT_COLUMNS
+    resident = forward and not wide and most >= C and not (form == Form.MIXTURE and transform)
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
 
     if cluster and RESIDENT_COLUMNS < V and V * dtype.itemsize <= CLUSTER_BYTES and V - C <= SURPLUS_COLUMNS:
         return "cluster", 1
-    if resident and C <= RESIDENT_COLUMNS and at_the_ends <= _columns(C) // 8:
+    if resident and at_the_ends <= _columns(C) // 8:
         return "resident", 1
     if parts > 1:  # few rows, and long ones
         return "split", parts

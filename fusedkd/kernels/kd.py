@@ -151,19 +151,18 @@ class Call(NamedTuple):
         if n == 0:
             return
         forward, measured = rows is not None, self.form in MEASURED
-        p_student, o_student = aligned(self.student)
-        p_teacher, o_teacher = aligned(self.teacher)
-        p_gradient, o_gradient = (None, o_student) if gradient is None else aligned(gradient)
-        teacher_in_phase = in_phase(o_teacher, o_student, B, L)
-        gradient_in_phase = in_phase(o_gradient, o_student, B, L)
-        phases = teacher_in_phase and gradient_in_phase
-        case = Case(n, V, C, dtype, self.teacher.dtype, self.form, self.transform, forward, phases)
+        case = Case(n, V, C, dtype, self.teacher.dtype, self.form, self.transform, forward)
         kernel, parts = choose(case, device)
         tail = self.ignore_index, self.form, self.transform, self.ce
         if kernel == "cluster":
             up = None if upstream is None else upstream.contiguous()
             torch.ops.fusedkd.kd_cluster(*self[:6], up, rows, stats, gradient, *tail, rescale)
             return
+        p_student, o_student = aligned(self.student)
+        p_teacher, o_teacher = aligned(self.teacher)
+        p_gradient, o_gradient = (None, o_student) if gradient is None else aligned(gradient)
+        teacher_in_phase = in_phase(o_teacher, o_student, B, L)
+        gradient_in_phase = in_phase(o_gradient, o_student, B, L)
         resident = kernel == "resident"
         blocks = layout(
             dtype,
@@ -172,7 +171,7 @@ class Call(NamedTuple):
             teacher=self.teacher.dtype,
             resident=resident,
             transform=self.transform,
-            in_phase=phases,
+            in_phase=teacher_in_phase and gradient_in_phase,
             hip=device.hip,
         )
         partials = stats.new_empty(n, PARTIALS.value, parts) if forward and parts > 1 else None

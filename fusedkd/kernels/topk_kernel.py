@@ -336,9 +336,10 @@ def topk_kernel(
                     )
                     b -= base_c
                     b_e = tl.exp2(b * k_s)
-                    b_g = rest * b_e
+                    b_g = tl.where(rest == 0, 0.0, rest * b_e)  # 0, whatever the column holds
                     if LABELS:
-                        b_g += a_ce * (exp_at_one(b_e, b, power) * b_1) - tl.where(o == o_label, a_label, a_other)
+                        b_g += tl.where(a_ce == 0, 0.0, a_ce * (exp_at_one(b_e, b, power) * b_1))
+                        b_g -= tl.where(o == o_label, a_label, a_other)
                     if TRANSFORM:
                         b_g *= b_slope
                 tl.store(p_gradient + o, b_g.to(gradient.dtype.element_ty), m, eviction_policy="evict_first")
