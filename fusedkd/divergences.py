@@ -7,8 +7,8 @@ its input, from which the tests take their truth. Its kernels are one functor of
 of ``fusedkd/kernels/divergences.py``.
 
 Notation: s = z/T student, t = v/T teacher, q = softmax(s), p = softmax(t), δ = log p − log q. Where −inf masks a column
-on both sides it contributes nothing. NaN or +inf on a common column of either side makes D and its gradient on all common
-columns NaN, whatever the coefficients; without a softmax it stays in its column, and an infinite D has gradient 0.
+on both sides it contributes nothing. NaN or +inf on a common column of either side makes D NaN, and its gradient on all
+common columns, whatever the coefficients; without a softmax it stays in its column, and an infinite D has gradient 0.
 Gradients are with respect to s: w − q·Σw with w = q·∂D/∂q.
 """
 
