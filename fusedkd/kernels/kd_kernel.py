@@ -39,6 +39,9 @@ INTEGERS = ["ignore_index", "upstream_stride", "parts", "L", "V", "C", "student_
 INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
 VECTORS = ["labels", "weights", "real_options", "normalizers", "upstream", "rows", "stats", "partials"]
 
+LOWEST = tl.constexpr(-1e20)
+"""Of v − max v in δ: times c_t − c_s, a mask as low as float32 goes would be −∞, though both sides are finite."""
+
 WHOLE, STATISTICS, VALUES, FINISH = (tl.constexpr(i) for i in range(4))
 """STAGE. WHOLE: all that is asked for in one launch. The others, of a split row, follow one another; VALUES writes the
 gradient too if W is known beforehand, FINISH otherwise, and the rows.
@@ -284,7 +287,8 @@ def kd_kernel(
     binary = 0.0
     pull = 0.0
     if TARGET:
-        h = c_s * ((v_y - near_t) - (z_y - near_s) - gap) + (c_t - c_s) * (v_y - base_t) - log_ratio
+        low = tl.maximum(v_y - base_t, LOWEST)
+        h = c_s * ((v_y - near_t) - (z_y - near_s) - gap) + (c_t - c_s) * low - log_ratio
         x_p = c_t * (v_y - base_t) - log_t
         x_q = c_s * (z_y - base_s) - log_s
         binary, pull = dkd_target(x_p, x_q, tl.where(empty, INFINITY, h))
@@ -339,7 +343,8 @@ def kd_kernel(
                 b_e = tl.exp2(b_x * k_s)
                 b_q = b_e * r_s
                 b_p = tl.exp2(b_y * k_t) * r_t
-                b_delta = c_s * ((b_v - near_t) - (b_z - near_s) - gap) + (c_t - c_s) * b_y - log_ratio
+                b_low = tl.maximum(b_y, LOWEST)
+                b_delta = c_s * ((b_v - near_t) - (b_z - near_s) - gap) + (c_t - c_s) * b_low - log_ratio
                 if MEASURED:  # forward KL, and DKD, take ∞ − ∞ for the nothing that it is
                     b_delta = tl.where(b_v == -INFINITY, tl.where(b_z == -INFINITY, 0.0, -INFINITY), b_delta)
                 b_log_p = c_t * b_y - log_t
