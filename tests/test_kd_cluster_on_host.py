@@ -158,6 +158,15 @@ def test_where_not_a_number_shows(divergence, bad):
     assert gradient[0, 2, :110].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=describe)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_masks_as_low_as_the_type_goes(divergence, dtype):
+    """Finite on both sides: the columns add nothing, at any two temperatures."""
+    c = case(120, dtype, divergence=divergence, temperature=1.0, teacher_temperature=0.4)
+    c.student[:, :, 50:60] = c.teacher[:, :, 50:60] = torch.finfo(dtype).min
+    c.check()
+
+
 def test_bad_arguments():
     c = case(64)
     rows, stats, _ = c.forward()
