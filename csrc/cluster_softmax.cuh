@@ -24,7 +24,7 @@ INLINE void at_one(const float (&e)[W], const float (&x)[W], float M_1, int powe
   }
 }
 
-// Masks may be as low as float32 goes, which times k would be −∞: maxima end here, and what is lower has e^x = 0.
+// Masks may be as low as float32 goes, which times k or 1/T would be −∞: maxima and δ take what is lower for this.
 constexpr float LOWEST = -1e37f;
 
 // The maximum m of the columns seen so far, l = Σ 2^(x·k − M), and l_1, the same at T = 1; at power 1 it is l.

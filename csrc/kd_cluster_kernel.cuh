@@ -221,10 +221,10 @@ __global__ void __launch_bounds__(kThreads, kCrowded<F, kTransform> ? 2 : kResid
         column.log2_e_q = fma(z, k_s, -M_s), column.log2_e_p = fma(v, k_t, -M_t);
         e_s[e] = exp2_of(column.log2_e_q);
         column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
-        constexpr float kLowest = -1e20f;  // a mask as low as float32 goes, times c_rest, would be −∞
-        column.delta = kExact ? fma(c_s, v - z, fma(c_rest, max(v, kLowest), offset))
-                              : c_s * ((v - near_t) - (z - near_s) - gap) +
-                                    (c_rest * max(v - base_t, kLowest) - log_ratio);
+        const float low_v = max(v, LOWEST), low_z = max(z, LOWEST);
+        column.delta = kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
+                              : c_s * ((low_v - near_t) - (low_z - near_s) - gap) +
+                                    (c_rest * (low_v - base_t) - log_ratio);
         const float w = form.pull(column);
         if constexpr (kMeasures) divergence += form.value(column);
         if constexpr (kMeasures && F::measured && F::centred) pull += w;

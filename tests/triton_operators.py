@@ -228,6 +228,7 @@ def test_masks_as_low_as_the_type_goes(divergence: Divergence, kernel: str) -> N
     student, teacher = (x.float() for x in logits(127))
     student[0, :, 50:60] = teacher[0, :, 50:60] = torch.finfo(torch.float32).min
     check(student, teacher, divergence=divergence, kernel=kernel, temperature=1.0, teacher_temperature=0.4)
+    check(student, teacher, divergence=divergence, kernel=kernel, temperature=0.4, teacher_temperature=1.0)
 
 
 @in_turn(2)
