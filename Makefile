@@ -4,6 +4,7 @@
 # make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
 #              as MINUTES=8 allows; needs no network and installs nothing
 # make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
+# make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
 # make lint    ruff and mypy
 #
 # All but `make gpu` run in .venv, which the first of them creates with the versions of constraints.txt.
@@ -12,13 +13,29 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench evidence gpu lint clean
+.PHONY: demo test aot bench evidence gpu lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+
+# Each version lies in .aot, in front of .venv. About ten minutes each on two cores.
+TRITONS ?= 3.6.0 $(shell sed -n 's/^triton==//p' constraints.txt) 3.9.0
+
+aot: .venv/ready $(TRITONS:%=.aot/%/triton)
+	failed=0; \
+	for version in $(TRITONS); do \
+		echo "== Triton $$version"; \
+		PYTHONPATH=.aot/$$version OMP_NUM_THREADS=1 FUSEDKD_AOT=sweep .venv/bin/python -m pytest -n auto \
+			tests/test_triton_aot.py tests/test_topk_aot.py || failed=1; \
+	done; \
+	exit $$failed
+
+.aot/%/triton: .venv/ready
+	$(PIP) install --no-deps --target .aot/$* triton==$*
+	@touch $@
 
 BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-json
 
@@ -56,4 +73,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build fusedkd/*.so *.egg-info
+	rm -rf .venv .aot build fusedkd/*.so *.egg-info

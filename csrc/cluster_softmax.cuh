@@ -24,6 +24,9 @@ INLINE void at_one(const float (&e)[W], const float (&x)[W], float M_1, int powe
   }
 }
 
+// Masks may be as low as float32 goes, which times k or 1/T would be −∞: maxima and δ take what is lower for this.
+constexpr float LOWEST = -1e37f;
+
 // The maximum m of the columns seen so far, l = Σ 2^(x·k − M), and l_1, the same at T = 1; at power 1 it is l.
 struct Softmax {
   float m = -INFINITE<float>, M = m, l = 0, l_1 = 0;
@@ -34,6 +37,7 @@ struct Softmax {
 #pragma unroll
     for (int i = 1; i < W; ++i) top = max(top, x[i]);
     if (top > m) {
+      top = max(top, LOWEST);
       const float risen = product(top, k);
       l *= exp2_of(M - risen), l_1 *= exp2_of(product(m, LOG2E) - product(top, LOG2E));
       m = top, M = risen;

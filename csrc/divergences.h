@@ -204,8 +204,16 @@ template <class A> struct LogitMSE : Defaults {
 template <class R> INLINE R sigmoid(R x) { return 1 / (1 + std::exp(-x)); }
 template <class R> INLINE R softplus(R x) { return max(x, R(0)) + std::log1p(std::exp(-absolute(x))); }
 
+// log q_y/(1 − q_y) of the target's logit y against columns with maximum `top` and l = Σ exp((x − top)·c): +∞ where there
+// is no other column. A logit of +∞, which makes no distribution, is a NaN, lest it look like a sure target.
+template <class R> INLINE R log_odds(R logit, R top, R c, R l) {
+  if (!(logit < INFINITE<R>)) return logit - logit;
+  return l == 0 ? INFINITE<R> : (logit - top) * c - std::log(l);
+}
+
 // KL((σ(t), σ(−t))‖(σ(s), σ(−s))) of the log odds t and s.
 template <class R> INLINE R binary_kl(R t, R s) {
+  if (t != t || s != s) return t + s;
   if (t == s) return 0;
   if (t > s) t = -t, s = -s;  // the other of the two outcomes
   if (s == INFINITE<R>) return s;
@@ -216,13 +224,16 @@ template <class R> INLINE R binary_kl(R t, R s) {
   return p * x * x * phi(x) + rest * y * y * phi(y);
 }
 
+// a·x, and 0 where a is, even if x is infinite; a NaN stays one.
+template <class R> INLINE R weighted(R a, R x) { return a == 0 && x == INFINITE<R> ? R(0) : a * x; }
+
 template <class A> struct DKD : Defaults {
   static constexpr bool measured = false, hides_target = true;
   A a1, alone_p;
   A target_value, centre;  // a0·KL(b_T‖b_S), a0·(q_y − p_y)
   template <class R> INLINE DKD(const double* a, const RowSums<R>& row)
       : a1(row.l_s == 0 || row.l_t == 0 ? 0 : a[1]), alone_p(infinite_if<A>(a1 != 0)),
-        target_value(a[0] == 0 ? R(0) : R(a[0]) * binary_kl(row.odds_t, row.odds_s)),
+        target_value(weighted(R(a[0]), binary_kl(row.odds_t, row.odds_s))),
         centre(R(a[0]) * (sigmoid(row.odds_s) - sigmoid(row.odds_t))) {}
   template <class X> INLINE X value(const Column<X>& c) const {
     const X term = a1 * excess(c.p, c.q, c.delta);

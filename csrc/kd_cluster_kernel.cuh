@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const auto sum_of = [](float l) { return R(!F::hides_target && l == 0 ? 1 : l); };  // no 1/0 in rows without a term
   RowSums<R> sums{sum_of(sum_s), sum_of(sum_t), R(p.common), 0, 0};
   if constexpr (F::hides_target) {
-    sums.odds_s = (R(at_label.z[0]) - base_s) * c_s - std::log(R(l_s));
-    sums.odds_t = (R(at_label.v[0]) - base_t) * c_t - std::log(R(l_t));
+    sums.odds_s = log_odds<R>(at_label.z[0], base_s, c_s, l_s);
+    sums.odds_t = log_odds<R>(at_label.v[0], base_t, c_t, l_t);
   }
   const F form(p.options + 10, sums);
   const bool dead = F::softmax && l_s == 0 && !(hides && at_label.z[0] != -INFINITE<float>);
@@ -187,12 +187,12 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
                          : upstream * option(3) * option(2) * weight * c_s / static_cast<float>(p.normalizers[0]);
   const float a_ce = has_ce && l_1 != 0 ? upstream * option(4) / static_cast<float>(p.normalizers[1]) : 0.0f;
   const float a_other = a_ce * smoothing / p.columns, a_label = a_ce * (1 - smoothing);
-  const float a_common = a_ce * s_to_1, a_surplus = a_ce * r_1;  // times e
-  const bool with_ce = a_ce != 0;
+  const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
+  const float a_common = with_ce ? a_ce * s_to_1 : 0, a_surplus = with_ce ? a_ce * r_1 : 0;  // times e
   float W = 0, hidden = 0;  // the gradient of a hidden target
   if constexpr (F::hides_target) {
     W = a_kd == 0 ? 0 : form.centre;
-    hidden = a_kd * W + a_surplus * exp2_of(fma(at_label.z[0], LOG2E, -M_1)) - a_other;
+    hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(fma(at_label.z[0], LOG2E, -M_1)) : 0);
   }
   if (forward && first && has_ce) {
     const float hit = smoothing < 1 ? (1 - smoothing) * (m_1 - at_label.z[0]) : 0;
@@ -227,12 +227,14 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
         column.log2_e_q = fma(z, k_s, -M_s), column.log2_e_p = fma(v, k_t, -M_t);
         e_s[e] = exp2_of(column.log2_e_q);
         column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
-        column.delta = kExact ? fma(c_s, v - z, fma(c_rest, v, offset))
-                              : c_s * ((v - near_t) - (z - near_s) - gap) + (c_rest * (v - base_t) - log_ratio);
+        const float low_v = max(v, LOWEST), low_z = max(z, LOWEST);
+        column.delta = kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
+                              : c_s * ((low_v - near_t) - (low_z - near_s) - gap) +
+                                    (c_rest * (low_v - base_t) - log_ratio);
         const float w = form.pull(column);
         if constexpr (kMeasures) divergence += form.value(column);
         if constexpr (kMeasures && F::measured && F::centred) pull += w;
-        if constexpr (kPulls) out[e] += kd * (F::centred ? w - column.q * center : w);
+        if constexpr (kPulls) out[e] += kd == 0 ? 0 : kd * (F::centred ? w - column.q * center : w);
       }
       if constexpr (!kPulls) return;
       if (with_ce) {
@@ -272,7 +274,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   if (forward && F::measured) {
     sweep(Yes{}, No{}, 0, 0);
     total();
-    W = divergence == INFINITE<float> ? divergence : pull;
+    W = std::isfinite(divergence) ? pull : divergence;  // NaN too: the gradient shows what the value does
   } else if (F::measured) {
     W = stats[6];
   }

@@ -364,7 +364,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
   // The log odds of the label against the columns of m and l at stats[at].
   double odds(A logit, int at) const {
     const double T = at == 0 ? k.temperature : k.teacher_temperature, l = at == 0 ? this->l_s() : this->l_t();
-    return l == 0 ? INFINITE<double> : (double(logit) - stats[at]) / T - std::log(l);
+    return log_odds<double>(logit, stats[at], 1 / T, l);
   }
   // The row's terms at the block at j: with its kept exponentials, which were relative to another maximum.
   Terms<A> here(Terms<A> r, int64_t i, int64_t j, E1 e_1 = E1::none) const {

@@ -7,7 +7,9 @@ its input, from which the tests take their truth. Its kernels are one functor of
 of ``fusedkd/kernels/divergences.py``.
 
 Notation: s = z/T student, t = v/T teacher, q = softmax(s), p = softmax(t), δ = log p − log q. Where −inf masks a column
-on both sides it contributes nothing. Gradients are with respect to s: w − q·Σw with w = q·∂D/∂q.
+on both sides it contributes nothing. NaN or +inf on a common column of either side makes D NaN, and its gradient on all
+common columns, whatever the coefficients; without a softmax it stays in its column, and an infinite D has gradient 0.
+Gradients are with respect to s: w − q·Σw with w = q·∂D/∂q.
 """
 
 from __future__ import annotations
@@ -320,7 +322,9 @@ def alpha_beta(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
 
 def total_variation(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
     """½·Σ|p − q|; w = ½·q·sign(q − p)."""
-    return 0.5 * (r.p - r.q).abs().sum(-1), chain(0.5 * r.q * (r.log_q - r.log_p).sign(), r.log_q)
+    delta = r.log_q - r.log_p
+    sign = torch.where(delta.isnan(), delta, delta.sign())  # PyTorch's sign of NaN is 0
+    return 0.5 * (r.p - r.q).abs().sum(-1), chain(0.5 * r.q * sign, r.log_q)
 
 
 def logit_mse(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,55 @@ def test_not_a_number_shows(device: str, divergence: Divergence, bad: float) -> 
             assert rows.isfinite().tolist() == [True, False, True]
 
 
+# kd_weight and ce_weight as tensors: no backend may take a weight of 0 for a constant.
+@families
+@pytest.mark.parametrize("weights", [(0.5, 0.7), (0.5, 0.0), (0.0, 0.7)], ids=str)
+def test_where_not_a_number_shows(device: str, divergence: Divergence, weights: tuple[float, float]) -> None:
+    """NaN and +inf make the terms that read them NaN, and the gradient of these on all of their columns: common ones
+    for KD, the student's for CE. A term of weight 0 adds nothing. Squared differences of logits have no softmax: NaN
+    stays in its column, and +inf on one side makes D infinite, the gradient 0.
+    """
+    label, common, mse = 7, V - 4, divergence.form == Form.LOGIT_MSE
+    broken = [(torch.nan, "s", 20), (torch.nan, "t", 20), (torch.nan, "t", label), (torch.nan, "st", label)]
+    broken += [(torch.inf, "s", label), (torch.inf, "t", 20), (torch.inf, "t", label), (torch.inf, "st", 20)]
+    broken += [(torch.nan, "s", common), (1.0, "s", 3)]  # beside the KD term, and not at all
+    student, teacher = pair(len(broken), V, device=device, teacher_columns=common)
+    for i, (bad, sides, column) in enumerate(broken):
+        for side, logits in (("s", student), ("t", teacher)):
+            if side in sides:
+                logits[i, column] = bad
+    labels = torch.full((len(broken),), label, device=device)
+    kd_weight, ce_weight = (torch.tensor(w, device=device) for w in weights)
+    leaf, options = student.requires_grad_(), at(divergence, 2.0, reduction="none")
+    rows = kd_loss(leaf, teacher, labels, kd_weight=kd_weight, ce_weight=ce_weight, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), leaf)
+    for i, (bad, sides, column) in enumerate(broken):
+        infinite = mse and bad == torch.inf and len(sides) == 1
+        kd = weights[0] > 0 and bad != 1 and column < common
+        ce = weights[1] > 0 and bad != 1 and "s" in sides
+        nan = torch.zeros(V, dtype=torch.bool)
+        nan[(slice(column, column + 1) if mse else slice(common)) if kd and not infinite else slice(0)] = True
+        nan |= torch.tensor(ce)
+        assert rows[i].isnan() == bool(nan.any()), f"{rows[i]} of {broken[i]}"
+        assert rows[i].isfinite() == (not (kd or ce)), f"{rows[i]} of {broken[i]}"
+        assert gradient[i].isnan().tolist() == nan.tolist(), f"{gradient[i]} of {broken[i]}"
+        assert not gradient[i].isinf().any()
+        if not nan.any() and not infinite:
+            assert gradient[i, :common].any()
+
+
+@families
+@pytest.mark.parametrize("ce_weight", [0.0, 0.7])
+def test_logits_far_from_zero(device: str, divergence: Divergence, ce_weight: float) -> None:
+    """Where e^z overflows or underflows, on both sides or on one."""
+    student, teacher = pair(8, V, device=device)
+    offsets = torch.tensor([100.0, -100.0, 1000.0, -1000.0], device=device).unsqueeze(-1)
+    student += offsets.repeat(2, 1)
+    teacher[:4] += offsets
+    labels = torch.arange(8, device=device)
+    check_kd(student, teacher, labels, ce_weight=ce_weight, reduction="none", **at(divergence, 2.0))
+
+
 @families
 def test_no_selected_row(device: str, divergence: Divergence) -> None:
     student, teacher, labels = batch(device)

@@ -151,6 +151,44 @@ def test_masked_rows_and_labels():
         assert rows[0, 0].isnan()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "total_variation", "dkd", "logit_mse"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_where_not_a_number_shows(divergence, bad):
+    """On the common columns, which the KD term reads; a term of weight 0 adds nothing."""
+    c = case(120, columns=110, divergence=divergence, ce=False, masked=0.0)
+    c.teacher[0, 0, 3] = bad  # the label
+    rows, stats, gradient = torch.empty(2, 6), torch.empty(6, STATS), torch.empty_like(c.student)
+    c.call(rows=rows, stats=stats, gradient=gradient)
+    if divergence == "logit_mse":  # no softmax: +∞ makes D infinite
+        assert rows[0, 0].isinf() if bad == torch.inf else rows[0, 0].isnan()
+        assert gradient[0, 0].isnan().sum() == (bad != torch.inf)
+    else:
+        assert rows[0, 0].isnan()
+        assert gradient[0, 0, :110].isnan().all()
+    assert not gradient[0, 0, 110:].any()
+    c.options[3:5] = torch.tensor([0.0, 0.3])
+    c.student[0, 2, 115] = torch.nan
+    c.call(rows=rows, stats=stats, gradient=gradient)
+    assert not rows[0, 0].isfinite()
+    assert gradient[0, 0].isfinite().all()
+    c.options[3:5] = torch.tensor([0.7, 0.0])
+    c.call(rows=rows, stats=stats, gradient=gradient)
+    assert gradient[0, 2].isfinite().all()
+    assert gradient[0, 2, :110].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=describe)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
+@pytest.mark.parametrize(("t_s", "t_t"), [(1.0, 0.4), (0.4, 1.0)])
+def test_masks_as_low_as_the_type_goes(divergence, dtype, t_s, t_t):
+    """Finite on both sides: the columns add nothing, at any two temperatures. On one side: no NaN."""
+    c = case(120, dtype, divergence=divergence, temperature=t_s, teacher_temperature=t_t)
+    c.teacher[:, :, 50:60] = torch.finfo(dtype).min
+    assert c.forward()[2].isfinite().all()
+    c.student[:, :, 50:60] = torch.finfo(dtype).min
+    c.check()
+
+
 def test_bad_arguments():
     c = case(64)
     rows, stats, _ = c.forward()

@@ -1,6 +1,7 @@
-"""The Triton kernels without a GPU: `triton_operators.py` and `triton_launches.py`, run by Triton's interpreter.
+"""The Triton kernels without a GPU, by Triton's interpreter: `triton_operators.py` and `triton_launches.py` on the
+operators; and what the conformance tests ask of rows that are broken, far from 0 or not selected, of the backend.
 
-Triton decides when it is imported whether it interprets, hence a process of its own.
+Triton decides when it is imported whether it interprets, hence processes of their own.
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ from pathlib import Path
 
 import pytest
 
+RULES = "where_not_a_number or (far_from_zero and 0.0) or not_selected"
 
-def test_operators_under_the_interpreter() -> None:
+
+def interpreted(*arguments: str, **environment: str) -> None:
     pytest.importorskip("triton")
-    files = [str(Path(__file__).with_name(name)) for name in ("triton_operators.py", "triton_launches.py")]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *files],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment},
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
     assert child.returncode == 0, child.stdout + child.stderr
+
+
+def test_operators_under_the_interpreter() -> None:
+    interpreted("triton_operators.py", "triton_launches.py")
+
+
+def test_rules_under_the_interpreter() -> None:
+    interpreted("test_divergence_rules.py", "-k", RULES, FUSEDKD_BACKEND="triton")

@@ -103,3 +103,15 @@ def test_no_rows() -> None:
         empty, empty, ids, None, w, torch.ones(16).double(), n, -100, 0, False, False, True
     )
     assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
+
+
+def test_a_term_of_weight_zero_adds_nothing() -> None:
+    """Whatever the columns hold that it reads: here, off the list."""
+    form = SparseForm.RENORMALIZE_REVERSE
+    student, teacher, ids = case(form, 40, 5)
+    student[0, 0, next(i for i in range(40) if i not in ids[0])] = torch.nan
+    options = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0]).double()
+    rows = torch.arange(len(ids)), torch.ones(len(ids)), options, torch.ones(2).double()
+    _, _, gradient = topk.topk_forward(student, teacher.nan_to_num(0), ids, *rows, -100, int(form), False, True, True)
+    assert gradient[0, 0].isfinite().all()
+    assert gradient[0, 0].any()

@@ -9,7 +9,7 @@ whole     one program per row, two or three sweeps: 10 or 14 bytes, of which the
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,11 @@ SURPLUS_COLUMNS = 2048
 RESIDENT_COLUMNS = 4096
 """Eight columns of both sides for each of 512 threads. Twice as many compile without a spill at 128 registers, but then
 a processor has one row, and nothing to compute while it waits for the next; two sweeps over 8192 columns find the
-second in L1 and L2. Neither float64 fits nor the soft-capped mixture.
+second in L1 and L2. Float64 does not fit, nor the soft-capped mixture.
 """
+
+MIXTURE_COLUMNS = 2048
+"""The same of the mixture, for which 128 registers are too few by Triton 3.8."""
 
 PART_COLUMNS = 8192
 """Two blocks: a shorter part is done before its launch has paid for itself."""
@@ -71,23 +74,35 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     rows, V, C, dtype, teacher, form, transform, forward = case
     wide = dtype == torch.float64
     cluster = device.cluster and not wide and dtype == teacher and (form == Form.FORWARD_KL or not transform)
-    resident = forward and not wide and not (form == Form.MIXTURE and transform)
+    most = MIXTURE_COLUMNS if form == Form.MIXTURE else RESIDENT_COLUMNS
+    resident = forward and not wide and most >= C and not (form == Form.MIXTURE and transform)
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
 
     if cluster and RESIDENT_COLUMNS < V and V * dtype.itemsize <= CLUSTER_BYTES and V - C <= SURPLUS_COLUMNS:
         return "cluster", 1
-    if resident and C <= RESIDENT_COLUMNS and at_the_ends <= _columns(C) // 8:
+    if resident and at_the_ends <= _columns(C) // 8:
         return "resident", 1
     if parts > 1:  # few rows, and long ones
         return "split", parts
     return "whole", 1
 
 
-REGISTERS = {Form.MIXTURE: 128, Form.ALPHA_BETA: 80, Form.DKD: 128}
-"""Where 64 do not do for two or three sweeps; then in programs of 8 warps, of which a processor runs two or three."""
-RESIDENT_REGISTERS = {Form.FORWARD_KL: 64, Form.TOTAL_VARIATION: 64, Form.LOGIT_MSE: 64}
-"""Where 64 do for resident rows without soft-cap. The others keep more from sweep to sweep, in 128."""
+REGISTERS = 64, 80, 128, 168
+COLUMNS = 4096, 2048, 2048, 1024
+"""Steps of a thread's registers, and of a block: a processor runs two programs of 16 warps, three or two of 8, or three
+of 4.
+"""
+PROCESSOR_REGISTERS = 65536
+"""A program with more for all of its threads together cannot be launched."""
+
+STEP = {Form.JEFFREYS: 1, Form.MIXTURE: 2, Form.ALPHA_BETA: 2, Form.DKD: 2}
+"""Of a form, if not 0, in two or three sweeps over 16-bit rows without soft-cap. A soft-cap, rows of 32 bits and rows
+that stay in registers take one step more each.
+"""
+
+FUSED = {"enable_fp_fusion": True}
+"""x·y + z in one instruction that rounds once, as the error bounds count on. Triton 3.10 no longer does it unasked."""
 
 
 def layout(
@@ -95,28 +110,29 @@ def layout(
     columns: int,
     form: int,
     *,
+    teacher: torch.dtype = torch.bfloat16,
     resident: bool = False,
     transform: bool = False,
     in_phase: bool = True,
     hip: bool = False,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Block and warps: eight columns of a block per thread (float64: four), groups of one 16-byte access of a student.
 
     Two blocks of 16 warps share an SM, no more, so that their row pairs are still in the L2 cache for the second sweep.
-    That takes at most 64 registers, which are enough where accesses are wide, but which ptxas does not keep to unasked.
+    That takes at most 64 registers, which ptxas does not keep to unasked. They are enough where accesses are wide and
+    rows have 16 bits; others have what the table says, twice as many where accesses are narrow.
     """
     wide = dtype == torch.float64
-    registers, largest = REGISTERS.get(Form(form), 64), 4096
-    if resident:
-        registers = 128 if transform else RESIDENT_REGISTERS.get(Form(form), 128)
-    elif wide or registers > 64:
-        largest = 2048
+    step = STEP.get(Form(form), 0) + resident + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
+    step = min(step, len(REGISTERS) - 1)
+    largest = RESIDENT_COLUMNS if resident else min(COLUMNS[step], 2048 if wide else 4096)
     threads = min(_columns(columns), largest) // 8
     block = threads * (4 if wide else 8)
-    options = {"BLOCK": block, "GROUP": 16 // dtype.itemsize, "num_warps": threads // (64 if hip else 32)}
+    options = {"BLOCK": block, "GROUP": 16 // dtype.itemsize, "num_warps": threads // (64 if hip else 32)} | FUSED
     if hip or wide:
         return options
-    return options | {"maxnreg": registers if in_phase else min(2 * registers, 255)}
+    registers = REGISTERS[step] * (1 if in_phase else 2)
+    return options | {"maxnreg": min(registers, PROCESSOR_REGISTERS // threads, 255)}
 
 
 def _columns(n: int) -> int:

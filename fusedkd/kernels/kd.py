@@ -11,14 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedkd.divergences import Form
-from fusedkd.kernels.choice import Case, choose, describe, layout
+from fusedkd.kernels.choice import FUSED, Case, choose, describe, layout
 from fusedkd.kernels.divergences import MEASURED
 from fusedkd.kernels.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_kernel
 from fusedkd.kernels.math import INFINITY
 from fusedkd.kernels.rows import PARTIALS, aligned, in_phase
 
 
-@triton.jit(do_not_specialize=["ignore_index", "L", "C", "stride_b", "stride_l"])
+@triton.jit(
+    do_not_specialize=["ignore_index", "L", "C", "stride_b", "stride_l"],
+    do_not_specialize_on_alignment=["teacher", "ids", "labels", "kd_mask", "weights"],
+)
 def kd_row_weights_kernel(
     teacher,  # [B, L, C]
     ids,  # [N, C] or None
@@ -54,7 +57,7 @@ def kd_row_weights_kernel(
     tl.store(weights + row, tl.where(found != 0, w, 0.0))
 
 
-@triton.jit(do_not_specialize=["ignore_index", "N"])
+@triton.jit(do_not_specialize=["ignore_index", "N"], do_not_specialize_on_alignment=["weights", "labels", "counts"])
 def kd_counts_kernel(
     weights,  # [N] float32
     labels,  # [N] or None
@@ -79,7 +82,10 @@ def kd_counts_kernel(
     tl.store(counts + 1, tl.where(n_ce <= 0, 1.0, n_ce))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["rows", "real_options", "normalizers", "loss", "kd", "ce"],
+)
 def kd_terms_kernel(
     rows,  # A, [2, N]
     real_options,  # float64 [16]
@@ -163,6 +169,7 @@ class Call(NamedTuple):
             dtype,
             C if resident else V,
             self.form,
+            teacher=self.teacher.dtype,
             resident=resident,
             transform=self.transform,
             in_phase=teacher_in_phase and gradient_in_phase,
@@ -235,9 +242,10 @@ def kd_row_weights(
         if kd and B * L > 0:
             strides = teacher.stride()[:2]
             kd_row_weights_kernel[(B * L,)](
-                teacher, ids, labels, kd_mask, weights, ignore_index, L, C, *strides, BLOCK=128, num_warps=1
+                teacher, ids, labels, kd_mask, weights, ignore_index, L, C, *strides, BLOCK=128, num_warps=1, **FUSED
             )
-        kd_counts_kernel[(1,)](weights, labels, counts, ignore_index, B * L, SUM=summed, BLOCK=8192, num_warps=16)
+        sizes = ignore_index, B * L
+        kd_counts_kernel[(1,)](weights, labels, counts, *sizes, SUM=summed, BLOCK=8192, num_warps=16, **FUSED)
     return weights, counts
 
 
@@ -249,7 +257,7 @@ def kd_terms(rows: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) 
     if programs > 0:
         with torch.cuda.device_of(rows):
             kd_terms_kernel[(programs,)](
-                rows, options, normalizers, loss, kd, ce, n, PER_ROW=per_row, BLOCK=2048, num_warps=16
+                rows, options, normalizers, loss, kd, ce, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
             )
     return loss, kd, ce
 

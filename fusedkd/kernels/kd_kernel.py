@@ -31,12 +31,16 @@ fused_classifier, the loss with its gradient in the forward call that of Liger (
 import triton
 import triton.language as tl
 
-from fusedkd.kernels.divergences import DKD, LOGIT_MSE, divergence, dkd_target, weighted
+from fusedkd.kernels.divergences import DKD, LOGIT_MSE, divergence, dkd_target
 from fusedkd.kernels.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, log, reciprocal_or_zero
 from fusedkd.kernels.rows import PARTIALS, UNIT, accumulate, logits, merge, merged, pair, put, share, take, total
 
 INTEGERS = ["ignore_index", "upstream_stride", "parts", "L", "V", "C", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+VECTORS = ["labels", "weights", "real_options", "normalizers", "upstream", "rows", "stats", "partials"]
+
+LOWEST = tl.constexpr(-1e20)
+"""Of v − max v in δ: times c_t − c_s, a mask as low as float32 goes would be −∞, though both sides are finite."""
 
 WHOLE, STATISTICS, VALUES, FINISH = (tl.constexpr(i) for i in range(4))
 """STAGE. WHOLE: all that is asked for in one launch. The others, of a split row, follow one another; VALUES writes the
@@ -44,7 +48,7 @@ gradient too if W is known beforehand, FINISH otherwise, and the rows.
 """
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def kd_kernel(
     # Inputs: [B, L, V], [B, L, C], [N] or None, [N]; float64 [16] and [2]; A, [N] or [] or None (1)
     student,
@@ -60,7 +64,8 @@ def kd_kernel(
     gradient,
     # From stage to stage: A, [N, PARTIALS, parts], or None
     partials,
-    # Sizes; first element and strides, in elements. Never specialised: one binary serves every shape
+    # Sizes; first element and strides, in elements. Never specialised, nor is where a vector starts: one binary serves
+    # every shape and every slice. The three pointers to logits are always aligned (`aligned`).
     ignore_index: tl.int64,
     upstream_stride,
     parts,
@@ -178,8 +183,11 @@ def kd_kernel(
             z_y = logits(p_student, phase + y, has_ce | (active & target), cap_s, scale_s, A, TRANSFORM, "")[0]
     if TARGET:
         o_target = (tl.where(target, y, -1) + phase).to(tl.int32)
-        z_target = tl.where(target, z_y, -INFINITY)
         v_y = logits(p_teacher, phase + y, has_kd & target, cap_t, scale_t, A, TRANSFORM, "")[0]
+        v_y = tl.where(v_y == INFINITY, float("nan"), v_y)  # lest it look like a sure label
+        z_y = tl.where(z_y == INFINITY, float("nan"), z_y)
+        z_target = tl.where(target, z_y, -INFINITY)
+    from_y = finite_or_zero(z_y)
 
     if RESIDENT:
         o_0, m_0, v_0, z_0, slope_0 = pair(0, places, transforms, A, TRANSFORM, "evict_first", False, BLOCK, GROUP)
@@ -192,6 +200,7 @@ def kd_kernel(
     sum_t = top_s
     top_1 = top_s
     sum_1 = top_s
+    shifted = top_s  # Σ (z − z_y), for label smoothing
     if FIRST and (CE or FORM != LOGIT_MSE):
         tops_s = tl.full([BLOCK // GROUP], -INFINITY, A)
         tops_t = tops_s
@@ -202,14 +211,17 @@ def kd_kernel(
         sum_x = tl.zeros([1], A)
         for ENDS in tl.static_range(2):
             n_blocks = 1 if RESIDENT else tl.where(active, n_ends if ENDS else n_body, 0)
+            b_shifted = tl.zeros([1 if ENDS else BLOCK // GROUP], A)
             for i in range(n_blocks):
                 if RESIDENT:
-                    o, b_v, b_z = (o_1, v_1, z_1) if ENDS else (o_0, v_0, z_0)
+                    o, m, b_v, b_z = (o_1, m_1, v_1, z_1) if ENDS else (o_0, m_0, v_0, z_0)
                 else:
                     i_block = i + (first_ends if ENDS else first_body)
                     o, m, b_v, b_z, b_slope = pair(
                         i_block, places, transforms, A, TRANSFORM, "evict_last", ENDS, BLOCK, GROUP
                     )
+                if CE and epsilon != 0:
+                    b_shifted += tl.sum(tl.where(m & (o < stop_z), b_z - from_y, 0.0), 1)
                 if TARGET:
                     b_v = tl.where(o == o_target, -INFINITY, b_v)
                     b_z = tl.where(o == o_target, -INFINITY, b_z)
@@ -222,6 +234,7 @@ def kd_kernel(
                 tops_s, sums_s, sums_1 = accumulate(tops_s, sums_s, sums_1, b_z, k_s, power, CE)
             tops_t, sums_t = merge(tops_t, sums_t, sums_t, k_t)[:2]
             tops_s, sums_s, sums_1 = merge(tops_s, sums_s, sums_1, k_s)
+            shifted += tl.sum(b_shifted)
         top_s = tl.max(tops_s)
         top_t = tl.max(tops_t)
         top_1 = tl.maximum(top_s, tl.max(top_x))
@@ -237,6 +250,7 @@ def kd_kernel(
             sum_1 += tl.exp2((z_here - base_1) * LOG2E)
     if STAGE == STATISTICS:
         put(p_partials + part, parts, (top_s, sum_s, top_t, sum_t, top_1, sum_1))
+        tl.store(p_partials + 8 * parts + part, shifted)
         if part == 0:
             tl.store(p_partials + 9 * parts, z_y)
         return
@@ -273,7 +287,8 @@ def kd_kernel(
     binary = 0.0
     pull = 0.0
     if TARGET:
-        h = c_s * ((v_y - near_t) - (z_y - near_s) - gap) + (c_t - c_s) * (v_y - base_t) - log_ratio
+        low = tl.maximum(v_y - base_t, LOWEST)
+        h = c_s * ((v_y - near_t) - (z_y - near_s) - gap) + (c_t - c_s) * low - log_ratio
         x_p = c_t * (v_y - base_t) - log_t
         x_q = c_s * (z_y - base_s) - log_s
         binary, pull = dkd_target(x_p, x_q, tl.where(empty, INFINITY, h))
@@ -289,12 +304,11 @@ def kd_kernel(
     a_label = a_ce * (1.0 - epsilon) + a_other
     if TARGET:
         pull = tl.where(a_kd == 0, 0.0, a0 * pull)
-        a_label -= a_ce * tl.exp2((z_target - base_1) * LOG2E) * r_1 + a_kd * pull
+        a_label -= tl.where(a_ce == 0, 0.0, a_ce * tl.exp2((z_target - base_1) * LOG2E) * r_1) + a_kd * pull
 
     # Sweeps 2 and 3
     D = tl.full((), 0, A)
     W = D
-    shifted = D  # Σ (z − max), for label smoothing
     if STAGE == FINISH:
         D = total(p_partials + 6 * parts, parts)
         W = total(p_partials + 7 * parts, parts)
@@ -302,13 +316,13 @@ def kd_kernel(
     elif MEASURED and not VALUE:
         W = tl.load(p_stats + 6)
     for LAST in tl.static_range(2):
+        no_kd = (a_kd == 0) | (W == INFINITY)  # 0, whatever the columns hold
         for ENDS in tl.static_range(1, -1, -1):
             n_blocks = 1 if RESIDENT else (n_ends if ENDS else n_body)
             if not ((VALUE and LAST != MEASURED) or (LAST and gradient is not None)):
                 n_blocks = 0
             b_D = tl.zeros([1 if ENDS else BLOCK // GROUP], A)
             b_W = b_D
-            b_shifted = b_D
             for i in range(n_blocks):
                 if RESIDENT:
                     o, m, b_v, b_z, b_slope = (o_1, m_1, v_1, z_1, slope_1) if ENDS else (o_0, m_0, v_0, z_0, slope_0)
@@ -318,8 +332,6 @@ def kd_kernel(
                     o, m, b_v, b_z, b_slope = pair(
                         i_block, places, transforms, A, TRANSFORM, POLICIES[LAST], ENDS, BLOCK, GROUP
                     )
-                if VALUE and LAST != MEASURED and CE and epsilon != 0:
-                    b_shifted += tl.sum(tl.where(m & (o < stop_z), b_z - base_s, 0.0), 1)
                 if TARGET:
                     b_v = tl.where(o == o_target, -INFINITY, b_v)
                     b_z = tl.where(o == o_target, -INFINITY, b_z)
@@ -331,7 +343,8 @@ def kd_kernel(
                 b_e = tl.exp2(b_x * k_s)
                 b_q = b_e * r_s
                 b_p = tl.exp2(b_y * k_t) * r_t
-                b_delta = c_s * ((b_v - near_t) - (b_z - near_s) - gap) + (c_t - c_s) * b_y - log_ratio
+                b_low = tl.maximum(b_y, LOWEST)
+                b_delta = c_s * ((b_v - near_t) - (b_z - near_s) - gap) + (c_t - c_s) * b_low - log_ratio
                 if MEASURED:  # forward KL, and DKD, take ∞ − ∞ for the nothing that it is
                     b_delta = tl.where(b_v == -INFINITY, tl.where(b_z == -INFINITY, 0.0, -INFINITY), b_delta)
                 b_log_p = c_t * b_y - log_t
@@ -342,17 +355,18 @@ def kd_kernel(
                     if MEASURED and FORM != LOGIT_MSE:
                         b_W += tl.sum(b_w, 1)
                 if LAST and gradient is not None:
-                    if MEASURED:
-                        b_g = tl.where((W == INFINITY) | (a_kd == 0), 0.0, a_kd * (b_w - b_q * W))
-                    elif TARGET:
-                        b_g = a_kd * (b_w - b_q * pull)
-                    else:
-                        b_g = a_kd * b_w
+                    if TARGET:
+                        b_w -= b_q * pull
+                    elif MEASURED and FORM != LOGIT_MSE:
+                        b_w -= b_q * W
+                    b_g = tl.where(no_kd, 0.0, a_kd * b_w)
+                    if SURPLUS and ENDS:
+                        b_g = tl.where(o < stop_common, b_g, 0.0)
                     if CE:
                         b_q1 = exp_at_one(b_e, b_x, power) * b_1
                         if SURPLUS and ENDS:
                             b_q1 += b_surplus
-                        b_g += a_ce * b_q1
+                        b_g += tl.where(a_ce == 0, 0.0, a_ce * b_q1)
                     if CE or TARGET:
                         b_g -= tl.where(o == o_label, a_label, a_other)
                     if TRANSFORM:
@@ -364,26 +378,25 @@ def kd_kernel(
                     tl.store(p_gradient + o, b_g.to(gradient.dtype.element_ty), m, eviction_policy="evict_first")
             D += tl.sum(b_D)
             W += tl.sum(b_W)
-            shifted += tl.sum(b_shifted)
         if MEASURED and LAST == 0 and (STAGE == FINISH or (STAGE == WHOLE and VALUE)):
             D = tl.where(masked, INFINITY, D)
-            W = tl.where(D == INFINITY, INFINITY, W)
+            W = tl.where(tl.abs(D) < INFINITY, W, D)  # NaN too: the gradient shows what the value does
             if part == 0:
                 tl.store(p_stats + 6, W)
 
     if STAGE == VALUES:
         tl.store(p_partials + 6 * parts + part, D)
         tl.store(p_partials + 7 * parts + part, W)
-        tl.store(p_partials + 8 * parts + part, shifted)
     if rows is not None and part == 0:
         if TARGET:
-            D = tl.where(masked, INFINITY, D + weighted(a0, binary))
+            binary = tl.where((a0 == 0) & (binary == INFINITY), 0.0, a0 * binary)  # NaN shows even so
+            D = tl.where(masked, INFINITY, D + binary)
             D = tl.where(target, D, float("nan"))
         D = tl.where(D < 0, 0.0, D)
         tl.store(rows + row, tl.where(has_kd, kd_scale * w * D, 0.0))
         ce = top_1 - z_y
         if CE and epsilon != 0:
-            ce = (1.0 - epsilon) * ce + epsilon * ((top_1 - base_s) - shifted / V)
+            ce = tl.where(epsilon == 1, 0.0, (1.0 - epsilon) * ce) + epsilon * ((top_1 - from_y) - shifted / V)
         ce = tl.where(top_1 == -INFINITY, INFINITY, log(sum_1) + ce)
         ce = tl.where(has_ce, ce, tl.where(counted, float("nan"), 0.0))
         tl.store(rows + tl.num_programs(0) + row, ce)

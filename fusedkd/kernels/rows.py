@@ -13,7 +13,7 @@ UNIT = tl.constexpr(16)
 """Columns. Block loops start on a multiple of it, counted from a 16-byte aligned address, wherever the row starts."""
 
 PARTIALS = tl.constexpr(10)
-"""What each part of a split row leaves: the six statistics, D, W, Σ(z − max), and once the label's logit."""
+"""What each part of a split row leaves: the six statistics, D, W, Σ(z − z_y), and once the label's logit."""
 MAX_PARTS = tl.constexpr(64)
 
 

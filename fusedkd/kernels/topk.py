@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedkd.kernels.choice import FUSED
 from fusedkd.kernels.rows import UNIT, aligned, in_phase
 from fusedkd.kernels.topk_kernel import topk_kernel
 from fusedkd.sparse import SparseForm
@@ -17,7 +18,7 @@ MARKED = (SparseForm.RENORMALIZE, SparseForm.BUCKET, SparseForm.BUCKET_REVERSE)
 """The forms whose value or gradient needs the sum over the columns off the list."""
 
 
-def block_options(dtype: torch.dtype, V: int, K: int, in_phase: bool = True, hip: bool = False) -> dict[str, int]:
+def block_options(dtype: torch.dtype, V: int, K: int, in_phase: bool = True, hip: bool = False) -> dict[str, Any]:
     """Eight columns of a block per thread, groups of one 16-byte access of the student; at most two columns of the list
     per thread.
 
@@ -27,7 +28,7 @@ def block_options(dtype: torch.dtype, V: int, K: int, in_phase: bool = True, hip
     """
     wide, block_k = dtype == torch.float64, max(triton.next_power_of_2(K), 16)
     block = min(max(triton.next_power_of_2(V), 512), 2048 if block_k <= 512 or wide else 4096)
-    options = {"BLOCK": block, "GROUP": 16 // dtype.itemsize, "BLOCK_K": block_k}
+    options = {"BLOCK": block, "GROUP": 16 // dtype.itemsize, "BLOCK_K": block_k} | FUSED
     options["num_warps"] = max(block // 256, block_k // 64) // (2 if hip else 1)
     return options if hip or wide else options | {"maxnreg": 80 if in_phase and block_k <= 512 else 128}
 

@@ -42,9 +42,10 @@ SAMPLES = tl.constexpr(int(SparseForm.SAMPLES))
 
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+VECTORS = ["teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "rows", "stats", "marks"]
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def topk_kernel(
     # Inputs: [B, L, V], [B, L, K], [N, K], [N] or None (no cross-entropy), [N]; float64 [16] and [2]; A, [N] or [] or
     # None (1)
@@ -340,9 +341,10 @@ def topk_kernel(
                     )
                     b -= base_c
                     b_e = tl.exp2(b * k_s)
-                    b_g = rest * b_e
+                    b_g = tl.where(rest == 0, 0.0, rest * b_e)  # 0, whatever the column holds
                     if LABELS:
-                        b_g += a_ce * (exp_at_one(b_e, b, power) * b_1) - tl.where(o == o_label, a_label, a_other)
+                        b_g += tl.where(a_ce == 0, 0.0, a_ce * (exp_at_one(b_e, b, power) * b_1))
+                        b_g -= tl.where(o == o_label, a_label, a_other)
                     if TRANSFORM:
                         b_g *= b_slope
                 tl.store(p_gradient + o, b_g.to(gradient.dtype.element_ty), m, eviction_policy="evict_first")
