@@ -1,5 +1,6 @@
 # make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
 # make test    the test suite
+# make sanitize    the Triton kernels executed without a GPU, bounds and races checked; with SUBSET=ci, minutes of it
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     GPU tests, then GPU benchmarks, into $(RESULTS); needs no network and installs nothing
 # make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
@@ -11,13 +12,25 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench evidence gpu gpu-build gpu-test gpu-bench lint clean
+.PHONY: demo test sanitize bench evidence gpu gpu-build gpu-test gpu-bench lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+
+# The tests marked `gpu`, of which .ci/run takes a part. ttsem 0.1.0 knows the modules of Triton 3.8.0.
+SANITIZED := $(if $(filter ci,$(SUBSET)),tests/test_every_kernel.py,tests)
+
+sanitize: .sanitize/ready
+	PYTHONPATH=$(CURDIR)/.sanitize:$(CURDIR)/tests OMP_NUM_THREADS=1 \
+		.venv/bin/python -m pytest -p sanitizer -m gpu -n auto $(SANITIZED)
+
+.sanitize/ready: .venv/ready
+	rm -rf .sanitize
+	$(PIP) install --no-deps --ignore-requires-python --target .sanitize ttsem==0.1.0 triton==3.8.0
+	@touch $@
 
 BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-json
 
@@ -77,4 +90,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build fusedkd/*.so *.egg-info
+	rm -rf .venv .sanitize build fusedkd/*.so *.egg-info
