@@ -21,7 +21,8 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
 
 # The tests marked `gpu`, of which .ci/run takes a part. ttsem 0.1.0 knows the modules of Triton 3.8.0.
-SANITIZED_ci := tests/test_every_kernel.py tests/test_emulation.py tests/gpu/test_kd_gpu.py::test_served_by_triton
+SANITIZED_ci := $(addprefix tests/,test_every_kernel.py test_emulation.py test_kd_loss.py::test_strides \
+	gpu/test_kd_gpu.py::test_served_by_triton)
 SANITIZED := $(or $(SANITIZED_$(SUBSET)),tests)
 
 sanitize: .sanitize/ready
