@@ -19,15 +19,12 @@ from ttsem import harness, mlir, sanitize
 
 SKIPPED = {
     "cosine": "the kernels for hidden states are CUDA C++",
-    "cluster": "the kernel for Hopper is CUDA C++",
     "compile": "Inductor has no GPU to compile for",
     "no_host_synchronisation": "nothing is ever waited for",
     "cuda_graph": "CUDA graphs",
-    "in_a_graph": "CUDA graphs",
     "test_memory": "memory statistics",
     "memory_does_not": "memory statistics",
     "two_devices": "there is one device",
-    "another_device": "there is one device",
 }
 """Part of a test's name, and why it cannot run here."""
 
