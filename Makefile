@@ -1,5 +1,6 @@
 # make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
 # make test    the test suite
+# make sanitize    the Triton kernels executed without a GPU, bounds and races checked; with SUBSET=ci, minutes of it
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
 #              as MINUTES=8 allows; needs no network and installs nothing
@@ -13,7 +14,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test aot bench evidence gpu lint clean
+.PHONY: demo test aot sanitize bench evidence gpu lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
@@ -37,6 +38,20 @@ aot: .venv/ready $(TRITONS:%=.aot/%/triton)
 	$(PIP) install --no-deps --target .aot/$* triton==$*
 	@touch $@
 
+# The tests marked `gpu`, of which .ci/run takes a part. ttsem 0.1.0 knows the modules of Triton 3.8.0.
+SANITIZED_ci := $(addprefix tests/,test_every_kernel.py test_emulation.py test_kd_loss.py::test_strides \
+	gpu/test_kd_gpu.py::test_served_by_triton)
+SANITIZED := $(or $(SANITIZED_$(SUBSET)),tests)
+
+sanitize: .sanitize/ready
+	PYTHONPATH=$(CURDIR)/.sanitize:$(CURDIR)/tests OMP_NUM_THREADS=1 \
+		.venv/bin/python -m pytest -p sanitizer -m gpu -n auto $(SANITIZED)
+
+.sanitize/ready: .venv/ready
+	rm -rf .sanitize
+	$(PIP) install --no-deps --ignore-requires-python --target .sanitize ttsem==0.1.0 triton==3.8.0
+	@touch $@
+
 BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,iqr,rounds --benchmark-json
 
 bench: .venv/ready
@@ -54,8 +69,8 @@ evidence: .venv/ready
 	.venv/bin/python -m benchmarks.step $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
-# What matters most comes first, every step has a limit, and its results are written as it has them: benchmarks/visit.py. A failing step does not keep the others from running, but fails the command. Triton
-# kernels of the tests compile on as many cores as there are if pytest-xdist is installed.
+# What matters most comes first, every step has a limit, and its results are written as it has them: benchmarks/visit.py. A
+# failing step does not keep the others from running, but fails the command.
 gpu:
 	$(PYTHON) -m benchmarks.visit $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES))
 
@@ -73,4 +88,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .aot build fusedkd/*.so *.egg-info
+	rm -rf .venv .aot .sanitize build fusedkd/*.so *.egg-info

@@ -257,7 +257,7 @@ def _dispatch_cpu() -> None:
     _serve(LINEAR_OPERATORS, "CPU", "PyTorch", reason, import_module("fusedkd.linear"))
     if choice == "definitions":
         _serve(TILE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", fallback)
-    elif choice == "triton":  # under TRITON_INTERPRET=1: how the Triton kernels are tested without a GPU
+    elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         for names, module in ((KD_OPERATORS, "kd"), (TOPK_OPERATORS, "topk")):
             _serve(names, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module(f"fusedkd.kernels.{module}"))
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", fallback)

@@ -1,8 +1,9 @@
 """Which device and which backend the suite runs on.
 
-Every conformance test takes the `device` fixture: ``pytest`` runs it on the CPU, ``pytest -m gpu`` on a GPU. Who
-answers on the CPU is the environment's choice, as for any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or
-``FUSEDKD_BACKEND=triton TRITON_INTERPRET=1``, which leaves out the tests marked `wide` and still takes 20 minutes.
+Every conformance test takes the `device` fixture: ``pytest`` runs it on the CPU, ``pytest -m gpu`` on a GPU, and
+``make sanitize`` on one that is not there (`sanitizer.py`). Who answers on the CPU is the environment's choice, as for
+any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or ``FUSEDKD_BACKEND=triton TRITON_INTERPRET=1``, which
+leaves out the tests marked `wide` and still takes 20 minutes.
 """
 
 from __future__ import annotations

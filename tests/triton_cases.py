@@ -18,6 +18,7 @@ from bounds import dense, norm
 from families import describe
 from torch import Tensor
 from triton.runtime import interpreter
+from truth import between_nans
 
 from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation, fallback
 from fusedkd.definitions import cap_and_scale, log_softmax
@@ -50,15 +51,6 @@ def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> 
 
 
 interpreter._convert_float = convert
-
-
-def between_nans(rows: Tensor, before: int = 11, after: int = 6) -> Tensor:
-    """The same values [B, L, n] in rows that nothing aligns, with NaN before and after each, and a gap per batch."""
-    stride = before + rows.shape[2] + after
-    buffer = torch.full((rows.shape[0], rows.shape[1] * stride + 3), NAN, dtype=rows.dtype)
-    view = buffer[:, : rows.shape[1] * stride].unflatten(1, (-1, stride))[:, :, before : before + rows.shape[2]]
-    view.copy_(rows)
-    return view
 
 
 def surroundings(view: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ float64 is held to 1e-13·S and to 1e-11·D + 1e-14. A comparison that zeros wou
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,7 +28,9 @@ from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, cosine_hidden_lo
 from fusedkd.divergences import Divergence, Form, Rows, resolve
 from fusedkd.functional import Teacher
 
-INTERPRETED = os.environ.get("FUSEDKD_BACKEND") == "triton"
+INTERPRETED = os.environ.get("FUSEDKD_BACKEND") == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = "ttsem" in sys.modules
+"""Under `make sanitize`, which takes a millisecond for an operation on a block: long rows are few there."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -326,6 +329,15 @@ def pair(
         surplus = torch.randn(*shape[:-1], max(0, teacher_columns - shape[-1]), generator=generator)
         teacher = torch.cat([teacher, surplus], -1)[..., :teacher_columns]
     return student.to(device, dtype), (teacher + offset).to(device, teacher_dtype or dtype)
+
+
+def between_nans(rows: Tensor, before: int = 11, after: int = 6) -> Tensor:
+    """The same values [B, L, n] in rows that nothing aligns, with NaN before and after each, and a gap per batch."""
+    stride = before + rows.shape[2] + after
+    buffer = torch.full((rows.shape[0], rows.shape[1] * stride + 3), torch.nan, dtype=rows.dtype, device=rows.device)
+    view = buffer[:, : rows.shape[1] * stride].unflatten(1, (-1, stride))[:, :, before : before + rows.shape[2]]
+    view.copy_(rows)
+    return view
 
 
 def targets(*shape: int, classes: int, device: str = "cpu", ignored: int | None = -100, seed: int = 1) -> Tensor:

@@ -1,0 +1,276 @@
+"""Every Triton kernel of the package launched by the package's own code, on a GPU that is not there (`gpu_stub.py`):
+for each kernel that `choice.py` can choose, forward, backward and what else writes a gradient, with and without each
+operand. The numbers are not computed here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from truth import INTERPRETED
+
+triton = pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+
+import gpu_stub  # noqa: E402
+import triton.language as tl  # noqa: E402
+from gpu_stub import Launch, gpu  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import fusedkd  # noqa: E402
+from fusedkd.divergences import Form  # noqa: E402
+from fusedkd.kernels import kd, topk  # noqa: E402
+from fusedkd.sparse import SparseForm  # noqa: E402
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty one, so that everything is compiled here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+# -------------------------------------------------- the kernels there are
+
+
+def jit_functions(package: Any) -> list[JITFunction]:
+    """Of all modules of a package that speak of Triton."""
+    root, found = Path(package.__file__).parent, []
+    for file in sorted(root.rglob("*.py")):
+        if "triton" in file.read_text():
+            name = ".".join([package.__name__, *file.relative_to(root).with_suffix("").parts])
+            module = importlib.import_module(name.removesuffix(".__init__"))
+            found += [x for x in vars(module).values() if isinstance(x, JITFunction) and x.module == module.__name__]
+    return found
+
+
+def kernels(functions: list[JITFunction]) -> set[str]:
+    """Those that no other one calls."""
+    called = {id(f.fn.__globals__.get(name)) for f in functions for name in f.fn.__code__.co_names}
+    return {f.__name__ for f in functions if id(f) not in called}
+
+
+# -------------------------------------------------- their launches
+
+
+def vector(n: int, dtype: torch.dtype = F32, aligned: bool = True) -> Tensor:
+    """Ones, which start on 16 bytes or one element after."""
+    return torch.ones(n + 1, dtype=dtype)[0 if aligned else 1 :][:n]
+
+
+def rows(n: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
+    """Logits ``(1, n, columns)``, with a gap after each row."""
+    return torch.zeros(1, n, columns + gap, dtype=dtype)[:, :, :columns]
+
+
+def launch_kd(
+    operator: str,
+    columns: int,
+    form: Form = Form.FORWARD_KL,
+    *,
+    n: int = 300,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    surplus: int = 0,
+    gap: int = 0,
+    labels: bool = True,
+    transform: bool = False,
+    gradient: bool = True,
+    upstream: str = "scalar",
+    aligned: bool = True,
+) -> None:
+    """One of the operators that start with kd_, all of the options."""
+    student, teacher = rows(n, columns, dtypes[0], gap), rows(n, columns - surplus, dtypes[1])
+    exact = F64 if dtypes[0] == F64 else F32
+    y = vector(n, torch.int64, aligned) if labels else None
+    numbers = (y, *(vector(k, t, aligned) for k, t in ((n, F32), (16, F64), (2, F64))))
+    tail = -100, int(form), transform, labels
+    up = vector(1, exact, aligned).squeeze(0) if upstream == "scalar" else vector(n, exact, aligned)
+    stats = vector(n * 8, exact, aligned).view(n, 8)
+    if operator == "kd_forward":
+        kd.kd_forward(student, teacher, *numbers, *tail, gradient)
+    elif operator == "kd_forward_":
+        kd.kd_forward_(student, teacher, *numbers, *tail)
+    elif operator == "kd_backward":
+        kd.kd_backward(up, student, teacher, *numbers, stats, *tail)
+    else:
+        kd.kd_rescale_(torch.empty_like(student), up, student, teacher, *numbers, stats, *tail)
+
+
+def launch_topk(
+    operator: str,
+    form: SparseForm,
+    *,
+    columns: int = 3000,
+    k: int = 50,
+    n: int = 300,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, F32),
+    gap: int = 0,
+    labels: bool = True,
+    transform: bool = False,
+    gradient: bool = True,
+    aligned: bool = True,
+) -> None:
+    student, teacher = rows(n, columns, dtypes[0], gap), rows(n, k, dtypes[1])
+    exact = F64 if dtypes[0] == F64 else F32
+    y = vector(n, torch.int64, aligned) if labels else None
+    ids = vector(n * k, torch.int64, aligned).view(n, k)
+    numbers = (ids, y, *(vector(m, t, aligned) for m, t in ((n, F32), (16, F64), (2, F64))))
+    tail = -100, int(form), transform, labels
+    stats, up = vector(n * 8, exact, aligned).view(n, 8), vector(n, exact, aligned)
+    if operator == "topk_forward":
+        topk.topk_forward(student, teacher, *numbers, *tail, gradient)
+    elif operator == "topk_forward_":
+        topk.topk_forward_(student, teacher, *numbers, *tail)
+    elif operator == "topk_backward":
+        topk.topk_backward(up, student, teacher, *numbers, stats, *tail)
+    else:
+        topk.topk_rescale_(torch.empty_like(student), up, student, teacher, *numbers, stats, *tail)
+
+
+def launch_weights(mask: torch.dtype | None, labels: bool, ids: bool, aligned: bool = True) -> None:
+    n, c = 300, 40
+    listed = vector(n * c, torch.int64, aligned).view(n, c) if ids else None
+    y = vector(n, torch.int64, aligned) if labels else None
+    kd.kd_row_weights(rows(n, c, BF16), listed, y, None if mask is None else vector(n, mask, aligned), -100, True)
+
+
+def launch_terms(dtype: torch.dtype, per_row: bool, aligned: bool = True) -> None:
+    loss_rows = vector(2 * 300, dtype, aligned).view(2, 300)
+    kd.kd_terms(loss_rows, vector(16, F64, aligned), vector(2, F64, aligned), per_row)
+
+
+LONG, SHORT = 50257, 3000  # of few rows, the long ones are split
+WHOLE = {
+    "forward": partial(launch_kd, "kd_forward", LONG),
+    "no labels": partial(launch_kd, "kd_forward", 10_000, labels=False, transform=True),
+    "no gradient": partial(launch_kd, "kd_forward", LONG, Form.DKD, gradient=False),
+    "in place": partial(launch_kd, "kd_forward_", LONG, Form.JEFFREYS, labels=False),
+    "backward": partial(launch_kd, "kd_backward", SHORT, Form.ALPHA_BETA, upstream="rows"),
+    "backward, few rows": partial(launch_kd, "kd_backward", SHORT, n=6, labels=False),
+    "rescale": partial(launch_kd, "kd_rescale_", LONG, Form.TOTAL_VARIATION, dtypes=(F32, BF16)),
+    "everything": partial(launch_kd, "kd_forward", LONG, surplus=13, gap=1, transform=True, dtypes=(F16, F32)),
+    "float64": partial(launch_kd, "kd_forward", SHORT, dtypes=(F64, F64)),
+    "unaligned": partial(launch_kd, "kd_backward", LONG, upstream="rows", aligned=False),
+}
+RESIDENT = {
+    "forward": partial(launch_kd, "kd_forward", SHORT),
+    "no labels": partial(launch_kd, "kd_forward", 1000, Form.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
+    "no gradient": partial(launch_kd, "kd_forward", SHORT, Form.MIXTURE, gradient=False),
+    "in place": partial(launch_kd, "kd_forward_", SHORT, Form.TOTAL_VARIATION),
+    "out of phase": partial(launch_kd, "kd_forward", SHORT, gap=1, surplus=5),
+    "transform": partial(launch_kd, "kd_forward", SHORT, transform=True),
+    "unaligned": partial(launch_kd, "kd_forward", SHORT, aligned=False),
+}
+SPLIT = {
+    "forward": partial(launch_kd, "kd_forward", LONG, n=6),
+    "no labels": partial(launch_kd, "kd_forward", LONG, Form.LOGIT_MSE, n=6, labels=False),
+    "no gradient": partial(launch_kd, "kd_forward", LONG, n=6, gradient=False),
+    "in place": partial(launch_kd, "kd_forward_", LONG, Form.TOTAL_VARIATION, n=6),
+    "backward": partial(launch_kd, "kd_backward", LONG, n=6),
+    "rescale": partial(launch_kd, "kd_rescale_", LONG, Form.DKD, n=6, surplus=7, gap=1),
+    "unaligned": partial(launch_kd, "kd_forward", LONG, n=6, dtypes=(F32, F32), aligned=False),
+}
+TOPK = {form.name.lower(): partial(launch_topk, "topk_forward", form) for form in SparseForm} | {
+    "no labels": partial(launch_topk, "topk_forward", SparseForm.BUCKET, labels=False),
+    "no gradient": partial(launch_topk, "topk_forward", SparseForm.RENORMALIZE, gradient=False, dtypes=(F16, BF16)),
+    "in place": partial(launch_topk, "topk_forward_", SparseForm.IGNORE, k=1000, transform=True),
+    "backward": partial(launch_topk, "topk_backward", SparseForm.SAMPLES, dtypes=(F32, F32)),
+    "rescale": partial(launch_topk, "topk_rescale_", SparseForm.BUCKET_REVERSE, gap=1),
+    "float64": partial(launch_topk, "topk_forward", SparseForm.BUCKET, dtypes=(F64, F64), k=7),
+    "unaligned": partial(launch_topk, "topk_forward", SparseForm.BUCKET, aligned=False),
+}
+SMALL = {
+    "weights by labels": partial(launch_weights, None, labels=True, ids=False),
+    "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
+    "weights themselves": partial(launch_weights, F32, labels=False, ids=True),
+    "weights, unaligned": partial(launch_weights, torch.bool, labels=True, ids=True, aligned=False),
+    "terms": partial(launch_terms, F32, per_row=False),
+    "terms per row": partial(launch_terms, F64, per_row=True),
+    "terms, unaligned": partial(launch_terms, F32, per_row=True, aligned=False),
+}
+CASES = {
+    f"{kind}: {name}": case
+    for kind, cases in (
+        ("whole", WHOLE),
+        ("resident", RESIDENT),
+        ("split", SPLIT),
+        ("top-k", TOPK),
+        ("small", SMALL),
+    )
+    for name, case in cases.items()
+}
+
+
+def launches_of(case: Callable[[], None]) -> list[Launch]:
+    with gpu() as launches:
+        case()
+    return launches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches(name: str) -> None:
+    launches, kind = launches_of(CASES[name]), name.split(":")[0]
+    assert launches
+    assert all(launch.registers * launch.threads <= gpu_stub.REGISTERS for launch in launches)
+    names = {launch.kernel for launch in launches}
+    if kind in ("whole", "resident", "split"):
+        assert names == {"kd_kernel"}
+        constants = launches[0].constants
+        assert (constants["RESIDENT"], constants["SPLIT"]) == (kind == "resident", kind == "split")
+        assert [x.constants["STAGE"] for x in launches] in ([0], [1, 2, 3] if kind == "split" else [0])
+    elif kind == "top-k":
+        assert names == {"topk_kernel"}
+
+
+def test_every_kernel_of_the_package_is_launched() -> None:
+    """Here, a kernel that none of the cases launches."""
+    launched = {launch.kernel for case in CASES.values() for launch in launches_of(case)}
+    assert launched == kernels(jit_functions(fusedkd))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "unaligned" in name])
+def test_unaligned_vectors_compile_nothing_of_their_own(name: str) -> None:
+    """`labels[:, 1:]`, or an upstream gradient out of a stack, in the middle of training or of a graph's capture."""
+    for there, here in zip(launches_of(partial(CASES[name], aligned=True)), launches_of(CASES[name]), strict=True):
+        assert here.aligned == there.aligned
+
+
+# -------------------------------------------------- what this check sees
+
+
+@triton.jit
+def a_name_of_triton(x, options):
+    tl.store(x, tl.load(options))
+
+
+@triton.jit
+def many_registers(x, N: tl.constexpr):
+    i = tl.arange(0, N)
+    y = tl.load(x + i)
+    tl.store(x + i, y - tl.sum(y, 0))
+
+
+def test_what_cannot_be_launched_raises() -> None:
+    """A parameter `options` is a SyntaxError in the function that Triton writes to bind the arguments."""
+    x = torch.zeros(16)
+    with gpu(), pytest.raises(SyntaxError):
+        a_name_of_triton[(1,)](x, x)
+    with gpu(), pytest.raises(triton.runtime.OutOfResources, match="threads"):
+        many_registers[(1,)](x, N=1 << 16, num_warps=32, maxnreg=128)
+
+
+def test_kernels_are_those_that_no_other_calls() -> None:
+    functions = jit_functions(fusedkd)
+    assert kernels([*functions, a_name_of_triton]) == kernels(functions) | {"a_name_of_triton"}
+    assert "columns" in {f.__name__ for f in functions} - kernels(functions)
