@@ -13,6 +13,7 @@ would have left them. Targets of make exist.
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_the_first_two_losses_of_the_readme_are_one() -> None:
 @pages
 def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     for name in ("a.txt", "b.txt.gz", "c.txt", "held-out.txt"):
-        (tmp_path / name).touch()
+        with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wb") as file:
+            file.write(b"text\n")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     students: dict[str, int] = {}
     seen = []

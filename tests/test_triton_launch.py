@@ -166,7 +166,7 @@ WHOLE = {
 RESIDENT = {
     "forward": partial(launch_kd, "kd_forward", SHORT),
     "no labels": partial(launch_kd, "kd_forward", 1000, Form.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
-    "no gradient": partial(launch_kd, "kd_forward", SHORT, Form.MIXTURE, gradient=False),
+    "no gradient": partial(launch_kd, "kd_forward", 2000, Form.MIXTURE, gradient=False),
     "in place": partial(launch_kd, "kd_forward_", SHORT, Form.TOTAL_VARIATION),
     "out of phase": partial(launch_kd, "kd_forward", SHORT, gap=1, surplus=5),
     "transform": partial(launch_kd, "kd_forward", SHORT, transform=True),
