@@ -157,15 +157,27 @@ def vocabularies(student: int, teacher: int, mismatch: str, bare: bool = False) 
     if mismatch == "truncate" or student == teacher:
         return
     small, large = min(student, teacher), max(student, teacher)
-    if large - small <= min(MAX_VOCABULARY_PADDING, small // PADDING_SHARE):
-        return
-    if large <= 2 * small and any(large % unit == 0 and large - small < unit for unit in PADDED_TO):
+    few, rounded = _paddings(small)
+    if large <= few or large in rounded:
         return
     hidden = ", or the teacher's tensor holds hidden states, which belong in a TeacherHead" if bare else ""
     raise ValueError(
         f"student and teacher have vocabularies of {student} and {teacher} columns, which no padding explains: either "
         f"their tokenizers or classes differ{hidden}; vocab_mismatch='truncate' distils the common prefix all the same"
     )
+
+
+def most_padded(vocabulary: int) -> int:
+    """The largest size of that vocabulary with padding."""
+    few, rounded = _paddings(vocabulary)
+    return max(few, *rounded)
+
+
+def _paddings(vocabulary: int) -> tuple[int, list[int]]:
+    """Sizes of a padded vocabulary: all up to the first, and those to which heads are rounded up."""
+    rounded = [-(-vocabulary // unit) * unit for unit in PADDED_TO]
+    few = vocabulary + min(MAX_VOCABULARY_PADDING, vocabulary // PADDING_SHARE)
+    return few, [size if size <= 2 * vocabulary else vocabulary for size in rounded]
 
 
 def frozen(name: str, teacher: Tensor, student_needs_gradient: bool) -> None:

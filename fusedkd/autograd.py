@@ -5,9 +5,8 @@ upstream 1. The first backward rescales it in place, which is a launch that retu
 otherwise recomputes from the logits; a second backward recomputes into fresh memory. Everything else takes the value
 forward and the gradient backward. Either way the gradient is rounded once.
 
-Hooks of saved tensors (checkpoints, offloading) are asked for each tensor once per backward, since a checkpoint refuses
-a second time. Under them nothing is early (:mod:`fusedkd.functional`) but with `inplace`, whose gradient is a saved
-tensor.
+Where saved-tensor hooks are active (checkpoint, offloading), backward computes the gradient, except with `inplace`,
+whose gradient is a saved tensor. Backward reads ``ctx.saved_tensors`` once: a checkpoint raises at a second read.
 """
 
 from __future__ import annotations
@@ -208,8 +207,7 @@ def _overwritten(ctx: Any, upstream: Tensor) -> Tensor:
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """``save_for_backward`` refuses what ``torch.inference_mode`` made, as it often did the teacher's logits: of that,
-    an ordinary tensor on the same memory is saved. Compiled graphs save for themselves
-    and cannot ask.
+    an ordinary tensor on the same memory is saved. Not in compiled graphs, which save for themselves.
     """
 
     def ordinary(t: Tensor | None) -> Tensor | None:

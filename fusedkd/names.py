@@ -15,8 +15,6 @@ R = TypeVar("R")
 OTHERS_NAMES = {
     "alpha": "kd_weight and ce_weight",
     "lam": "kd_weight and ce_weight",
-    "lmbda": "kd_weight and ce_weight",
-    "weight": "kd_weight and ce_weight",
     "beta": "divergence=JSD(beta)",
     "T": "temperature",
     "tau": "temperature",
@@ -33,7 +31,7 @@ OTHERS_NAMES = {
 
 
 def by_name(loss: Callable[P, R]) -> Callable[P, R]:
-    """The loss, which answers an option that it does not have with the name it knows it by."""
+    """The loss; an unknown keyword raises a TypeError that names our option."""
     options = list(inspect.signature(loss).parameters)
     known = frozenset(options)
 

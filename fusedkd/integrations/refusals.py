@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedkd import arguments as check
 from fusedkd.functional import linear_kd_loss
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
@@ -60,7 +60,7 @@ def processes(found: int) -> None:
     advice = "on a CPU start them with torchrun and pass TrainingArguments(use_cpu=True)"
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > found:
-        raise ValueError(f"WORLD_SIZE is {started}, but accelerate sees {found} process: {advice}")
+        raise ValueError(f"WORLD_SIZE is {started}, but accelerate sees {found}: {advice}")
     # What `accelerate launch --cpu --num_processes N` leaves in the environment of the one process that it starts.
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if found == 1 and on_cpu and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -70,7 +70,9 @@ def processes(found: int) -> None:
 
 
 def shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
-    """A student that would stand still, or move its teacher. What is frozen already it may share, with a warning."""
+    """Refuses parameters that both models hold and the student trains: freezing the teacher would freeze them. Warns of
+    shared ones that are frozen already.
+    """
     teachers, adapted = {_memory(p) for p in teacher.parameters()}, hasattr(student, "disable_adapter")
     shared = {name: p for name, p in student.named_parameters() if _memory(p) in teachers}
     trained = [name for name, p in shared.items() if p.requires_grad]
@@ -84,10 +86,9 @@ def shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
             f"({names}): {advice}"
         )
     if shared and not adapted:
-        warnings.warn(
-            f"fusedkd: student and teacher share {len(shared)} frozen parameters ({names}), which stay as they are; "
-            f"if the student is to train them, {advice}",
-            stacklevel=2,
+        check.warn(
+            f"student and teacher share {len(shared)} frozen parameters ({names}), which stay as they are; if the "
+            f"student is to train them, {advice}"
         )
 
 
@@ -140,10 +141,9 @@ def batch(inputs: Mapping[str, Any]) -> None:
 def warn_of_blank(terms: set[str]) -> None:
     """Of the terms that had no row in a whole batch."""
     if terms:
-        warnings.warn(
-            f"fusedkd: a batch without a row of {' and '.join(sorted(terms))}, to which it adds nothing: every label "
-            "is −100 (ignored), or the teacher has nothing to say",
-            stacklevel=2,
+        check.warn(
+            f"a batch without a row of {' and '.join(sorted(terms))}, to which it adds nothing: every label is −100 "
+            "(ignored), or the teacher has nothing to say"
         )
 
 

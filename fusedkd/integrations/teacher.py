@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -88,12 +87,8 @@ class TeacherModel:
     def _tell(self, dropped: set[str]) -> None:
         if dropped - self.dropped:
             self.dropped |= dropped
-            names = ", ".join(sorted(dropped))
-            warnings.warn(
-                f"fusedkd: {type(base_model(self.model)).__name__}, the teacher, does not take {names}, which the "
-                "student is given",
-                stacklevel=2,
-            )
+            name, names = type(base_model(self.model)).__name__, ", ".join(sorted(dropped))
+            check.warn(f"{name}, the teacher, does not take {names}, which the student is given")
 
 
 def _tokens(model: nn.Module) -> int:
@@ -120,13 +115,9 @@ def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTo
     beyond = ids >= vocabulary
     known = ids.masked_fill(beyond, -1)
     if kd.vocab_mismatch == "error":
-        wrong = beyond & ~(known >= 0).any(-1, keepdim=True)
-        if ids.is_cpu:
-            refusals.unknown_ids(ids, wrong, "teacher_ids", vocabulary)
-            largest = int(ids.max()) if ids.numel() else -1
-            check.vocabularies(vocabulary, max(vocabulary, largest + 1), kd.vocab_mismatch)
-        else:
-            wrong |= ids >= vocabulary + check.MAX_VOCABULARY_PADDING
+        wrong = (beyond & ~(known >= 0).any(-1, keepdim=True)) | (ids >= check.most_padded(vocabulary))
+        refusals.unknown_ids(ids, wrong, "teacher_ids", vocabulary)
+        if not ids.is_cpu:
             row = wrong.any(-1, keepdim=True)
             known, logprobs = torch.where(row, known.clamp(min=0), known), logprobs.masked_fill(row, torch.nan)
     return TeacherTopK(known, logprobs, tail=kd.tail, logprobs_temperature=kd.logprobs_temperature)

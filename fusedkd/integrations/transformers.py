@@ -145,7 +145,8 @@ class DistillationTrainer(Trainer):
 
     def _bind(self) -> None:
         """To the models as they are now, before anything wraps them."""
-        _ = self.head, self.teacher_model and self.teacher_model.head
+        with self.accelerator.autocast():
+            _ = self.head, self.teacher_model and self.teacher_model.head
         if self.teacher_model and self.model_init is not None:
             refusals.shared_parameters(self.student, self.teacher)
 

@@ -226,7 +226,7 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: None)  # accelerate waits for both
-    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but accelerate sees 1 process.*use_cpu=True"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2, but accelerate sees 1: .*use_cpu=True"):
         trainer(*llamas(), use_cpu=False)
 
 

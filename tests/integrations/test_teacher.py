@@ -209,8 +209,11 @@ def test_offline_ids_beyond_the_students_vocabulary():
         with pytest.raises(ValueError, match=message):
             run()
     listed[4, 0], listed[4, 1] = 7, VOCAB + 5000  # of another tokenizer
-    with pytest.raises(ValueError, match="vocabularies of 61 and 5062"):
+    with pytest.raises(ValueError, match=r"teacher_ids must be below 61, .* but one is 5061"):
         gradient(student, None, data=data, collator=Padding("right"))
+    listed[4, 1] = VOCAB + 6  # of a vocabulary that is padded by an eighth
+    gradient(student, None, data=data, collator=Padding("right"))
+    listed[4, 1] = VOCAB + 5000
     kd = KDConfig(vocab_mismatch="truncate")
     found = gradient(llamas()[0], None, kd, data=data, collator=Padding("right"))
     listed[4, 1:] = -1
