@@ -33,8 +33,12 @@ TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchMod
 def plain(name: str, tensor: object) -> Tensor:
     """A tensor whose memory a kernel can read as it is."""
     if not isinstance(tensor, Tensor):
-        fields = [field for field in ("logits", "last_hidden_state") if hasattr(tensor, field)]
-        advice = f": pass its .{fields[0]}" if fields else ""
+        wanted = ("last_hidden_state", "hidden_states") if name.endswith("hidden") else ("logits", "last_hidden_state")
+        fields = [field for field in wanted if getattr(tensor, field, None) is not None]
+        last = "[-1]" if fields and fields[0] == "hidden_states" else ""
+        advice = f": pass its .{fields[0]}{last}" if fields else ""
+        if not fields and hasattr(tensor, "logits"):
+            advice = ": pass its .hidden_states[-1], of a model called with output_hidden_states=True"
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}{advice}")
     if _sharded(tensor):
         raise TypeError(

@@ -90,6 +90,7 @@ class TeacherSamples:
     whole teacher (Sparse Logit Sampling, arXiv:2503.16870, §4).
 
     The loss is that cross-entropy: the gradient of forward KL without bias, its value but for the teacher's entropy.
+    The sample must be one of the teacher at the temperature of the loss.
 
     Args:
         ids: ``(*, K)``, int32 or int64, K ≤ 1024; −1 is padding. An id drawn twice counts twice.

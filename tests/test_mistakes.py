@@ -105,6 +105,12 @@ def test_kd_loss(change: dict[str, Any], error: type[Exception], message: str) -
         ((H, W, H), {}, ValueError, "vocabularies of 10 and 20.*holds hidden states, which belong in a TeacherHead"),
         ((H, W, needy(V)), {}, ValueError, "the teacher requires a gradient and the student does not"),
         ((Hidden(H), W, V), {}, TypeError, r"student_hidden must be .*not Hidden: pass its \.last_hidden_state"),
+        (
+            (Output(Z), W, V),
+            {},
+            TypeError,
+            r"student_hidden must be .*pass its \.hidden_states\[-1\], of a model called",
+        ),
         ((H, W, TeacherHead(Hidden(H), W)), {}, TypeError, r"teacher.hidden must be .*pass its \.last_hidden_state"),
         ((sharded(H), W, V), {}, TypeError, f"student_hidden {WHOLE}"),
         ((H, W, V), {"inplace": True}, TypeError, "linear_kd_loss has no option inplace; it has student_hidden"),

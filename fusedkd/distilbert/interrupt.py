@@ -109,15 +109,20 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def resume(folder: Path, wanted: bool) -> tuple[str | None, str]:
-    """The checkpoint to go on from, if it is `wanted` and there is one; and what is to be told of it."""
+    """The checkpoint to go on from, if there is one; and what is to be told of it.
+
+    Raises:
+        UsageError: where there is one that is not `wanted`, for training would replace it.
+    """
     checkpoint = last_checkpoint(folder)
-    if wanted:
-        return (
-            checkpoint,
-            f", resumed from {checkpoint}" if checkpoint else ", from the start (no checkpoint to resume)",
+    if checkpoint and not wanted:
+        raise UsageError(
+            f"{folder} holds a run that did not end: --resume_from_checkpoint goes on from "
+            f"{Path(checkpoint).name}; to start again, remove the folder or choose another --output_dir"
         )
-    ignored = f", from the start (--resume_from_checkpoint would go on from {checkpoint})"
-    return None, ignored if checkpoint else ""
+    if not wanted:
+        return None, ""
+    return checkpoint, f", resumed from {checkpoint}" if checkpoint else ", from the start (no checkpoint to resume)"
 
 
 def complete(checkpoint: Path) -> bool:

@@ -253,6 +253,8 @@ def write(options: Options, console: Console) -> None:
     finish(folder, features, shards, settings)
     size = sum(shard.stat().st_size for shard in shards)
     console.print(f"[bold]Done[/bold]: {size / 1e9:,.2f} GB in {folder}; read it with datasets.load_from_disk")
+    if options.temperature != 1:
+        console.print(f"Train with KDConfig(logprobs_temperature={options.temperature:g}), as the cache has it")
 
 
 def check(folder: Path, settings: dict[str, Any]) -> None:

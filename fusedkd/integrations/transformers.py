@@ -167,7 +167,10 @@ class DistillationTrainer(Trainer):
         labels, attended = batch.get("labels"), self.attended(batch)
         on_labels = self.kd.kd_on == "labels" or resolve(self.kd.divergence).needs_labels
         if labels is None and (on_labels or self.kd.ce_weight != 0):
-            raise ValueError("the batch has no labels: they select rows unless kd_on='attended' and ce_weight=0")
+            raise ValueError(
+                "the batch has no labels, which select rows unless kd_on='attended' and ce_weight=0: "
+                "transformers' DataCollatorForLanguageModeling makes them"
+            )
         if self.head.causal and labels is not None:
             labels = batch["shift_labels"] if "shift_labels" in batch else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
             labels = labels.masked_fill(~attended, IGNORE)  # padding on the left would predict the first token
