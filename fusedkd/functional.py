@@ -114,7 +114,8 @@ def kd_loss(
     members(teacher, teacher_weights, kd_weight)
     check.float_rows("student_logits", student_logits)
     part = prepare(student_logits, teacher, labels, Options.of(given))
-    check.frozen("teacher", part.known.rows, student_logits.requires_grad)
+    if part.kd:
+        check.frozen("teacher", part.known.rows, student_logits.requires_grad)
     student, teacher_rows, grid = check.as_rows(student_logits, part.known.logits())
     weights, options, normalizers = part.tensors(teacher_rows)
     early = _gradient_in_forward(student, reduction, inplace)

@@ -49,8 +49,8 @@ def unknown(who: str, given: Collection[str], options: Collection[str]) -> str:
     """What to say of options that it does not have."""
     told = []
     for name in sorted(given):
-        near = OTHERS_NAMES.get(name, "")
-        if re.split("[ =]", near)[0] not in options:
-            near = next(iter(get_close_matches(name, options)), "")
+        here = OTHERS_NAMES.get(name, "")
+        known = (near for near in (here, here.removeprefix("kd_")) if re.split("[ =]", near)[0] in options)
+        near = next(known, next(iter(get_close_matches(name, options)), ""))
         told.append(f"{name} ({near}?)" if near else name)
     return f"{who} has no option {', '.join(told)}; it has {', '.join(options)}"

@@ -7,8 +7,9 @@ and return the value and its gradient with respect to s = z/T.
 Of the teacher's tail no more is known than rounding leaves of 1 − Σp: e = ½ε·Σp|log p| + ε', by the rounding of the
 log-probabilities, ε of their dtype, and of the softmax that they come from and of the sum, ε' = 2⁻²³ or, if they are
 float64, 2⁻⁴⁶.
-r_p is |1 − Σp|, at least e; but 0 where 1 − Σp ≤ e and the student has nothing off the list, as when K = V. Then p and
-r_p are divided by their sum, which is 1 unless they were rounded.
+r_p is |1 − Σp|, at least e. Where the student has nothing off the list, as when K = V, it is 0 up to MOST_LOST: so
+much the log_softmax of 16-bit logits may lose. Then p and r_p are divided by their sum, which is 1 unless they were
+rounded.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class SparseForm(IntEnum):
     SAMPLES = 6
 
 
+MOST_LOST = 1 / 16
+"""Of a teacher's probability, by rounding, where the student has nothing off the list."""
 TAILS = {"renormalize": SparseForm.RENORMALIZE, "bucket": SparseForm.BUCKET, "ignore": SparseForm.IGNORE}
 REVERSE = (SparseForm.RENORMALIZE_REVERSE, SparseForm.BUCKET_REVERSE, SparseForm.IGNORE_REVERSE)
 """KL(q‖p). Their gradient is 0 where the divergence is infinite; the others' is finite, and right."""
@@ -98,4 +101,4 @@ def tail_of_teacher(logprobs: Tensor, possible: Tensor) -> Tensor:
     rest = 1 - p.sum(-1, keepdim=True)
     error = eps / 2 * torch.where(p == 0, 0, p * log_p.abs()).sum(-1, keepdim=True)
     error += 2.0**-46 if logprobs.dtype == torch.float64 else 2.0**-23
-    return torch.where(possible, rest.abs().maximum(error), torch.where(rest <= error, 0, rest))
+    return torch.where(possible, rest.abs().maximum(error), torch.where(rest <= MOST_LOST, 0, rest))

@@ -69,9 +69,9 @@ class TeacherTopK:
             ``"bucket"``: all other columns are one class, on both sides. The teacher's probability of it is
             |1 − Σ_K p|, but never less than rounding leaves open of that, ½ε·Σ_K p|log p| + ε', ε of the dtype of the
             log-probabilities and ε' = 2⁻²³ (2⁻⁴⁶ for float64): reverse KL stays finite, and keeps a gradient, where the
-            list holds all of the teacher's probability. The class is empty where that is all there is and the student
-            has nothing off the list either, as when K = V. p and the tail are divided by their sum, which rounding may
-            take above 1.
+            list holds all of the teacher's probability. Where the student has nothing off the list, as when K = V, the
+            class is empty, unless more than 1/16 of the teacher is there. p and the tail are divided by their sum,
+            which rounding may take above 1.
 
             ``"ignore"``: Σ_K p·δ alone; may be negative.
         logprobs_temperature: the temperature at which they were taken. Only ``"renormalize"`` can change it; the others

@@ -68,7 +68,8 @@ def tiled(
     for member in teachers:
         options = options._replace(kd_weight=member.kd_weight)
         part = prepare(logits, member.teacher, labels, options)
-        check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in student))
+        if part.kd:
+            check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in student))
         options = options._replace(ce_weight=0.0)  # the cross-entropy goes with the first
         rows = check.as_rows(part.known.rows, part.known.rows)[1]
         head, head_bias = part.known.head or (None, None)

@@ -4,6 +4,8 @@ decides, in each dtype of log-probabilities, with Σp below 1, at it and above.
 
 from __future__ import annotations
 
+from typing import Any
+
 import linear_cases
 import pytest
 import torch
@@ -29,7 +31,7 @@ def sure(dtype: torch.dtype, device: str = "cpu", below: float = 20.0) -> tuple[
 
 @pytest.mark.parametrize("eps", [2.0**-7, 2.0**-10, 2.0**-23, 2.0**-52])
 def test_the_tail(eps: float) -> None:
-    """|1 − Σp|, at least ½ε·Σp|log p| + ε'; where the student has nothing there, what is beyond that."""
+    """|1 − Σp|, at least ½ε·Σp|log p| + ε'; where the student has nothing there, 0 up to 1/16."""
     dtype = next(t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64) if torch.finfo(t).eps == eps)
     half = torch.tensor([[0.5, 0.5], [0.25, 0.25], [2.0, 0.5]], dtype=torch.float64).log().to(dtype)
     half = torch.cat([half, torch.full((3, 1), -torch.inf, dtype=dtype)], 1)  # padding
@@ -82,6 +84,20 @@ def test_all_columns(device: str, divergence: str, dtype: torch.dtype, scale: fl
         assert truth.loss.value.isinf().all() == (divergence == "forward_kl")
     else:
         same(truth, kd_truth(student, whole, divergence=divergence, reduction="none"))
+
+
+@directions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=describe)
+@pytest.mark.parametrize("carrier", [None, torch.float32, torch.float64], ids=describe)
+def test_all_columns_of_a_rounded_softmax(device: str, divergence: str, dtype: torch.dtype, carrier: Any) -> None:
+    """PyTorch's own log_softmax errs by more than the rounding of its result; a cache may hold it in a wider type."""
+    student, logits = pair(N, 1024, device=device)
+    logits[:, 3] = torch.linspace(0, 25, N, device=device)
+    logprobs, ids = (logits + 12).to(dtype).log_softmax(-1).sort(-1, descending=True)
+    assert (1 - float64(logprobs).exp().sum(-1)).max() > 1e-7
+    listed = TeacherTopK(ids, logprobs.to(carrier or dtype), "bucket")
+    truth = check_kd(student, listed, divergence=divergence, reduction="none")
+    assert truth.loss.value.isfinite().all()
 
 
 def same(a: Truth, b: Truth) -> None:

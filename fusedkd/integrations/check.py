@@ -19,6 +19,7 @@ from typing import Any
 from transformers import Trainer
 
 from fusedkd.integrations import probe
+from fusedkd.integrations.heads import output_head
 from fusedkd.integrations.probe import EXAMPLES, Batch
 
 HOT = (16.0, 32.0)  # where softmax is nearly linear in the logits
@@ -207,6 +208,11 @@ def _powers(twin: Trainer, batch: Batch, notes: list[str], faults: list[str]) ->
     if not temperatures or not teachers:
         missing = "temperature" if not temperatures else "teacher model"
         notes.append(f"T²: no {missing} found on the trainer.")
+        return None
+    if any(output_head(teacher) is output_head(twin.model) is not None for teacher in teachers):
+        notes.append(
+            "T²: student and teacher have one output head, so the teacher's part cannot be told from the student's."
+        )
         return None
     part = []
     try:

@@ -16,6 +16,8 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from fusedkd.integrations.heads import output_head
+
 EXAMPLES = 8
 Batch = dict[str, Any]
 Gradient = dict[nn.Parameter, Tensor]
@@ -245,7 +247,7 @@ def without_logits(teachers: Iterable[Any]) -> Iterator[None]:
     with ExitStack() as stack:
         for teacher in teachers:
             stack.callback(teacher.register_forward_hook(flatten).remove)
-            head = teacher.get_output_embeddings() if isinstance(teacher, PreTrainedModel) else None
+            head = output_head(teacher) if isinstance(teacher, PreTrainedModel) else None
             for name in ("weight", "bias"):
                 value = getattr(head, name, None)
                 zero = nn.Parameter(torch.zeros_like(value), False) if isinstance(value, nn.Parameter) else None

@@ -100,7 +100,13 @@ def _tokens(model: nn.Module) -> int:
 def load(name: Any, causal: bool) -> nn.Module:
     """The teacher of that name or in that folder, of the student's kind."""
     auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    return auto.from_pretrained(name)  # type: ignore[no-any-return]
+    try:
+        return auto.from_pretrained(name)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        kind = "causal" if causal else "masked"
+        raise ValueError(
+            f"teacher={str(name)!r} is neither a folder with a {kind} LM nor one's name on the hub"
+        ) from error
 
 
 def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTopK | None:

@@ -153,7 +153,8 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         kept: Any = self._signature_columns
-        kept += [name for name in COLUMNS if name not in kept]
+        if self.offline:
+            kept += [name for name in COLUMNS if name not in kept]
 
     @staticmethod
     def attended(batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from fusedkd.kernels.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, reciprocal_or_zero
 from fusedkd.kernels.rows import UNIT, accumulate, columns, logits, merge
-from fusedkd.sparse import SparseForm
+from fusedkd.sparse import MOST_LOST, SparseForm
 
 RENORMALIZE = tl.constexpr(int(SparseForm.RENORMALIZE))
 RENORMALIZE_REVERSE = tl.constexpr(int(SparseForm.RENORMALIZE_REVERSE))
@@ -39,6 +39,7 @@ BUCKET_REVERSE = tl.constexpr(int(SparseForm.BUCKET_REVERSE))
 IGNORE = tl.constexpr(int(SparseForm.IGNORE))
 IGNORE_REVERSE = tl.constexpr(int(SparseForm.IGNORE_REVERSE))
 SAMPLES = tl.constexpr(int(SparseForm.SAMPLES))
+LOST = tl.constexpr(MOST_LOST)
 
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
@@ -373,7 +374,7 @@ def teachers_tail(b_p, b_y, mass, possible, dtype: tl.constexpr):
     error = eps / 2 * tl.sum(tl.where(b_p == 0, 0.0, b_p * tl.abs(b_y)), 0)
     error += 2.0**-46 if dtype == tl.float64 else 2.0**-23
     left = 1.0 - mass
-    return tl.where(possible, tl.maximum(tl.abs(left), error), tl.where(left <= error, 0.0, left))
+    return tl.where(possible, tl.maximum(tl.abs(left), error), tl.where(left <= LOST, 0.0, left))
 
 
 @triton.jit

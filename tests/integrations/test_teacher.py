@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fusedkd.integrations.check import kd_check
 from fusedkd.integrations.teacher import listed
 from fusedkd.integrations.transformers import KDConfig
 
@@ -112,6 +113,9 @@ def test_the_student_with_adapters_off(options):
     assert expected[1]["kd"] > 0.1
     assert_equal(gradient(student, student.get_base_model(), batch=4, accumulation=2), expected)
     assert {name for name, p in student.named_parameters() if p.requires_grad} == trained
+    report = kd_check(trainer(student, student.get_base_model()))
+    assert report.ok, report
+    assert "one output head" in str(report)
 
 
 def test_adapters_off_is_in_evaluation_mode_and_frozen_adapters_stay_frozen():

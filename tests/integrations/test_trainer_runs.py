@@ -25,6 +25,16 @@ def unlabelled(data, how: str):
         yield row if how == "absent" else row | {"labels": torch.full_like(labels, -100)}
 
 
+def test_columns_of_an_unused_teacher_are_left_out():
+    """kd_weight = 0 on the same data: the ablation."""
+    kd, data = KDConfig(kd_weight=0.0), list(rows())
+    columns = [torch.ones(len(row["input_ids"]), 1 + i % 2, dtype=torch.int64) for i, row in enumerate(data)]
+    listed = [
+        row | {"teacher_ids": ids, "teacher_logprobs": -ids.float()} for row, ids in zip(data, columns, strict=True)
+    ]
+    assert_equal(gradient(llamas()[0], None, kd, data=listed), gradient(llamas()[0], None, kd, data=data))
+
+
 # -------------------------------------------------- evaluation
 
 
