@@ -35,6 +35,7 @@ class Case:
     teacher: str = "logits"  # or what is known of it at `listed` columns per row: a tail of TeacherTopK, or samples
     listed: int = 0
     upstream: float = 1.0
+    sure: bool = False  # one column of every row is far above the others
     graph: bool = False  # replayed as a CUDA graph: the whole call without its launches
 
     @property
@@ -69,6 +70,7 @@ class Case:
             f"{'' if self.teacher == 'samples' else 'top '}{self.listed} {self.teacher}" if self.listed else "",
             f"T = {self.temperature:g}",
             "with CE" if self.ce else "",
+            "sure rows" if self.sure else "",
         ]
         mode = [
             "" if self.backward else "forward only",
@@ -84,6 +86,7 @@ class Case:
             f"{self.teacher}{self.listed}" if self.listed else "",
             f"T{self.temperature:g}",
             "ce" if self.ce else "",
+            "sure" if self.sure else "",
         ]
         mode = [
             "fwd+bwd" if self.backward else "fwd",
@@ -99,7 +102,7 @@ class Case:
         The student is the teacher with noise, labels are drawn from the teacher: a distillation under way.
         """
         sets: list[Inputs] = []
-        for student, teacher, labels in _logits(self.rows, self.columns, self.dtype, device):
+        for student, teacher, labels in _logits(self.rows, self.columns, self.dtype, device, self.sure):
             if not self.listed:
                 sets.append((student, teacher, labels))
             elif self.teacher == "samples":
@@ -148,12 +151,14 @@ class Case:
 
 
 @lru_cache(maxsize=1)  # cases of one shape follow each other
-def _logits(rows: int, columns: int, dtype: str, device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _logits(rows: int, columns: int, dtype: str, device: str, sure: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
     random = torch.Generator(device).manual_seed(0)
     shape, to = (rows, columns), getattr(torch, dtype)
     sets = []
     for _ in range(min(ceil(4 * CACHE_BYTES / (2 * rows * columns * to.itemsize)), 64)):
         teacher = torch.randn(shape, device=device, generator=random) * 3
+        if sure:
+            teacher.scatter_(1, torch.randint(columns, (rows, 1), device=device, generator=random), 18.0)
         student = teacher + 0.5 * torch.randn(shape, device=device, generator=random)
         labels = torch.empty(shape, device=device).exponential_(generator=random)
         labels = (teacher - labels.log_()).argmax(-1)  # Gumbel: a draw from softmax(teacher)
@@ -188,6 +193,7 @@ CASES = {
         kd(512, 30522),
         kd(512, 30522, temperature=4.0),
         kd(512, 30522, backward=False),
+        kd(512, 30522, backward=False, sure=True),
         kd(512, 30522, upstream=0.5),
         kd(512, 30522, ce=False),
         *(family(name, 512, 30522) for name in OTHERS),

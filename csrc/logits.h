@@ -2,28 +2,10 @@
 
 #include "vec.h"
 
-// The partial sums of a loop over vectors of A, in that type, or in float64.
-template <class A, class R> struct Partial {
-  Vec<A> sum[PER_STEP<A>] = {};
-  INLINE void add(int u, Vec<A> x) { sum[u] += x; }
-  double all() const { return total<A>(sum); }
-};
-template <> struct Partial<float, double> {
-  double sum[STEP] = {};
-  INLINE void add(int u, F x) {
-    for (int i = 0; i < WIDTH<float>; i++) sum[u * WIDTH<float> + i] += double(x[i]);
-  }
-  double all() const {
-    D of[PER_STEP<double>];
-    std::memcpy(of, sum, sizeof of);
-    return total<double>(of);
-  }
-};
-
 // Running Σ exp((x − m)/T). The reference m is the maximum of the first columns, and rises where a later one makes out
-// much of the sum: its exponential then is exactly 1. Such a block is added once more, in float64: the other columns, all
-// that there is to the entropy of a sure row, would drop out of float32 sums that have a 1 in them. Elsewhere a block is
-// read once. settle() makes m the maximum of all.
+// much of the sum; such a block is added once more, any other is read once. Where m is a block's maximum, the columns
+// that equal it are counted, not summed: the others, all that there is to the entropy of a sure row, would drop out of
+// float32 sums that have a 1 in them. settle() makes m the maximum of all.
 template <class A> struct Softmax {
   static constexpr double REACH = 4;    // powers of two that an exponential may reach,
   static constexpr double SHARE = 0.5;  // and the part of the sum that one may have
@@ -34,12 +16,17 @@ template <class A> struct Softmax {
 
   // `kept` gets the exponentials, if given.
   void add(const A* x, int64_t n, A* kept = nullptr) {
-    if (m == -INFINITE<A>) m = maximum(x, n);
-    Sums of = sums<A>(x, n, kept);
-    const double above = std::ldexp((double(of.most) - m) * c, squarings);
-    if (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l)) {
-      rise(std::max(m, of.most));
-      of = sums<double>(x, n, kept);
+    Sums of;
+    if (m == -INFINITE<A>) {
+      m = maximum(x, n);
+      of = sums<true>(x, n, kept);
+    } else {
+      of = sums<false>(x, n, kept);
+      const double above = (double(of.most) - m) * c * (1 << squarings);
+      if (above > 0 && (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l))) {
+        rise(of.most);
+        of = sums<true>(x, n, kept);
+      }
     }
     l += of.l, l_1 += of.l_1;
     top = std::max(top, of.most);
@@ -58,34 +45,47 @@ template <class A> struct Softmax {
     l *= std::exp2(lowered), l_1 *= std::exp2(std::ldexp(lowered, squarings)), m = to;
   }
 
+  // Four steps at a time, so that one maximum need not wait for another; at the end, steps are read again.
   static A maximum(const A* x, int64_t n) {
-    Vec<A> highest_of[PER_STEP<A>];
-    for (auto& of : highest_of) of = splat(-INFINITE<A>);
-    for (int64_t j = 0; j < n; j += STEP)
-      for (int u = 0; u < PER_STEP<A>; u++) highest_of[u] = max(load(x + j + u * WIDTH<A>), highest_of[u]);
-    return highest<A>(highest_of);
+    Vec<A> highest_of[4][PER_STEP<A>];
+    for (auto& step : highest_of)
+      for (auto& of : step) of = splat(-INFINITE<A>);
+    for (int64_t j = 0; j < n; j += 4 * STEP)
+      for (int i = 0; i < 4; i++)
+        for (int u = 0; u < PER_STEP<A>; u++)
+          highest_of[i][u] = max(load(x + std::min(j + i * STEP, n - STEP) + u * WIDTH<A>), highest_of[i][u]);
+    for (int i = 1; i < 4; i++)
+      for (int u = 0; u < PER_STEP<A>; u++) highest_of[0][u] = max(highest_of[0][u], highest_of[i][u]);
+    return highest<A>(highest_of[0]);
   }
 
-  // The columns' sums, added in the type R.
-  template <class R> Sums sums(const A* x, int64_t n, A* kept) const {
-    Vec<A> highest_of[PER_STEP<A>];
-    Partial<A, R> sum, sum_1;
-    for (auto& of : highest_of) of = splat(-INFINITE<A>);
+  // `at_top`: m is the columns' maximum. Those that equal it are counted, the others summed.
+  template <bool at_top> Sums sums(const A* x, int64_t n, A* kept) const {
+    Vec<A> highest_of[PER_STEP<A>], sum[PER_STEP<A>] = {}, sum_1[PER_STEP<A>] = {};
+    Int<A> minus_others = {};
+    for (auto& of : highest_of) of = splat(at_top ? m : -INFINITE<A>);
     const A from = m == -INFINITE<A> ? 0 : m, scale = A(c);
     for (int64_t j = 0; j < n; j += STEP)
       for (int u = 0; u < PER_STEP<A>; u++) {
         const int64_t at = j + u * WIDTH<A>;
-        const Vec<A> column = load(x + at);
-        highest_of[u] = max(column, highest_of[u]);
-        Vec<A> e = exp2<A>((column - from) * scale);
+        const Vec<A> column = load(x + at), below = column - from;
+        const Int<A> other = below != 0;  // a NaN too
+        if (at_top) minus_others = other ? minus_others - 1 : minus_others;
+        else highest_of[u] = max(column, highest_of[u]);
+        Vec<A> e = exp2<A>(below * scale);
         if (kept) store(kept + at, e);
-        sum.add(u, e);
+        sum[u] = at_top ? (other ? sum[u] + e : sum[u]) : sum[u] + e;
         if (squarings > 0) {
           for (int k = 0; k < squarings; k++) e *= e;
-          sum_1.add(u, e);
+          sum_1[u] = at_top ? (other ? sum_1[u] + e : sum_1[u]) : sum_1[u] + e;
         }
       }
-    return {sum.all(), sum_1.all(), highest<A>(highest_of)};
+    double tops = 0;
+    if (at_top) {
+      tops = double(n);
+      for (int i = 0; i < WIDTH<A>; i++) tops += minus_others[i];
+    }
+    return {tops + total<A>(sum), squarings > 0 ? tops + total<A>(sum_1) : 0, highest<A>(highest_of)};
   }
 };
 
