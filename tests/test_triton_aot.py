@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from fusedkd.divergences import Form  # noqa: E402
 from fusedkd.kernels import kd  # noqa: E402
-from fusedkd.kernels.choice import MIXTURE_COLUMNS, PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout  # noqa: E402
+from fusedkd.kernels.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
 from fusedkd.kernels.divergences import MEASURED  # noqa: E402
 from fusedkd.kernels.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
 
@@ -81,7 +81,7 @@ def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **st
     constants["MEASURED"] = form in MEASURED
     options = layout(
         student,
-        50257 if not constants["RESIDENT"] else MIXTURE_COLUMNS if form == Form.MIXTURE else RESIDENT_COLUMNS,
+        resident_columns(form, constants["TRANSFORM"]) if constants["RESIDENT"] else 50257,
         form,
         teacher=teacher,
         resident=constants["RESIDENT"],
@@ -262,7 +262,7 @@ STRUCTURES = [
 @pytest.mark.parametrize("form", Form, ids=describe)
 def test_every_layout(form: Form, target: GPUTarget, student: Any, teacher: Any, tmp_path: Path) -> None:
     for structure in STRUCTURES:
-        if form == Form.MIXTURE and structure.get("RESIDENT") and structure.get("TRANSFORM"):
+        if structure.get("RESIDENT") and not resident_columns(form, structure.get("TRANSFORM", False)):
             continue  # is not chosen
         does_not_spill(compiled(target, student, teacher, FORM=form, **structure), tmp_path)
 

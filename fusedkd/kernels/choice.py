@@ -27,12 +27,11 @@ SURPLUS_COLUMNS = 2048
 RESIDENT_COLUMNS = 4096
 """Eight columns of both sides for each of 512 threads. A processor has two rows of so many columns at 64 registers, and
 otherwise one, and nothing to compute while it waits for the next. Twice as many columns compile without a spill at 128
-registers, but two passes over 8192 columns find the second in L1 and L2. Float64 does not fit, nor the soft-capped
-mixture.
+registers, but two passes over 8192 columns find the second in L1 and L2. Float64 does not fit.
 """
 
-MIXTURE_COLUMNS = 2048
-"""The same of the mixture, for which 128 registers are too few by Triton 3.8."""
+FEWER_COLUMNS = 2048
+"""The same of forms for which 128 registers are too few: the mixture by Triton 3.8, soft-capped αβ by Triton 3.9."""
 
 PART_COLUMNS = 8192
 """Two blocks: a shorter part is done before its launch has paid for itself."""
@@ -75,8 +74,7 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     rows, V, C, dtype, teacher, form, transform, forward = case
     wide = dtype == torch.float64
     cluster = device.cluster and not wide and dtype == teacher and (form == Form.FORWARD_KL or not transform)
-    most = MIXTURE_COLUMNS if form == Form.MIXTURE else RESIDENT_COLUMNS
-    resident = forward and not wide and most >= C and not (form == Form.MIXTURE and transform)
+    resident = forward and not wide and resident_columns(form, transform) >= C
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
 
@@ -87,6 +85,13 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     if parts > 1:  # few rows, and long ones
         return "split", parts
     return "whole", 1
+
+
+def resident_columns(form: int, transform: bool) -> int:
+    """The longest row that stays in registers. The soft-capped mixture does not."""
+    if form == Form.MIXTURE:
+        return 0 if transform else FEWER_COLUMNS
+    return FEWER_COLUMNS if form == Form.ALPHA_BETA and transform else RESIDENT_COLUMNS
 
 
 REGISTERS = 64, 80, 128, 168
