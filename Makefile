@@ -29,7 +29,7 @@ aot: .venv/ready $(TRITONS:%=.aot/%/triton)
 	failed=0; \
 	for version in $(TRITONS); do \
 		echo "== Triton $$version"; \
-		PYTHONPATH=.aot/$$version OMP_NUM_THREADS=1 FUSEDKD_AOT=sweep .venv/bin/python -m pytest -n auto \
+		PYTHONPATH=.aot/$$version OMP_NUM_THREADS=1 FUSEDKD_AOT=all .venv/bin/python -m pytest -n auto \
 			tests/test_triton_aot.py tests/test_topk_aot.py || failed=1; \
 	done; \
 	exit $$failed

@@ -37,6 +37,8 @@ class Launch(NamedTuple):
     aligned: frozenset[str]
     """The parameters that the machine code takes to be multiples of 16; other calls compile another."""
     threads: int
+    fused: bool
+    """The launch asks for x·y + z in one instruction."""
     registers: int
     """Of a thread."""
     spilled: int
@@ -79,9 +81,9 @@ class _Launcher:
         source, names = self.source, self.source.fn.arg_names
         constants = {names[path[0]]: value for path, value in source.constants.items()}
         aligned = frozenset(names[path[0]] for path, attributes in source.attrs.items() if attributes)
-        threads = self.metadata.num_warps * 32
+        threads, fused = self.metadata.num_warps * 32, self.metadata.enable_fp_fusion
         driver.active.launches.append(
-            Launch(source.fn.__name__, (x, y, z), source.signature, constants, aligned, threads, *function)
+            Launch(source.fn.__name__, (x, y, z), source.signature, constants, aligned, threads, fused, *function)
         )
 
 
@@ -114,6 +116,7 @@ def gpu(capability: int = 90, processors: int = 108) -> Iterator[list[Launch]]:
     stub = Driver(capability)
     before = driver._active
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.language, "default_fp_fusion", False)  # what Triton does unasked differs by version
         patch.setattr(kd, "describe", lambda _: choice.Device(processors, cluster=False, hip=False))
         driver.set_active(stub)
         try:

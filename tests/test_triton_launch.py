@@ -165,6 +165,7 @@ WHOLE = {
 }
 RESIDENT = {
     "forward": partial(launch_kd, "kd_forward", SHORT),
+    "no labels, 16 bits": partial(launch_kd, "kd_forward", SHORT, Form.TOTAL_VARIATION, surplus=128, labels=False),
     "no labels": partial(launch_kd, "kd_forward", 1000, Form.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
     "no gradient": partial(launch_kd, "kd_forward", 2000, Form.MIXTURE, gradient=False),
     "in place": partial(launch_kd, "kd_forward_", SHORT, Form.TOTAL_VARIATION),
@@ -223,6 +224,7 @@ def test_launches(name: str) -> None:
     launches, kind = launches_of(CASES[name]), name.split(":")[0]
     assert launches
     assert all(launch.registers * launch.threads <= gpu_stub.REGISTERS for launch in launches)
+    assert all(launch.fused for launch in launches)
     names = {launch.kernel for launch in launches}
     if kind in ("whole", "resident", "split"):
         assert names == {"kd_kernel"}
@@ -231,6 +233,12 @@ def test_launches(name: str) -> None:
         assert [x.constants["STAGE"] for x in launches] in ([0], [1, 2, 3] if kind == "split" else [0])
     elif kind == "top-k":
         assert names == {"topk_kernel"}
+
+
+def test_two_resident_rows_share_a_processor() -> None:
+    """Those without cross-entropy."""
+    (launch,) = launches_of(RESIDENT["no labels, 16 bits"])
+    assert launch.registers * launch.threads <= gpu_stub.REGISTERS // 2
 
 
 def test_every_kernel_of_the_package_is_launched() -> None:

@@ -2,8 +2,8 @@
 
 cluster   row pair in the shared memory of a thread-block cluster (CUDA C++ for Hopper): 6 bytes per 16-bit logit
 resident  row pair in the registers of one program: 6 bytes
-split     each row divided among several programs, one launch per sweep: 10 or 14 bytes
-whole     one program per row, two or three sweeps: 10 or 14 bytes, of which the caches serve what they hold
+split     each row divided among several programs, one launch per pass: 10 or 14 bytes
+whole     one program per row, two or three passes: 10 or 14 bytes, of which the caches serve what they hold
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SURPLUS_COLUMNS = 2048
 """Of the student alone: a cluster does not hold them, and reads them one by one."""
 
 RESIDENT_COLUMNS = 4096
-"""Eight columns of both sides for each of 512 threads. Twice as many compile without a spill at 128 registers, but then
-a processor has one row, and nothing to compute while it waits for the next; two sweeps over 8192 columns find the
-second in L1 and L2. Float64 does not fit, nor the soft-capped mixture.
+"""Eight columns of both sides for each of 512 threads. A processor has two rows of so many columns at 64 registers, and
+otherwise one, and nothing to compute while it waits for the next. Twice as many columns compile without a spill at 128
+registers, but two passes over 8192 columns find the second in L1 and L2. Float64 does not fit.
 """
 
-MIXTURE_COLUMNS = 2048
-"""The same of the mixture, for which 128 registers are too few by Triton 3.8."""
+FEWER_COLUMNS = 2048
+"""The same of forms for which 128 registers are too few: the mixture by Triton 3.8, soft-capped αβ by Triton 3.9."""
 
 PART_COLUMNS = 8192
 """Two blocks: a shorter part is done before its launch has paid for itself."""
@@ -66,7 +66,7 @@ class Case(NamedTuple):
     form: int
     transform: bool
     forward: bool
-    """Statistics are to be taken. Otherwise one sweep is left, which nothing has to be kept for."""
+    """Statistics are to be taken. Otherwise one pass is left, which nothing has to be kept for."""
 
 
 def choose(case: Case, device: Device) -> tuple[str, int]:
@@ -74,8 +74,7 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     rows, V, C, dtype, teacher, form, transform, forward = case
     wide = dtype == torch.float64
     cluster = device.cluster and not wide and dtype == teacher and (form == Form.FORWARD_KL or not transform)
-    most = MIXTURE_COLUMNS if form == Form.MIXTURE else RESIDENT_COLUMNS
-    resident = forward and not wide and most >= C and not (form == Form.MIXTURE and transform)
+    resident = forward and not wide and resident_columns(form, transform) >= C
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
 
@@ -88,17 +87,25 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     return "whole", 1
 
 
+def resident_columns(form: int, transform: bool) -> int:
+    """The longest row that stays in registers. The soft-capped mixture does not."""
+    if form == Form.MIXTURE:
+        return 0 if transform else FEWER_COLUMNS
+    return FEWER_COLUMNS if form == Form.ALPHA_BETA and transform else RESIDENT_COLUMNS
+
+
 REGISTERS = 64, 80, 128, 168
 COLUMNS = 4096, 2048, 2048, 1024
 """Steps of a thread's registers, and of a block: a processor runs two programs of 16 warps, three or two of 8, or three
-of 4.
+of 4. COLUMNS do not hold for rows that stay in registers: they have up to 16 warps at every step.
 """
 PROCESSOR_REGISTERS = 65536
 """A program with more for all of its threads together cannot be launched."""
 
 STEP = {Form.JEFFREYS: 1, Form.MIXTURE: 2, Form.ALPHA_BETA: 2, Form.DKD: 2}
-"""Of a form, if not 0, in two or three sweeps over 16-bit rows without soft-cap. A soft-cap, rows of 32 bits and rows
-that stay in registers take one step more each.
+"""Index into REGISTERS and COLUMNS, for two or three passes over 16-bit rows; 0 for other forms. A soft-cap, rows of 32
+bits and rows that stay in registers take one step more each. Rows that stay in registers take none if the step is 0 and
+there is no cross-entropy.
 """
 
 FUSED = {"enable_fp_fusion": True}
@@ -113,18 +120,19 @@ def layout(
     teacher: torch.dtype = torch.bfloat16,
     resident: bool = False,
     transform: bool = False,
+    ce: bool = True,
     in_phase: bool = True,
     hip: bool = False,
 ) -> dict[str, Any]:
     """Block and warps: eight columns of a block per thread (float64: four), groups of one 16-byte access of a student.
 
-    Two blocks of 16 warps share an SM, no more, so that their row pairs are still in the L2 cache for the second sweep.
+    Two blocks of 16 warps share an SM, no more, so that their row pairs are still in the L2 cache for the second pass.
     That takes at most 64 registers, which ptxas does not keep to unasked. They are enough where accesses are wide and
     rows have 16 bits; others have what the table says, twice as many where accesses are narrow.
     """
     wide = dtype == torch.float64
-    step = STEP.get(Form(form), 0) + resident + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
-    step = min(step, len(REGISTERS) - 1)
+    step = STEP.get(Form(form), 0) + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
+    step = min(step + (resident and (ce or step > 0)), len(REGISTERS) - 1)
     largest = RESIDENT_COLUMNS if resident else min(COLUMNS[step], 2048 if wide else 4096)
     threads = min(_columns(columns), largest) // 8
     block = threads * (4 if wide else 8)

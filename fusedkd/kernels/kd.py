@@ -172,6 +172,7 @@ class Call(NamedTuple):
             teacher=self.teacher.dtype,
             resident=resident,
             transform=self.transform,
+            ce=self.ce,
             in_phase=teacher_in_phase and gradient_in_phase,
             hip=device.hip,
         )
