@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fusedkd.divergences import Form
+from fusedkd.ops import Option
 from fusedkd.slopes import BOUNDS, SPARSE_BOUNDS
 from fusedkd.sparse import SparseForm
 
@@ -218,15 +219,15 @@ def _in_range(
 
 def _reach(teacher: LinearTeacher, form: int, columns: int) -> Tensor:
     """What no column of the gradient of its terms exceeds."""
-    options, (n_kd, n_ce) = teacher.options, teacher.normalizers
-    temperature, _, kd_scale, kd_weight, ce_weight, _, _, scale, _, _, *coefficients = options  # of :mod:`fusedkd.ops`
+    option, (n_kd, n_ce) = teacher.options, teacher.normalizers
     bound = BOUNDS[Form(form)] if teacher.ids is None else SPARSE_BOUNDS[SparseForm(form)]
-    slope = bound(coefficients, columns) * kd_scale / temperature * _largest(teacher.row_weights)
+    slope = bound(option[Option.COEFFICIENTS :].unbind(), columns) * _largest(teacher.row_weights)
+    slope = slope * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
     if teacher.ids is not None and form == SparseForm.SAMPLES:
         slope = slope * _largest(torch.where(teacher.ids >= 0, teacher.rows.flatten(0, 1), 0).sum(1))
-    terms = (kd_weight, slope / n_kd), (ce_weight, 1 / n_ce)
+    terms = (option[Option.KD_WEIGHT], slope / n_kd), (option[Option.CE_WEIGHT], 1 / n_ce)
     kd, ce = (torch.where(weight == 0, 0, weight * each).abs() for weight, each in terms)
-    return (kd + ce) * scale  # a soft-cap's slope is 1 at most
+    return (kd + ce) * option[Option.SCALE]  # a soft-cap's slope is 1 at most
 
 
 def _largest(x: Tensor) -> Tensor:
