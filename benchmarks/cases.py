@@ -139,14 +139,14 @@ class Case:
         log_q = (z / self.temperature).log_softmax(-1)
         if self.listed:
             samples = self.teacher == "samples"
-            form = sparse.SparseForm.SAMPLES if samples else sparse.TAILS[self.teacher]
+            form = sparse.TopkKernelId.SAMPLES if samples else sparse.TAILS[self.teacher]
             known = (teacher.weights if samples else teacher.logprobs)[rows].double()
             value, gradient = sparse.definition(form, teacher.ids[rows], known, log_q, 1.0)
         else:
             v = teacher[rows].double()
             coefficients = z.new_tensor([float(a) for a in self.family.coefficients()])
             seen = Rows((v / self.temperature).log_softmax(-1), log_q, v, z, labels)
-            value, gradient = DEFINITIONS[self.family.form](seen, coefficients)
+            value, gradient = DEFINITIONS[self.family.kernel_id](seen, coefficients)
         return value, gradient / self.temperature
 
 

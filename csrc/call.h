@@ -1,11 +1,10 @@
-// What the operators of kd_loss are called with and what they return, however the teacher is known: kd.cpp, topk.cpp.
+// What the kernels of kd_loss are called with, however the teacher is known.
 #pragma once
 
+#include "layout.h"
 #include "tensor.h"
 
 namespace fusedkd {
-
-constexpr int64_t OPTIONS = 16, STATS = 8;
 
 struct LogitsCall {
   Rows student, teacher;  // [B, L, V], [B, L, C]
@@ -31,40 +30,25 @@ struct LogitsCall {
     const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
     labels = y ? contiguous_data<int64_t>(*y, ScalarType::Long, student.count, "labels") : nullptr;
     weights = contiguous_data<float>(w, ScalarType::Float, student.count, "weights");
-    temperature = o[0], teacher_temperature = o[1], kd_scale = o[2], kd_weight = o[3], ce_weight = o[4];
-    smoothing = o[5], softcap = o[6], scale = o[7], teacher_softcap = o[8], teacher_scale = o[9], coefficients = o + 10;
+    temperature = o[TEMPERATURE], teacher_temperature = o[TEACHER_TEMPERATURE], kd_scale = o[KD_SCALE];
+    kd_weight = o[KD_WEIGHT], ce_weight = o[CE_WEIGHT], smoothing = o[LABEL_SMOOTHING];
+    softcap = o[SOFTCAP], scale = o[SCALE], teacher_softcap = o[TEACHER_SOFTCAP], teacher_scale = o[TEACHER_SCALE];
+    coefficients = o + COEFFICIENTS;
     n_kd = n[0], n_ce = n[1];
   }
 };
 
-// run(k) fills what k names; its kind of call tells which.
-template <class Call> std::tuple<Tensor, Tensor> run_forward(Call& k, const Tensor& student, void (*run)(const Call&)) {
-  const ScalarType type = accumulation_type(k.student.type);
-  Tensor rows = torch::stable::new_empty(student, {2, k.student.count}, type);
-  Tensor stats = torch::stable::new_empty(student, {k.student.count, STATS}, type);
-  k.forward = true, k.rows = rows.data_ptr(), k.stats = stats.data_ptr();
-  run(k);
-  return {rows, stats};
-}
+struct KdCall : LogitsCall {
+  KernelId kernel_id;
+};
 
-template <class Call>
-std::tuple<Tensor, Tensor, Tensor> run_forward(Call& k, const Tensor& student, bool gradient,
-                                               void (*run)(const Call&)) {
-  Tensor out = gradient ? fresh_like(student) : torch::stable::new_empty(student, {0});
-  if (gradient) k.gradient.emplace(out);
-  auto [rows, stats] = run_forward(k, student, run);
-  return {rows, stats, out};
-}
+struct TopkCall : LogitsCall {
+  const int64_t* ids;  // [N, K], -1 for padding
+  TopkKernelId kernel_id;
+};
 
-template <class Call>
-void run_backward(Call& k, const Tensor& upstream, const Tensor& stats, const Tensor& gradient,
-                  void (*run)(const Call&)) {
-  const ScalarType type = accumulation_type(k.student.type);
-  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, STATS * k.student.count, "stats"));
-  k.upstream.emplace(upstream, type, k.student.count);
-  k.gradient.emplace(gradient);
-  STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
-  run(k);
-}
+// Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
+void run(const KdCall& k);
+void run(const TopkCall& k);
 
 }  // namespace fusedkd

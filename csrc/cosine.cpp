@@ -38,41 +38,34 @@ void run(const CosineCall& k) {
   over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(cosine_rows, k, begin, end) });
 }
 
-void run_backward(CosineCall& k, const Tensor& upstream, const Tensor& stats, const Tensor& gradient) {
-  const ScalarType type = accumulation_type(k.student.type);
-  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, 3 * k.student.count, "stats"));
-  k.upstream.emplace(upstream, type, k.student.count);
+void write_gradient(CosineCall& k, const Tensor& gradient) {
   k.gradient.emplace(gradient);
   STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's hidden states");
-  run(k);
+  in_huge_pages(gradient);
 }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher, Optional weights, Tensor normalizer,
-                                                  bool gradient) {
+std::tuple<Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher, Optional weights, Tensor normalizer,
+                                          Optional gradient) {
   CosineCall k = call(student, teacher, weights, normalizer);
   const ScalarType type = accumulation_type(k.student.type);
-  Tensor rows = torch::stable::new_empty(student, {k.student.count}, type);
+  Tensor row_losses = torch::stable::new_empty(student, {k.student.count}, type);
   Tensor stats = torch::stable::new_empty(student, {k.student.count, 3}, type);
-  Tensor out = gradient ? fresh_like(student) : torch::stable::new_empty(student, {0});
-  k.forward = true, k.rows = rows.data_ptr(), k.stats = stats.data_ptr();
-  if (gradient) k.gradient.emplace(out);
+  k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
+  if (gradient) write_gradient(k, *gradient);
   run(k);
-  return {rows, stats, out};
+  return {row_losses, stats};
 }
 
-Tensor cosine_backward(Tensor upstream, Tensor student, Tensor teacher, Optional weights, Tensor normalizer,
-                       Tensor stats) {
+void cosine_backward(Tensor upstream, Tensor student, Tensor teacher, Optional weights, Tensor normalizer, Tensor stats,
+                     Tensor gradient, bool skip_if_one) {
   CosineCall k = call(student, teacher, weights, normalizer);
-  Tensor out = fresh_like(student);
-  run_backward(k, upstream, stats, out);
-  return out;
-}
-
-void cosine_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor teacher, Optional weights,
-                     Tensor normalizer, Tensor stats) {
-  if (PerRow(upstream, accumulation_type(student.scalar_type()), 1)[0] == 1) return;
-  CosineCall k = call(student, teacher, weights, normalizer);
-  run_backward(k, upstream, stats, gradient);
+  const ScalarType type = accumulation_type(k.student.type);
+  const PerRow up(upstream, type, k.student.count);
+  if (skip_if_one && up.scalar && up[0] == 1) return;
+  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, 3 * k.student.count, "stats"));
+  k.upstream = up;
+  write_gradient(k, gradient);
+  run(k);
 }
 
 }  // namespace
@@ -80,7 +73,6 @@ void cosine_rescale_(Tensor gradient, Tensor upstream, Tensor student, Tensor te
 STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
   m.impl("cosine_forward", TORCH_BOX(&cosine_forward));
   m.impl("cosine_backward", TORCH_BOX(&cosine_backward));
-  m.impl("cosine_rescale_", TORCH_BOX(&cosine_rescale_));
 }
 
 }  // namespace fusedkd

@@ -325,34 +325,26 @@ void run(const Task& task) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& teacher,
-                                                  const std::optional<Tensor>& weights, const Tensor& normalizer,
-                                                  bool gradient) {
+std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& teacher,
+                                          const std::optional<Tensor>& weights, const Tensor& normalizer,
+                                          const std::optional<Tensor>& gradient) {
   using torch::stable::new_empty;
-  const int64_t count = student.size(0) * student.size(1), triples[] = {count, 3}, none = 0;
+  const int64_t count = student.size(0) * student.size(1), triples[] = {count, 3};
   const ScalarType type = student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor rows = new_empty(student, {&count, 1}, type), stats = new_empty(student, {triples, 2}, type);
-  const Tensor out = gradient ? new_empty(student, student.sizes()) : new_empty(student, {&none, 1});
-  run({student, teacher, weights, normalizer, stats, &rows, nullptr, gradient ? &out : nullptr});
-  return {rows, stats, out};
+  run({student, teacher, weights, normalizer, stats, &rows, nullptr, gradient ? &*gradient : nullptr});
+  return {rows, stats};
 }
 
-Tensor cosine_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                       const std::optional<Tensor>& weights, const Tensor& normalizer, const Tensor& stats) {
-  const Tensor gradient = torch::stable::new_empty(student, student.sizes());
-  run({student, teacher, weights, normalizer, stats, nullptr, &upstream, &gradient});
-  return gradient;
-}
-
-void cosine_rescale_(const Tensor& gradient, const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                     const std::optional<Tensor>& weights, const Tensor& normalizer, const Tensor& stats) {
-  run({student, teacher, weights, normalizer, stats, nullptr, &upstream, &gradient, true});
+void cosine_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
+                     const std::optional<Tensor>& weights, const Tensor& normalizer, const Tensor& stats,
+                     const Tensor& gradient, bool skip_if_one) {
+  run({student, teacher, weights, normalizer, stats, nullptr, &upstream, &gradient, skip_if_one});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedkd, CUDA, m) {
   m.impl("cosine_forward", TORCH_BOX(&cosine_forward));
   m.impl("cosine_backward", TORCH_BOX(&cosine_backward));
-  m.impl("cosine_rescale_", TORCH_BOX(&cosine_rescale_));
 }
 
 }  // namespace fusedkd

@@ -33,7 +33,6 @@
 //   log1p(x, u)         log u of u = 1 + x, normal and positive; x has the digits that u lacks near 1
 // and <cmath> before it. Conditions are X < X, for vectors a mask: write `c ? a : b`, which computes both sides.
 
-enum class Form { forward_kl, jeffreys, mixture, alpha_beta, total_variation, logit_mse, dkd };
 
 // What a form can use of one column. δ is NaN or infinite where a logit is −∞.
 template <class X> struct Column {

@@ -1,5 +1,5 @@
 // The operator of kd_loss on Hopper GPUs: how many blocks share a row, and which kernel of kd_cluster_kernel.cuh runs.
-// Its arguments: fusedkd/ops.py.
+// Its arguments: fusedkd/backends/schema.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,6 +18,7 @@
 #include "archs.h"
 #include "cluster.cuh"
 #include "launch.cuh"
+#include "layout.h"
 
 namespace fusedkd {
 
@@ -85,19 +86,19 @@ bool run(const Arguments<S>& p, const Tensor& where) {
 
 // Soft-caps come with forward KL alone: twice as many kernels would compile for twice as long.
 template <typename S>
-bool run(Form form, bool transform, const Arguments<S>& p, const Tensor& where) {
-  STD_TORCH_CHECK(!transform || form == Form::forward_kl, "fusedkd: kd_cluster soft-caps for forward KL alone");
-  switch (form) {
-    case Form::forward_kl:
+bool run(KernelId kernel_id, bool transform, const Arguments<S>& p, const Tensor& where) {
+  STD_TORCH_CHECK(!transform || kernel_id == KernelId::FORWARD_KL, "fusedkd: kd_cluster soft-caps for forward KL alone");
+  switch (kernel_id) {
+    case KernelId::FORWARD_KL:
       return transform ? run<ForwardKL<float>, true>(p, where) : run<ForwardKL<float>, false>(p, where);
-    case Form::jeffreys: return run<Jeffreys<float>, false>(p, where);
-    case Form::mixture: return run<Mixture<float>, false>(p, where);
-    case Form::alpha_beta: return run<AlphaBeta<float>, false>(p, where);
-    case Form::total_variation: return run<TotalVariation<float>, false>(p, where);
-    case Form::logit_mse: return run<LogitMSE<float>, false>(p, where);
-    case Form::dkd: return run<DKD<float>, false>(p, where);
+    case KernelId::JEFFREYS: return run<Jeffreys<float>, false>(p, where);
+    case KernelId::MIXTURE: return run<Mixture<float>, false>(p, where);
+    case KernelId::ALPHA_BETA: return run<AlphaBeta<float>, false>(p, where);
+    case KernelId::TOTAL_VARIATION: return run<TotalVariation<float>, false>(p, where);
+    case KernelId::LOGIT_MSE: return run<LogitMSE<float>, false>(p, where);
+    case KernelId::DKD: return run<DKD<float>, false>(p, where);
   }
-  STD_TORCH_CHECK(false, "fusedkd: unknown form ", int(form));
+  STD_TORCH_CHECK(false, "fusedkd: unknown kernel ", int64_t(kernel_id));
   return false;
 }
 
@@ -113,10 +114,10 @@ bool with_type(ScalarType type, const Use& use) {
 }
 
 // False where the device has no room for a cluster that holds a row, and nothing was written.
-bool kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& weights,
+bool kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& labels, const Tensor& row_weights,
                 const Tensor& options, const Tensor& normalizers, const Optional& upstream, const Optional& rows,
-                const Tensor& stats, const Optional& gradient, int64_t ignore_index, int64_t form, bool transform,
-                bool ce, bool rescale) {
+                const Tensor& stats, const Optional& gradient, int64_t ignore_index, int64_t kernel_id, bool transform,
+                bool ce, bool skip_if_one) {
   for (const Tensor* logits : {&student, &teacher, gradient ? &*gradient : &student}) {
     STD_TORCH_CHECK(logits->dim() == 3 && (logits->size(2) <= 1 || logits->stride(2) == 1) &&
                         logits->size(0) == student.size(0) && logits->size(1) == student.size(1) &&
@@ -139,19 +140,19 @@ bool kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& la
       p.gradient_strides[d] = gradient ? gradient->stride(d) : 0;
     }
     p.labels = labels ? data_of<int64_t>(*labels, student, count, "labels") : nullptr;
-    p.weights = data_of<float>(weights, student, count, "weights");
-    p.options = data_of<double>(options, student, 16, "options");
+    p.weights = data_of<float>(row_weights, student, count, "row_weights");
+    p.options = data_of<double>(options, student, OPTIONS, "options");
     p.normalizers = data_of<double>(normalizers, student, 2, "normalizers");
     if (upstream) {
       p.upstream_stride = upstream->dim() == 0 ? 0 : 1;
       p.upstream = data_of<float>(*upstream, student, p.upstream_stride ? count : 1, "upstream");
     }
     p.rows = rows ? data_of<float>(*rows, student, 2 * count, "rows") : nullptr;
-    p.stats = data_of<float>(stats, student, 8 * count, "stats");
+    p.stats = data_of<float>(stats, student, STATS * count, "stats");
     p.ignore_index = ignore_index, p.count = count, p.length = length;
     p.columns = static_cast<int>(student.size(2)), p.common = static_cast<int>(teacher.size(2));
-    p.ce = ce, p.skip_if_one = rescale;
-    return run(static_cast<Form>(form), transform, p, student);
+    p.ce = ce, p.skip_if_one = skip_if_one;
+    return run(static_cast<KernelId>(kernel_id), transform, p, student);
   });
 }
 

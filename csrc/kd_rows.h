@@ -388,15 +388,15 @@ template <class A> void kd_rows_in(const KdCall& k, int64_t begin, int64_t end) 
   };
   const auto run = [&]<class Divergence>(Divergence*) { walk(DivergenceRows<A, Divergence>(k)); };
   const bool in_place = k.gradient && k.gradient->data == k.student.data;  // no row can be written twice
-  switch (Form(k.form)) {
-    case Form::forward_kl: return run((ForwardKL<A>*)nullptr);
-    case Form::jeffreys: return run((Jeffreys<A>*)nullptr);
-    case Form::mixture: return run((Mixture<A>*)nullptr);
-    case Form::alpha_beta: return run((AlphaBeta<A>*)nullptr);
-    case Form::total_variation: return run((TotalVariation<A>*)nullptr);
-    case Form::logit_mse:
+  switch (k.kernel_id) {
+    case KernelId::FORWARD_KL: return run((ForwardKL<A>*)nullptr);
+    case KernelId::JEFFREYS: return run((Jeffreys<A>*)nullptr);
+    case KernelId::MIXTURE: return run((Mixture<A>*)nullptr);
+    case KernelId::ALPHA_BETA: return run((AlphaBeta<A>*)nullptr);
+    case KernelId::TOTAL_VARIATION: return run((TotalVariation<A>*)nullptr);
+    case KernelId::LOGIT_MSE:
       return in_place ? run((LogitMSE<A>*)nullptr) : walk(DivergenceRows<A, LogitMSE<A>, false>(k));
-    case Form::dkd: return run((DKD<A>*)nullptr);
+    case KernelId::DKD: return run((DKD<A>*)nullptr);
   }
 }
 

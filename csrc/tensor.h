@@ -78,10 +78,9 @@ const T* contiguous_data(const Tensor& t, ScalarType type, int64_t count, const 
   return static_cast<const T*>(t.data_ptr());
 }
 
-// A fresh contiguous [B, L, columns] result like `t`. Large ones ask for huge pages: first touching 62 MB in pages of 4
-// KB takes longer than the kernel that writes it, and a seventh of that with huge pages.
-inline Tensor fresh_like(const Tensor& t) {
-  Tensor result = torch::stable::new_empty(t, t.sizes());
+// Asks for huge pages where a large result is going to be written: first touching 62 MB in pages of 4 KB takes longer
+// than the kernel that writes it, and a seventh of that with huge pages.
+inline void in_huge_pages(const Tensor& result) {
 #ifdef __linux__
   constexpr uintptr_t huge = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(result.data_ptr());
@@ -89,7 +88,6 @@ inline Tensor fresh_like(const Tensor& t) {
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
   if (last > first + 2 * huge) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-  return result;
 }
 
 // Calls work(begin, end) over rows on torch's threads. A row belongs to one thread, so that no result depends on their

@@ -84,10 +84,9 @@ template <class A, bool kd, E1 e_1> void emit(Terms<A> r, const A* z, int64_t n,
 
 // One thread's rows. The members after the buffers describe the current one.
 template <class A> struct TopkRows {
-  using Form = SparseForm;
   const TopkCall& k;
   const int64_t V = k.student.columns, K = k.teacher.columns, K_padded = whole_steps(K + 1);
-  const bool sampled = k.form == Form::samples;
+  const bool sampled = k.kernel_id == TopkKernelId::SAMPLES;
   alignas(64) A z_buffer[BLOCK], g_buffer[BLOCK], slope_buffer[BLOCK];
   // The list: n columns, the label's after them; of each block of the row the first of its columns, then the next, −1.
   std::vector<int64_t> id = std::vector<int64_t>(K_padded);
@@ -184,7 +183,7 @@ template <class A> struct TopkRows {
   // First sweep: the statistics; returns CE, if the row has it.
   double softmaxes() {
     Softmax<A> s{.c = LOG2E / k.temperature}, one{.c = LOG2E};
-    const bool tempered = kd && k.form != Form::renormalize_reverse, shared = ce && tempered && squarings >= 0;
+    const bool tempered = kd && k.kernel_id != TopkKernelId::RENORMALIZE_REVERSE, shared = ce && tempered && squarings >= 0;
     s.squarings = shared ? squarings : 0;
     double z_sum = 0;
     for (int64_t j = 0, size; j < (ce || tempered ? V : 0); j += size) {
@@ -218,7 +217,7 @@ template <class A> struct TopkRows {
     const double r_s = l_c * q_c, log_r_s = (m_c - m) * rate + std::log(l_c) - log_l;
 
     // On the list q and p, its sum, and log p = (y − top)·tau − log_total
-    const bool renormalized = k.form <= Form::renormalize_reverse;
+    const bool renormalized = k.kernel_id <= TopkKernelId::RENORMALIZE_REVERSE;
     const double top = renormalized ? *std::max_element(y.begin(), y.begin() + n) : 0;
     const double tau = renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
     D p_sum = {};
@@ -227,7 +226,7 @@ template <class A> struct TopkRows {
       store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) / l);
       p_sum += p_j;
     }
-    const bool bucket = k.form == Form::bucket || k.form == Form::bucket_reverse;
+    const bool bucket = k.kernel_id == TopkKernelId::BUCKET || k.kernel_id == TopkKernelId::BUCKET_REVERSE;
     const double mass = added(p_sum);
     const double left = bucket ? teachers_tail(k.teacher.type, p.data(), y.data(), n, mass, l_c != 0) : 0;
     const double total = renormalized || bucket ? mass + left : 1, log_total = std::log(total);
@@ -240,18 +239,18 @@ template <class A> struct TopkRows {
       const D log_q = (s - m) * rate - log_l, delta = sampled ? -log_q : (t - top) * tau - log_total - log_q;
       const auto t_masked = t == nothing(), s_masked = s == -INFINITE<double>;
       D term, w;
-      switch (k.form) {
-        case Form::renormalize:
-        case Form::bucket:
+      switch (k.kernel_id) {
+        case TopkKernelId::RENORMALIZE:
+        case TopkKernelId::BUCKET:
           term = t_masked ? q_j : (s_masked ? infinite : excess(p_j, q_j, delta));
           w = q_j - p_j;
           break;
-        case Form::renormalize_reverse:
-        case Form::bucket_reverse:
+        case TopkKernelId::RENORMALIZE_REVERSE:
+        case TopkKernelId::BUCKET_REVERSE:
           term = s_masked ? p_j : (t_masked ? infinite : excess(q_j, p_j, -delta));
           w = s_masked ? zero : -(q_j * delta);
           break;
-        case Form::ignore_reverse:
+        case TopkKernelId::IGNORE_REVERSE:
           term = s_masked ? zero : (t_masked ? infinite : -(q_j * delta));
           w = q_j + term;
           break;
@@ -264,18 +263,18 @@ template <class A> struct TopkRows {
     }
     double value = added(sum), W = added(w_sum);
 
-    switch (k.form) {
-      case Form::renormalize: value += r_s, W = 0, rest = q_c; break;
-      case Form::renormalize_reverse: W = value, rest = 0; break;
-      case Form::bucket:
+    switch (k.kernel_id) {
+      case TopkKernelId::RENORMALIZE: value += r_s, W = 0, rest = q_c; break;
+      case TopkKernelId::RENORMALIZE_REVERSE: W = value, rest = 0; break;
+      case TopkKernelId::BUCKET:
         value += tail(r_t, r_s, log_r_t - log_r_s), W = 0;
         rest = q_c - (l_c == 0 ? 0 : r_t / l_c);
         break;
-      case Form::bucket_reverse:
+      case TopkKernelId::BUCKET_REVERSE:
         value += tail(r_s, r_t, log_r_s - log_r_t), W = value;
         rest = l_c == 0 ? 0 : ((log_r_s - log_r_t) - value) * q_c;
         break;
-      case Form::ignore_reverse: rest = -W * q_c; break;
+      case TopkKernelId::IGNORE_REVERSE: rest = -W * q_c; break;
       default: W = 0, rest = mass * q_c;
     }
     for (int64_t j = 0; j < n; j++) g[j] -= q[j] * W;
@@ -317,7 +316,7 @@ template <class A> struct TopkRows {
     }
   }
   bool reverse() const {
-    return k.form == Form::renormalize_reverse || k.form == Form::bucket_reverse || k.form == Form::ignore_reverse;
+    return k.kernel_id == TopkKernelId::RENORMALIZE_REVERSE || k.kernel_id == TopkKernelId::BUCKET_REVERSE || k.kernel_id == TopkKernelId::IGNORE_REVERSE;
   }
   static void emit(const Terms<A>& r, const A* block, int64_t size, A* to, bool dense, E1 e_1) {
     if (!dense) topk::emit<A, false, E1::own>(r, block, size, to);

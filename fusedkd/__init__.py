@@ -5,7 +5,8 @@
 >>> loss = fusedkd.cosine_hidden_loss(student_hidden, teacher_hidden, mask=attention_mask)
 """
 
-from fusedkd import nn, ops
+from fusedkd import nn
+from fusedkd.backends import dispatch  # noqa: F401  registers the operators
 from fusedkd.divergences import (
     DKD,
     JSD,
@@ -19,7 +20,10 @@ from fusedkd.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from fusedkd.functional import KDTerms, cosine_hidden_loss, kd_loss, linear_kd_loss
+from fusedkd.losses.hidden import cosine_hidden_loss
+from fusedkd.losses.kd import kd_loss
+from fusedkd.losses.linear_kd import linear_kd_loss
+from fusedkd.losses.options import KDOptions, KDTerms
 from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
 
 __version__ = "0.1.0"
@@ -30,6 +34,7 @@ __all__ = [
     "Divergence",
     "ForwardKL",
     "Jeffreys",
+    "KDOptions",
     "KDTerms",
     "LogitMSE",
     "ReverseKL",
@@ -44,5 +49,4 @@ __all__ = [
     "kd_loss",
     "linear_kd_loss",
     "nn",
-    "ops",
 ]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from fusedkd import __version__, ops
+from fusedkd import __version__
+from fusedkd.backends import dispatch
 
 
 def versions() -> dict[str, str]:
@@ -56,9 +57,9 @@ def main() -> None:
     for name, path in compilers.items():
         print(f"  {name:<15} {path}")
     print("operators")
-    for (operator, device), (backend, reason) in ops.backends.items():
+    for (operator, device), (backend, reason) in dispatch.serving.items():
         print(f"  {operator:<15} {device:<5} {backend:<12} {reason}")
-    if not any(device == "CUDA" for _, device in ops.backends):
+    if not any(device == "CUDA" for _, device in dispatch.serving):
         print("  (this torch is built without CUDA and ROCm: with either, Triton serves kd_* and CUDA C++ cosine_*)")
 
 

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fusedkd import arguments as check
-from fusedkd import validation
-from fusedkd.arguments import Real
+from fusedkd import checks as check
+from fusedkd.checks import Real
 from fusedkd.divergences import Divergence
-from fusedkd.functional import Reduction, Teacher, cosine_hidden_loss, kd_loss, linear_kd_loss
-from fusedkd.names import unknown
+from fusedkd.losses.hidden import cosine_hidden_loss
+from fusedkd.losses.kd import Teachers, kd_loss
+from fusedkd.losses.linear_kd import checked_linear_options, linear_kd_loss
+from fusedkd.losses.names import unknown
+from fusedkd.losses.options import KDOptions, KDTerms, Reduction
 
 
 class _Options(nn.Module):
     """A loss with its options fixed."""
 
-    loss: Any
-
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, loss: Callable[..., Any], options: Mapping[str, Any]) -> None:
         super().__init__()
-        named = inspect.signature(type(self).loss).parameters.values()
+        named = inspect.signature(loss).parameters.values()
         known = [p.name for p in named if p.kind == p.KEYWORD_ONLY]
         if not options.keys() <= set(known):
             raise TypeError(unknown(type(self).__name__, options.keys() - set(known), known))
-        self.options = options
-        validation.check_options(type(self).loss, options)
+        self.options = dict(options)
+        checked_linear_options(options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Options:
         """Options given as tensors follow the module to another device. Their type stays: a schedule in 16 bits would
@@ -56,18 +57,58 @@ def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+class KDLossOptions(KDOptions, total=False):
+    """Those of :func:`fusedkd.kd_loss`."""
+
+    inplace: bool
+
+
+class LinearKDLossOptions(KDOptions, total=False):
+    """Those of :func:`fusedkd.linear_kd_loss`."""
+
+    student_bias: Tensor | None
+    max_tile_bytes: int
+    tile_dtype: torch.dtype
+    max_rows: int | None
+
+
 class KDLoss(_Options):
     """:func:`fusedkd.kd_loss` with its options fixed: ``KDLoss(temperature=2.0, ce_weight=0.5)(student_logits, teacher,
     labels)``.
     """
 
-    loss = staticmethod(kd_loss)
+    def __init__(self, **options: Unpack[KDLossOptions]) -> None:
+        super().__init__(kd_loss, options)
 
-    def forward(
-        self, student_logits: Tensor, teacher: Teacher | list[Teacher], labels: Tensor | None = None, **options: Any
-    ) -> Any:
+    def forward(self, student_logits: Tensor, teacher: Teachers, labels: Tensor | None = None, **options: Any) -> Any:
         """As :func:`fusedkd.kd_loss`; options given here (``kd_mask``, the normalisers) go before the constructor's."""
         return kd_loss(student_logits, teacher, labels, **{**self.options, **options})
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            student_logits: Tensor,
+            teacher: Teachers,
+            labels: Tensor | None = None,
+            *,
+            return_terms: Literal[False] = False,
+            **options: Unpack[KDLossOptions],
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            student_logits: Tensor,
+            teacher: Teachers,
+            labels: Tensor | None = None,
+            *,
+            return_terms: Literal[True],
+            **options: Unpack[KDLossOptions],
+        ) -> tuple[Tensor, KDTerms]: ...
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
 
 class LinearKDLoss(_Options):
@@ -75,18 +116,47 @@ class LinearKDLoss(_Options):
     student_weight, fusedkd.TeacherHead(teacher_hidden, teacher_weight), labels)``.
     """
 
-    loss = staticmethod(linear_kd_loss)
+    def __init__(self, **options: Unpack[LinearKDLossOptions]) -> None:
+        super().__init__(linear_kd_loss, options)
 
     def forward(
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher: Teacher | list[Teacher],
+        teacher: Teachers,
         labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """As :func:`fusedkd.linear_kd_loss`; options given here (``student_bias``) go before the constructor's."""
         return linear_kd_loss(student_hidden, student_weight, teacher, labels, **{**self.options, **options})
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            student_hidden: Tensor,
+            student_weight: Tensor,
+            teacher: Teachers,
+            labels: Tensor | None = None,
+            *,
+            return_terms: Literal[False] = False,
+            **options: Unpack[LinearKDLossOptions],
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            student_hidden: Tensor,
+            student_weight: Tensor,
+            teacher: Teachers,
+            labels: Tensor | None = None,
+            *,
+            return_terms: Literal[True],
+            **options: Unpack[LinearKDLossOptions],
+        ) -> tuple[Tensor, KDTerms]: ...
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
 
 
 class CosineHiddenLoss(nn.Module):

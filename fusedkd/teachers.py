@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fusedkd import arguments as check
-from fusedkd.arguments import Real
-from fusedkd.divergences import Divergence, Form
-from fusedkd.sparse import TAILS, SparseForm
+from fusedkd import checks as check
+from fusedkd.backends.layout import TOPK_KERNELS, KernelId, TopkKernelId
+from fusedkd.checks import Real
+from fusedkd.divergences import Divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,18 +162,20 @@ class TeacherSamples:
 torch.serialization.add_safe_globals([TeacherLogits, TeacherHead, TeacherTopK, TeacherSamples])
 """Fields alone, checked by the loss that takes them: a saved teacher loads with ``weights_only``, PyTorch's default."""
 
+TAILS = tuple(dict.fromkeys(tail for tail, _ in TOPK_KERNELS))
+
 Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples
 
 
-class Known(NamedTuple):
+class KnownTeacher(NamedTuple):
     """What the operators take of a teacher: rows ``(*, C)``, the ids ``(N, K)`` they belong to unless they are the
-    first C columns, the form of the divergence with its coefficients, and the transform of the rows. With a `head`, its
-    weight ``(C, H_t)`` and bias ``(C,)``, the rows are hidden states.
+    first C columns, the kernel of the divergence with its coefficients, and the transform of the rows. With a `head`,
+    its weight ``(C, H_t)`` and bias ``(C,)``, the rows are hidden states.
     """
 
     rows: Tensor
     ids: Tensor | None
-    form: int
+    kernel_id: int
     coefficients: Sequence[Real]
     softcap: Real | None = None
     scale: Real | None = None
@@ -193,12 +195,12 @@ class Known(NamedTuple):
 
 def known(
     teacher: Teacher, student: Tensor, family: Divergence, temperatures: tuple[Real, Real], vocab_mismatch: str
-) -> Known:
+) -> KnownTeacher:
     """The teacher of these student logits, checked. ``temperatures``: the student's and the teacher's."""
     if isinstance(teacher, TeacherTopK):
         return _top_k(teacher, student, family, temperatures)
     if isinstance(teacher, TeacherSamples):
-        if family.form != Form.FORWARD_KL:
+        if family.kernel_id != KernelId.FORWARD_KL:
             raise ValueError(f"TeacherSamples estimates forward_kl alone, not {family.name}")
         if len({t for t in temperatures if not isinstance(t, Tensor)}) > 1:
             raise ValueError(
@@ -206,19 +208,19 @@ def known(
                 "which they were drawn, but they are {} and {}".format(*temperatures[::-1])
             )
         ids = check.listed("weights", teacher.ids, teacher.weights, student, unique=False)
-        return Known(teacher.weights.contiguous(), ids, SparseForm.SAMPLES, ())
+        return KnownTeacher(teacher.weights.contiguous(), ids, TopkKernelId.SAMPLES, ())
     if family.temperature_power == 0 and any(not isinstance(t, Tensor) and t != 1 for t in temperatures):
         both = "the student's is {}, the teacher's {}".format(*temperatures)
         raise ValueError(f"temperature must be 1 for {family.name}, which has no softmax, but {both}")
     if isinstance(teacher, TeacherHead):
         head = _head(teacher, student, vocab_mismatch)
         coefficients = family.coefficients()
-        return Known(teacher.hidden, None, family.form, coefficients, teacher.softcap, teacher.scale, head)
+        return KnownTeacher(teacher.hidden, None, family.kernel_id, coefficients, teacher.softcap, teacher.scale, head)
     form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
     check.float_rows("teacher", form.logits, like=student)
     check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch, bare=form is not teacher)
     rows = form.logits[..., : student.shape[-1]]
-    return Known(rows, None, family.form, family.coefficients(), form.softcap, form.scale)
+    return KnownTeacher(rows, None, family.kernel_id, family.coefficients(), form.softcap, form.scale)
 
 
 def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[Tensor, Tensor | None]:
@@ -230,7 +232,7 @@ def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[T
     return teacher.weight.detach()[columns], None if teacher.bias is None else teacher.bias.detach()[columns]
 
 
-def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> Known:
+def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> KnownTeacher:
     ids = check.listed("logprobs", teacher.ids, teacher.logprobs, student, unique=True)
     if family.name not in ("forward_kl", "reverse_kl"):
         raise ValueError(f"TeacherTopK serves forward_kl and reverse_kl; {family.name} needs the teacher's logits")
@@ -244,5 +246,5 @@ def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatur
             f"tail={teacher.tail!r} needs log-probabilities at the loss's temperature, for a tail cannot be taken to "
             f"another: logprobs_temperature is {taken}, but the student's and the teacher's are {temperatures}"
         )
-    form = TAILS[teacher.tail] + (family.name == "reverse_kl")
-    return Known(teacher.logprobs.contiguous(), ids, form, (taken,))
+    kernel_id = TOPK_KERNELS[teacher.tail, family.name == "reverse_kl"]
+    return KnownTeacher(teacher.logprobs.contiguous(), ids, kernel_id, (taken,))

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fusedkd import TeacherSamples, TeacherTopK, sparse
-from fusedkd.definitions import log_softmax
-from fusedkd.divergences import DEFINITIONS, FINITE_GRADIENT, Divergence, Form, Rows
-from fusedkd.sparse import TAILS, SparseForm
+from fusedkd.backends.layout import FINITE_GRADIENT, KernelId, TopkKernelId
+from fusedkd.divergences import DEFINITIONS, Divergence, Rows
+from fusedkd.reference.softmax import log_softmax
+from fusedkd.teachers import TAILS
 
 
 class Part(NamedTuple):
@@ -56,7 +57,7 @@ def tolerance(value: Tensor, exact: bool, root: Any = 1e-8, constant: Any = 0.0,
 
 def dense(divergence: Divergence, rows: Rows, exact: bool) -> Part:
     """`exact`: for a float64 student."""
-    form = divergence.form
+    form = divergence.kernel_id
     a = torch.zeros(6, dtype=torch.float64)
     for i, x in enumerate(divergence.coefficients()):
         a[i] = float(x)
@@ -153,12 +154,12 @@ def _dkd(part: Part, r: Rows, a: Tensor, exact: bool) -> Part:
 
 
 _BOUNDS = {
-    Form.JEFFREYS: _jeffreys,
-    Form.MIXTURE: _mixture,
-    Form.ALPHA_BETA: _alpha_beta,
-    Form.TOTAL_VARIATION: _total_variation,
-    Form.LOGIT_MSE: _logit_mse,
-    Form.DKD: _dkd,
+    KernelId.JEFFREYS: _jeffreys,
+    KernelId.MIXTURE: _mixture,
+    KernelId.ALPHA_BETA: _alpha_beta,
+    KernelId.TOTAL_VARIATION: _total_variation,
+    KernelId.LOGIT_MSE: _logit_mse,
+    KernelId.DKD: _dkd,
 }
 
 
@@ -174,13 +175,13 @@ def listed(
     column = torch.where(valid, ids, 0)
     if isinstance(teacher, TeacherSamples):
         w = teacher.weights.detach().cpu().double().reshape(ids.shape)
-        value, gradient = sparse.definition(SparseForm.SAMPLES, ids, w, log_q, 1.0)
+        value, gradient = sparse.definition(TopkKernelId.SAMPLES, ids, w, log_q, 1.0)
         w, mass = torch.where(valid, w, 0), torch.where(valid, w, 0).sum(-1)
         bound = tolerance(value, exact, 0.0, 5e-7 * mass, 1e-14 * mass)
         return _settled(Part(value, gradient, bound, mass * norm(q) + norm(w)), student, True)
 
     reverse = divergence.name == "reverse_kl"
-    form = SparseForm(TAILS[teacher.tail] + reverse)
+    form = TopkKernelId(TAILS[teacher.tail] + reverse)
     known = torch.where(valid, teacher.logprobs.detach().cpu().reshape(ids.shape), -torch.inf)
     sharpening = float(teacher.logprobs_temperature) / t
     value, gradient = sparse.definition(form, ids, known, log_q, sharpening)

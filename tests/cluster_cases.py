@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from families import at
+from fusedkd.ops import OPTIONS, STATS
 from on_host import guarded
 from torch import Tensor
 from truth import Term, assert_gradient, assert_value, kd_truth, noise_for, pair
 
 from fusedkd import TeacherLogits
-from fusedkd.divergences import Divergence, Form, resolve
-from fusedkd.ops import OPTIONS, STATS
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import Divergence, resolve
 
 NORMALIZERS = (3.5, 5.0)
 WEIGHTS = torch.tensor([1, 0, 0.5, 1, 1, 0])  # of the KD term: rows 1 and 5 have none
@@ -94,7 +95,7 @@ def case(
     y[hidden], z[..., : y.shape[-1]][hidden] = -torch.inf, -torch.inf
     z[1, 2] = y[1, 2] = y[0, 1] = torch.nan  # nobody reads them
     weights = WEIGHTS.clone()
-    if family.form == Form.DKD:
+    if family.kernel_id == KernelId.DKD:
         weights[(labels < 0) | (labels >= y.shape[-1])] = 0
     weights[(y == -torch.inf).all(-1).flatten()] = 0
     packed = torch.zeros(OPTIONS, dtype=torch.float64)
@@ -110,4 +111,4 @@ def case(
         truth_options |= {"logit_softcap": logit_softcap or None, "logit_scale": logit_scale}
     z, y = guarded(z, dtype, device, **(student or {})), guarded(y, dtype, device, **(teacher or {}))
     inputs = (x.to(device) for x in (labels, weights, packed))
-    return Case(operator, z, y, *inputs, (-100, int(family.form), transform, ce), truth_options)
+    return Case(operator, z, y, *inputs, (-100, int(family.kernel_id), transform, ce), truth_options)

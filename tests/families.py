@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, SkewKL, SkewReverseKL, TeacherSamples, TeacherTopK
-from fusedkd.divergences import FAMILIES, Divergence, Form
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import FAMILIES, Divergence
 
 DEFAULTS = [family() for family in FAMILIES.values()]
 PARAMETERS = [
@@ -39,7 +40,7 @@ divergences = pytest.mark.parametrize("divergence", DEFAULTS + PARAMETERS, ids=d
 
 def at(divergence: Divergence, temperature: float, **options: Any) -> dict[str, Any]:
     """Options of kd_loss, with the temperature where the family has one."""
-    if divergence.form == Form.LOGIT_MSE:
+    if divergence.kernel_id == KernelId.LOGIT_MSE:
         temperature = options["teacher_temperature"] = 1.0
     return {"divergence": divergence, "temperature": temperature, **options}
 

@@ -25,7 +25,7 @@ from truth import Term, assert_value, float64, kd_truth, targets
 
 import fusedkd
 from fusedkd import TeacherLogits
-from fusedkd.functional import Teacher
+from fusedkd.losses.kd import Teacher
 
 HALF = (torch.float16, torch.bfloat16)
 TILES = ("max_tile_bytes", "tile_dtype", "max_rows")

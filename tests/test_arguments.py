@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusedkd.ops import OPTIONS, Option
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import operator_calls, pair, targets
 
@@ -23,10 +24,8 @@ from fusedkd import (
     cosine_hidden_loss,
     kd_loss,
 )
-from fusedkd.arguments import as_rows, pack
-from fusedkd.divergences import Form
-from fusedkd.ops import OPTIONS, Option
-from fusedkd.sparse import SparseForm
+from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd.checks import as_rows, pack
 
 Z, V = pair(3, 4, 10)
 Y = targets(3, 4, classes=10)
@@ -241,26 +240,26 @@ def test_label_out_of_range_inside_the_operator(device: str) -> None:
     ones = pack([1.0, 1.0], student.device)
     weights = torch.zeros(4, device=device)
     rows, _, gradient = torch.ops.fusedkd.kd_forward(
-        student, teacher, labels, weights, options, ones, -100, Form.FORWARD_KL, False, True, True
+        student, teacher, labels, weights, options, ones, -100, KernelId.FORWARD_KL, False, True, True
     )
     assert rows[1].isnan().tolist() == [True, True, True, False]
     assert gradient[0].any(-1).tolist() == [False, False, False, True]
     options[Option.COEFFICIENTS :] = 1.0
     rows, _, gradient = torch.ops.fusedkd.kd_forward(  # as a target
-        student, teacher, labels, weights + 1, options, ones, -100, Form.DKD, False, False, True
+        student, teacher, labels, weights + 1, options, ones, -100, KernelId.DKD, False, False, True
     )
     assert rows[0].isnan().tolist() == [True, True, True, False]
     assert not rows[1].any()
     assert gradient[0].any(-1).tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("form", SparseForm)
-def test_id_out_of_range_inside_the_operator(device: str, form: SparseForm) -> None:
+@pytest.mark.parametrize("form", TopkKernelId)
+def test_id_out_of_range_inside_the_operator(device: str, form: TopkKernelId) -> None:
     """NaN for the row, gradient 0, its cross-entropy's included, nothing read past the row."""
     student, logits = (x[None] for x in pair(4, 10, device=device))
     ids = torch.tensor([[3, 10], [-2, 1], [2**40, 2], [-1, 4]], device=device)
     teacher = logits[..., :2].log_softmax(-1) - 1
-    if form == SparseForm.SAMPLES:
+    if form == TopkKernelId.SAMPLES:
         teacher = teacher.exp()
     values = dict.fromkeys(Option, 1.0) | {o: 0.0 for o in (Option.LABEL_SMOOTHING, Option.SOFTCAP)}
     options = pack([*values.values(), *[0.0] * (OPTIONS - len(values))], student.device)

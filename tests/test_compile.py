@@ -10,17 +10,18 @@ import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
 from families import at, families, samples, top_k
+from fusedkd.ops import OPTIONS as REALS
+from fusedkd.ops import SCHEMAS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
-from fusedkd.arguments import pack
-from fusedkd.divergences import Divergence, Form
+from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd.checks import pack
+from fusedkd.divergences import Divergence
 from fusedkd.nn import DistilBertLoss
-from fusedkd.ops import OPTIONS as REALS
-from fusedkd.ops import SCHEMAS
-from fusedkd.sparse import TAILS, SparseForm
+from fusedkd.teachers import TAILS
 
 OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.7}
 
@@ -246,14 +247,14 @@ def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
     ops = torch.ops.fusedkd
     cases: dict[str, list[tuple[Any, ...]]] = {}
     for dtype, strided, some, form in (
-        (torch.float32, False, True, Form.FORWARD_KL),
-        (torch.bfloat16, True, True, Form.DKD),
-        (torch.float16, True, False, Form.MIXTURE),
+        (torch.float32, False, True, KernelId.FORWARD_KL),
+        (torch.bfloat16, True, True, KernelId.DKD),
+        (torch.float16, True, False, KernelId.MIXTURE),
     ):
         student, teacher = (x[:, :-1] if strided else x for x in pair(2, 4, 19, dtype=dtype, device=device))
         n = student.shape[0] * student.shape[1]
         labels = targets(n, classes=19, device=device) if some else None
-        mask = torch.arange(n, device=device) % 3 if form == Form.FORWARD_KL else None
+        mask = torch.arange(n, device=device) % 3 if form == KernelId.FORWARD_KL else None
         reals = [2.0, 1.5, 4.0, 0.5, 0.7 if some else 0.0, 0.1, 8.0, 0.5, 0.0, 1.0, 0.5, 0.5, 0.5, 0.0]
         options = pack(reals + [0.0] * (REALS - len(reals)), student.device)
         normalizers, upstream = pack([n, n], student.device), torch.full((), 0.3, device=device)
@@ -263,7 +264,7 @@ def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
             rows = (known[0], ids if prefix == "topk" else None, labels, mask, -100, True)
             cases.setdefault("kd_row_weights", []).append(rows)
             weights, _ = ops.kd_row_weights(*rows)
-            flags = -100, form if prefix == "kd" else SparseForm.BUCKET, some, some
+            flags = -100, form if prefix == "kd" else TopkKernelId.BUCKET, some, some
             kd = (*known, labels, weights, options, normalizers)
             rows, stats, gradient = getattr(ops, f"{prefix}_forward")(student, *kd, *flags, True)
             cases.setdefault(f"{prefix}_forward", []).extend((student, *kd, *flags, g) for g in (True, False))
@@ -278,7 +279,7 @@ def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
         known = [hidden[None], listed.logprobs.reshape(1, n, 4)]
         teachers = known, [heads[1], None], [None, None], [None, ids]
         linear = (hidden, heads[0], heads[0, :, 0], labels, *teachers, [weights] * 2, [options] * 2, [normalizers] * 2)
-        plan = (-100, [form, SparseForm.BUCKET], some, some, 3, torch.float32, dtype, None)
+        plan = (-100, [form, TopkKernelId.BUCKET], some, some, 3, torch.float32, dtype, None)
         for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
             cases.setdefault("linear_kd", []).append((*linear, u, *plan, wanted))
 

@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 from families import divergences, families
+from fusedkd.ops import backends
 from torch import Tensor
 from truth import DTYPES, pair, targets
 
 from fusedkd import DKD, JSD, SkewKL, SkewReverseKL, fallback
-from fusedkd.divergences import FINITE_GRADIENT, Divergence, Form, ForwardKL
-from fusedkd.ops import backends
+from fusedkd.backends.layout import FINITE_GRADIENT, KernelId
+from fusedkd.divergences import Divergence, ForwardKL
 
 if backends["kd_forward", "CPU"][0] != "C++":
     pytest.skip("fusedkd._C does not serve the CPU", allow_module_level=True)
@@ -51,7 +52,7 @@ def kd_arguments(
 ) -> tuple[Any, ...]:
     """The arguments of kd_forward up to `gradient`; `values` are entries of `options`, by name."""
     divergence = ForwardKL() if divergence is None else divergence
-    t = 1.0 if divergence.form == Form.LOGIT_MSE else values.get("temperature", 2.0)
+    t = 1.0 if divergence.kernel_id == KernelId.LOGIT_MSE else values.get("temperature", 2.0)
     defaults = {
         "temperature": t,
         "teacher_temperature": t,
@@ -70,7 +71,7 @@ def kd_arguments(
     options = [*(defaults | values | {"temperature": t}).values(), *coefficients, *[0.0] * (6 - len(coefficients))]
     normalizers = torch.tensor([2.0, 3.0], dtype=torch.float64)
     transform = bool({"softcap", "scale", "teacher_softcap", "teacher_scale"} & values.keys())
-    flags = -100, int(divergence.form), transform, labels is not None
+    flags = -100, int(divergence.kernel_id), transform, labels is not None
     return student, teacher, labels, weights, torch.tensor(options, dtype=torch.float64), normalizers, *flags
 
 
@@ -210,7 +211,7 @@ def test_nan_shows(divergence: Divergence, dtype: torch.dtype, at: int) -> None:
             operands[which][0, 1, at] = bad
             arguments = kd_arguments(*operands, torch.tensor([1, 2, 3]), divergence=divergence)
             rows, _, gradient = ops.kd_forward(*arguments, True)
-            if divergence.form != Form.LOGIT_MSE or bad != INF:  # (∞ − v)² is ∞, without a gradient
+            if divergence.kernel_id != KernelId.LOGIT_MSE or bad != INF:  # (∞ − v)² is ∞, without a gradient
                 assert rows[0].isnan().tolist() == [False, True, False]
                 assert gradient[0].isnan().any(-1).tolist() == [False, True, False]
             assert rows[1].isnan().tolist() == [False, which == 0, False]
@@ -317,13 +318,13 @@ def test_infinite_divergence(divergence: Divergence) -> None:
     student, teacher = pair(1, 4, 50)
     student[0, 1, 3], teacher[0, 2, 3] = -INF, -INF
     arguments = kd_arguments(student, teacher, torch.tensor([0, 1, 2, -100]), None, divergence)
-    weights = torch.tensor([1.0, 1.0, 1.0, 0.0]) if divergence.form == Form.DKD else arguments[3]
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0]) if divergence.kernel_id == KernelId.DKD else arguments[3]
     arguments = (*arguments[:3], weights, *arguments[4:])
     rows, stats, gradient, _ = kd_operators(arguments)
     exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
     infinite = exact_rows[0].isinf()
     assert rows[0].isinf().tolist() == infinite.tolist()
-    if divergence.form not in FINITE_GRADIENT:
+    if divergence.kernel_id not in FINITE_GRADIENT:
         assert (stats[:, 6] == INF).tolist() == infinite.tolist()
     for row in range(4):
         if exact[0, row].any():

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from truth import pair, targets
 
 from fusedkd import DKD, JSD, AlphaBeta, SkewKL, SkewReverseKL, definitions
-from fusedkd.definitions import log_softmax
-from fusedkd.divergences import DEFINITIONS, FAMILIES, Divergence, Form, Rows
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import DEFINITIONS, FAMILIES, Divergence, Rows
+from fusedkd.reference.softmax import log_softmax
 
 T = [0.5, 1.0, 2.0, 4.0, 20.0]
 INF = torch.inf
@@ -37,7 +38,7 @@ def defined(divergence: Divergence, z: Tensor, v: Tensor, y: Tensor | None = Non
     a = torch.zeros(6, dtype=torch.float64)
     for i, x in enumerate(divergence.coefficients()):
         a[i] = x
-    return DEFINITIONS[divergence.form](Rows(log_softmax(v), log_softmax(z), v, z, y), a)
+    return DEFINITIONS[divergence.kernel_id](Rows(log_softmax(v), log_softmax(z), v, z, y), a)
 
 
 # -------------------------------------------------- divergences
@@ -118,7 +119,7 @@ def test_gradient_is_autograd_s(divergence: Divergence) -> None:
 @divergences
 def test_equal_distributions(divergence: Divergence) -> None:
     z = double(6, 13)[0]
-    if divergence.form == Form.LOGIT_MSE:
+    if divergence.kernel_id == KernelId.LOGIT_MSE:
         divergence = FAMILIES["logit_mse"]()
     value, gradient = defined(divergence, z, z.clone(), targets(6, classes=13, ignored=None))
     assert value.abs().max() <= 1e-12
@@ -130,14 +131,14 @@ def test_gradients_sum_to_zero(divergence: Divergence) -> None:
     """Softmax does not see a constant: nor does any divergence of its results."""
     z, v = double(6, 13)
     y = targets(6, classes=13, ignored=None)
-    if divergence.form != Form.LOGIT_MSE:
+    if divergence.kernel_id != KernelId.LOGIT_MSE:
         assert defined(divergence, z, v, y)[1].sum(-1).abs().max() <= 1e-14
         torch.testing.assert_close(defined(divergence, z + 3, v - 7, y), defined(divergence, z, v, y))
 
 
 def test_every_form_has_a_definition() -> None:
-    assert set(DEFINITIONS) == set(Form)
-    assert {family.form for family in FAMILIES.values()} == set(Form)
+    assert set(DEFINITIONS) == set(KernelId)
+    assert {family.kernel_id for family in FAMILIES.values()} == set(KernelId)
     assert {type(d) for d in DEFAULTS} == set(FAMILIES.values()) >= {type(d) for d in PARAMETERS}
 
 
@@ -209,7 +210,7 @@ def test_columns_that_both_sides_mask(divergence: Divergence) -> None:
     z[:, [1, 5, 7]] = v[:, [1, 5, 7]] = -INF
     value, gradient = defined(divergence, z, v, y)
     fewer, few = defined(divergence, z[:, keep], v[:, keep], torch.tensor([1, 2, 3]))
-    scale = 8 / 5 if divergence.form == Form.LOGIT_MSE else 1  # the mean over all columns
+    scale = 8 / 5 if divergence.kernel_id == KernelId.LOGIT_MSE else 1  # the mean over all columns
     torch.testing.assert_close(value * scale, fewer)
     torch.testing.assert_close(gradient[:, keep] * scale, few)
     assert not gradient[:, [1, 5, 7]].any()
@@ -218,7 +219,7 @@ def test_columns_that_both_sides_mask(divergence: Divergence) -> None:
 @divergences
 def test_a_column_that_one_side_masks_is_a_limit(divergence: Divergence) -> None:
     """−inf is where −100000 leads to: the value, and the gradient where that is finite."""
-    if divergence.form == Form.LOGIT_MSE:
+    if divergence.kernel_id == KernelId.LOGIT_MSE:
         return
     y = torch.tensor([2, 3])
     for side in (0, 1):
@@ -230,7 +231,7 @@ def test_a_column_that_one_side_masks_is_a_limit(divergence: Divergence) -> None
         torch.testing.assert_close(value[finite], limit[finite], rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(gradient[finite], near[finite], rtol=1e-6, atol=1e-7)
         assert ((limit > 1) | finite).all()
-        if divergence.form in (Form.FORWARD_KL, Form.DKD):
+        if divergence.kernel_id in (KernelId.FORWARD_KL, KernelId.DKD):
             torch.testing.assert_close(gradient, near)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from truth import assert_gradient, assert_value, check_kd, kd_truth, operator_calls, pair, targets
 
 from fusedkd import TeacherLogits, kd_loss
-from fusedkd.divergences import FAMILIES, Divergence, Form
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import FAMILIES, Divergence
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 N, V = 9, 45
@@ -71,7 +72,7 @@ def test_where_not_a_number_shows(device: str, divergence: Divergence, weights: 
     for KD, the student's for CE. A term of weight 0 adds nothing. Squared differences of logits have no softmax: NaN
     stays in its column, and +inf on one side makes D infinite, the gradient 0.
     """
-    label, common, mse = 7, V - 4, divergence.form == Form.LOGIT_MSE
+    label, common, mse = 7, V - 4, divergence.kernel_id == KernelId.LOGIT_MSE
     broken = [(torch.nan, "s", 20), (torch.nan, "t", 20), (torch.nan, "t", label), (torch.nan, "st", label)]
     broken += [(torch.inf, "s", label), (torch.inf, "t", 20), (torch.inf, "t", label), (torch.inf, "st", 20)]
     broken += [(torch.nan, "s", common), (1.0, "s", 3)]  # beside the KD term, and not at all
@@ -261,8 +262,8 @@ def test_operators_of_one_loss(device: str, divergence: Divergence, ce_weight: f
         loss.backward()
     assert [name for name, _ in calls] == ["kd_row_weights", "kd_forward", "kd_terms", "kd_rescale_"]
     arguments = calls[1][1]
-    assert (arguments[2] is not None) == (ce_weight > 0 or divergence.form == Form.DKD)
-    assert arguments[7] == divergence.form
+    assert (arguments[2] is not None) == (ce_weight > 0 or divergence.kernel_id == KernelId.DKD)
+    assert arguments[7] == divergence.kernel_id
 
 
 @families

@@ -12,7 +12,8 @@ from torch import Tensor
 from truth import DTYPES, Term, assert_gradient, assert_value, check_kd, kd_truth, noise_for, pair, targets
 
 from fusedkd import JSD, AlphaBeta, LogitMSE, SkewKL, SkewReverseKL, kd_loss
-from fusedkd.divergences import FINITE_GRADIENT, Divergence, Form
+from fusedkd.backends.layout import FINITE_GRADIENT, KernelId
+from fusedkd.divergences import Divergence
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 INF = torch.inf
@@ -187,7 +188,7 @@ def test_masked_columns(device: str, divergence: Divergence, dtype: torch.dtype)
     assert truth.loss.value.isfinite().all()
     keep = [0, 1, 2, 3, 4, *range(6, 40)]
     fewer = kd_truth(student[:1, keep], teacher[:1, keep], labels[:1] - 1, **at(divergence, 2.0))
-    if divergence.form != Form.LOGIT_MSE:  # which divides by all columns
+    if divergence.kernel_id != KernelId.LOGIT_MSE:  # which divides by all columns
         torch.testing.assert_close(
             kd_truth(student[:1], teacher[:1], labels[:1], **at(divergence, 2.0)).loss, fewer.loss
         )
@@ -246,7 +247,7 @@ def test_student_rows_that_are_all_masked(device: str, divergence: Divergence) -
 
 
 def test_families_with_a_finite_gradient_where_they_are_infinite(device: str) -> None:
-    assert set(FINITE_GRADIENT) == {Form.FORWARD_KL, Form.DKD}
+    assert set(FINITE_GRADIENT) == {KernelId.FORWARD_KL, KernelId.DKD}
     student, teacher = pair(2, 10, device=device)
     student[0, 3] = -INF
     labels = torch.tensor([5, 5], device=device)

@@ -18,7 +18,7 @@ from truth import DTYPES, between_nans, check_kd, pair, targets
 
 from fusedkd import JSD, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
 from fusedkd.divergences import Divergence
-from fusedkd.sparse import TAILS
+from fusedkd.teachers import TAILS
 
 WIDTHS = {"resident": 1003, "whole": 4611, "split": 17011}
 F16, BF16, F32, F64 = DTYPES

@@ -13,11 +13,11 @@ import pytest
 import torch
 from cluster_cases import Case
 from families import describe, divergences
+from fusedkd.ops import CLUSTER, STATS
 from truth import assert_gradient
 
 from fusedkd import DKD, JSD, SkewKL
-from fusedkd.divergences import Form
-from fusedkd.ops import CLUSTER, STATS
+from fusedkd.backends.layout import KernelId
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=describe)
 
@@ -201,7 +201,7 @@ def test_bad_arguments():
         c._replace(student=c.student[..., ::2], teacher=c.teacher[..., ::2]),
         c._replace(weights=c.weights[:3]),
         c._replace(options=c.options[:10]),
-        c._replace(flags=(-100, int(Form.JEFFREYS), True, True)),
+        c._replace(flags=(-100, int(KernelId.JEFFREYS), True, True)),
         c._replace(flags=(-100, 7, False, True)),
     ):
         with pytest.raises(RuntimeError):

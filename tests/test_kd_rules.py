@@ -9,7 +9,7 @@ import torch
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
-from fusedkd.arguments import vocabularies
+from fusedkd.checks import vocabularies
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N, V = 12, 50

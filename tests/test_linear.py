@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from truth import DTYPES, assert_value, noise_for
 
 from fusedkd import TeacherHead, TeacherLogits, TeacherTopK, kd_loss, linear_kd_loss
-from fusedkd.sparse import TAILS
+from fusedkd.teachers import TAILS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=describe)

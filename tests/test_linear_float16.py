@@ -26,7 +26,8 @@ from fusedkd import (
     slopes,
     sparse,
 )
-from fusedkd.divergences import DEFINITIONS, Divergence, Form, Rows
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import DEFINITIONS, Divergence, Rows
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 
@@ -134,27 +135,27 @@ def coefficients(divergence: Divergence) -> Tensor:
 def test_bound_of_a_form(divergence: Divergence) -> None:
     """Of anything where the form has one, of what is within LOG_RATIO elsewhere; and not far above the steepest."""
     a = coefficients(divergence)
-    unbounded = divergence.form in (Form.JEFFREYS, Form.ALPHA_BETA, Form.LOGIT_MSE) or a[2] == 1
+    unbounded = divergence.kernel_id in (KernelId.JEFFREYS, KernelId.ALPHA_BETA, KernelId.LOGIT_MSE) or a[2] == 1
     steepest = 0.0
     for log_ratio in (2.0, slopes.LOG_RATIO, *([] if unbounded else [1e3])):
         rows = rows_within(log_ratio)
-        gradient = DEFINITIONS[divergence.form](rows, a)[1]
-        bound = slopes.BOUNDS[divergence.form](a, rows.student.shape[1])
+        gradient = DEFINITIONS[divergence.kernel_id](rows, a)[1]
+        bound = slopes.BOUNDS[divergence.kernel_id](a, rows.student.shape[1])
         steepest = max(steepest, gradient.abs().max().item())
         assert steepest <= bound * (1 + 1e-12)
     assert steepest >= bound / 100
 
 
-@pytest.mark.parametrize("form", sparse.SparseForm, ids=lambda form: form.name)
-def test_bound_of_a_sparse_form(form: sparse.SparseForm) -> None:
+@pytest.mark.parametrize("form", sparse.TopkKernelId, ids=lambda form: form.name)
+def test_bound_of_a_sparse_form(form: sparse.TopkKernelId) -> None:
     rows, k = rows_within(slopes.LOG_RATIO), 8
     log_p, ids = rows.log_p.topk(k)
-    known = log_p.exp() if form == sparse.SparseForm.SAMPLES else log_p
+    known = log_p.exp() if form == sparse.TopkKernelId.SAMPLES else log_p
     gradient = sparse.definition(form, ids, known, rows.log_q, 1.0)[1]
     bound = slopes.SPARSE_BOUNDS[form](torch.ones(6, dtype=torch.float64), rows.student.shape[1])
     assert bound / 100 <= gradient.abs().max() <= bound * (1 + 1e-12)
 
 
 def test_every_form_has_a_bound() -> None:
-    assert set(slopes.BOUNDS) == set(Form)
-    assert set(slopes.SPARSE_BOUNDS) == set(sparse.SparseForm)
+    assert set(slopes.BOUNDS) == set(KernelId)
+    assert set(slopes.SPARSE_BOUNDS) == set(sparse.TopkKernelId)

@@ -14,7 +14,7 @@ from torch import Tensor
 from truth import operator_calls, pair, targets
 
 from fusedkd import Divergence, TeacherHead, TeacherTopK, cosine_hidden_loss, kd_loss, linear_kd_loss
-from fusedkd.divergences import Form
+from fusedkd.backends.layout import KernelId
 from fusedkd.nn import KDLoss
 
 Z, V = pair(3, 4, 10)
@@ -41,7 +41,7 @@ class Formless(Divergence):
 
 
 class Nameless(Divergence):
-    form = Form.JEFFREYS
+    form = KernelId.JEFFREYS
 
 
 def sharded(x: Tensor) -> Tensor:

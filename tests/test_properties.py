@@ -9,7 +9,8 @@ from test_definitions import defined
 from truth import assert_value, check_kd, kd_truth, pair, targets
 
 from fusedkd import cosine_hidden_loss, kd_loss
-from fusedkd.divergences import Divergence, Form
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import Divergence
 
 pytest.importorskip("hypothesis")
 
@@ -38,7 +39,7 @@ def test_definitions(student: list[float], teacher: list[float], temperature: fl
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     permuted = defined(divergence, z[:, order], v[:, order], (order == n // 2).nonzero()[0])
     torch.testing.assert_close(permuted, (value, gradient[:, order]), atol=noise, rtol=1e-9)
-    if divergence.form != Form.LOGIT_MSE:
+    if divergence.kernel_id != KernelId.LOGIT_MSE:
         assert gradient.sum().abs() <= noise
         torch.testing.assert_close(defined(divergence, z + 3, v - 7, y)[0], value, atol=noise, rtol=1e-7)
 

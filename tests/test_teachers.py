@@ -14,7 +14,8 @@ from torch import Tensor
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, noise_for, operator_calls, pair, targets
 
 from fusedkd import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
-from fusedkd.sparse import TAILS, SparseForm
+from fusedkd.backends.layout import TopkKernelId
+from fusedkd.teachers import TAILS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 INF = torch.inf
@@ -302,7 +303,7 @@ def test_operators_of_one_loss(device: str, kind: str, divergence: str, ce_weigh
     with operator_calls() as calls:
         kd_loss(student.requires_grad_(), teacher, labels, divergence=divergence, ce_weight=ce_weight).backward()
     assert [name for name, _ in calls] == ["kd_row_weights", "topk_forward", "kd_terms", "topk_rescale_"]
-    form = SparseForm.SAMPLES if kind == SAMPLES else TAILS[kind] + (divergence == "reverse_kl")
+    form = TopkKernelId.SAMPLES if kind == SAMPLES else TAILS[kind] + (divergence == "reverse_kl")
     assert calls[1][1][8] == form
     assert (calls[1][1][3] is not None) == (ce_weight > 0)
     for name, arguments in calls:

@@ -26,14 +26,14 @@ from test_triton_aot import (
     specialised,
 )
 
-from fusedkd.kernels import topk
-from fusedkd.sparse import SparseForm
+from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.triton import topk
 
 __all__ = ["cache"]  # a fixture
 FORWARD, BACKWARD = {"upstream": None}, {"rows": None}
 
 
-def compiled(target: Any, form: SparseForm, dtype: Any = BF16, K: int = 64, **structure: Any) -> Any:
+def compiled(target: Any, form: TopkKernelId, dtype: Any = BF16, K: int = 64, **structure: Any) -> Any:
     structure = {"TRANSFORM": False, "RESCALE": False, "GRADIENT_IN_PHASE": True, "FORM": int(form)} | structure
     options = topk.block_options(dtype, 50257, K, structure["GRADIENT_IN_PHASE"], target.backend == "hip")
     structure |= {key: options.pop(key) for key in ("BLOCK", "GROUP", "BLOCK_K")}
@@ -49,13 +49,13 @@ def compiled(target: Any, form: SparseForm, dtype: Any = BF16, K: int = 64, **st
 @pytest.mark.parametrize(
     ("target", "dtype", "form", "reads"),
     [
-        (SM80, BF16, SparseForm.BUCKET, [128, 16]),
-        (SM90, BF16, SparseForm.RENORMALIZE, [128, 16]),
-        (SM100, FP32, SparseForm.BUCKET_REVERSE, [128, 128, 32]),
+        (SM80, BF16, TopkKernelId.BUCKET, [128, 16]),
+        (SM90, BF16, TopkKernelId.RENORMALIZE, [128, 16]),
+        (SM100, FP32, TopkKernelId.BUCKET_REVERSE, [128, 128, 32]),
     ],
     ids=str,
 )
-def test_accesses_are_wide(target: Any, dtype: Any, form: SparseForm, reads: list[int], tmp_path: Path) -> None:
+def test_accesses_are_wide(target: Any, dtype: Any, form: TopkKernelId, reads: list[int], tmp_path: Path) -> None:
     kernel = compiled(target, form, dtype, **FORWARD)
     ptx = kernel.asm["ptx"]
     assert bits(ptx, "ld", "evict_last") == bits(ptx, "ld", "evict_first") == bits(ptx, "st", "evict_first") == reads
@@ -67,21 +67,21 @@ def test_accesses_are_wide(target: Any, dtype: Any, form: SparseForm, reads: lis
 @pytest.mark.parametrize(
     ("form", "K", "structure"),
     [
-        (SparseForm.SAMPLES, 1024, FORWARD),
-        (SparseForm.BUCKET, 512, BACKWARD | {"RESCALE": True}),
-        (SparseForm.BUCKET_REVERSE, 1024, FORWARD | {"TRANSFORM": True, "GRADIENT_IN_PHASE": False}),
-        (SparseForm.RENORMALIZE_REVERSE, 64, FORWARD | {"labels": None}),
+        (TopkKernelId.SAMPLES, 1024, FORWARD),
+        (TopkKernelId.BUCKET, 512, BACKWARD | {"RESCALE": True}),
+        (TopkKernelId.BUCKET_REVERSE, 1024, FORWARD | {"TRANSFORM": True, "GRADIENT_IN_PHASE": False}),
+        (TopkKernelId.RENORMALIZE_REVERSE, 64, FORWARD | {"labels": None}),
     ],
     ids=str,
 )
-def test_nothing_spills(form: SparseForm, K: int, structure: dict[str, Any], tmp_path: Path) -> None:
+def test_nothing_spills(form: TopkKernelId, K: int, structure: dict[str, Any], tmp_path: Path) -> None:
     use = resources(compiled(SM90, form, K=K, **structure), tmp_path)
     assert use["STACK"] == use["LOCAL"] == 0
 
 
 def test_amd() -> None:
     """Scalars may wait in the lanes of a vector register (sgpr_spill), nothing in memory."""
-    assembly = compiled(AMD, SparseForm.BUCKET, **FORWARD).asm["amdgcn"]
+    assembly = compiled(AMD, TopkKernelId.BUCKET, **FORWARD).asm["amdgcn"]
     assert re.findall(r"(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly) == ["0", "0"]
     assert "global_load_dwordx4" in assembly
     assert "global_store_dwordx4" in assembly

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from fusedkd.ops import backends
 from test_cpu_kernels import before_a_fault, isa
 from topk_cases import RULES, B, Case, L, N, case, check, run, same
 from truth import DTYPES
 
-from fusedkd.ops import backends
-from fusedkd.sparse import SparseForm
+from fusedkd.backends.layout import TopkKernelId
 
 ops = torch.ops.fusedkd
 compiled = pytest.mark.skipif(backends["topk_forward", "CPU"][0] != "C++", reason="fusedkd._C does not serve the CPU")
-forms = pytest.mark.parametrize("form", SparseForm, ids=lambda form: form.name.lower())
+forms = pytest.mark.parametrize("form", TopkKernelId, ids=lambda form: form.name.lower())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -64,11 +64,11 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize(("V", "K"), [(1, 1), (7, 1), (7, 7), (31, 9), (2087, 64), (3000, 1024)])
 @dtypes
 @forms
-def test_operators(form: SparseForm, dtype: torch.dtype, V: int, K: int) -> None:
+def test_operators(form: TopkKernelId, dtype: torch.dtype, V: int, K: int) -> None:
     for options in OPTIONS:
         t = options.get("temperature", 1.0)
         listed = case(form, V, K, temperature=t)
-        if form in (SparseForm.RENORMALIZE, SparseForm.RENORMALIZE_REVERSE):
+        if form in (TopkKernelId.RENORMALIZE, TopkKernelId.RENORMALIZE_REVERSE):
             options = options | {"logprobs_temperature": 1.7}
         check(ops, form, listed, dtype, all_four=V != 3000, **options)
 
@@ -76,7 +76,7 @@ def test_operators(form: SparseForm, dtype: torch.dtype, V: int, K: int) -> None
 @compiled
 @pytest.mark.parametrize("rule", RULES)
 @forms
-def test_rules(form: SparseForm, rule: Any) -> None:
+def test_rules(form: TopkKernelId, rule: Any) -> None:
     rule(ops, form)
 
 
@@ -85,7 +85,7 @@ def test_rules(form: SparseForm, rule: Any) -> None:
 @pytest.mark.parametrize("V", [1, 31, 1040, 5000])
 def test_last_row_ends_at_a_fault(dtype: torch.dtype, V: int) -> None:
     """Reads and writes past the last row would end the process here."""
-    for form in (SparseForm.RENORMALIZE, SparseForm.RENORMALIZE_REVERSE, SparseForm.SAMPLES):
+    for form in (TopkKernelId.RENORMALIZE, TopkKernelId.RENORMALIZE_REVERSE, TopkKernelId.SAMPLES):
         student, teacher, ids = case(form, V, min(V, 20))
         student, teacher = student.to(dtype), teacher.to(dtype)
         y, w, n = torch.arange(N).clamp(max=V - 1), torch.ones(N), torch.ones(2).double()
@@ -98,18 +98,18 @@ def test_last_row_ends_at_a_fault(dtype: torch.dtype, V: int) -> None:
 
 @compiled
 def test_threads_do_not_matter() -> None:
-    student, teacher, ids = case(SparseForm.BUCKET, 9000, 64)
+    student, teacher, ids = case(TopkKernelId.BUCKET, 9000, 64)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(run(ops, SparseForm.BUCKET, Case(student, teacher.nan_to_num(0), ids)))
+        results.append(run(ops, TopkKernelId.BUCKET, Case(student, teacher.nan_to_num(0), ids)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
 
 
 @compiled
 def test_bad_operands_are_refused() -> None:
-    rows = case(SparseForm.BUCKET, 9, 3)
+    rows = case(TopkKernelId.BUCKET, 9, 3)
     for bad in (
         rows._replace(ids=rows.ids.int()),
         rows._replace(ids=rows.ids[:, :2]),
@@ -117,7 +117,7 @@ def test_bad_operands_are_refused() -> None:
         rows._replace(student=rows.student.mT.contiguous().mT),
     ):
         with pytest.raises(RuntimeError, match="fusedkd"):
-            run(ops, SparseForm.BUCKET, bad)
+            run(ops, TopkKernelId.BUCKET, bad)
     with pytest.raises(RuntimeError, match="fusedkd"):
         run(ops, 7, rows)
 
@@ -125,10 +125,10 @@ def test_bad_operands_are_refused() -> None:
 @compiled
 def test_strides() -> None:
     """The student's rows and the teacher's come as they lie."""
-    rows = case(SparseForm.BUCKET, 40, 5)
+    rows = case(TopkKernelId.BUCKET, 40, 5)
     longer = torch.cat([rows.student, rows.student[:, :1] * torch.nan], 1)[:, :L]
     teacher = rows.teacher.transpose(0, 1).contiguous().transpose(0, 1)
-    expected = run(ops, SparseForm.BUCKET, rows)
+    expected = run(ops, TopkKernelId.BUCKET, rows)
     assert longer.stride(0) != rows.student.stride(0)
     assert B > 1
-    assert all(map(same, run(ops, SparseForm.BUCKET, Case(longer, teacher, rows.ids)), expected))
+    assert all(map(same, run(ops, TopkKernelId.BUCKET, Case(longer, teacher, rows.ids)), expected))

@@ -24,11 +24,11 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from fusedkd.divergences import Form  # noqa: E402
-from fusedkd.kernels import kd  # noqa: E402
-from fusedkd.kernels.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
-from fusedkd.kernels.divergences import MEASURED  # noqa: E402
-from fusedkd.kernels.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
+from fusedkd.backends.layout import KernelId  # noqa: E402
+from fusedkd.backends.triton import kd  # noqa: E402
+from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
+from fusedkd.backends.triton.divergences import MEASURED  # noqa: E402
+from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVIDIA = SM80, SM90, SM100 = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)]
@@ -36,7 +36,7 @@ AMD = GPUTarget("hip", "gfx942", 64)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 BF16, FP16, FP32, FP64 = NAMES
 STRUCTURE = {
-    "FORM": Form.FORWARD_KL,
+    "FORM": KernelId.FORWARD_KL,
     "CE": True,
     "TRANSFORM": False,
     "SURPLUS": False,
@@ -56,12 +56,12 @@ STAGES = [
     {"SPLIT": True, "STAGE": VALUES, "rows": None, "upstream": None},
     {"SPLIT": True, "STAGE": FINISH, "upstream": None},
 ]
-FORMS = [form for form in Form if form != Form.FORWARD_KL]
+FORMS = [form for form in KernelId if form != KernelId.FORWARD_KL]
 
 
 def describe(x: Any) -> str | None:
     """For test ids."""
-    if isinstance(x, Form):
+    if isinstance(x, KernelId):
         return x.name.lower().replace("_", " ")
     return f"sm_{x.arch}" if isinstance(x, GPUTarget) else str(x)
 
@@ -164,7 +164,7 @@ def test_accesses_are_wide(
 
 
 @pytest.mark.parametrize("form", FORMS, ids=describe)
-def test_forms(form: Form, tmp_path: Path) -> None:
+def test_forms(form: KernelId, tmp_path: Path) -> None:
     kernel = compiled(SM90, BF16, BF16, FORM=form, **FORWARD)
     ptx = kernel.asm["ptx"]
     passes = 3 if form in MEASURED else 2
@@ -177,12 +177,12 @@ def test_forms(form: Form, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "ce", "shared"),
     [
-        *((form, False, 2) for form in (Form.FORWARD_KL, Form.TOTAL_VARIATION, Form.LOGIT_MSE)),
-        *((form, True, 1) for form in (Form.FORWARD_KL, Form.TOTAL_VARIATION, Form.MIXTURE, Form.DKD)),
+        *((form, False, 2) for form in (KernelId.FORWARD_KL, KernelId.TOTAL_VARIATION, KernelId.LOGIT_MSE)),
+        *((form, True, 1) for form in (KernelId.FORWARD_KL, KernelId.TOTAL_VARIATION, KernelId.MIXTURE, KernelId.DKD)),
     ],
     ids=describe,
 )
-def test_resident_rows_are_read_once(form: Form, ce: bool, shared: int, tmp_path: Path) -> None:
+def test_resident_rows_are_read_once(form: KernelId, ce: bool, shared: int, tmp_path: Path) -> None:
     kernel = compiled(SM90, BF16, BF16, FORM=form, CE=ce, SURPLUS=True, **RESIDENT)
     assert bits(kernel.asm["ptx"], "ld", "evict_first") == [128, 128, 16, 16]
     assert not bits(kernel.asm["ptx"], "ld", "evict_last")
@@ -193,7 +193,7 @@ def test_resident_rows_are_read_once(form: Form, ce: bool, shared: int, tmp_path
 def test_every_layout_can_be_launched() -> None:
     """What ptxas may use of a processor's registers is there for all threads of a block."""
     rows = product((BF16, FP32), NAMES, (1, 512, 513, 1025, 2049, RESIDENT_COLUMNS, 50257))
-    options = list(product(Form, *[(False, True)] * 4))
+    options = list(product(KernelId, *[(False, True)] * 4))
     for (student, teacher, columns), (form, resident, transform, ce, in_phase) in product(rows, options):
         flags = {"resident": resident, "transform": transform, "ce": ce, "in_phase": in_phase}
         block = layout(student, columns, form, teacher=teacher, **flags)
@@ -208,13 +208,13 @@ VARIANTS = {
     "rescale, everything": (SM90, BACKWARD | EVERYTHING | {"RESCALE": True}),
     "out of phase, everything": (SM90, FORWARD | EVERYTHING | OUT_OF_PHASE),
     "resident, everything": (SM100, RESIDENT | EVERYTHING),
-    "resident mixture": (SM100, RESIDENT | {"FORM": Form.MIXTURE}),
-    "resident jeffreys, everything": (SM80, RESIDENT | EVERYTHING | {"FORM": Form.JEFFREYS}),
-    "resident dkd, out of phase, everything": (SM90, RESIDENT | EVERYTHING | OUT_OF_PHASE | {"FORM": Form.DKD}),
+    "resident mixture": (SM100, RESIDENT | {"FORM": KernelId.MIXTURE}),
+    "resident jeffreys, everything": (SM80, RESIDENT | EVERYTHING | {"FORM": KernelId.JEFFREYS}),
+    "resident dkd, out of phase, everything": (SM90, RESIDENT | EVERYTHING | OUT_OF_PHASE | {"FORM": KernelId.DKD}),
 }
-for _form, _target in ((Form.JEFFREYS, SM90), (Form.MIXTURE, SM100), (Form.DKD, SM80)):
+for _form, _target in ((KernelId.JEFFREYS, SM90), (KernelId.MIXTURE, SM100), (KernelId.DKD, SM80)):
     VARIANTS[f"{describe(_form)}, everything"] = _target, FORWARD | EVERYTHING | {"FORM": _form}
-for _stage, _form in zip(STAGES, (Form.FORWARD_KL, Form.FORWARD_KL, Form.MIXTURE), strict=True):
+for _stage, _form in zip(STAGES, (KernelId.FORWARD_KL, KernelId.FORWARD_KL, KernelId.MIXTURE), strict=True):
     VARIANTS[f"{describe(_form)}, stage {_stage['STAGE'].value}"] = SM90, _stage | {"FORM": _form}
 
 
@@ -225,14 +225,17 @@ def test_nothing_spills(target: GPUTarget, variant: dict[str, Any], tmp_path: Pa
 
 # `linear_kd_loss` makes logits of 32 bits; what comes closest to its registers
 VARIANTS_32_BITS = {
-    "reverse kl": FORWARD | {"FORM": Form.JEFFREYS},
+    "reverse kl": FORWARD | {"FORM": KernelId.JEFFREYS},
     "everything": FORWARD | EVERYTHING,
-    "alpha beta, everything": FORWARD | EVERYTHING | {"FORM": Form.ALPHA_BETA},
-    "mixture, everything": FORWARD | EVERYTHING | {"FORM": Form.MIXTURE},
+    "alpha beta, everything": FORWARD | EVERYTHING | {"FORM": KernelId.ALPHA_BETA},
+    "mixture, everything": FORWARD | EVERYTHING | {"FORM": KernelId.MIXTURE},
     "resident": RESIDENT | {"SURPLUS": True},
-    "resident mixture": RESIDENT | {"SURPLUS": True, "FORM": Form.MIXTURE},
-    "resident alpha beta, out of phase, everything": RESIDENT | EVERYTHING | OUT_OF_PHASE | {"FORM": Form.ALPHA_BETA},
-    "jeffreys, stage 1": STAGES[1] | EVERYTHING | {"FORM": Form.JEFFREYS},
+    "resident mixture": RESIDENT | {"SURPLUS": True, "FORM": KernelId.MIXTURE},
+    "resident alpha beta, out of phase, everything": RESIDENT
+    | EVERYTHING
+    | OUT_OF_PHASE
+    | {"FORM": KernelId.ALPHA_BETA},
+    "jeffreys, stage 1": STAGES[1] | EVERYTHING | {"FORM": KernelId.JEFFREYS},
 }
 
 
@@ -259,8 +262,8 @@ STRUCTURES = [
     ],
     ids=describe,
 )
-@pytest.mark.parametrize("form", Form, ids=describe)
-def test_every_layout(form: Form, target: GPUTarget, student: Any, teacher: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", KernelId, ids=describe)
+def test_every_layout(form: KernelId, target: GPUTarget, student: Any, teacher: Any, tmp_path: Path) -> None:
     for structure in STRUCTURES:
         if structure.get("RESIDENT") and not resident_columns(form, structure.get("TRANSFORM", False)):
             continue  # is not chosen
@@ -277,7 +280,7 @@ def test_float64_does_not_spill(tmp_path: Path) -> None:
         (BF16, BF16, FORWARD),
         (BF16, BF16, BACKWARD),
         (FP32, BF16, FORWARD | EVERYTHING | OUT_OF_PHASE),
-        (BF16, BF16, FORWARD | {"FORM": Form.MIXTURE}),
+        (BF16, BF16, FORWARD | {"FORM": KernelId.MIXTURE}),
         (BF16, BF16, RESIDENT),
     ],
     ids=["forward", "backward", "everything", "mixture", "resident"],

@@ -26,9 +26,11 @@ from gpu_stub import Launch, gpu  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
-from fusedkd.divergences import Form  # noqa: E402
-from fusedkd.kernels import kd, topk  # noqa: E402
-from fusedkd.sparse import SparseForm  # noqa: E402
+from fusedkd.backends.layout import (
+    KernelId,
+    TopkKernelId,
+)
+from fusedkd.backends.triton import kd, topk  # noqa: E402
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -77,7 +79,7 @@ def rows(n: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
 def launch_kd(
     operator: str,
     columns: int,
-    form: Form = Form.FORWARD_KL,
+    form: KernelId = KernelId.FORWARD_KL,
     *,
     n: int = 300,
     dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
@@ -109,7 +111,7 @@ def launch_kd(
 
 def launch_topk(
     operator: str,
-    form: SparseForm,
+    form: TopkKernelId,
     *,
     columns: int = 3000,
     k: int = 50,
@@ -154,42 +156,42 @@ LONG, SHORT = 50257, 3000  # of few rows, the long ones are split
 WHOLE = {
     "forward": partial(launch_kd, "kd_forward", LONG),
     "no labels": partial(launch_kd, "kd_forward", 10_000, labels=False, transform=True),
-    "no gradient": partial(launch_kd, "kd_forward", LONG, Form.DKD, gradient=False),
-    "in place": partial(launch_kd, "kd_forward_", LONG, Form.JEFFREYS, labels=False),
-    "backward": partial(launch_kd, "kd_backward", SHORT, Form.ALPHA_BETA, upstream="rows"),
+    "no gradient": partial(launch_kd, "kd_forward", LONG, KernelId.DKD, gradient=False),
+    "in place": partial(launch_kd, "kd_forward_", LONG, KernelId.JEFFREYS, labels=False),
+    "backward": partial(launch_kd, "kd_backward", SHORT, KernelId.ALPHA_BETA, upstream="rows"),
     "backward, few rows": partial(launch_kd, "kd_backward", SHORT, n=6, labels=False),
-    "rescale": partial(launch_kd, "kd_rescale_", LONG, Form.TOTAL_VARIATION, dtypes=(F32, BF16)),
+    "rescale": partial(launch_kd, "kd_rescale_", LONG, KernelId.TOTAL_VARIATION, dtypes=(F32, BF16)),
     "everything": partial(launch_kd, "kd_forward", LONG, surplus=13, gap=1, transform=True, dtypes=(F16, F32)),
     "float64": partial(launch_kd, "kd_forward", SHORT, dtypes=(F64, F64)),
     "unaligned": partial(launch_kd, "kd_backward", LONG, upstream="rows", aligned=False),
 }
 RESIDENT = {
     "forward": partial(launch_kd, "kd_forward", SHORT),
-    "no labels, 16 bits": partial(launch_kd, "kd_forward", SHORT, Form.TOTAL_VARIATION, surplus=128, labels=False),
-    "no labels": partial(launch_kd, "kd_forward", 1000, Form.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
-    "no gradient": partial(launch_kd, "kd_forward", 2000, Form.MIXTURE, gradient=False),
-    "in place": partial(launch_kd, "kd_forward_", SHORT, Form.TOTAL_VARIATION),
+    "no labels, 16 bits": partial(launch_kd, "kd_forward", SHORT, KernelId.TOTAL_VARIATION, surplus=128, labels=False),
+    "no labels": partial(launch_kd, "kd_forward", 1000, KernelId.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
+    "no gradient": partial(launch_kd, "kd_forward", 2000, KernelId.MIXTURE, gradient=False),
+    "in place": partial(launch_kd, "kd_forward_", SHORT, KernelId.TOTAL_VARIATION),
     "out of phase": partial(launch_kd, "kd_forward", SHORT, gap=1, surplus=5),
     "transform": partial(launch_kd, "kd_forward", SHORT, transform=True),
     "unaligned": partial(launch_kd, "kd_forward", SHORT, aligned=False),
 }
 SPLIT = {
     "forward": partial(launch_kd, "kd_forward", LONG, n=6),
-    "no labels": partial(launch_kd, "kd_forward", LONG, Form.LOGIT_MSE, n=6, labels=False),
+    "no labels": partial(launch_kd, "kd_forward", LONG, KernelId.LOGIT_MSE, n=6, labels=False),
     "no gradient": partial(launch_kd, "kd_forward", LONG, n=6, gradient=False),
-    "in place": partial(launch_kd, "kd_forward_", LONG, Form.TOTAL_VARIATION, n=6),
+    "in place": partial(launch_kd, "kd_forward_", LONG, KernelId.TOTAL_VARIATION, n=6),
     "backward": partial(launch_kd, "kd_backward", LONG, n=6),
-    "rescale": partial(launch_kd, "kd_rescale_", LONG, Form.DKD, n=6, surplus=7, gap=1),
+    "rescale": partial(launch_kd, "kd_rescale_", LONG, KernelId.DKD, n=6, surplus=7, gap=1),
     "unaligned": partial(launch_kd, "kd_forward", LONG, n=6, dtypes=(F32, F32), aligned=False),
 }
-TOPK = {form.name.lower(): partial(launch_topk, "topk_forward", form) for form in SparseForm} | {
-    "no labels": partial(launch_topk, "topk_forward", SparseForm.BUCKET, labels=False),
-    "no gradient": partial(launch_topk, "topk_forward", SparseForm.RENORMALIZE, gradient=False, dtypes=(F16, BF16)),
-    "in place": partial(launch_topk, "topk_forward_", SparseForm.IGNORE, k=1000, transform=True),
-    "backward": partial(launch_topk, "topk_backward", SparseForm.SAMPLES, dtypes=(F32, F32)),
-    "rescale": partial(launch_topk, "topk_rescale_", SparseForm.BUCKET_REVERSE, gap=1),
-    "float64": partial(launch_topk, "topk_forward", SparseForm.BUCKET, dtypes=(F64, F64), k=7),
-    "unaligned": partial(launch_topk, "topk_forward", SparseForm.BUCKET, aligned=False),
+TOPK = {form.name.lower(): partial(launch_topk, "topk_forward", form) for form in TopkKernelId} | {
+    "no labels": partial(launch_topk, "topk_forward", TopkKernelId.BUCKET, labels=False),
+    "no gradient": partial(launch_topk, "topk_forward", TopkKernelId.RENORMALIZE, gradient=False, dtypes=(F16, BF16)),
+    "in place": partial(launch_topk, "topk_forward_", TopkKernelId.IGNORE, k=1000, transform=True),
+    "backward": partial(launch_topk, "topk_backward", TopkKernelId.SAMPLES, dtypes=(F32, F32)),
+    "rescale": partial(launch_topk, "topk_rescale_", TopkKernelId.BUCKET_REVERSE, gap=1),
+    "float64": partial(launch_topk, "topk_forward", TopkKernelId.BUCKET, dtypes=(F64, F64), k=7),
+    "unaligned": partial(launch_topk, "topk_forward", TopkKernelId.BUCKET, aligned=False),
 }
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),

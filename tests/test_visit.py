@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed pac
 
 from benchmarks import headline, report, smoke, visit  # noqa: E402
 from benchmarks.visit import Step  # noqa: E402
-from fusedkd.kernels import choice  # noqa: E402
-from fusedkd.kernels.choice import Case  # noqa: E402
+from fusedkd.backends.triton import choice  # noqa: E402
+from fusedkd.backends.triton.choice import Case  # noqa: E402
 
 
 def python(code: str) -> list[str]:
@@ -87,7 +87,7 @@ def test_smoke_cases_are_of_their_kernel(kernel: str) -> None:
 
     hopper = choice.Device(132, True, False)
     for each in smoke.CASES["cuda"][kernel]:
-        dtype, form = getattr(torch, each.dtype), each.family.form
+        dtype, form = getattr(torch, each.dtype), each.family.kernel_id
         case = Case(each.rows, each.columns, each.columns, dtype, dtype, form, False, True)
         assert choice.choose(case, hopper)[0] == kernel, str(each)
 

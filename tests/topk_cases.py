@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from fusedkd import fallback
-from fusedkd.definitions import cap_and_scale, log_softmax
-from fusedkd.sparse import SparseForm
+from fusedkd.backends.layout import TopkKernelId
+from fusedkd.reference.softmax import cap_and_scale, log_softmax
 
 NAN, INF = float("nan"), float("inf")
 B, L = 2, 3
 N = B * L
 LABELS = (5, 0, -100, 3, -100, 2)  # modulo V
 WEIGHTS = (1.0, 0.0, 1.0, 0.25, 0.0, 1.0)  # with the labels: both terms, CE alone, KD alone, weighted, neither, both
-CANCELLING = (SparseForm.IGNORE, SparseForm.IGNORE_REVERSE, SparseForm.SAMPLES)
+CANCELLING = (TopkKernelId.IGNORE, TopkKernelId.IGNORE_REVERSE, TopkKernelId.SAMPLES)
 
 
 class Case(NamedTuple):
@@ -41,7 +41,7 @@ def case(
     student = spread * torch.randn(N, V, generator=generator, dtype=torch.float64)
     teacher = student + noise * torch.randn(N, V, generator=generator, dtype=torch.float64)
     lp = (teacher / temperature).log_softmax(-1)
-    if form == SparseForm.SAMPLES:
+    if form == TopkKernelId.SAMPLES:
         ids = torch.multinomial(lp.exp(), K, replacement=True, generator=generator)
         values = torch.rand(N, K, generator=generator, dtype=torch.float64) / K
     else:
@@ -103,7 +103,7 @@ def check(
     )
     if transform:
         options[6:8] = torch.tensor(transform)
-    if form < SparseForm.SAMPLES:
+    if form < TopkKernelId.SAMPLES:
         options[10] = logprobs_temperature
     normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
     flags = -100, int(form), transform is not None, y is not None
@@ -120,7 +120,7 @@ def check(
         tolerance = 1e-11 * divergence + 1e-14 + 1e-13 * mass * w
         tolerance_ce = 1e-11 * truth[1] + 1e-14
     else:
-        root = 1e-6 if form in (SparseForm.BUCKET, SparseForm.BUCKET_REVERSE) else 1e-8
+        root = 1e-6 if form in (TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE) else 1e-8
         extra = 2e-7 * mass * w if form in CANCELLING else root * w * (divergence / w).nan_to_num().sqrt()
         tolerance = 1e-5 * divergence + extra + 1e-15  # the definition's own last bit
         tolerance_ce = 1e-5 * truth[1] + 2e-7
@@ -188,19 +188,19 @@ def sizes(
     legal = (ids >= 0) & (ids < z.shape[1])
     column = torch.where(legal, ids, 0)
     q, q_k, lq_k = log_q.exp(), torch.where(legal, log_q.exp().gather(1, column), 0), log_q.gather(1, column)
-    if form == SparseForm.SAMPLES:
+    if form == TopkKernelId.SAMPLES:
         p = torch.where(legal, v, 0)
         return p.sum(1) * (q.norm(dim=1) + 1), p.sum(1)
     lp = torch.where(legal, v, -INF)
-    if form in (SparseForm.RENORMALIZE, SparseForm.RENORMALIZE_REVERSE):
+    if form in (TopkKernelId.RENORMALIZE, TopkKernelId.RENORMALIZE_REVERSE):
         lp = log_softmax(lp * options[10] / options[1])
     p = lp.exp()
     listed = q_k.sum(1)
-    if form == SparseForm.RENORMALIZE_REVERSE:
+    if form == TopkKernelId.RENORMALIZE_REVERSE:
         q, lq_k = q_k / q_k.sum(1, keepdim=True), log_softmax(torch.where(legal, lq_k, -INF))
         q_k = q
     forward = p.norm(dim=1) + p.sum(1).clamp(min=1) * q.norm(dim=1)
-    if form == SparseForm.BUCKET:  # the complement's share, at most
+    if form == TopkKernelId.BUCKET:  # the complement's share, at most
         forward = forward + (1 - p.sum(1)).clamp(min=0)
     w_k = torch.where(q_k == 0, 0, q_k * (1 + (lq_k - lp).abs()).nan_to_num(0, 0, 0))
     reverse = w_k.norm(dim=1) + w_k.sum(1).abs() * q.norm(dim=1) + q.norm(dim=1) + p.norm(dim=1)
@@ -224,7 +224,7 @@ def near_convergence(ops: Any, form: int) -> None:
     for noise, offset in ((1e-3, 0.0), (1e-2, 1000.0 if form % 2 else -1000.0)):
         rows = case(form, 100, 60, noise=noise)
         student = rows.student.clone()
-        if form == SparseForm.RENORMALIZE:  # its value is at least −log Σ q
+        if form == TopkKernelId.RENORMALIZE:  # its value is at least −log Σ q
             listed = torch.zeros(N, 100, dtype=torch.bool).scatter_(1, rows.ids.clamp(min=0), True)
             student[~listed.view(B, L, 100)] -= 40
         found, _ = check(ops, form, rows._replace(student=student + offset), labels=None)
@@ -235,7 +235,7 @@ def near_convergence(ops: Any, form: int) -> None:
 def equal_probabilities(ops: Any, form: int) -> None:
     """p = q to the last digit that the teacher's float64 log-probabilities have."""
     rows = case(form, 50, 20, noise=0.0)
-    if form in (SparseForm.BUCKET, SparseForm.BUCKET_REVERSE, SparseForm.RENORMALIZE_REVERSE):
+    if form in (TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE, TopkKernelId.RENORMALIZE_REVERSE):
         teacher = rows.student.flatten(0, 1).float().double().log_softmax(-1).gather(1, rows.ids.clamp(min=0))
         found, gradient = check(ops, form, rows._replace(teacher=teacher.view(B, L, -1)), teacher_dtype=torch.float64)
         assert found[0].abs().max() < 1e-12
@@ -245,7 +245,7 @@ def equal_probabilities(ops: Any, form: int) -> None:
 def whole_vocabulary(ops: Any, form: int) -> None:
     """K = V: nothing is off the list."""
     rows = case(form, 17, 17)
-    if form != SparseForm.SAMPLES:
+    if form != TopkKernelId.SAMPLES:
         lp = (rows.student.flatten(0, 1) + 0.5 * rows.student.flatten(0, 1).cos()).log_softmax(-1)
         ids = torch.arange(17).flip(0).expand(N, 17).contiguous()
         rows = Case(rows.student, lp.gather(1, ids).view(B, L, 17) + 1e-3, ids)  # Σp > 1: no tail
@@ -258,7 +258,7 @@ def masked_columns(ops: Any, form: int) -> None:
     """−∞ on either side and on both; a whole row of it."""
     rows = case(form, 60, 20)
     student, teacher, first = rows.student.clone(), rows.teacher.clone(), rows.ids[:, 0]
-    masked = 0.0 if form == SparseForm.SAMPLES else -INF
+    masked = 0.0 if form == TopkKernelId.SAMPLES else -INF
     teacher[0, 0, 0] = teacher[0, 2, 0] = masked  # by the teacher, by both
     for i in (2, 5):
         student.view(N, -1)[i, first[i]] = -INF  # by both, by the student
@@ -289,7 +289,7 @@ def tails_out_of_reach(ops: Any, form: int) -> None:
 
 def rounded_tails(ops: Any, form: int) -> None:
     """The list holds all of the teacher but for rounding: finite, and a gradient in every row that has a teacher."""
-    if form in (SparseForm.BUCKET, SparseForm.BUCKET_REVERSE):
+    if form in (TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE):
         rows = case(form, 60, 8)
         lp = rows.teacher.nan_to_num(-INF).log_softmax(-1)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -337,7 +337,7 @@ def broken_logits(ops: Any, form: int) -> None:
 
 def repeated_samples(ops: Any, form: int) -> None:
     """Equal ids add up, the label's among them."""
-    if form == SparseForm.SAMPLES:
+    if form == TopkKernelId.SAMPLES:
         rows = case(form, 30, 24)
         ids = rows.ids.clone()
         ids[0] = 5

@@ -21,9 +21,10 @@ from triton.runtime import interpreter
 from truth import between_nans
 
 from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation, fallback
-from fusedkd.definitions import cap_and_scale, log_softmax
-from fusedkd.divergences import Divergence, Form, ForwardKL, Rows
-from fusedkd.kernels import choice, kd
+from fusedkd.backends.layout import KernelId
+from fusedkd.backends.triton import choice, kd
+from fusedkd.divergences import Divergence, ForwardKL, Rows
+from fusedkd.reference.softmax import cap_and_scale, log_softmax
 
 NAN, INF = float("nan"), float("inf")
 B, L = 2, 3
@@ -68,7 +69,7 @@ def logits(V: int, kl: float = 0.1, b: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def flags(divergence: Divergence, transform: bool = False, ce: bool = True) -> tuple[int, int, bool, bool]:
-    return -100, int(divergence.form), transform, ce
+    return -100, int(divergence.kernel_id), transform, ce
 
 
 def options_for(
@@ -131,9 +132,9 @@ def _check(
     student, teacher = between_nans(student), between_nans(teacher, before=11 if V % 2 else 4)
     y = None if labels is None else torch.tensor([i % V if 0 <= i < 10 else i for i in labels[:n]])
     w = torch.tensor(weights[:n])
-    if divergence.form == Form.DKD:
+    if divergence.kernel_id == KernelId.DKD:
         w = torch.where((y >= 0) & (y < C), w, 0)
-    if divergence.form == Form.LOGIT_MSE:
+    if divergence.kernel_id == KernelId.LOGIT_MSE:
         temperature, teacher_temperature = 1.0, None
     rest = teacher_temperature or temperature, smoothing, *(transforms or ())
     options = options_for(divergence, temperature, rest=rest)

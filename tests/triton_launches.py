@@ -12,9 +12,9 @@ from torch import Tensor
 from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, flags, logits, options_for
 
 from fusedkd import fallback
-from fusedkd.divergences import Form, ForwardKL
-from fusedkd.kernels import choice, kd
-from fusedkd.kernels import math as helpers
+from fusedkd.backends.triton import choice, kd
+from fusedkd.backends.triton import math as helpers
+from fusedkd.divergences import ForwardKL
 
 MASKS = [
     None,
@@ -110,7 +110,7 @@ H200, A100 = choice.Device(132, True, False), choice.Device(108, False, False)
 def test_choice(
     kernel: str, parts: int, shape: tuple[int, int, int], dtype: torch.dtype, device: choice.Device, forward: bool
 ) -> None:
-    case = choice.Case(*shape, dtype, dtype, Form.FORWARD_KL, True, forward)
+    case = choice.Case(*shape, dtype, dtype, KernelId.FORWARD_KL, True, forward)
     assert choice.choose(case, device) == (kernel, parts)
 
 

@@ -25,8 +25,9 @@ from triton_cases import (
 )
 
 from fusedkd import DKD, JSD, AlphaBeta, LogitMSE, fallback
-from fusedkd.divergences import Divergence, Form, ForwardKL
-from fusedkd.kernels import kd
+from fusedkd.backends.layout import KernelId
+from fusedkd.backends.triton import kd
+from fusedkd.divergences import Divergence, ForwardKL
 
 # -------------------------------------------------- shapes, dtypes, options
 
@@ -183,7 +184,7 @@ def test_forms_close_to_the_teacher_but_for_a_constant(divergence: Divergence) -
 def test_equal_logits(divergence: Divergence, kernel: str) -> None:
     student = logits(257)[0].float()
     student[0, :, 8:40] = -INF
-    if divergence.form == Form.LOGIT_MSE:
+    if divergence.kernel_id == KernelId.LOGIT_MSE:
         divergence = LogitMSE()
     rows, gradient = check(student, student, divergence=divergence, kernel=kernel, temperature=3.0)
     assert not rows[0].any()
@@ -223,7 +224,7 @@ def test_masked_columns_in(dtype: torch.dtype) -> None:
 @in_turn(2)
 def test_masks_as_low_as_the_type_goes(divergence: Divergence, kernel: str) -> None:
     """Finite on both sides: the columns add nothing, at any two temperatures."""
-    if divergence.form == Form.LOGIT_MSE:
+    if divergence.kernel_id == KernelId.LOGIT_MSE:
         pytest.skip("(z − scale·v)² of them is infinite")
     student, teacher = (x.float() for x in logits(127))
     student[0, :, 50:60] = teacher[0, :, 50:60] = torch.finfo(torch.float32).min
@@ -279,7 +280,7 @@ def test_rows_that_no_term_needs_are_not_read(bad: float) -> None:
 def test_broken_logits_show(divergence: Divergence, bad: float) -> None:
     student, teacher = (x.float() for x in logits(257))
     student[0, 0, 0] = student[0, 2, 256] = teacher[0, 2, 100] = bad
-    options = options_for(divergence, 1.0 if divergence.form == Form.LOGIT_MSE else 2.0)
+    options = options_for(divergence, 1.0 if divergence.kernel_id == KernelId.LOGIT_MSE else 2.0)
     tail = torch.tensor([5, 0, 7]), torch.tensor([1.0, 0, 1]), options, torch.ones(2).double(), *flags(divergence)
     rows, _, _ = kd.kd_forward(student, teacher, *tail, False)
     assert (~rows.isfinite()).tolist() == [[True, False, True]] * 2

@@ -29,8 +29,8 @@ from topk_cases import (
 )
 from triton.runtime import interpreter
 
-from fusedkd.kernels import topk
-from fusedkd.sparse import SparseForm
+from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.triton import topk
 
 truncating = interpreter._convert_float
 
@@ -42,32 +42,32 @@ def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> 
 
 
 interpreter._convert_float = convert
-forms = pytest.mark.parametrize("form", SparseForm, ids=lambda form: form.name.lower())
+forms = pytest.mark.parametrize("form", TopkKernelId, ids=lambda form: form.name.lower())
 
 
-@pytest.mark.parametrize("form", [SparseForm.BUCKET_REVERSE, SparseForm.IGNORE])
-def test_all_four(form: SparseForm) -> None:
+@pytest.mark.parametrize("form", [TopkKernelId.BUCKET_REVERSE, TopkKernelId.IGNORE])
+def test_all_four(form: TopkKernelId) -> None:
     check(topk, form, case(form, 257, 9, temperature=2.0), torch.bfloat16, temperature=2.0, all_four=True)
 
 
 @forms
-def test_options(form: SparseForm) -> None:
+def test_options(form: TopkKernelId) -> None:
     dtype = torch.float16 if form % 2 else torch.bfloat16
     check(topk, form, case(form, 127, 20), dtype, temperature=3.0, transform=(8.0, 1.5), smoothing=0.1)
 
 
 @forms
-def test_masked_columns(form: SparseForm) -> None:
+def test_masked_columns(form: TopkKernelId) -> None:
     masked_columns(topk, form)
 
 
-@pytest.mark.parametrize("form", [form for form in SparseForm if form not in CANCELLING])
-def test_near_convergence(form: SparseForm) -> None:
+@pytest.mark.parametrize("form", [form for form in TopkKernelId if form not in CANCELLING])
+def test_near_convergence(form: TopkKernelId) -> None:
     near_convergence(topk, form)
 
 
-@pytest.mark.parametrize("form", [SparseForm.BUCKET, SparseForm.BUCKET_REVERSE])
-def test_tails(form: SparseForm) -> None:
+@pytest.mark.parametrize("form", [TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE])
+def test_tails(form: TopkKernelId) -> None:
     tails_out_of_reach(topk, form)
     rounded_tails(topk, form)
     whole_vocabulary(topk, form)
@@ -75,25 +75,25 @@ def test_tails(form: SparseForm) -> None:
 
 @pytest.mark.parametrize("rule", [no_column, labels_out_of_range, unselected_rows, broken_logits])
 def test_rules_of_a_row(rule: Any) -> None:
-    rule(topk, SparseForm.BUCKET_REVERSE)
+    rule(topk, TopkKernelId.BUCKET_REVERSE)
 
 
 def test_repeated_samples() -> None:
-    repeated_samples(topk, SparseForm.SAMPLES)
+    repeated_samples(topk, TopkKernelId.SAMPLES)
 
 
 def test_temperatures() -> None:
-    form = SparseForm.RENORMALIZE
+    form = TopkKernelId.RENORMALIZE
     check(topk, form, case(form, 40, 5), temperature=2.0, teacher_temperature=1.5, logprobs_temperature=3.0)
     check(topk, form, case(form, 40, 5), temperature=4.0, labels=None)
 
 
 def test_two_blocks_and_their_marks() -> None:
-    check(topk, SparseForm.BUCKET, case(SparseForm.BUCKET, 4200, 70))
+    check(topk, TopkKernelId.BUCKET, case(TopkKernelId.BUCKET, 4200, 70))
 
 
 def test_float64_and_a_long_list() -> None:
-    check(topk, SparseForm.BUCKET_REVERSE, case(SparseForm.BUCKET_REVERSE, 127, 100), torch.float64)
+    check(topk, TopkKernelId.BUCKET_REVERSE, case(TopkKernelId.BUCKET_REVERSE, 127, 100), torch.float64)
 
 
 def test_no_rows() -> None:
@@ -107,7 +107,7 @@ def test_no_rows() -> None:
 
 def test_a_term_of_weight_zero_adds_nothing() -> None:
     """Whatever the columns hold that it reads: here, off the list."""
-    form = SparseForm.RENORMALIZE_REVERSE
+    form = TopkKernelId.RENORMALIZE_REVERSE
     student, teacher, ids = case(form, 40, 5)
     student[0, 0, next(i for i in range(40) if i not in ids[0])] = torch.nan
     options = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0]).double()

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, cosine_hidden_loss, definitions, kd_loss
-from fusedkd.divergences import Divergence, Form, Rows, resolve
-from fusedkd.functional import Teacher
+from fusedkd.backends.layout import KernelId
+from fusedkd.divergences import Divergence, Rows, resolve
+from fusedkd.losses.kd import Teacher
 
 INTERPRETED = os.environ.get("FUSEDKD_BACKEND") == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = "ttsem" in sys.modules
@@ -114,7 +115,7 @@ def kd_truth(
     w, summed = labelled.double(), kd_mask is not None and kd_mask.is_floating_point()
     if kd_mask is not None:
         w = float64(kd_mask if summed else kd_mask != 0).flatten()
-    if family.form == Form.DKD and not sparse:
+    if family.kernel_id == KernelId.DKD and not sparse:
         w = torch.where((y != ignore_index) & (y < columns), w, 0)
     w = torch.where(known.any(-1), w, 0)
     n_kd = _divisor(reduction, kd_normalizer, w.sum() if summed else (w != 0).sum())

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from fusedkd.distilbert.interrupt import Interruptible
-from fusedkd.functional import cosine_hidden_loss
 from fusedkd.integrations.transformers import Batch, DistillationTrainer, KDConfig, Pair
+from fusedkd.losses.hidden import cosine_hidden_loss
 
 
 @dataclass

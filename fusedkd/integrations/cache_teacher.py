@@ -54,7 +54,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, HfArgumentParser
 
-from fusedkd.arguments import MAX_LISTED
+from fusedkd.checks import MAX_LISTED
 from fusedkd.distilbert.config import UsageError, option
 from fusedkd.integrations.cache_data import Row, Survey, batches, documents, features_of, pretrained, read, survey
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from fusedkd import arguments as check
-from fusedkd.divergences import Divergence
-from fusedkd.functional import linear_kd_loss
-from fusedkd.sparse import TAILS
-from fusedkd.validation import check_options
+from fusedkd import checks as check
+from fusedkd.divergences import Divergence, DivergenceName
+from fusedkd.losses.linear_kd import checked_linear_options
+from fusedkd.teachers import TAILS
 
 
 @dataclass
@@ -28,7 +27,7 @@ class KDConfig:
 
     temperature: float = 2.0
     teacher_temperature: float | None = None
-    divergence: str | Divergence = "forward_kl"
+    divergence: DivergenceName | Divergence = "forward_kl"
     kd_weight: float = 0.5
     ce_weight: float = 0.5
     scale_by_t2: bool = True
@@ -43,7 +42,7 @@ class KDConfig:
     def __post_init__(self) -> None:
         if self.kd_on not in ("labels", "attended"):
             raise ValueError(f"kd_on must be 'labels' or 'attended', not {self.kd_on!r}")
-        check_options(linear_kd_loss, self.options())
+        checked_linear_options(self.options())
         if self.tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {self.tail!r}")
         check.real("logprobs_temperature", self.logprobs_temperature, open_low=True)

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from fusedkd.arguments import FLOATING
+from fusedkd.checks import FLOATING
 
 SCALES = (
     ("logit_scale", 1),  # Cohere

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedkd import arguments as check
-from fusedkd.functional import linear_kd_loss
+from fusedkd import checks as check
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
+from fusedkd.losses.linear_kd import checked_linear_options
 from fusedkd.teachers import TeacherTopK
-from fusedkd.validation import check_options
 
 
 def options(kd: Any, teacher: Any) -> None:
@@ -113,7 +112,7 @@ def offline_data(kd: KDConfig, data: Any, collator: Any) -> None:
     """
     like = {"tail": kd.tail, "logprobs_temperature": kd.logprobs_temperature}
     listed = TeacherTopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), **like)  # type: ignore[arg-type]
-    check_options(linear_kd_loss, kd.options(), listed)
+    checked_linear_options(kd.options(), listed)
     base = collator.base_collator if isinstance(collator, OfflineTeacherCollator) else collator
     if not getattr(base, "__module__", "").startswith("transformers."):
         return  # a collator of one's own may make the columns

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from fusedkd import arguments as check
+from fusedkd import checks as check
 from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, base_model, checked

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from fusedkd.divergences import resolve
-from fusedkd.functional import linear_kd_loss
 from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, replaced_forward
 from fusedkd.integrations.offline import COLUMNS, Batch, OfflineTeacherCollator
 from fusedkd.integrations.teacher import Takes, TeacherModel, listed, load
-from fusedkd.prepared import KDTerms
+from fusedkd.losses.linear_kd import linear_kd_loss
+from fusedkd.losses.options import KDTerms
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
 IGNORE = -100

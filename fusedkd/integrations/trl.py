@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedkd.definitions import log_softmax
 from fusedkd.divergences import JSD
-from fusedkd.functional import kd_loss
+from fusedkd.losses.kd import kd_loss
+from fusedkd.reference.softmax import log_softmax
 
 
 def generalized_jsd_loss(

@@ -16,7 +16,7 @@ from torch import Tensor
 from truth import check_kd, pair, targets
 
 from fusedkd import DKD, JSD, kd_loss
-from fusedkd.kernels import choice
+from fusedkd.backends.triton import choice
 
 
 def hopper() -> bool:

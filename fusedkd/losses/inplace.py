@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedkd.arguments import traced
+from fusedkd.checks import traced
 
 
 def overwritable(student: Tensor, teacher: Tensor, ids: Tensor | None, labels: Tensor | None) -> None:

@@ -6,8 +6,6 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -284,53 +282,3 @@ def reduction(reduction: str, **normalizers: Real | None) -> None:
                 f"{name} replaces the row count of reduction='mean': it means nothing under reduction={reduction!r}"
             )
         real(name, value)
-
-
-def pack(values: Sequence[Real], device: torch.device) -> Tensor:
-    """Real options in one float64 tensor. Numbers alone are copied to a device once and kept, so that no later call
-    waits for the copy.
-    """
-    cached = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0  # no fake tensors
-    if not cached or any(isinstance(value, Tensor) for value in values):
-        return torch.stack([real_tensor(value, device) for value in values])
-    constant = _constant(tuple(float(value) for value in values), device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[constant.data_ptr()] = constant
-    return constant
-
-
-def real_tensor(value: Real, device: torch.device) -> Tensor:
-    """A float64 0-d tensor: a number reaches the device as a kernel's argument, without a copy to wait for. Only a copy
-    to the CPU is waited for: its reader is not behind it in a stream.
-    """
-    if isinstance(value, Tensor):
-        return value.detach().to(device, torch.float64, non_blocking=device.type != "cpu")
-    return torch.full((), value, dtype=torch.float64, device=device)
-
-
-@lru_cache(maxsize=256)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-_captured: dict[int, Tensor] = {}
-"""The constants that CUDA graphs read at every replay, which may be long after `_constant` forgot them."""
-
-
-def as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """(student, teacher rows, (B, L)): one grid in which both can be viewed as ``(B, L, V)``.
-
-    Any shape whose leading dimensions collapse to two, such as ``logits[:, :-1]``, is seen without a copy.
-    """
-    sizes = [(i, size) for i, size in enumerate(student.shape[:-1]) if size != 1]
-    splits = [
-        k
-        for k in range(1, len(sizes))
-        if any(t.stride(sizes[k - 1][0]) != t.stride(sizes[k][0]) * sizes[k][1] for t in (student, teacher))
-    ]
-    if len(splits) > 1:
-        student, teacher, splits = student.contiguous(), teacher.contiguous(), []
-    split = splits[0] if splits else 0
-    grid = (math.prod([size for _, size in sizes[:split]]), math.prod([size for _, size in sizes[split:]]))
-    return student, teacher.detach().view(*grid, teacher.shape[-1]), grid

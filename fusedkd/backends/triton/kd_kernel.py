@@ -1,5 +1,5 @@
-"""Knowledge distillation from logits: a divergence of :mod:`fusedkd.kernels.divergences` and cross-entropy, values and
-gradient, in two or three sweeps over each row.
+"""Knowledge distillation from logits: a divergence of :mod:`fusedkd.backends.triton.divergences` and cross-entropy,
+values and gradient, in two or three sweeps over each row.
 
 Row i has student logits z [V] and teacher logits v [C], C ≤ V: the KD term lives on the first C columns, CE on all V.
 
@@ -31,9 +31,21 @@ fused_classifier, the loss with its gradient in the forward call that of Liger (
 import triton
 import triton.language as tl
 
-from fusedkd.kernels.divergences import DKD, LOGIT_MSE, divergence, dkd_target
-from fusedkd.kernels.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, log, reciprocal_or_zero
-from fusedkd.kernels.rows import PARTIALS, UNIT, accumulate, logits, merge, merged, pair, put, share, take, total
+from fusedkd.backends.triton.divergences import DKD, LOGIT_MSE, divergence, dkd_target
+from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, log, reciprocal_or_zero
+from fusedkd.backends.triton.rows import (
+    PARTIALS,
+    UNIT,
+    accumulate,
+    logits,
+    merge,
+    merged,
+    pair,
+    put,
+    share,
+    take,
+    total,
+)
 
 INTEGERS = ["ignore_index", "upstream_stride", "parts", "L", "V", "C", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]

@@ -1,8 +1,5 @@
-"""What each loss is, in plain PyTorch, in the precision of its input: slow, short, obviously right.
-
-Everything here works on rows: logits ``(N, V)`` give one value per row. The kernels compute what these functions say,
-the tests compare with them in float64, and :mod:`fusedkd.fallback` answers with them where the C++ extension was not
-built. The divergences are in :mod:`fusedkd.divergences`, and for teachers known at K columns in :mod:`fusedkd.sparse`.
+"""Logits in plain PyTorch, in the precision of its input: soft-cap and scale, log-softmax, cross-entropy. Logits
+``(N, V)`` give one value per row.
 """
 
 from __future__ import annotations
@@ -56,29 +53,3 @@ def cross_entropy_gradient(student: Tensor, labels: Tensor, label_smoothing: flo
     target = (1 - label_smoothing) * target + label_smoothing / student.shape[-1]
     dead = (student == -torch.inf).all(-1) | ~legal
     return torch.where(dead.unsqueeze(-1), 0, log_softmax(student).exp() - target)
-
-
-COSINE_EPSILON = 1e-12
-"""Added to both squared norms, as in :func:`torch.nn.functional.cosine_embedding_loss`."""
-
-
-def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 − cos per row of hidden states ``(N, H)``, cos = x·y / √((Σx² + ε)(Σy² + ε)) (DistilBERT, arXiv:1910.01108,
-    §3).
-
-    Written as ½‖ax − by‖² + ε(a² + b²)/2 with a, b the inverse norms, which loses nothing when the two are close.
-    """
-    a, b = inverse_norm(student), inverse_norm(teacher)
-    return 0.5 * (a * student - b * teacher).square().sum(-1) + 0.5 * COSINE_EPSILON * (a**2 + b**2).squeeze(-1)
-
-
-def cosine_distance_gradient(student: Tensor, teacher: Tensor) -> Tensor:
-    """∂(1 − cos)/∂x = a·((ax − by) − (1 − cos)·ax) per row."""
-    a, b = inverse_norm(student), inverse_norm(teacher)
-    return a * ((a * student - b * teacher) - cosine_distance(student, teacher).unsqueeze(-1) * a * student)
-
-
-def inverse_norm(hidden: Tensor) -> Tensor:
-    """(Σx² + ε)^−½ per row, shape ``(N, 1)``. A row above 1 is scaled down first, lest its squares overflow."""
-    scale = hidden.detach().abs().amax(-1, keepdim=True).clamp(min=1).reciprocal()
-    return scale * ((scale * hidden).square().sum(-1, keepdim=True) + COSINE_EPSILON * scale**2).rsqrt()

@@ -1,5 +1,5 @@
-"""How steep the forms of :mod:`fusedkd.divergences` and :mod:`fusedkd.sparse` can be: a bound of |∂D/∂s| in any column,
-s = z/T, from the coefficients a₀, a₁, … of a form and the number of columns C, whatever the logits.
+"""How steep a divergence can be: a bound of |∂D/∂s| in any column,
+s = z/T, from the coefficients a₀, a₁, … of its kernel and the number of columns C, whatever the logits.
 
 Where log(q/p) or a logit itself occurs there is no such bound. It is then that of rows up to `LOG_RATIO` and `LOGIT`.
 What needs a bound, float16 gradients, leaves several times as much to spare.
@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fusedkd.divergences import Form
-from fusedkd.sparse import SparseForm
+from fusedkd.backends.layout import KernelId, TopkKernelId
 
 LOG_RATIO = 8.0
 """Of |log q − log p|."""
@@ -65,21 +64,21 @@ def dkd(a: Sequence[Tensor], columns: int) -> Tensor:
     return a[0].abs() + a[1].abs()
 
 
-BOUNDS: dict[Form, Bound] = {
-    Form.FORWARD_KL: one,
-    Form.JEFFREYS: jeffreys,
-    Form.MIXTURE: mixture,
-    Form.ALPHA_BETA: alpha_beta,
-    Form.TOTAL_VARIATION: one,
-    Form.LOGIT_MSE: logit_mse,
-    Form.DKD: dkd,
+BOUNDS: dict[KernelId, Bound] = {
+    KernelId.FORWARD_KL: one,
+    KernelId.JEFFREYS: jeffreys,
+    KernelId.MIXTURE: mixture,
+    KernelId.ALPHA_BETA: alpha_beta,
+    KernelId.TOTAL_VARIATION: one,
+    KernelId.LOGIT_MSE: logit_mse,
+    KernelId.DKD: dkd,
 }
-SPARSE_BOUNDS: dict[SparseForm, Bound] = {
-    SparseForm.RENORMALIZE: one,
-    SparseForm.RENORMALIZE_REVERSE: log_ratio,
-    SparseForm.BUCKET: one,
-    SparseForm.BUCKET_REVERSE: log_ratio,
-    SparseForm.IGNORE: one,
-    SparseForm.IGNORE_REVERSE: log_ratio,
-    SparseForm.SAMPLES: one,  # times the sum of the row's weights
+SPARSE_BOUNDS: dict[TopkKernelId, Bound] = {
+    TopkKernelId.RENORMALIZE: one,
+    TopkKernelId.RENORMALIZE_REVERSE: log_ratio,
+    TopkKernelId.BUCKET: one,
+    TopkKernelId.BUCKET_REVERSE: log_ratio,
+    TopkKernelId.IGNORE: one,
+    TopkKernelId.IGNORE_REVERSE: log_ratio,
+    TopkKernelId.SAMPLES: one,  # times the sum of the row's weights
 }

@@ -28,17 +28,18 @@ gradient is pass 1 alone; RENORMALIZE_REVERSE without cross-entropy only writes.
 import triton
 import triton.language as tl
 
-from fusedkd.kernels.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, reciprocal_or_zero
-from fusedkd.kernels.rows import UNIT, accumulate, columns, logits, merge
-from fusedkd.sparse import MOST_LOST, SparseForm
+from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, reciprocal_or_zero
+from fusedkd.backends.triton.rows import UNIT, accumulate, columns, logits, merge
+from fusedkd.reference.sparse import MOST_LOST
 
-RENORMALIZE = tl.constexpr(int(SparseForm.RENORMALIZE))
-RENORMALIZE_REVERSE = tl.constexpr(int(SparseForm.RENORMALIZE_REVERSE))
-BUCKET = tl.constexpr(int(SparseForm.BUCKET))
-BUCKET_REVERSE = tl.constexpr(int(SparseForm.BUCKET_REVERSE))
-IGNORE = tl.constexpr(int(SparseForm.IGNORE))
-IGNORE_REVERSE = tl.constexpr(int(SparseForm.IGNORE_REVERSE))
-SAMPLES = tl.constexpr(int(SparseForm.SAMPLES))
+RENORMALIZE = tl.constexpr(int(TopkKernelId.RENORMALIZE))
+RENORMALIZE_REVERSE = tl.constexpr(int(TopkKernelId.RENORMALIZE_REVERSE))
+BUCKET = tl.constexpr(int(TopkKernelId.BUCKET))
+BUCKET_REVERSE = tl.constexpr(int(TopkKernelId.BUCKET_REVERSE))
+IGNORE = tl.constexpr(int(TopkKernelId.IGNORE))
+IGNORE_REVERSE = tl.constexpr(int(TopkKernelId.IGNORE_REVERSE))
+SAMPLES = tl.constexpr(int(TopkKernelId.SAMPLES))
 LOST = tl.constexpr(MOST_LOST)
 
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]

@@ -14,17 +14,16 @@ request 1472; why ∂W adds up in float32: 1391.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedkd.divergences import Form
-from fusedkd.ops import Option
-from fusedkd.slopes import BOUNDS, SPARSE_BOUNDS
-from fusedkd.sparse import SparseForm
-
-ops = torch.ops.fusedkd
+from fusedkd.backends import block
+from fusedkd.backends.block import Flags, TeacherRows
+from fusedkd.backends.layout import KernelId, Option, TopkKernelId
+from fusedkd.backends.schema import gradients_like
+from fusedkd.backends.slopes import BOUNDS, SPARSE_BOUNDS
 
 ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
@@ -34,30 +33,6 @@ FLOAT16_TOP = 8192.0
 """Of 65504: an eighth, because some bounds of `slopes.py` hold for usual rows only."""
 PANEL = 8192
 """Rows of a 16-bit weight that the CPU converts to float32 at a time."""
-
-Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-class LinearTeacher(NamedTuple):
-    """What the operator is given of each teacher."""
-
-    rows: Tensor
-    """``(B, L, C)``: hidden states where there is a head, else what the operators of kd_loss call the teacher; without
-    columns where nothing reads them."""
-    head: Tensor | None
-    bias: Tensor | None
-    ids: Tensor | None
-    row_weights: Tensor
-    options: Tensor
-    normalizers: Tensor
-
-    def tile(self, part: slice | Tensor) -> Tensor:
-        """Some of its rows: a view where they are one slice in memory too, else a copy."""
-        B, L, _ = self.rows.shape
-        if B == 1 or L == 1 or self.rows.stride(0) == L * self.rows.stride(1):
-            return self.rows.flatten(0, 1)[part]
-        i = part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=self.rows.device)
-        return self.rows[i // L, i % L]
 
 
 def tile_type(operands: torch.dtype, wish: torch.dtype) -> torch.dtype:
@@ -70,6 +45,7 @@ def row_bytes(columns: int, dtype: torch.dtype) -> int:
 
 
 def linear_kd(
+    *,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -83,7 +59,7 @@ def linear_kd(
     normalizers: Sequence[Tensor],
     upstream: Tensor | None,
     ignore_index: int,
-    forms: Sequence[int],
+    kernel_ids: Sequence[int],
     transform: bool,
     ce: bool,
     tile: int,
@@ -92,82 +68,83 @@ def linear_kd(
     max_rows: int | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator of :mod:`fusedkd.ops`, on any device."""
+    """The operator of :mod:`fusedkd.backends.schema`, on any device."""
+    fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, kernel_ids, strict=True)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        n, gradient = hidden.shape[0], any(wanted)
-        active, places, overflow = _selected(row_weights, labels if ce else None, ignore_index, max_rows)
-        if overflow is not None:
-            normalizers = [torch.where(overflow, torch.nan, each) for each in normalizers]
-        unit = None
-        fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, strict=True)
-        members = [LinearTeacher(*each) for each in fields]
-        if dtype == torch.float16 and gradient:
-            unit, members, upstream = _in_range(members, forms, weight.shape[0], upstream)
-        hidden, head = hidden.to(dtype), weight.to(dtype)
-        rows = hidden.new_zeros(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
-        gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
-        count = n if places is None else len(places)
-        size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
-        tiles = _Tiles(size, hidden)
-        for start in range(0, count, max(1, size)):
-            stop = min(start + size, count)
-            part = slice(start, stop) if places is None else places[start:stop]
-            x, y = hidden[part], None if labels is None else labels[part]
-            if active is not None:  # what is in a row without a term must not reach ∂W, not even as 0·NaN
-                x = torch.where(active[part].unsqueeze(1), x, 0)
-            z = _project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
-            others: Tensor | None = None  # gradients of all teachers but the first, which comes last and over z
-            for i in reversed(range(len(members))):
-                t = members[i]
-                if t.rows.shape[2] == 0 and i > 0:
-                    continue
-                v = t.tile(part) if t.rows.shape[2] else z  # unread
-                if t.head is not None:
-                    to = tile_type(t.head.dtype, tile_dtype)
-                    v = _project(v, t.head, t.bias, tiles.get("teacher", t.head.shape[0], to))
-                known = (v.unsqueeze(0),) if t.ids is None else (v.unsqueeze(0), t.ids[part])
-                flags = ignore_index, forms[i], transform, ce and i == 0
-                arguments = (z.unsqueeze(0), *known, y, t.row_weights[part], t.options, t.normalizers, *flags)
-                if gradient and i == 0:
-                    rows[i][:, part], _ = (ops.kd_forward_ if t.ids is None else ops.topk_forward_)(*arguments)
-                else:
-                    forward = ops.kd_forward if t.ids is None else ops.topk_forward
-                    rows[i][:, part], _, found = forward(*arguments, gradient)
-                    if gradient:
-                        others = found.squeeze(0) if others is None else others.add_(found.squeeze(0))
-                    del found
-                del v, known, arguments
-            if not gradient:
-                continue
-            g = z if others is None else z.add_(others)
-            if upstream is not None:
-                g.mul_(upstream[part].unsqueeze(1))
-            if wanted[2]:
-                d_bias.add_(g.sum(0, dtype=d_bias.dtype))
-            g = _operand(g, dtype, tiles)
-            if wanted[0]:
-                d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
-            if wanted[1]:
-                _product(g.t(), x, d_weight, add=start > 0)
-        if wanted[1] and count == 0:
-            d_weight.zero_()
-        if overflow is not None:
-            rows = torch.where(overflow, torch.nan, rows)
-        if unit is not None:
-            for each in gradients:
-                each.div_(unit)
-        return rows, *gradients
+        return _linear_kd(
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            labels=labels,
+            members=[TeacherRows(*each) for each in fields],
+            upstream=upstream,
+            flags=Flags(ignore_index=ignore_index, transform=transform, ce=ce),
+            tile=tile,
+            tile_dtype=tile_dtype,
+            dtype=dtype,
+            max_rows=max_rows,
+            wanted=wanted,
+        )
 
 
-def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> Gradients:
-    """Memory for the three gradients, empty where one is not wanted: float32, in which those of the head add up over
-    the tiles and all of them wait for the upstream gradient, so that each is rounded once.
-    """
-    total = torch.promote_types(hidden.dtype, torch.float32)
-    d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=total)
-    d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
-    d_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=total)
-    return d_hidden, d_weight, d_bias
+def _linear_kd(
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    members: list[TeacherRows],
+    upstream: Tensor | None,
+    flags: Flags,
+    tile: int,
+    tile_dtype: torch.dtype,
+    dtype: torch.dtype,
+    max_rows: int | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, grad = hidden.shape[0], any(wanted)
+    row_weights = [each.row_weights for each in members]
+    active, places, overflow = _selected(row_weights, labels if flags.ce else None, flags.ignore_index, max_rows)
+    if overflow is not None:
+        members = [t._replace(normalizers=torch.where(overflow, torch.nan, t.normalizers)) for t in members]
+    unit = None
+    if dtype == torch.float16 and grad:
+        unit, members, upstream = _in_range(members, weight.shape[0], upstream)
+    hidden, head = hidden.to(dtype), weight.to(dtype)
+    row_losses = hidden.new_zeros(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
+    gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
+    count = n if places is None else len(places)
+    size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
+    tiles = _Tiles(size, hidden)
+    for start in range(0, count, max(1, size)):
+        stop = min(start + size, count)
+        part = slice(start, stop) if places is None else places[start:stop]
+        x, y = hidden[part], None if labels is None else labels[part]
+        if active is not None:  # what is in a row without a term must not reach ∂W, not even as 0·NaN
+            x = torch.where(active[part].unsqueeze(1), x, 0)
+        z = _project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
+        logits, of_tile = z.unsqueeze(0), _TeacherTiles(members, part, z, tiles, tile_dtype)
+        row_losses[:, :, part], _ = block.forward(logits, y, of_tile, flags, logits if grad else None)
+        if not grad:
+            continue
+        g = z
+        if upstream is not None:
+            g.mul_(upstream[part].unsqueeze(1))
+        if wanted[2]:
+            d_bias.add_(g.sum(0, dtype=d_bias.dtype))
+        g = _operand(g, dtype, tiles)
+        if wanted[0]:
+            d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
+        if wanted[1]:
+            _product(g.t(), x, d_weight, add=start > 0)
+    if wanted[1] and count == 0:
+        d_weight.zero_()
+    if overflow is not None:
+        row_losses = torch.where(overflow, torch.nan, row_losses)
+    if unit is not None:
+        for each in gradients:
+            each.div_(unit)
+    return row_losses, *gradients
 
 
 class _Tiles:
@@ -184,11 +161,45 @@ class _Tiles:
         return self.made[role, dtype][:, :columns]
 
 
+class _TeacherTiles(Sequence[TeacherRows]):
+    """The teachers' rows of one tile, made when they are asked for: their logits share memory."""
+
+    def __init__(
+        self, members: list[TeacherRows], part: slice | Tensor, student: Tensor, tiles: _Tiles, dtype: torch.dtype
+    ):
+        self.members, self.part, self.student, self.tiles, self.dtype = members, part, student, tiles, dtype
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, i: Any) -> Any:
+        t = self.members[i]
+        rows = _rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
+        if t.head is not None:
+            to = tile_type(t.head.dtype, self.dtype)
+            rows = _project(rows, t.head, t.bias, self.tiles.get("teacher", t.head.shape[0], to))
+        return t._replace(
+            rows=rows.unsqueeze(0),
+            ids=None if t.ids is None else t.ids[self.part],
+            row_weights=t.row_weights[self.part],
+        )
+
+
+def _rows_of(rows: Tensor, part: slice | Tensor) -> Tensor:
+    """Some rows of ``(B, L, C)``: a view where they are one slice in memory too, else a copy."""
+    B, L, _ = rows.shape
+    if B == 1 or L == 1 or rows.stride(0) == L * rows.stride(1):
+        return rows.flatten(0, 1)[part]
+    i = part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=rows.device)
+    return rows[i // L, i % L]
+
+
 def _selected(
     row_weights: Sequence[Tensor], labels: Tensor | None, ignore_index: int, max_rows: int | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(which rows have a term, the places of those that are projected, whether they are more than `max_rows`); None for
-    all rows, and for what cannot be. On a GPU, where their number is not known to the host, `max_rows` are projected.
+    """(which rows have a term, the places of those that are projected, whether they are more than `max_rows`). The
+    first two are None for all rows, the last where it cannot happen. On a GPU, where their number is not known to the
+    host, `max_rows` are projected.
     """
     active = torch.stack([w != 0 for w in row_weights]).any(0)
     if labels is not None:
@@ -202,13 +213,13 @@ def _selected(
 
 
 def _in_range(
-    members: list[LinearTeacher], forms: Sequence[int], columns: int, upstream: Tensor | None
-) -> tuple[Tensor, list[LinearTeacher], Tensor | None]:
+    members: list[TeacherRows], columns: int, upstream: Tensor | None
+) -> tuple[Tensor, list[TeacherRows], Tensor | None]:
     """A unit for gradients that float16 has room for, and normalisers and upstream gradient in it: those of the logits
     are then FLOAT16_TOP at most, where divided by the number of rows they would underflow.
     """
-    reach = torch.stack([_reach(*each, columns) for each in zip(members, forms, strict=True)]).sum()
-    unit = FLOAT16_TOP / torch.where(reach > 0, reach, 1)
+    reach = torch.stack([_reach(each, columns) for each in members]).sum()
+    unit = (FLOAT16_TOP / torch.where(reach > 0, reach, 1)).log2().floor().exp2()  # scaling by it rounds nothing
     scaled = [each._replace(normalizers=each.normalizers / unit) for each in members]
     if upstream is None:
         return unit, scaled, None
@@ -217,13 +228,14 @@ def _in_range(
     return unit / top, scaled, upstream / top.to(upstream.dtype)
 
 
-def _reach(teacher: LinearTeacher, form: int, columns: int) -> Tensor:
+def _reach(teacher: TeacherRows, columns: int) -> Tensor:
     """What no column of the gradient of its terms exceeds."""
     option, (n_kd, n_ce) = teacher.options, teacher.normalizers
-    bound = BOUNDS[Form(form)] if teacher.ids is None else SPARSE_BOUNDS[SparseForm(form)]
+    kernel_id = teacher.kernel_id
+    bound = BOUNDS[KernelId(kernel_id)] if teacher.ids is None else SPARSE_BOUNDS[TopkKernelId(kernel_id)]
     slope = bound(option[Option.COEFFICIENTS :].unbind(), columns) * _largest(teacher.row_weights)
     slope = slope * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
-    if teacher.ids is not None and form == SparseForm.SAMPLES:
+    if teacher.ids is not None and kernel_id == TopkKernelId.SAMPLES:
         slope = slope * _largest(torch.where(teacher.ids >= 0, teacher.rows.flatten(0, 1), 0).sum(1))
     terms = (option[Option.KD_WEIGHT], slope / n_kd), (option[Option.CE_WEIGHT], 1 / n_ce)
     kd, ce = (torch.where(weight == 0, 0, weight * each).abs() for weight, each in terms)

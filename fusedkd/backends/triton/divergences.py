@@ -1,5 +1,5 @@
-"""The forms of :class:`fusedkd.divergences.Form` on blocks of columns: their names here, which of them need Σw before
-the gradient, and one function each, which :func:`divergence` chooses from when it is compiled.
+"""The divergences of :class:`fusedkd.backends.layout.KernelId` on blocks of columns: one function each, which
+:func:`divergence` chooses from when it is compiled.
 
 A function gives a value, D = Σ value with every value ≥ 0, and w, the gradient with respect to s being w − q·Σw, from
 p, q and δ = log p − log q, which is what keeps its precision as p → q; never from a difference of near-equal numbers.
@@ -11,19 +11,16 @@ where that makes D infinite, w may be anything.
 import triton
 import triton.language as tl
 
-from fusedkd.divergences import Form
-from fusedkd.kernels.math import INFINITY, LOG2E, divergence_factor, expm1, log1p, log_sigmoid
+from fusedkd.backends.layout import KernelId
+from fusedkd.backends.triton.math import INFINITY, LOG2E, divergence_factor, expm1, log1p, log_sigmoid
 
-FORWARD_KL = tl.constexpr(int(Form.FORWARD_KL))
-JEFFREYS = tl.constexpr(int(Form.JEFFREYS))
-MIXTURE = tl.constexpr(int(Form.MIXTURE))
-ALPHA_BETA = tl.constexpr(int(Form.ALPHA_BETA))
-TOTAL_VARIATION = tl.constexpr(int(Form.TOTAL_VARIATION))
-LOGIT_MSE = tl.constexpr(int(Form.LOGIT_MSE))
-DKD = tl.constexpr(int(Form.DKD))
-
-MEASURED = tuple(form for form in Form if form not in (Form.FORWARD_KL, Form.DKD))
-"""The forms whose gradient waits for Σw, or for D because it is 0 where that is infinite: one more sweep."""
+FORWARD_KL = tl.constexpr(int(KernelId.FORWARD_KL))
+JEFFREYS = tl.constexpr(int(KernelId.JEFFREYS))
+MIXTURE = tl.constexpr(int(KernelId.MIXTURE))
+ALPHA_BETA = tl.constexpr(int(KernelId.ALPHA_BETA))
+TOTAL_VARIATION = tl.constexpr(int(KernelId.TOTAL_VARIATION))
+LOGIT_MSE = tl.constexpr(int(KernelId.LOGIT_MSE))
+DKD = tl.constexpr(int(KernelId.DKD))
 
 NEAR = tl.constexpr(0.5)
 """Below it, in |δ| or what stands for it, a series; beyond it, what the series is of."""

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedkd.divergences import Form
-from fusedkd.kernels.rows import MAX_PARTS, UNIT
+from fusedkd.backends.layout import KernelId
+from fusedkd.backends.triton.rows import MAX_PARTS, UNIT
 
 CLUSTER_BYTES = 1 << 20
 """Of a student row: with the teacher's, what a cluster of 16 blocks holds in the shared memory of as many processors;
@@ -73,7 +73,7 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     """A kernel, the first line that fits, and the number of parts into which it splits a row."""
     rows, V, C, dtype, teacher, form, transform, forward = case
     wide = dtype == torch.float64
-    cluster = device.cluster and not wide and dtype == teacher and (form == Form.FORWARD_KL or not transform)
+    cluster = device.cluster and not wide and dtype == teacher and (form == KernelId.FORWARD_KL or not transform)
     resident = forward and not wide and resident_columns(form, transform) >= C
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
@@ -89,9 +89,9 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
 
 def resident_columns(form: int, transform: bool) -> int:
     """The longest row that stays in registers. The soft-capped mixture does not."""
-    if form == Form.MIXTURE:
+    if form == KernelId.MIXTURE:
         return 0 if transform else FEWER_COLUMNS
-    return FEWER_COLUMNS if form == Form.ALPHA_BETA and transform else RESIDENT_COLUMNS
+    return FEWER_COLUMNS if form == KernelId.ALPHA_BETA and transform else RESIDENT_COLUMNS
 
 
 REGISTERS = 64, 80, 128, 168
@@ -102,7 +102,7 @@ of 4. COLUMNS do not hold for rows that stay in registers: they have up to 16 wa
 PROCESSOR_REGISTERS = 65536
 """A program with more for all of its threads together cannot be launched."""
 
-STEP = {Form.JEFFREYS: 1, Form.MIXTURE: 2, Form.ALPHA_BETA: 2, Form.DKD: 2}
+STEP = {KernelId.JEFFREYS: 1, KernelId.MIXTURE: 2, KernelId.ALPHA_BETA: 2, KernelId.DKD: 2}
 """Index into REGISTERS and COLUMNS, for two or three passes over 16-bit rows; 0 for other forms. A soft-cap, rows of 32
 bits and rows that stay in registers take one step more each. Rows that stay in registers take none if the step is 0 and
 there is no cross-entropy.
@@ -131,7 +131,7 @@ def layout(
     rows have 16 bits; others have what the table says, twice as many where accesses are narrow.
     """
     wide = dtype == torch.float64
-    step = STEP.get(Form(form), 0) + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
+    step = STEP.get(KernelId(form), 0) + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
     step = min(step + (resident and (ce or step > 0)), len(REGISTERS) - 1)
     largest = RESIDENT_COLUMNS if resident else min(COLUMNS[step], 2048 if wide else 4096)
     threads = min(_columns(columns), largest) // 8

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusedkd.kernels.math import INFINITY, LOG2E, cap_and_scale, exp_at_one, finite_or_zero
+from fusedkd.backends.triton.math import INFINITY, LOG2E, cap_and_scale, exp_at_one, finite_or_zero
 
 UNIT = tl.constexpr(16)
 """Columns. Block loops start on a multiple of it, counted from a 16-byte aligned address, wherever the row starts."""

@@ -1,4 +1,4 @@
-"""Teachers known at K columns per row: the forms in which the ``topk_*`` operators compute them, and what each is.
+"""Teachers known at K columns per row: what the loss is.
 
 p_k is the teacher's probability of column id_k, q the student's softmax over all V columns, δ = log p − log q on the K
 columns, r_q = Σ q and r_p the two tails. The definitions scatter the teacher over the vocabulary, which no kernel does,
@@ -14,78 +14,64 @@ rounded.
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 
-from fusedkd.definitions import log_softmax
-from fusedkd.divergences import chain, kl_terms
-
-
-class SparseForm(IntEnum):
-    """The ``form`` argument of the ``topk_*`` operators. a₀ of the first six is the log-probabilities' temperature."""
-
-    RENORMALIZE = 0
-    RENORMALIZE_REVERSE = 1
-    BUCKET = 2
-    BUCKET_REVERSE = 3
-    IGNORE = 4
-    IGNORE_REVERSE = 5
-    SAMPLES = 6
-
+from fusedkd.reference.divergences import chain, kl_terms
+from fusedkd.reference.softmax import log_softmax
 
 MOST_LOST = 1 / 16
 """Of a teacher's probability, by rounding, where the student has nothing off the list."""
-TAILS = {"renormalize": SparseForm.RENORMALIZE, "bucket": SparseForm.BUCKET, "ignore": SparseForm.IGNORE}
-REVERSE = (SparseForm.RENORMALIZE_REVERSE, SparseForm.BUCKET_REVERSE, SparseForm.IGNORE_REVERSE)
-"""KL(q‖p). Their gradient is 0 where the divergence is infinite; the others' is finite, and right."""
 
 
-def definition(
-    form: SparseForm, ids: Tensor, teacher: Tensor, log_q: Tensor, sharpening: Tensor | float
+def sampled_cross_entropy(ids: Tensor, weights: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_k w_k·(−log q), and its gradient with respect to s, of rows with ids ``(N, K)``, −1 for padding."""
+    q = log_q.exp()
+    valid = ids >= 0
+    weights = torch.where(valid, weights.to(q.dtype), 0)
+    weights = torch.zeros_like(q).scatter_add(-1, torch.where(valid, ids, 0), weights)
+    value = torch.where(weights == 0, 0, -weights * log_q).sum(-1)
+    return value, weights.sum(-1, keepdim=True) * q - weights
+
+
+def topk_kl(
+    tail: str, reverse: bool, ids: Tensor, logprobs: Tensor, log_q: Tensor, sharpening: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """(D, ∂D/∂s) of rows with ids ``(N, K)``, −1 for padding, and the teacher's log-probabilities (or weights) there.
+    """KL(p‖q), or with `reverse` KL(q‖p), and its gradient with respect to s, of rows with ids ``(N, K)``, −1 for
+    padding, and the teacher's log-probabilities there, in the dtype in which they are known.
 
-    ``sharpening``: T_lp/T, which takes the log-probabilities to the temperature T before ``renormalize``. They are in
-    the dtype in which they are known.
+    ``tail``: see :class:`fusedkd.TeacherTopK`. ``sharpening``: T_lp/T, which takes the log-probabilities to the
+    temperature T before ``renormalize``.
     """
-    rounded, teacher = teacher, teacher.to(log_q.dtype)
     valid = ids >= 0
     column = torch.where(valid, ids, 0)
     q = log_q.exp()
-    if form == SparseForm.SAMPLES:
-        weights = torch.zeros_like(q).scatter_add(-1, column, torch.where(valid, teacher, 0))
-        value = torch.where(weights == 0, 0, -weights * log_q).sum(-1)
-        return value, weights.sum(-1, keepdim=True) * q - weights
-
     listed = torch.zeros_like(q).scatter_add(-1, column, valid.to(q.dtype)) > 0
-    lp = torch.where(valid, teacher, -torch.inf)
-    if form in (SparseForm.RENORMALIZE, SparseForm.RENORMALIZE_REVERSE):
+    lp = torch.where(valid, logprobs.to(q.dtype), -torch.inf)
+    if tail == "renormalize":
         lp = (lp * sharpening).log_softmax(-1)
     log_p = torch.full_like(q, -torch.inf).scatter_reduce(-1, column, lp, "amax")
     p = log_p.exp()
-    if form == SparseForm.RENORMALIZE:
+    if tail == "renormalize" and not reverse:
         return kl_terms(log_p, log_q).sum(-1), q - p
-    if form == SparseForm.RENORMALIZE_REVERSE:
+    if tail == "renormalize":
         log_q = log_softmax(torch.where(listed, log_q, -torch.inf))
         value = torch.where((log_q == -torch.inf).all(-1), torch.inf, kl_terms(log_q, log_p).sum(-1))
         return value, chain(log_q.exp() * (log_q - log_p), log_q)
-    if form == SparseForm.IGNORE:
+    if tail == "ignore" and not reverse:
         return kl_terms(log_p, log_q).sum(-1), p.sum(-1, keepdim=True) * q - p
-    if form == SparseForm.IGNORE_REVERSE:
+    if tail == "ignore":
         value = torch.where(listed, kl_terms(log_q, log_p), 0).sum(-1)
         return value, chain(torch.where(listed, q * (1 + log_q - log_p), 0), log_q)
 
     log_tail_q = torch.where(listed, -torch.inf, log_q).logsumexp(-1, keepdim=True)
-    tail = tail_of_teacher(torch.where(valid, rounded, -torch.inf), log_tail_q > -torch.inf)
-    log_mass = (p.sum(-1, keepdim=True) + tail).log()
-    log_p, log_tail_p = log_p - log_mass, tail.log() - log_mass
-    if form == SparseForm.BUCKET:
+    rest = tail_of_teacher(torch.where(valid, logprobs, -torch.inf), log_tail_q > -torch.inf)
+    log_mass = (p.sum(-1, keepdim=True) + rest).log()
+    log_p, log_tail_p = log_p - log_mass, rest.log() - log_mass
+    if not reverse:
         value = (kl_terms(log_p, log_q).sum(-1, keepdim=True) + kl_terms(log_tail_p, log_tail_q)).squeeze(-1)
         w = torch.where(listed, log_p.exp(), q * (log_tail_p - log_tail_q).exp())
         return value, q - torch.where(listed | (q > 0), w, 0)
-    assert form == SparseForm.BUCKET_REVERSE
     inside = torch.where(listed, kl_terms(log_q, log_p), 0).sum(-1, keepdim=True)
     value = (inside + kl_terms(log_tail_q, log_tail_p)).squeeze(-1)
     return value, chain(q * torch.where(listed, log_q - log_p, log_tail_q - log_tail_p), log_q)

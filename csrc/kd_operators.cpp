@@ -1,0 +1,154 @@
+// The CPU operators of kd_loss (fusedkd/backends/schema.py): they check their tensors and call the kernel of kd.cpp or,
+// for a teacher known at K columns, of topk.cpp.
+#include "call.h"
+
+namespace fusedkd {
+namespace {
+
+// Calls use(k) with the call that the arguments describe.
+template <class Use>
+void with_call(const Tensor& student, const Tensor& teacher, const Optional& ids, const Optional& labels,
+               const Tensor& row_weights, const Tensor& options, const Tensor& normalizers, int64_t ignore_index,
+               int64_t kernel_id, bool transform, bool ce, const Use& use) {
+  const LogitsCall k(student, teacher, labels, row_weights, options, normalizers, ignore_index, transform, ce);
+  if (ids) {
+    STD_TORCH_CHECK(kernel_id >= 0 && kernel_id <= int64_t(TopkKernelId::SAMPLES), "fusedkd: unknown kernel ", kernel_id);
+    const int64_t listed = k.student.count * k.teacher.columns;
+    use(TopkCall{k, contiguous_data<int64_t>(*ids, ScalarType::Long, listed, "ids"), TopkKernelId(kernel_id)});
+  } else {
+    STD_TORCH_CHECK(kernel_id >= 0 && kernel_id <= int64_t(KernelId::DKD), "fusedkd: unknown kernel ", kernel_id);
+    STD_TORCH_CHECK(k.teacher.columns <= k.student.columns, "fusedkd: student and teacher rows do not match");
+    use(KdCall{k, KernelId(kernel_id)});
+  }
+}
+
+// Where k writes the gradient.
+void write_gradient(LogitsCall& k, const Tensor& gradient) {
+  k.gradient.emplace(gradient);
+  STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
+  if (k.gradient->data != k.student.data) in_huge_pages(gradient);
+}
+
+std::tuple<Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional ids, Optional labels, Tensor row_weights,
+                                      Tensor options, Tensor normalizers, Optional gradient, int64_t ignore_index,
+                                      int64_t kernel_id, bool transform, bool ce) {
+  const ScalarType type = accumulation_type(student.scalar_type());
+  const int64_t count = student.size(0) * student.size(1);
+  Tensor row_losses = torch::stable::new_empty(student, {2, count}, type);
+  Tensor stats = torch::stable::new_empty(student, {count, STATS}, type);
+  with_call(student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce,
+            [&](auto k) {
+              k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
+              if (gradient) write_gradient(k, *gradient);
+              run(k);
+            });
+  return {row_losses, stats};
+}
+
+void kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional ids, Optional labels, Tensor row_weights,
+                 Tensor options, Tensor normalizers, Tensor stats, Tensor gradient, int64_t ignore_index,
+                 int64_t kernel_id, bool transform, bool ce, bool skip_if_one) {
+  const ScalarType type = accumulation_type(student.scalar_type());
+  const PerRow up(upstream, type, student.size(0) * student.size(1));
+  if (skip_if_one && up.scalar && up[0] == 1) return;
+  with_call(student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce,
+            [&](auto k) {
+              k.stats = const_cast<char*>(contiguous_data<char>(stats, type, STATS * k.student.count, "stats"));
+              k.upstream = up;
+              write_gradient(k, gradient);
+              run(k);
+            });
+}
+
+// Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.
+double mask_value(const void* data, ScalarType type, int64_t i) {
+  switch (type) {
+    case ScalarType::Float: return static_cast<const float*>(data)[i];
+    case ScalarType::Double: return static_cast<const double*>(data)[i];
+    case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
+    case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
+    case ScalarType::Bool: case ScalarType::Byte:
+    case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
+    case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
+    case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
+    case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
+    default: STD_TORCH_CHECK(false, "fusedkd: kd_mask must be bool, integer or floating point"); return 0;
+  }
+}
+
+// Whether a row has a column, of the list where there are ids, that is not −∞.
+bool known(const Rows& rows, int64_t i, const int64_t* ids) {
+  for (int64_t j = 0; j < rows.columns; j++) {
+    if (ids && ids[i * rows.columns + j] < 0) continue;
+    const char* at = rows[i] + j * size_of(rows.type);
+    if (mask_value(at, rows.type, 0) != -std::numeric_limits<double>::infinity()) return true;
+  }
+  return false;
+}
+
+std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional labels, Optional kd_mask,
+                                          int64_t ignore_index, bool kd) {
+  const Rows v(teacher);
+  Tensor weights = torch::stable::new_empty(teacher, {v.count}, ScalarType::Float);
+  Tensor counts = torch::stable::new_empty(teacher, {2}, ScalarType::Double);
+  float* w = static_cast<float*>(weights.data_ptr());
+  const ScalarType type = kd_mask ? kd_mask->scalar_type() : ScalarType::Bool;
+  const void* mask = kd_mask ? contiguous_data<char>(*kd_mask, type, v.count, "kd_mask") : nullptr;
+  const int64_t* label = labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, v.count, "labels") : nullptr;
+  const int64_t* id = ids ? contiguous_data<int64_t>(*ids, ScalarType::Long, v.count * v.columns, "ids") : nullptr;
+  const bool summed = mask && is_floating(type);
+  double selected = 0, labelled = 0;
+  for (int64_t i = 0; i < v.count; i++) {
+    const bool has_label = label && label[i] != ignore_index;
+    w[i] = !kd ? 0 : mask ? float(mask_value(mask, type, i)) : !label || has_label;
+    if (w[i] != 0 && !known(v, i, id)) w[i] = 0;
+    selected += summed ? w[i] : w[i] != 0, labelled += has_label;
+  }
+  double* n = static_cast<double*>(counts.data_ptr());
+  n[0] = selected <= 0 ? 1 : selected, n[1] = labelled <= 0 ? 1 : labelled;
+  return {weights, counts};
+}
+
+// (loss, kd, ce): per row, or sums over rows and normalisers, in a fixed order. A term whose weight is 0 adds 0.
+template <class A>
+void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, Tensor (&out)[3]) {
+  const int64_t n = rows.size(1);
+  const A* x = static_cast<const A*>(rows.data_ptr());
+  A* to[3];
+  for (int k = 0; k < 3; k++) to[k] = static_cast<A*>(out[k].data_ptr());
+  const auto put = [&](int64_t i, double kd, double ce) {
+    const double kd_weight = options[KD_WEIGHT], ce_weight = options[CE_WEIGHT];
+    to[0][i] = A((kd_weight == 0 ? 0 : kd_weight * kd) + (ce_weight == 0 ? 0 : ce_weight * ce));
+    to[1][i] = A(kd), to[2][i] = A(ce);
+  };
+  double kd = 0, ce = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (per_row) put(i, x[i], x[n + i]);
+    kd += x[i], ce += x[n + i];
+  }
+  if (!per_row) put(0, kd / normalizers[0], ce / normalizers[1]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor row_losses, Tensor options, Tensor normalizers, bool per_row) {
+  const ScalarType type = accumulation_type(row_losses.scalar_type());
+  STD_TORCH_CHECK(row_losses.dim() == 2 && row_losses.size(0) == 2, "fusedkd: row_losses must be [2, N]");
+  contiguous_data<char>(row_losses, type, row_losses.numel(), "row_losses");
+  const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
+  const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
+  const int64_t size = row_losses.size(1);
+  const auto fresh = [&] { return torch::stable::new_empty(row_losses, {&size, size_t(per_row)}); };
+  Tensor out[3] = {fresh(), fresh(), fresh()};
+  type == ScalarType::Double ? terms<double>(row_losses, o, n, per_row, out) : terms<float>(row_losses, o, n, per_row, out);
+  return {out[0], out[1], out[2]};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
+  m.impl("kd_row_weights", TORCH_BOX(&kd_row_weights));
+  m.impl("kd_forward", TORCH_BOX(&kd_forward));
+  m.impl("kd_backward", TORCH_BOX(&kd_backward));
+  m.impl("kd_terms", TORCH_BOX(&kd_terms));
+}
+
+}  // namespace fusedkd

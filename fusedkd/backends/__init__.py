@@ -1,0 +1,1 @@
+"""What runs: the operators of :mod:`fusedkd.backends.schema` on each device."""

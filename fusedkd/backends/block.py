@@ -1,0 +1,125 @@
+"""One block of student logits, any number of teachers, one gradient. :func:`fusedkd.kd_loss` is one block,
+:func:`fusedkd.linear_kd_loss` a block for each tile of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ops = torch.ops.fusedkd
+
+
+class TeacherRows(NamedTuple):
+    """What the operators are given of one teacher."""
+
+    rows: Tensor
+    """``(B, L, C)``: logits, or with ids log-probabilities or weights; with a head, its hidden states. Without columns
+    where nothing reads them."""
+    head: Tensor | None
+    bias: Tensor | None
+    ids: Tensor | None
+    row_weights: Tensor
+    options: Tensor
+    normalizers: Tensor
+    kernel_id: int
+
+    @classmethod
+    def unflatten(cls, values: Sequence[Any]) -> list[TeacherRows]:
+        """From their fields, one teacher after the other, as ``torch.autograd.Function`` wants its tensors."""
+        size = len(cls._fields)
+        return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
+
+
+class Flags(NamedTuple):
+    """The structure of a call, the same for all teachers."""
+
+    ignore_index: int
+    transform: bool
+    """Soft-cap or scale the logits of either side."""
+    ce: bool
+    """The first teacher's call has the cross-entropy."""
+
+
+def forward(
+    student: Tensor, labels: Tensor | None, teachers: Sequence[TeacherRows], flags: Flags, gradient: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Row losses ``(teachers, 2, N)`` and the statistics of each teacher's call. `gradient`, unless it is None, is
+    overwritten with the gradient for upstream 1; it may be the student's own memory, for the first teacher comes last.
+    Each teacher is asked for once, so that they may be made on demand.
+    """
+    found = []
+    others = None  # gradients of all teachers but the first
+    for i in reversed(range(len(teachers))):
+        to = None if gradient is None else gradient if i == 0 else torch.empty_like(gradient)
+        found.append(_forward(student, labels, teachers[i], flags._replace(ce=flags.ce and i == 0), to))
+        if i > 0 and to is not None:
+            others = to if others is None else others.add_(to)
+    if gradient is not None and others is not None:
+        gradient.add_(others)
+    found.reverse()
+    losses = found[0][0].unsqueeze(0) if len(found) == 1 else torch.stack([losses for losses, _ in found])
+    return losses, [stats for _, stats in found]
+
+
+def backward(
+    upstream: Tensor,
+    student: Tensor,
+    labels: Tensor | None,
+    teachers: Sequence[TeacherRows],
+    stats: Sequence[Tensor],
+    flags: Flags,
+) -> Tensor:
+    """The gradient times the upstream, ``()`` or ``(N,)``, from the logits and the statistics."""
+    total = None
+    for i, (teacher, each) in enumerate(zip(teachers, stats, strict=True)):
+        gradient = student.new_empty(student.shape)
+        inputs = _inputs(student, labels, teacher, flags._replace(ce=flags.ce and i == 0))
+        ops.kd_backward(**inputs, upstream=upstream, stats=each, gradient=gradient, skip_if_one=False)
+        total = gradient if total is None else total + gradient
+    assert total is not None
+    return total
+
+
+def rescale_(
+    gradient: Tensor,
+    upstream: Tensor,
+    student: Tensor,
+    labels: Tensor | None,
+    teachers: Sequence[TeacherRows],
+    stats: Sequence[Tensor],
+    flags: Flags,
+) -> None:
+    """From the gradient for upstream 1 to that for this upstream: of one teacher again from the logits, so that it is
+    rounded once; of several, whose gradient is in float32, a product.
+    """
+    if len(teachers) > 1:
+        gradient.mul_(upstream)
+        return
+    inputs = _inputs(student, labels, teachers[0], flags)
+    ops.kd_backward(**inputs, upstream=upstream, stats=stats[0], gradient=gradient, skip_if_one=True)
+
+
+def _forward(
+    student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return ops.kd_forward(**_inputs(student, labels, teacher, flags), gradient=gradient)  # type: ignore[no-any-return]
+
+
+def _inputs(student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags) -> dict[str, Any]:
+    return {
+        "student": student,
+        "teacher": teacher.rows,
+        "ids": teacher.ids,
+        "labels": labels,
+        "row_weights": teacher.row_weights,
+        "options": teacher.options,
+        "normalizers": teacher.normalizers,
+        "kernel_id": teacher.kernel_id,
+        "ignore_index": flags.ignore_index,
+        "transform": flags.transform,
+        "ce": flags.ce,
+    }

@@ -1,0 +1,129 @@
+"""Which backend answers which operator on which device, decided when the package is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedkd.backends import eager
+from fusedkd.backends.schema import SCHEMAS, library
+
+PACKAGE = Path(__file__).parent.parent
+
+serving: dict[tuple[str, str], tuple[str, str]] = {}
+"""(operator, device) → (backend, reason): what ``python -m fusedkd.env`` prints."""
+
+KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
+COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
+LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
+
+
+def load(library: str) -> str | None:
+    """Load a compiled library, which registers its own operators; None, or the reason why it could not."""
+    found = sorted(PACKAGE.glob(f"{library}.*so"))
+    if not found:
+        other = _hidden(library)
+        hides = "" if other is None else f" in {PACKAGE}, which hides the installed {other}, where it is"
+        return f"{library} is not built{hides}"
+    try:
+        torch.ops.load_library(found[0])
+    except OSError as error:
+        return f"{library} does not load ({error})"
+    return None
+
+
+def _hidden(library: str) -> Path | None:
+    """The folder of an installed fusedkd that has the library, where this one, a checkout in which Python was started,
+    comes before it.
+    """
+    here = PACKAGE
+    folders = (Path(entry, here.name) for entry in sys.path)
+    return next((f for f in folders if f.resolve() != here.resolve() and any(f.glob(f"{library}.*so"))), None)
+
+
+def _advice() -> str:
+    """What mends a library that is missing, as one sentence."""
+    checkout = PACKAGE.parent
+    hidden = _hidden("_C") is not None
+    builds = "With a C++ compiler, `pip install --no-build-isolation --no-deps"
+    if (checkout / "setup.py").is_file():
+        start = f"Start Python outside of {checkout} to use the installed one. " if hidden else ""
+        return f"{start}{builds} -e {checkout}` builds {'it here' if hidden else 'them'}."
+    return f"{builds} --force-reinstall .` in a checkout builds them."
+
+
+def _serve(names: list[str], device: str, backend: str, reason: str, module: Any = None) -> None:
+    """Note who answers these operators on the device and why; a Python module is also registered (a library did that
+    itself).
+    """
+    for name in names:
+        serving[name, device] = backend, reason
+        if module is not None:
+            library.impl(name, getattr(module, name), device)
+
+
+class _Slow:
+    """The definitions, with one warning at the first call that says what is missing and how to build it."""
+
+    def __init__(self, reason: str) -> None:
+        self.message: str | None = (
+            f"fusedkd: {reason}, so slow PyTorch definitions answer instead of the fused kernels. {_advice()}"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        def operator(**arguments: Any) -> Any:
+            if self.message is not None:
+                message, self.message = self.message, None
+                warnings.warn(message, stacklevel=2)
+            return getattr(eager, name)(**arguments)
+
+        return operator
+
+
+def _dispatch_cpu() -> None:
+    choice = os.environ.get("FUSEDKD_BACKEND", "auto")
+    reason = "products by torch.mm, tiles by the operators above"
+    _serve(LINEAR_OPERATORS, "CPU", "PyTorch", reason, import_module("fusedkd.backends.linear_loop"))
+    if choice == "definitions":
+        _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
+    elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
+        _serve(KD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.backends.triton.launch"))
+        _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
+    elif choice == "auto":
+        missing = load("_C")
+        if missing is None:
+            _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+        else:
+            _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
+    else:
+        raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")
+
+
+def _dispatch_cuda() -> None:
+    if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
+        return
+    try:
+        _serve(KD_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.backends.triton.launch"))
+    except ImportError as error:
+        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
+    reason = "products by torch.mm, tiles by the operators above"
+    _serve(LINEAR_OPERATORS, "CUDA", "PyTorch", reason, import_module("fusedkd.backends.linear_loop"))
+    missing = load("_C_cuda")
+    if missing is None:
+        _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
+        if torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_cluster", "CUDA"):
+            _serve(["kd_cluster"], "CUDA", "CUDA C++", "fusedkd._C_cuda is built; Triton's kd_* call it on Hopper GPUs")
+        else:
+            _serve(["kd_cluster"], "CUDA", "nobody", "fusedkd._C_cuda is built without 90a in FUSEDKD_CUDA_ARCHS")
+    else:
+        _serve(COSINE_OPERATORS, "CUDA", "definitions", missing, eager)
+
+
+_dispatch_cpu()
+_dispatch_cuda()

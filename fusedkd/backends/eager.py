@@ -1,0 +1,212 @@
+"""Every operator of :mod:`fusedkd.backends.schema` answered by the reference, in float64: for a CPU without the C++
+extension, and the truth the kernels are tested with. Memory and time are those of eager PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedkd.backends.layout import (
+    FINITE_GRADIENT,
+    REVERSE,
+    TOPK_KERNELS,
+    KernelId,
+    Option,
+    Stat,
+    TopkKernelId,
+)
+from fusedkd.reference import divergences, hidden, softmax, sparse
+from fusedkd.reference.divergences import Rows
+from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax
+
+DEFINITIONS: dict[KernelId, Callable[[Rows, Tensor], tuple[Tensor, Tensor]]] = {
+    KernelId.FORWARD_KL: divergences.forward_kl,
+    KernelId.JEFFREYS: divergences.jeffreys,
+    KernelId.MIXTURE: divergences.mixture,
+    KernelId.ALPHA_BETA: divergences.alpha_beta,
+    KernelId.TOTAL_VARIATION: divergences.total_variation,
+    KernelId.LOGIT_MSE: divergences.logit_mse,
+    KernelId.DKD: divergences.dkd,
+}
+"""What each kernel computes, from the rows and the coefficients."""
+
+TAILS = {kernel: (tail, reverse) for (tail, reverse), kernel in TOPK_KERNELS.items()}
+
+
+def kd_row_weights(
+    teacher: Tensor, ids: Tensor | None, labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int, kd: bool
+) -> tuple[Tensor, Tensor]:
+    n, device = teacher.shape[0] * teacher.shape[1], teacher.device
+    labelled = torch.zeros(n, device=device) if labels is None else (labels != ignore_index).to(torch.float32)
+    if not kd:
+        weights = torch.zeros(n, device=device)
+    elif kd_mask is not None:
+        weights = kd_mask.to(torch.float32) if kd_mask.is_floating_point() else (kd_mask != 0).to(torch.float32)
+    else:
+        weights = torch.ones(n, device=device) if labels is None else labelled
+    if kd:
+        known = teacher.flatten(0, 1) != -torch.inf
+        weights = torch.where((known if ids is None else known & (ids >= 0)).any(-1), weights, 0)
+    summed = kd_mask is not None and kd_mask.is_floating_point()
+    selected = weights.double() if summed else (weights != 0).double()
+    counts = torch.stack([selected.sum(), labelled.double().sum()])
+    return weights, torch.where(counts <= 0, 1, counts)
+
+
+def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    kd, ce = row_losses.to(torch.float64, copy=True) if per_row else row_losses.double().sum(1) / normalizers
+    kd_weight, ce_weight = options[Option.KD_WEIGHT], options[Option.CE_WEIGHT]
+    loss = torch.where(kd_weight == 0, 0, kd_weight * kd) + torch.where(ce_weight == 0, 0, ce_weight * ce)
+    return loss.to(row_losses.dtype), kd.to(row_losses.dtype), ce.to(row_losses.dtype)
+
+
+class _Call(NamedTuple):
+    """What both KD operators are given."""
+
+    student: Tensor
+    teacher: Tensor
+    ids: Tensor | None
+    labels: Tensor | None
+    row_weights: Tensor
+    options: Tensor
+    normalizers: Tensor
+    ignore_index: int
+    kernel_id: int
+    transform: bool
+    ce: bool
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Student and teacher in float64, ``(N, V)`` and ``(N, C)``, as the loss sees them."""
+        z, v, option = self.student.flatten(0, 1).double(), self.teacher.flatten(0, 1).double(), self.options
+        if self.transform:
+            z = cap_and_scale(z, option[Option.SOFTCAP], option[Option.SCALE])
+            if self.ids is None:
+                v = cap_and_scale(v, option[Option.TEACHER_SOFTCAP], option[Option.TEACHER_SCALE])
+        return z, v
+
+    def divergence(self) -> tuple[Tensor, Tensor]:
+        """D and ∂D/∂z per row."""
+        z, v = self.logits()
+        t_s, t_t = self.options[Option.TEMPERATURE], self.options[Option.TEACHER_TEMPERATURE]
+        a = self.options[Option.COEFFICIENTS :]
+        if self.ids is None:
+            z = z[:, : v.shape[1]]
+            rows = Rows(log_softmax(v / t_t), log_softmax(z / t_s), v, z, self.labels)
+            value, gradient = DEFINITIONS[KernelId(self.kernel_id)](rows, a)
+            finite = self.kernel_id in FINITE_GRADIENT
+            illegal = torch.zeros_like(value, dtype=torch.bool)
+        else:
+            illegal = self.illegal()
+            ids, known = torch.where(illegal.unsqueeze(-1), -1, self.ids), self.teacher.flatten(0, 1)
+            if self.kernel_id == TopkKernelId.SAMPLES:
+                value, gradient = sparse.sampled_cross_entropy(ids, known, log_softmax(z / t_s))
+            else:
+                tail, reverse = TAILS[TopkKernelId(self.kernel_id)]
+                value, gradient = sparse.topk_kl(tail, reverse, ids, known, log_softmax(z / t_s), a[0] / t_t)
+            value = torch.where(illegal, torch.nan, value)
+            finite = self.kernel_id not in REVERSE
+        masked = (z == -torch.inf).all(-1)
+        dead = illegal | masked | (value == torch.inf if not finite else False)
+        return torch.where(masked & ~illegal, torch.inf, value), torch.where(dead.unsqueeze(-1), 0, gradient / t_s)
+
+    def illegal(self) -> Tensor:
+        """The rows with an id out of range."""
+        assert self.ids is not None
+        return ((self.ids < -1) | (self.ids >= self.student.shape[2])).any(-1)
+
+    def labelled(self) -> Tensor:
+        """The rows that have a cross-entropy."""
+        if not self.ce or self.labels is None:
+            return torch.zeros_like(self.row_weights, dtype=torch.bool)
+        return self.labels != self.ignore_index
+
+    def row_losses(self) -> Tensor:
+        z, _ = self.logits()
+        losses = torch.zeros(2, len(z), dtype=torch.float64, device=z.device)
+        kd = self.options[Option.KD_SCALE] * self.row_weights * self.divergence()[0]
+        losses[0] = torch.where(self.row_weights != 0, kd, 0)
+        if self.ce and self.labels is not None:
+            ce = softmax.cross_entropy(z, self.labels, self.options[Option.LABEL_SMOOTHING])
+            losses[1] = torch.where(self.labelled(), ce, 0)
+        return losses
+
+    def gradient(self, upstream: Tensor) -> Tensor:
+        z, v = self.logits()
+        option, (n_kd, n_ce) = self.options, self.normalizers
+        grad = torch.zeros_like(z)
+        weights = self.row_weights.double()
+        kd = (option[Option.KD_WEIGHT] * option[Option.KD_SCALE] / n_kd * weights).unsqueeze(-1)
+        columns = v.shape[1] if self.ids is None else z.shape[1]
+        grad[:, :columns] = torch.where(kd != 0, kd * self.divergence()[1], 0)
+        if self.ce and self.labels is not None:
+            ce = (option[Option.CE_WEIGHT] / n_ce * self.labelled()).unsqueeze(-1)
+            slope = softmax.cross_entropy_gradient(z, self.labels, option[Option.LABEL_SMOOTHING])
+            grad += torch.where(ce != 0, ce * slope, 0)
+            grad[self.labelled() & ((self.labels < 0) | (self.labels >= z.shape[1]))] = 0  # its loss is NaN
+        if self.ids is not None:
+            grad[(self.row_weights != 0) & self.illegal()] = 0
+        if self.transform:
+            logits = self.student.flatten(0, 1).double()
+            slope = cap_and_scale_derivative(logits, option[Option.SOFTCAP], option[Option.SCALE])
+            grad *= torch.where(grad != 0, slope, 1)
+        grad *= upstream.double().unsqueeze(-1) if upstream.dim() else upstream.double()
+        return grad.to(self.student.dtype).view(self.student.shape)
+
+
+def _accumulation_dtype(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def _skipped(upstream: Tensor, skip_if_one: bool) -> bool:
+    return skip_if_one and upstream.is_cpu and bool((upstream == 1).all())  # a GPU would have to be waited for
+
+
+def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(**inputs)
+    dtype = _accumulation_dtype(call.student)
+    row_losses = call.row_losses().to(dtype)
+    if gradient is not None:
+        gradient.copy_(call.gradient(row_losses.new_ones(())))
+    return row_losses, row_losses.new_zeros(row_losses.shape[1], len(Stat))  # the statistics, which nothing here reads
+
+
+def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
+    if not _skipped(upstream, skip_if_one):
+        gradient.copy_(_Call(**inputs).gradient(upstream))
+
+
+def cosine_forward(
+    student: Tensor, teacher: Tensor, weights: Tensor | None, normalizer: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
+    dtype = _accumulation_dtype(student)
+    w = torch.ones_like(x[:, 0]) if weights is None else weights.double()
+    distance = hidden.cosine_distance(x, y)
+    stats = torch.stack([hidden.inverse_norm(x)[:, 0], hidden.inverse_norm(y)[:, 0], distance], -1).to(dtype)
+    row_losses = torch.where(w != 0, w * distance, 0).to(dtype)
+    if gradient is not None:
+        one = row_losses.new_ones(())
+        cosine_backward(one, student, teacher, weights, normalizer, stats, gradient, skip_if_one=False)
+    return row_losses, stats
+
+
+def cosine_backward(
+    upstream: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    normalizer: Tensor,
+    stats: Tensor,
+    gradient: Tensor,
+    skip_if_one: bool,
+) -> None:
+    if _skipped(upstream, skip_if_one):
+        return
+    x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
+    scale = (torch.ones_like(x[:, 0]) if weights is None else weights.double()) * upstream.double() / normalizer
+    grad = torch.where(scale.unsqueeze(-1) != 0, scale.unsqueeze(-1) * hidden.cosine_distance_gradient(x, y), 0)
+    gradient.copy_(grad.view(student.shape))

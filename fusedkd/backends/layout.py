@@ -1,0 +1,109 @@
+"""The one table of what Python, C++, Triton and CUDA tell each other by number: the options of a call, the statistics
+of a row, and the kernels that compute a divergence. ``csrc/layout.h`` repeats it, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+OPTIONS = 16
+"""Elements of the ``options`` tensor, float64."""
+
+
+class Option(IntEnum):
+    """Positions in the ``options`` tensor of the KD operators: real numbers that compile nothing when they change."""
+
+    TEMPERATURE = 0
+    """T_s > 0 of the student's softmax in the KD term."""
+    TEACHER_TEMPERATURE = 1
+    """T_t > 0 of the teacher's."""
+    KD_SCALE = 2
+    """T^k, or 1."""
+    KD_WEIGHT = 3
+    """Of the KD term in the loss, ≥ 0."""
+    CE_WEIGHT = 4
+    """Of the cross-entropy in the loss, ≥ 0."""
+    LABEL_SMOOTHING = 5
+    """ε in [0, 1]."""
+    SOFTCAP = 6
+    """c of the student's logits c·tanh(scale·z/c); 0 for none."""
+    SCALE = 7
+    """Of the student's logits."""
+    TEACHER_SOFTCAP = 8
+    """As SOFTCAP, of the teacher's logits."""
+    TEACHER_SCALE = 9
+    """Of the teacher's logits."""
+    COEFFICIENTS = 10
+    """a₀, a₁, … of the divergence from here on, then zeros."""
+
+
+class Stat(IntEnum):
+    """Columns of the statistics ``(N, len(Stat))`` that the forward operator leaves for the backward one.
+
+    A sum is Σ exp((x − max)/T) over the columns of its maximum. In which form it is kept is the backend's business: C++
+    keeps the sum less 1, which has the digits that the sum lacks, Triton the sum itself.
+    """
+
+    STUDENT_MAX = 0
+    """Of the student's logits over the columns of the KD term, all of them where the teacher is known at few."""
+    STUDENT_SUM = 1
+    """Of the student at T_s."""
+    OTHER_MAX = 2
+    """Of the teacher's logits; where the teacher is known at few columns: of the student's over the columns that are
+    not listed."""
+    OTHER_SUM = 3
+    """At T_t, or of the columns that are not listed at T_s."""
+    CE_MAX = 4
+    """Of the student's logits over all columns."""
+    CE_SUM = 5
+    """Of the student over all columns at T = 1."""
+    WEIGHT_SUM = 6
+    """Σw of the gradient w − q·Σw; +inf where the divergence is infinite."""
+    OWN = 7
+    """The backend's own use."""
+
+
+class KernelId(IntEnum):
+    """How kernels compute a divergence of a teacher with logits: the ``kernel_id`` of the KD operators without ids.
+    Several divergences of :mod:`fusedkd.divergences` may share one, with other coefficients.
+    """
+
+    FORWARD_KL = 0
+    JEFFREYS = 1
+    MIXTURE = 2
+    ALPHA_BETA = 3
+    TOTAL_VARIATION = 4
+    LOGIT_MSE = 5
+    DKD = 6
+
+
+class TopkKernelId(IntEnum):
+    """The ``kernel_id`` of the KD operators with ids. a₀ of the first six is the log-probabilities' temperature."""
+
+    RENORMALIZE = 0
+    RENORMALIZE_REVERSE = 1
+    BUCKET = 2
+    BUCKET_REVERSE = 3
+    IGNORE = 4
+    IGNORE_REVERSE = 5
+    SAMPLES = 6
+
+
+FINITE_GRADIENT = (KernelId.FORWARD_KL, KernelId.DKD)
+"""The kernels whose gradient is finite, and right, where the divergence is infinite. Any other's is 0 there."""
+
+NEEDS_WEIGHT_SUM = tuple(kernel for kernel in KernelId if kernel not in FINITE_GRADIENT)
+"""The kernels whose gradient waits for Σw, or for D because it is 0 where that is infinite: one more pass."""
+
+TOPK_KERNELS = {
+    ("renormalize", False): TopkKernelId.RENORMALIZE,
+    ("renormalize", True): TopkKernelId.RENORMALIZE_REVERSE,
+    ("bucket", False): TopkKernelId.BUCKET,
+    ("bucket", True): TopkKernelId.BUCKET_REVERSE,
+    ("ignore", False): TopkKernelId.IGNORE,
+    ("ignore", True): TopkKernelId.IGNORE_REVERSE,
+}
+"""By the teacher's tail, and whether KL(q‖p) is meant."""
+
+REVERSE = tuple(kernel for (_, reverse), kernel in TOPK_KERNELS.items() if reverse)
+"""Their gradient is 0 where the divergence is infinite; the others' is finite, and right."""

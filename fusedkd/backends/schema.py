@@ -1,0 +1,134 @@
+"""Every operator of the namespace ``fusedkd``: its schema and its fake implementation. All arguments go by keyword.
+
+N rows come as ``(B, L, V)`` tensors whose last stride is 1; the other strides are free, so that ``logits[:, :-1]``
+needs no copy; row (b, l) belongs to entry b·L + l of every ``(N,)`` vector. The teacher arrives narrowed to the
+C = min(V_s, V_t) common columns. A is the accumulation type: float64 for a float64 student, float32 otherwise. Options,
+statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is computed is in :mod:`fusedkd.reference`.
+
+``kd_row_weights``  the KD weight of each row, ``(N,)`` float32, from the mask or the labels: 0 where the teacher row is
+                    all −inf (with ids: has no finite entry), and everywhere, with nothing read, unless ``kd``; and both
+                    normalisers of ``"mean"``, ``(2,)`` float64: selected rows, or the sum of a float mask, and labelled
+                    rows; 1 for none.
+``kd_forward``      row losses ``(2, N)``: T^k·w·D and CE (of ``ce`` alone: a divergence may need the labels for
+                    itself); statistics ``(N, 8)``; and into `gradient`, unless it is None, the gradient for upstream 1.
+                    It may be the student's own memory.
+``kd_backward``     the gradient times the upstream, ``()`` or ``(N,)``, from the logits and the statistics, into
+                    `gradient`: one rounding. With ``skip_if_one``, `gradient` is already right, and left alone, if the
+                    upstream is 1.
+                    With `ids` ``(N, K)`` int64, −1 for padding, the teacher is known at these columns alone:
+                    ``(B, L, K)`` log-probabilities or weights there.
+``kd_terms``        (loss, kd, ce) from row losses: sums over the normalisers, or per row.
+``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
+                    nothing is written, where no cluster of the device has room for a row.
+``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
+                    None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
+                    makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
+                    The first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
+                    gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
+                    in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
+                    wanted.
+``cosine_*``        kd_forward and kd_backward for hidden states ``(B, L, H)``: row losses ``(N,)``: w·(1 − cos);
+                    statistics ``(N, 3)``: both inverse norms, 1 − cos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkd.backends.layout import Stat
+
+_INPUTS = (
+    "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
+    "Tensor normalizers"
+)
+_FLAGS = "int ignore_index, int kernel_id, bool transform, bool ce"
+_COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
+
+SCHEMAS = {
+    "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, int ignore_index, bool kd)"
+    " -> (Tensor, Tensor)",
+    "kd_forward": f"(*, {_INPUTS}, Tensor(a!)? gradient, {_FLAGS}) -> (Tensor, Tensor)",
+    "kd_backward": f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient, {_FLAGS}, bool skip_if_one)"
+    " -> ()",
+    "kd_terms": "(*, Tensor row_losses, Tensor options, Tensor normalizers, bool per_row) -> (Tensor, Tensor, Tensor)",
+    "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
+    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
+    "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
+    " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cosine_forward": f"(*, {_COSINE}, Tensor(a!)? gradient) -> (Tensor, Tensor)",
+    "cosine_backward": f"(*, Tensor upstream, {_COSINE}, Tensor stats, Tensor(a!) gradient, bool skip_if_one) -> ()",
+}
+CLUSTER = (
+    "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
+    "Tensor normalizers, Tensor? upstream, Tensor(a!)? row_losses, Tensor(b!) stats, Tensor(c!)? gradient, "
+    f"{_FLAGS}, bool skip_if_one) -> bool"
+)
+
+library = torch.library.Library("fusedkd", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
+library.define(CLUSTER)  # called by kd_* alone, below everything that traces
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[Tensor, Tensor]:
+    """Memory for what a forward operator returns of the rows ``(B, L, V)``: row losses ``(losses, N)``, or ``(N,)``,
+    and statistics ``(N, stats)``.
+    """
+    rows, dtype = student.shape[0] * student.shape[1], accumulation_dtype(student.dtype)
+    shape = (rows,) if losses is None else (losses, rows)
+    return student.new_empty(shape, dtype=dtype), student.new_empty((rows, stats), dtype=dtype)
+
+
+def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the three gradients of linear_kd, empty where one is not wanted: float32, in which those of the head
+    add up over the tiles and all of them wait for the upstream gradient, so that each is rounded once.
+    """
+    total = torch.promote_types(hidden.dtype, torch.float32)
+    d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=total)
+    d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
+    d_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=total)
+    return d_hidden, d_weight, d_bias
+
+
+@torch.library.register_fake("fusedkd::kd_row_weights")
+def _(*, teacher: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    rows = teacher.shape[0] * teacher.shape[1]
+    return teacher.new_empty(rows, dtype=torch.float32), teacher.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.register_fake("fusedkd::kd_forward")
+def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return losses_and_stats(student, 2, len(Stat))
+
+
+@torch.library.register_fake("fusedkd::cosine_forward")
+def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return losses_and_stats(student, None, 3)
+
+
+@torch.library.register_fake("fusedkd::kd_backward")
+@torch.library.register_fake("fusedkd::cosine_backward")
+def _(**_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("fusedkd::kd_terms")
+def _(*, row_losses: Tensor, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (row_losses.shape[1],) if per_row else ()
+    return row_losses.new_empty(shape), row_losses.new_empty(shape), row_losses.new_empty(shape)
+
+
+@torch.library.register_fake("fusedkd::linear_kd")
+def _(
+    *, hidden: Tensor, weight: Tensor, teachers: list[Tensor], dtype: torch.dtype, wanted: list[bool], **_: Any
+) -> tuple[Tensor, ...]:
+    row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
+    return row_losses, *gradients_like(hidden, weight, wanted)

@@ -1,0 +1,1 @@
+"""Triton kernels, the CUDA (and ROCm) implementations of the operators of :mod:`fusedkd.backends.schema`."""

@@ -1,0 +1,84 @@
+"""What the losses' ``torch.autograd.Function`` share: when the gradient is computed, and what is kept for backward.
+
+*Gradient in forward* (bf16, float32, float64 under ``mean`` and ``sum`` in eager mode): the forward call leaves the
+gradient for upstream 1. The first backward rescales it in place, which is a launch that returns at once when the
+upstream is 1 and otherwise recomputes from the logits; a second backward recomputes into fresh memory. Everything else
+takes the value forward and the gradient backward. Either way the gradient is rounded once.
+
+Where saved-tensor hooks are active (checkpoint, offloading), backward computes the gradient, except with `inplace`,
+whose gradient is a saved tensor. Backward reads ``ctx.saved_tensors`` once: a checkpoint raises at a second read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkd.backends.block import TeacherRows
+
+ops = torch.ops.fusedkd
+
+
+def gradient_in_forward(student: Tensor, reduction: str, inplace: bool = False) -> bool:
+    """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
+    its own memory. Hooks of saved tensors say where memory is short: a checkpoint would throw the gradient away, an
+    offload would carry it besides both logits. Over the student's logits it takes no memory of its own.
+    """
+    return (
+        torch.is_grad_enabled()
+        and student.requires_grad
+        and reduction != "none"
+        and student.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+        and (inplace or torch._C._autograd._top_saved_tensors_default_hooks(False) is None)
+    )
+
+
+def loss_and_terms(row_losses: Tensor, teachers: Sequence[TeacherRows], per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, kd of each teacher, ce) of row losses ``(teachers, 2, N)``: sums over the normalisers, or per row."""
+    found = [
+        ops.kd_terms(row_losses=each, options=t.options, normalizers=t.normalizers, per_row=per_row)
+        for each, t in zip(row_losses.unbind(), teachers, strict=True)
+    ]
+    loss, kd, ce = found[0]
+    if len(found) == 1:
+        return loss, kd.unsqueeze(0), ce
+    return torch.stack([terms[0] for terms in found]).sum(0), torch.stack([terms[1] for terms in found]), ce
+
+
+def save_for_backward(ctx: Any, *tensors: Any) -> None:
+    """``save_for_backward`` refuses what ``torch.inference_mode`` made, as it often did the teacher's logits: of that,
+    an ordinary tensor on the same memory is saved. Not in compiled graphs, which save for themselves.
+    """
+
+    def ordinary(t: Any) -> Any:
+        if t is None or torch.compiler.is_compiling() or not t.is_inference():
+            return t
+        return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+    ctx.save_for_backward(*map(ordinary, tensors))
+
+
+def save_teachers(ctx: Any, teachers: Sequence[TeacherRows], *tensors: Tensor | None) -> None:
+    """Keeps the tensors, and the teachers, for `saved_teachers`."""
+    ctx.kernel_ids = [t.kernel_id for t in teachers]
+    fields = [field for t in teachers for field in t._replace(kernel_id=None)]  # type: ignore[arg-type]
+    save_for_backward(ctx, *tensors, *fields)
+
+
+def saved_teachers(ctx: Any, tensors: int) -> tuple[list[TeacherRows], tuple[Any, ...]]:
+    """The teachers, and the first so many of the tensors that were kept with them."""
+    saved = ctx.saved_tensors
+    teachers = zip(TeacherRows.unflatten(saved[tensors:]), ctx.kernel_ids, strict=True)
+    return [t._replace(kernel_id=kernel_id) for t, kernel_id in teachers], saved[:tensors]
+
+
+def refuse_double_backward() -> None:
+    """Autograd runs backward in grad mode for ``create_graph=True`` alone. ``once_differentiable`` would return a
+    constant there, and a gradient penalty would vanish without a word.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("fusedkd's losses have no second derivative: backward was called with create_graph=True")

@@ -1,0 +1,329 @@
+"""The KD loss from hidden states and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fusedkd import checks as check
+from fusedkd.backends.block import Flags, TeacherRows
+from fusedkd.backends.call import as_rows
+from fusedkd.backends.linear_loop import MOST_ROWS, row_bytes, tile_type
+from fusedkd.losses.common import (
+    loss_and_terms,
+    refuse_double_backward,
+    save_for_backward,
+    save_teachers,
+    saved_teachers,
+)
+from fusedkd.losses.kd import Teacher, Teachers
+from fusedkd.losses.options import (
+    DEFAULTS,
+    KDOptions,
+    KDTerms,
+    Prepared,
+    checked_options,
+    members,
+    prepare,
+    weighted,
+    with_options,
+)
+
+ops = torch.ops.fusedkd
+
+MAX_TILE_BYTES = 4 << 30
+FEWEST_ROWS = 1024
+"""Of a tile: below it the matrix products starve."""
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teachers,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    max_tile_bytes: int = MAX_TILE_BYTES,
+    tile_dtype: torch.dtype = torch.float32,
+    max_rows: int | None = None,
+    return_terms: Literal[False] = False,
+    **options: Unpack[KDOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teachers,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    max_tile_bytes: int = MAX_TILE_BYTES,
+    tile_dtype: torch.dtype = torch.float32,
+    max_rows: int | None = None,
+    return_terms: Literal[True],
+    **options: Unpack[KDOptions],
+) -> tuple[Tensor, KDTerms]: ...
+
+
+@with_options
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teachers,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    max_tile_bytes: int = MAX_TILE_BYTES,
+    tile_dtype: torch.dtype = torch.float32,
+    max_rows: int | None = None,
+    return_terms: bool = False,
+    **options: Unpack[KDOptions],
+) -> Tensor | tuple[Tensor, KDTerms]:
+    """The loss of :func:`kd_loss` for logits student_hidden · student_weightᵀ + student_bias, which never exist but for
+    a tile of rows: 2·N·V·(3·H_s + H_t) operations, as few as value and gradient can take, and no memory that grows with
+    N × V (:mod:`fusedkd.backends.linear_loop`).
+
+    The tiles are float32, for 16-bit logits alone would cost 1 % of the gradient at KL 0.15, and all of it near
+    convergence; each gradient is rounded once to the type of its input. Products are PyTorch's, on a GPU cuBLAS's in
+    the operands' type with float32 sums. Rows that carry no term are not projected: always on a CPU, on a GPU through
+    `max_rows`. Gradients of frozen inputs are not computed; with grad mode off only the logits are.
+
+    Args:
+        student_hidden: x, ``(*, H_s)``, float16, bfloat16, float32 or float64: what the student's head is given.
+        student_weight: ``(V_s, H_s)``, of that type, as :attr:`torch.nn.Linear.weight`; under autocast of any.
+        teacher: a :class:`~fusedkd.TeacherHead`, whose logits exist a tile at a time as well, or any teacher that
+            :func:`kd_loss` takes, or a list of them.
+        labels: class indices ``(*)``, int64, already shifted for causal models.
+        student_bias: ``(V_s,)``.
+        max_tile_bytes: what the tiles of student and teachers may take together. Rows per tile are at most 4096; below
+            1024 the products starve, of which a warning tells. It changes results by rounding alone.
+        tile_dtype: of the logits in a tile, on a GPU: float32, or the inputs' own type where that is wished for;
+            float64 inputs always have float64 ones.
+        max_rows: how many rows, at most, carry a term. Only a GPU needs to know: if there are more, loss and gradients
+            are NaN there.
+        return_terms: also return :class:`KDTerms`.
+        {options}
+
+    Returns:
+        As :func:`kd_loss`. Gradients reach `student_hidden`, `student_weight` and `student_bias`.
+
+    Raises:
+        ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
+    """
+    check.float_rows("student_hidden", student_hidden)
+    check.head("student_", student_hidden, student_weight, student_bias)
+    tiles = Tiles(max_tile_bytes, tile_dtype, max_rows)
+    tiles.check()
+    heads = student_hidden, student_weight, student_bias
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
+    device, lead, columns = student_hidden.device, student_hidden.shape[:-1], student_weight.shape[0]
+    logits = student_hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
+    parts = [
+        (prepare(logits, member.teacher, labels, member.options), member.weight)
+        for member in members(teacher, {**DEFAULTS, **options})
+    ]
+    first = parts[0][0]
+    cast = check.autocast_dtype(device)
+    dtype = student_hidden.dtype if cast is None or student_hidden.dtype == torch.float64 else cast  # as autocast does
+    if not student_hidden.is_cuda:
+        tile_dtype = torch.promote_types(tile_dtype, torch.float32)
+    for part, _ in parts:
+        if part.kd:
+            check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
+    given = [_teacher_rows(part, lead.numel(), cast) for part, _ in parts]
+    bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, [part for part, _ in parts], given, wanted)
+    plan = LinearPlan(
+        per_row=first.options["reduction"] == "none",
+        wanted=wanted,
+        flags=Flags(
+            ignore_index=first.options["ignore_index"],
+            transform=any([part.transform for part, _ in parts]),
+            ce=first.ce,
+        ),
+        tile=tiles.rows(bytes_per_row, lead.numel()),
+        tile_dtype=tile_dtype,
+        dtype=dtype,
+        max_rows=max_rows,
+    )
+    flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
+    fields = [field for each in given for field in each]
+    loss, kd, ce = LinearKDLossFunction.apply(flat, student_weight, student_bias, first.labels, plan, *fields)
+    if plan.per_row:
+        loss, kd, ce = loss.view(lead), kd.view(len(parts), *lead), ce.view(lead)
+    terms = [weighted(each, weight) for each, (_, weight) in zip(kd.unbind(), parts, strict=True)]
+    return (loss, KDTerms(torch.stack(terms).sum(0), ce)) if return_terms else loss
+
+
+def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None = None) -> None:
+    """Refuses the options that `linear_kd_loss` would refuse whatever its tensors are: see `checked_options`."""
+    Tiles(
+        options.get("max_tile_bytes", MAX_TILE_BYTES), options.get("tile_dtype", torch.float32), options.get("max_rows")
+    ).check()
+    checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
+
+
+class Tiles(NamedTuple):
+    """What `linear_kd_loss` is told of them."""
+
+    max_bytes: int
+    dtype: torch.dtype
+    max_rows: int | None
+
+    def check(self) -> None:
+        check.count("max_tile_bytes", self.max_bytes)
+        check.count("max_rows", 1 if self.max_rows is None else self.max_rows)
+        if self.dtype not in check.FLOATING:
+            raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {self.dtype}")
+
+    def rows(self, bytes_per_row: int, count: int) -> int:
+        """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
+        rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
+        if rows < min(FEWEST_ROWS, count) and not torch.compiler.is_compiling():
+            check.warn(
+                f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {FEWEST_ROWS} "
+                "the matrix products of linear_kd_loss are slow"
+            )
+        return rows
+
+
+def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> TeacherRows:
+    """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
+    _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
+    head, bias = part.known.head or (None, None)
+    like = rows if head is None else rows.new_zeros(()).expand(1, count, 1)  # of a head, all rows count
+    if not part.kd and part.known.ids is None:  # nothing reads it
+        rows, head, bias = rows[..., :0], None, None
+    if head is not None and cast is not None and head.dtype != torch.float64:
+        rows, head = rows.to(cast), head.to(cast)
+    return part.teacher_rows(rows, head, bias, like)
+
+
+def _bytes_per_row(
+    columns: int,
+    dtype: torch.dtype,
+    tile_dtype: torch.dtype,
+    parts: Sequence[Prepared],
+    given: Sequence[TeacherRows],
+    wanted: Sequence[bool],
+) -> int:
+    """Of all tiles that exist at the same time."""
+    student = row_bytes(columns, tile_type(dtype, tile_dtype))
+    teacher = 0  # one after the other
+    for part, each in zip(parts, given, strict=True):
+        of_tile = each.rows.dtype if each.head is None else tile_type(each.head.dtype, tile_dtype)
+        teacher = max(teacher, row_bytes(part.known.columns if part.kd else 0, of_tile))
+    total = student + teacher
+    if any(wanted) and len(given) > 1:
+        total += student * min(len(given) - 1, 2)  # a gradient per teacher, and their sum
+    if any(wanted) and given[0].row_weights.is_cuda and tile_type(dtype, tile_dtype) != dtype:
+        total += row_bytes(columns, dtype)
+    return total
+
+
+class LinearPlan(NamedTuple):
+    """What is decided on the host before the operator starts."""
+
+    per_row: bool
+    wanted: list[bool]
+    """The gradients of hidden states, weight and bias."""
+    flags: Flags
+    tile: int
+    tile_dtype: torch.dtype
+    dtype: torch.dtype
+    max_rows: int | None
+
+    def run(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        teachers: Sequence[TeacherRows],
+        upstream: Tensor | None,
+        wanted: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The operator: row losses, and the gradients of hidden states, weight and bias."""
+        return ops.linear_kd(  # type: ignore[no-any-return]
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            labels=labels,
+            teachers=[t.rows for t in teachers],
+            heads=[t.head for t in teachers],
+            biases=[t.bias for t in teachers],
+            ids=[t.ids for t in teachers],
+            row_weights=[t.row_weights for t in teachers],
+            options=[t.options for t in teachers],
+            normalizers=[t.normalizers for t in teachers],
+            upstream=upstream,
+            ignore_index=self.flags.ignore_index,
+            kernel_ids=[t.kernel_id for t in teachers],
+            transform=self.flags.transform,
+            ce=self.flags.ce,
+            tile=self.tile,
+            tile_dtype=self.tile_dtype,
+            dtype=self.dtype,
+            max_rows=self.max_rows,
+            wanted=wanted,
+        )
+
+
+class LinearKDLossFunction(torch.autograd.Function):
+    """(loss, kd of each teacher, ce). The forward call computes the gradients, in float32 and for upstream 1, unless it
+    is ``per_row``; backward scales and rounds them. The teachers come as their fields, one after the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        plan: LinearPlan,
+        *fields: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        teachers = TeacherRows.unflatten(fields)
+        wanted = [False] * 3 if plan.per_row else plan.wanted
+        row_losses, *gradients = plan.run(hidden, weight, bias, labels, teachers, None, wanted)
+        ctx.plan = plan
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        if plan.per_row:
+            save_teachers(ctx, teachers, hidden, weight, bias, labels)
+        else:
+            save_for_backward(ctx, *gradients)
+        loss, kd, ce = loss_and_terms(row_losses, teachers, plan.per_row)
+        ctx.mark_non_differentiable(kd, ce)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _kd: None, _ce: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        unused = (None,) * (len(ctx.needs_input_grad) - 3)
+        if upstream is None:
+            return None, None, None, *unused
+        factor = None
+        if ctx.plan.per_row:
+            teachers, inputs = saved_teachers(ctx, 4)
+            _, *gradients = ctx.plan.run(*inputs, teachers, upstream.contiguous(), ctx.plan.wanted)
+        else:
+            gradients, factor = ctx.saved_tensors, upstream
+        typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
+        return *[_rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *unused
+
+
+def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient · factor in another type: one pass, one rounding."""
+    if factor is None:
+        return gradient.to(dtype)
+    if torch.compiler.is_compiling() or gradient.dtype == dtype:
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
