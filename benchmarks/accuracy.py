@@ -23,7 +23,7 @@ from benchmarks.cases import Case
 from benchmarks.measure import evaluate
 from benchmarks.speed import COLOURS, OTHER_COLOUR
 from fusedkd import env
-from fusedkd.divergences import kl_terms
+from fusedkd.reference.divergences import kl_terms
 
 ROWS, COLUMNS, TEMPERATURE = 8, 30522, 2.0
 LEVELS = [10.0**-i for i in range(7)]

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd import TeacherSamples, TeacherTopK, definitions, sparse
-from fusedkd.divergences import DEFINITIONS, FAMILIES, Divergence, Rows
+from fusedkd import TeacherSamples, TeacherTopK
+from fusedkd.backends.eager import DEFINITIONS, topk_definition
+from fusedkd.backends.layout import TOPK_KERNELS, TopkKernelId
+from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd.reference import hidden, softmax
+from fusedkd.reference.divergences import Rows
 
 CACHE_BYTES = 64 << 20  # at least the last-level cache of the machines measured (L3 32 MB, L2 of an H200 60 MB)
 ROWS_AT_A_TIME = 64  # of the float64 truth: temporaries small enough for malloc to keep
@@ -122,15 +126,15 @@ class Case:
             rows = slice(start, start + ROWS_AT_A_TIME)
             x, y = student.detach()[rows].double(), labels[rows]
             if self.loss == "cosine_hidden_loss":
-                terms = [(1.0, definitions.cosine_distance(x, t := teacher[rows].double()))]
-                gradient[rows] = definitions.cosine_distance_gradient(x, t)
+                terms = [(1.0, hidden.cosine_distance(x, t := teacher[rows].double()))]
+                gradient[rows] = hidden.cosine_distance_gradient(x, t)
             else:
                 divergence, slope = self._divergence(x, teacher, y, rows)
                 terms = [(self.kd_scale, divergence)]
                 gradient[rows] = self.kd_scale * slope
             if self.ce:
-                terms.append((self.ce_weight, definitions.cross_entropy(x, y)))
-                gradient[rows] += self.ce_weight * definitions.cross_entropy_gradient(x, y)
+                terms.append((self.ce_weight, softmax.cross_entropy(x, y)))
+                gradient[rows] += self.ce_weight * softmax.cross_entropy_gradient(x, y)
             value += sum(weight * term.sum().item() for weight, term in terms)
         return value / self.rows, gradient.mul_(self.upstream / self.rows)
 
@@ -139,9 +143,9 @@ class Case:
         log_q = (z / self.temperature).log_softmax(-1)
         if self.listed:
             samples = self.teacher == "samples"
-            form = sparse.TopkKernelId.SAMPLES if samples else sparse.TAILS[self.teacher]
+            form = TopkKernelId.SAMPLES if samples else TOPK_KERNELS[self.teacher, False]
             known = (teacher.weights if samples else teacher.logprobs)[rows].double()
-            value, gradient = sparse.definition(form, teacher.ids[rows], known, log_q, 1.0)
+            value, gradient = topk_definition(form, teacher.ids[rows], known, log_q, 1.0)
         else:
             v = teacher[rows].double()
             coefficients = z.new_tensor([float(a) for a in self.family.coefficients()])

@@ -22,9 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd import TeacherSamples, TeacherTopK, sparse
-from fusedkd.backends.layout import FINITE_GRADIENT, KernelId, TopkKernelId
-from fusedkd.divergences import DEFINITIONS, Divergence, Rows
+from fusedkd import TeacherSamples, TeacherTopK
+from fusedkd.backends import eager
+from fusedkd.backends.eager import DEFINITIONS
+from fusedkd.backends.layout import FINITE_GRADIENT, REVERSE, KernelId, TopkKernelId
+from fusedkd.divergences import Divergence
+from fusedkd.reference import sparse
+from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import log_softmax
 from fusedkd.teachers import TAILS
 
@@ -175,7 +179,7 @@ def listed(
     column = torch.where(valid, ids, 0)
     if isinstance(teacher, TeacherSamples):
         w = teacher.weights.detach().cpu().double().reshape(ids.shape)
-        value, gradient = sparse.definition(TopkKernelId.SAMPLES, ids, w, log_q, 1.0)
+        value, gradient = eager.topk_definition(TopkKernelId.SAMPLES, ids, w, log_q, 1.0)
         w, mass = torch.where(valid, w, 0), torch.where(valid, w, 0).sum(-1)
         bound = tolerance(value, exact, 0.0, 5e-7 * mass, 1e-14 * mass)
         return _settled(Part(value, gradient, bound, mass * norm(q) + norm(w)), student, True)
@@ -184,7 +188,7 @@ def listed(
     form = TopkKernelId(TAILS[teacher.tail] + reverse)
     known = torch.where(valid, teacher.logprobs.detach().cpu().reshape(ids.shape), -torch.inf)
     sharpening = float(teacher.logprobs_temperature) / t
-    value, gradient = sparse.definition(form, ids, known, log_q, sharpening)
+    value, gradient = eager.topk_definition(form, ids, known, log_q, sharpening)
     lp = known.double()
     log_qk = torch.where(valid, log_q.gather(-1, column), -torch.inf)
     if teacher.tail == "renormalize":
@@ -213,4 +217,4 @@ def listed(
             both = both + norm(w) + norm(q) * w.sum(-1)
     elif reverse:
         both = both + chained(qk * delta, qk)
-    return _settled(Part(value, gradient, bound, both), student, form not in sparse.REVERSE)
+    return _settled(Part(value, gradient, bound, both), student, form not in REVERSE)

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from families import at
-from fusedkd.ops import OPTIONS, STATS
 from on_host import guarded
 from torch import Tensor
 from truth import Term, assert_gradient, assert_value, kd_truth, noise_for, pair
 
 from fusedkd import TeacherLogits
-from fusedkd.backends.layout import KernelId
+from fusedkd.backends.layout import OPTIONS, STATS, KernelId
 from fusedkd.divergences import Divergence, resolve
 
 NORMALIZERS = (3.5, 5.0)

@@ -24,6 +24,7 @@ from torch import Tensor
 from truth import Term, assert_value, float64, kd_truth, targets
 
 import fusedkd
+from fusedkd.backends import linear_loop
 from fusedkd import TeacherLogits
 from fusedkd.losses.kd import Teacher
 
@@ -246,15 +247,14 @@ def small_tiles() -> Iterator[None]:
 @contextmanager
 def counted_products() -> Iterator[list[tuple[int, int, int]]]:
     """The m, k and n of the matrix products inside."""
-    from fusedkd import linear
 
     found: list[tuple[int, int, int]] = []
-    product = linear._product
+    product = linear_loop._product
 
     def record(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Any:
         found.append((*a.shape, b.shape[1]))
         return product(a, b, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "_product", record)
+        patch.setattr(linear_loop, "_product", record)
         yield found

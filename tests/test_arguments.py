@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fusedkd.ops import OPTIONS, Option
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import operator_calls, pair, targets
 
@@ -24,7 +23,7 @@ from fusedkd import (
     cosine_hidden_loss,
     kd_loss,
 )
-from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd.backends.layout import OPTIONS, KernelId, Option, TopkKernelId
 from fusedkd.checks import as_rows, pack
 
 Z, V = pair(3, 4, 10)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedkd import ops
+from fusedkd.backends import dispatch
 from fusedkd.divergences import FAMILIES, kl_terms
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +250,7 @@ def test_peak_memory_sees_a_temporary():
 
 
 @linux
-@pytest.mark.skipif(ops.backends["kd_forward", "CPU"][0] != "C++", reason="needs the C++ kernels")
+@pytest.mark.skipif(dispatch.serving["kd_forward", "CPU"][0] != "C++", reason="needs the C++ kernels")
 @pytest.mark.parametrize("backward", [True, False])
 def test_kd_loss_has_no_temporary_that_grows_with_the_logits(backward):
     case = kd(128, 30522, backward=backward)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
 from families import at, families, samples, top_k
-from fusedkd.ops import OPTIONS as REALS
-from fusedkd.ops import SCHEMAS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd.backends.layout import OPTIONS as REALS
 from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd.backends.schema import SCHEMAS
 from fusedkd.checks import pack
 from fusedkd.divergences import Divergence
 from fusedkd.nn import DistilBertLoss

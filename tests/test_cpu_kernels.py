@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 from families import divergences, families
-from fusedkd.ops import backends
 from torch import Tensor
 from truth import DTYPES, pair, targets
 
-from fusedkd import DKD, JSD, SkewKL, SkewReverseKL, fallback
+from fusedkd import DKD, JSD, SkewKL, SkewReverseKL
+from fusedkd.backends import dispatch, eager
+from fusedkd.backends.dispatch import serving as backends
 from fusedkd.backends.layout import FINITE_GRADIENT, KernelId
 from fusedkd.divergences import Divergence, ForwardKL
 
@@ -31,7 +32,7 @@ if backends["kd_forward", "CPU"][0] != "C++":
     pytest.skip("fusedkd._C does not serve the CPU", allow_module_level=True)
 
 ops = torch.ops.fusedkd
-LIBRARY = next(Path(fallback.__file__).parent.glob("_C.*so"))
+LIBRARY = next(dispatch.PACKAGE.glob("_C.*so"))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INF, NAN = float("inf"), float("nan")
 
@@ -196,7 +197,7 @@ def test_logarithm(dtype: torch.dtype, tolerance: float, share: float) -> None:
         for student, other in ((torch.zeros_like(teacher), teacher), (teacher, torch.zeros_like(teacher))):
             arguments = kd_arguments(student, other, None, divergence=divergence, temperature=1.0)
             value = ops.kd_forward(*arguments, False)[0][0]
-            truth = fallback.kd_forward(student.double(), other.double(), *arguments[2:], False)[0][0]
+            truth = eager.kd_forward(student.double(), other.double(), *arguments[2:], False)[0][0]
             noise = 1e-15  # of a definition that subtracts
             assert (value.double() - truth).abs().sub(noise).div(truth).max() <= tolerance
 
@@ -231,7 +232,7 @@ def test_minus_infinity(dtype: torch.dtype) -> None:
     assert weights.tolist() == [1, 1, 1, 1, 0]
     arguments = kd_arguments(student, teacher, labels, weights)
     rows, _, gradient = ops.kd_forward(*arguments, True)
-    truth, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+    truth, _, exact = eager.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
     assert rows[0].isinf().tolist() == [False, True, False, True, False]
     assert rows[1].isinf().tolist() == [False, False, False, True, True]
     finite = truth.isfinite()
@@ -263,7 +264,7 @@ def test_kd_operators(dtype: torch.dtype, teacher_dtype: torch.dtype, vocabulary
         labels, weights = targets(4, classes=vocabulary, seed=3), torch.tensor([1.0, 0.0, 0.5, 1.0])
         arguments = kd_arguments(guarded(student), guarded(teacher), labels, weights, None, **values)
         rows, _, gradient, tripled = kd_operators(arguments)
-        exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+        exact_rows, _, exact = eager.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         torch.testing.assert_close(rows.double(), exact_rows, rtol=tolerance, atol=tolerance / 10)
         if vocabulary > 1:
@@ -286,7 +287,7 @@ def test_late_maxima(temperature: float) -> None:
         labels = torch.tensor([8000, 8999, 2100, 8999])
         arguments = kd_arguments(student, teacher, labels, None, divergence, temperature=temperature)
         rows, _, gradient, tripled = kd_operators(arguments)
-        exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+        exact_rows, _, exact = eager.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
         torch.testing.assert_close(rows.double(), exact_rows, rtol=1e-5, atol=1e-6)
         assert_gradient(gradient, exact, 8.0)
         assert_gradient(tripled, 3 * exact, 24.0)
@@ -303,7 +304,7 @@ def test_every_divergence(divergence: Divergence, dtype: torch.dtype) -> None:
             labels, weights = targets(4, classes=vocabulary - narrower, seed=3), torch.tensor([1.0, 0.0, 0.0, 1.0])
             arguments = kd_arguments(guarded(student), guarded(teacher), labels, weights, divergence, **values)
             rows, stats, gradient, tripled = kd_operators(arguments)
-            exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+            exact_rows, _, exact = eager.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
             tolerance = 1e-9 if dtype == torch.float64 else 3e-5  # αβ near an end: of the definition
             torch.testing.assert_close(rows.double(), exact_rows, rtol=tolerance, atol=tolerance / 10)
             scale = 1 + sum(abs(float(x)) for x in divergence.coefficients())
@@ -321,7 +322,7 @@ def test_infinite_divergence(divergence: Divergence) -> None:
     weights = torch.tensor([1.0, 1.0, 1.0, 0.0]) if divergence.kernel_id == KernelId.DKD else arguments[3]
     arguments = (*arguments[:3], weights, *arguments[4:])
     rows, stats, gradient, _ = kd_operators(arguments)
-    exact_rows, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+    exact_rows, _, exact = eager.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
     infinite = exact_rows[0].isinf()
     assert rows[0].isinf().tolist() == infinite.tolist()
     if divergence.kernel_id not in FINITE_GRADIENT:
@@ -339,7 +340,7 @@ def test_cosine_operators(dtype: torch.dtype, width: int) -> None:
         normalizer, weights = torch.tensor(2.0, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.5, 1.0])
         arguments = (guarded(student), guarded(teacher), weights, normalizer)
         rows, stats, gradient = ops.cosine_forward(*arguments, True)
-        exact_rows, _, exact = fallback.cosine_forward(student.double(), teacher.double(), weights, normalizer, True)
+        exact_rows, _, exact = eager.cosine_forward(student.double(), teacher.double(), weights, normalizer, True)
         torch.testing.assert_close(rows.double(), exact_rows, rtol=3e-5, atol=1e-12)
         one, three = torch.ones((), dtype=rows.dtype), torch.full((4,), 3.0, dtype=rows.dtype)
         assert identical(gradient, ops.cosine_backward(one, *arguments, stats))
@@ -410,7 +411,7 @@ def test_offsets_far_apart(noise: float) -> None:
     student, teacher = student + 1000, teacher - 1000.3
     arguments = kd_arguments(student, teacher, None, temperature=1.0)
     rows, _, gradient = ops.kd_forward(*arguments, True)
-    truth, _, exact = fallback.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
+    truth, _, exact = eager.kd_forward(student.double(), teacher.double(), *arguments[2:], True)
     assert ((rows[0] - truth[0]).abs() <= 1e-5 * truth[0] + 1e-8 * truth[0].sqrt()).all()
     assert_gradient(gradient, exact, 0.5 * 8**0.5)
 
@@ -451,7 +452,7 @@ def test_row_weights(dtype: torch.dtype) -> None:
         (some, None, None, [1, 0, 1, 1, 1, 1], [5, 1]),
         (few, None, None, [1, 0, 0, 1, 1, 1], [4, 1]),
     ):
-        for backend in (ops, fallback):
+        for backend in (ops, eager):
             found = backend.kd_row_weights(teacher, ids, row_labels, row_mask, -100, True)
             assert [x.tolist() for x in found] == [expected, counts]
     nothing = torch.full_like(teacher, NAN)
@@ -470,7 +471,7 @@ def test_terms(dtype: torch.dtype) -> None:
             options[3], options[4] = kd_weight, ce_weight
             for per_row, normalizers in ((False, [7.0, 3.0]), (True, [1.0, 1.0])):
                 arguments = rows, options, torch.tensor(normalizers, dtype=torch.float64), per_row
-                for actual, expected in zip(ops.kd_terms(*arguments), fallback.kd_terms(*arguments), strict=True):
+                for actual, expected in zip(ops.kd_terms(*arguments), eager.kd_terms(*arguments), strict=True):
                     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 

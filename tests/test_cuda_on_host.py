@@ -10,8 +10,8 @@ import torch
 from on_host import guarded
 from torch import Tensor
 
-from fusedkd import definitions
-from fusedkd.ops import SCHEMAS
+from fusedkd.backends.schema import SCHEMAS
+from fusedkd.reference import hidden
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -154,16 +154,16 @@ def test_squares_out_of_range(ops, dtype, scale, h):
     x[0, 0], y[0, 1] = scale * x[0, 0], scale * y[0, 1]
     x[0, 2], y[0, 2] = scale * x[0, 2], scale * y[0, 2]
     rows, stats, gradient = ops.cosine_forward(x, y, None, torch.ones((), dtype=torch.float64), True)
-    distance = definitions.cosine_distance(x[0].double(), y[0].double())
+    distance = hidden.cosine_distance(x[0].double(), y[0].double())
     torch.testing.assert_close(rows.double(), distance, rtol=1e-5, atol=1e-12)
-    expected = definitions.cosine_distance_gradient(x[0].double(), y[0].double())
+    expected = hidden.cosine_distance_gradient(x[0].double(), y[0].double())
     for upstream, found in ((1.0, gradient), (-3.0, None)):
         if found is None:
             up = torch.tensor(upstream, dtype=stats.dtype)
             found = ops.cosine_backward(up, x, y, None, torch.ones((), dtype=torch.float64), stats)
         error = (found[0].double() - upstream * expected).norm(dim=-1)
         rounding = (upstream * expected - (upstream * expected).to(dtype).double()).norm(dim=-1)
-        assert (error <= 1.25 * rounding + 3e-6 * definitions.inverse_norm(x[0].double())[:, 0]).all()
+        assert (error <= 1.25 * rounding + 3e-6 * hidden.inverse_norm(x[0].double())[:, 0]).all()
         assert (found != 0).any(-1)[:, :: 1 if scale > 1 else 2].all()
 
 

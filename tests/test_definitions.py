@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from truth import pair, targets
 
-from fusedkd import DKD, JSD, AlphaBeta, SkewKL, SkewReverseKL, definitions
+from fusedkd import DKD, JSD, AlphaBeta, SkewKL, SkewReverseKL
+from fusedkd.backends.eager import DEFINITIONS
 from fusedkd.backends.layout import KernelId
-from fusedkd.divergences import DEFINITIONS, FAMILIES, Divergence, Rows
+from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd.reference import hidden, softmax
+from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import log_softmax
 
 T = [0.5, 1.0, 2.0, 4.0, 20.0]
@@ -274,24 +277,24 @@ def test_dkd_without_a_legal_label() -> None:
 def test_cross_entropy_is_torch_s(smoothing: float) -> None:
     z, y = double(6, 13)[0], targets(6, classes=13, ignored=None)
     expected = F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing)
-    torch.testing.assert_close(definitions.cross_entropy(z, y, smoothing), expected)
-    actual = definitions.cross_entropy_gradient(z, y, smoothing)
-    torch.testing.assert_close(actual, autograd(definitions.cross_entropy, z, y, smoothing), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(softmax.cross_entropy(z, y, smoothing), expected)
+    actual = softmax.cross_entropy_gradient(z, y, smoothing)
+    torch.testing.assert_close(actual, autograd(softmax.cross_entropy, z, y, smoothing), rtol=1e-10, atol=1e-14)
 
 
 def test_label_smoothing_is_a_kl_to_the_uniform_distribution() -> None:
     z, y = double(6, 13)[0], targets(6, classes=13, ignored=None)
     uniform = torch.zeros_like(z)
-    expected = 0.9 * definitions.cross_entropy(z, y) + 0.1 * (
+    expected = 0.9 * softmax.cross_entropy(z, y) + 0.1 * (
         defined(FAMILIES["forward_kl"](), z, uniform)[0] + torch.tensor(13.0).double().log()
     )
-    torch.testing.assert_close(definitions.cross_entropy(z, y, 0.1), expected)
+    torch.testing.assert_close(softmax.cross_entropy(z, y, 0.1), expected)
 
 
 def test_label_out_of_range_is_nan_with_no_gradient() -> None:
     z, y = double(3, 5)[0], torch.tensor([5, -1, 2])
-    assert definitions.cross_entropy(z, y).isnan().tolist() == [True, True, False]
-    gradient = definitions.cross_entropy_gradient(z, y)
+    assert softmax.cross_entropy(z, y).isnan().tolist() == [True, True, False]
+    gradient = softmax.cross_entropy_gradient(z, y)
     assert not gradient[:2].any()
     assert gradient[2].any()
 
@@ -300,30 +303,30 @@ def test_label_out_of_range_is_nan_with_no_gradient() -> None:
 def test_softcap_and_its_derivative(softcap: float) -> None:
     x = double(3, 8)[0]
     expected = softcap * torch.tanh(0.7 * x / softcap) if softcap else 0.7 * x
-    torch.testing.assert_close(definitions.cap_and_scale(x, softcap, 0.7), expected)
-    actual = definitions.cap_and_scale_derivative(x, softcap, 0.7)
-    torch.testing.assert_close(actual, autograd(definitions.cap_and_scale, x, softcap, 0.7))
-    assert definitions.cap_and_scale(torch.tensor(-torch.inf), softcap, 0.7) == -torch.inf
+    torch.testing.assert_close(softmax.cap_and_scale(x, softcap, 0.7), expected)
+    actual = softmax.cap_and_scale_derivative(x, softcap, 0.7)
+    torch.testing.assert_close(actual, autograd(softmax.cap_and_scale, x, softcap, 0.7))
+    assert softmax.cap_and_scale(torch.tensor(-torch.inf), softcap, 0.7) == -torch.inf
 
 
 def test_softcap_derivative_far_out() -> None:
     """At ten caps tanh is 1 to the last bit of float64 but one: the derivative must come from e^−2|x| itself."""
     x = torch.tensor([50.0, -50.0, 100.0], dtype=torch.float64)
     expected = 4 * torch.exp(-2 * x.abs() / 5)  # the leading term: the next is e^−2|x| times smaller
-    torch.testing.assert_close(definitions.cap_and_scale_derivative(x, 5.0), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(softmax.cap_and_scale_derivative(x, 5.0), expected, rtol=1e-7, atol=0)
 
 
 def test_cosine_is_torch_s() -> None:
     x, y = double(6, 17)
     x[1], y[2], x[3] = 0, 0, y[3]
     expected = F.cosine_embedding_loss(x, y, torch.ones(6), reduction="none")
-    torch.testing.assert_close(definitions.cosine_distance(x, y), expected, rtol=1e-12, atol=1e-15)
-    actual = definitions.cosine_distance_gradient(x, y)
-    torch.testing.assert_close(actual, autograd(definitions.cosine_distance, x, y), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(hidden.cosine_distance(x, y), expected, rtol=1e-12, atol=1e-15)
+    actual = hidden.cosine_distance_gradient(x, y)
+    torch.testing.assert_close(actual, autograd(hidden.cosine_distance, x, y), rtol=1e-9, atol=1e-9)
 
 
 def test_cosine_gradient_by_finite_differences() -> None:
     x, y = double(1, 5)
     step = 1e-6 * torch.eye(5, dtype=torch.float64)
-    differences = definitions.cosine_distance(x + step, y) - definitions.cosine_distance(x - step, y)
-    torch.testing.assert_close(definitions.cosine_distance_gradient(x, y)[0], differences / 2e-6, rtol=1e-6, atol=1e-9)
+    differences = hidden.cosine_distance(x + step, y) - hidden.cosine_distance(x - step, y)
+    torch.testing.assert_close(hidden.cosine_distance_gradient(x, y)[0], differences / 2e-6, rtol=1e-6, atol=1e-9)

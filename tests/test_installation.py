@@ -16,7 +16,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fusedkd import env, ops
+from fusedkd import env
+from fusedkd.backends import dispatch
 
 ROOT = Path(__file__).parent.parent
 UNBUILT = ("*.so", "__pycache__", ".git", ".venv", "build", "dist", "runs", "*.egg-info", ".*_cache")
@@ -48,11 +49,11 @@ def installed(folder: Path, library: str | None) -> Path:
 
 def slow_call() -> str:
     """What the first call says where the libraries are missing."""
-    reason = ops.load("_C")
+    reason = dispatch.load("_C")
     assert reason is not None
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        ops._Slow(reason).kd_terms(torch.ones(2, 3), torch.ones(16), torch.ones(2), True)
+        dispatch._Slow(reason).kd_terms(torch.ones(2, 3), torch.ones(16), torch.ones(2), True)
     (warning,) = found
     return str(warning.message)
 
@@ -60,7 +61,7 @@ def slow_call() -> str:
 def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypatch) -> None:
     clone, site = installed(tmp_path / "clone", None), installed(tmp_path / "site", "_C.abi3.so")
     (clone / "setup.py").touch()
-    monkeypatch.setattr(ops, "__file__", str(clone / "fusedkd/ops.py"))
+    monkeypatch.setattr(dispatch, "__file__", str(clone / "fusedkd/dispatch.py"))
     monkeypatch.setattr(sys, "path", [str(clone), str(site)])
     said = slow_call()
     assert f"_C is not built in {clone}/fusedkd, which hides the installed {site}/fusedkd, where it is" in said
@@ -76,7 +77,7 @@ def test_the_advice_mends_what_is_missing(kind, tmp_path, monkeypatch) -> None:
     folder, other = installed(tmp_path / "clone", None), installed(tmp_path / "other", None)
     if kind == "clone":
         (folder / "setup.py").touch()
-    monkeypatch.setattr(ops, "__file__", str(folder / "fusedkd/ops.py"))
+    monkeypatch.setattr(dispatch, "__file__", str(folder / "fusedkd/dispatch.py"))
     monkeypatch.setattr(sys, "path", [str(folder), str(other)])
     said = slow_call()
     assert "hides" not in said
@@ -87,8 +88,8 @@ def test_the_advice_mends_what_is_missing(kind, tmp_path, monkeypatch) -> None:
 def test_env_tells_where_the_package_is(capsys) -> None:
     env.main()
     out = capsys.readouterr().out
-    assert re.search(rf"imported from +{re.escape(str(Path(ops.__file__).parent))}\n", out)
-    backend, reason = ops.backends["kd_forward", "CPU"]
+    assert re.search(rf"imported from +{re.escape(str(Path(dispatch.__file__).parent))}\n", out)
+    backend, reason = dispatch.serving["kd_forward", "CPU"]
     assert re.search(rf"kd_forward +CPU +{re.escape(backend)} +{re.escape(reason)}\n", out)
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from cluster_cases import Case
 from families import describe, divergences
-from fusedkd.ops import CLUSTER, STATS
 from truth import assert_gradient
 
 from fusedkd import DKD, JSD, SkewKL
-from fusedkd.backends.layout import KernelId
+from fusedkd.backends.layout import STATS, KernelId
+from fusedkd.backends.schema import CLUSTER
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=describe)
 

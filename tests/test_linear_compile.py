@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from truth import DTYPES, assert_value, operator_calls
 
 from fusedkd import JSD, TeacherHead, linear_kd_loss
-from fusedkd.ops import SCHEMAS
+from fusedkd.backends.schema import SCHEMAS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

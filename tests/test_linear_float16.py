@@ -24,10 +24,12 @@ from fusedkd import (
     TeacherSamples,
     linear,
     slopes,
-    sparse,
 )
-from fusedkd.backends.layout import KernelId
-from fusedkd.divergences import DEFINITIONS, Divergence, Rows
+from fusedkd.backends import eager
+from fusedkd.backends.eager import DEFINITIONS
+from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd.divergences import Divergence
+from fusedkd.reference.divergences import Rows
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 
@@ -146,16 +148,16 @@ def test_bound_of_a_form(divergence: Divergence) -> None:
     assert steepest >= bound / 100
 
 
-@pytest.mark.parametrize("form", sparse.TopkKernelId, ids=lambda form: form.name)
-def test_bound_of_a_sparse_form(form: sparse.TopkKernelId) -> None:
+@pytest.mark.parametrize("form", TopkKernelId, ids=lambda form: form.name)
+def test_bound_of_a_sparse_form(form: TopkKernelId) -> None:
     rows, k = rows_within(slopes.LOG_RATIO), 8
     log_p, ids = rows.log_p.topk(k)
-    known = log_p.exp() if form == sparse.TopkKernelId.SAMPLES else log_p
-    gradient = sparse.definition(form, ids, known, rows.log_q, 1.0)[1]
+    known = log_p.exp() if form == TopkKernelId.SAMPLES else log_p
+    gradient = eager.topk_definition(form, ids, known, rows.log_q, 1.0)[1]
     bound = slopes.SPARSE_BOUNDS[form](torch.ones(6, dtype=torch.float64), rows.student.shape[1])
     assert bound / 100 <= gradient.abs().max() <= bound * (1 + 1e-12)
 
 
 def test_every_form_has_a_bound() -> None:
     assert set(slopes.BOUNDS) == set(KernelId)
-    assert set(slopes.SPARSE_BOUNDS) == set(sparse.TopkKernelId)
+    assert set(slopes.SPARSE_BOUNDS) == set(TopkKernelId)

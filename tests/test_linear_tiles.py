@@ -25,7 +25,8 @@ from linear_cases import (
 from torch import nn
 from truth import DTYPES, assert_value, noise_for
 
-from fusedkd import TeacherHead, ops
+from fusedkd import TeacherHead
+from fusedkd.backends import dispatch
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N = 18
@@ -191,7 +192,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary(device: str) -> None:
     """Tiles of 80 MB and a head's gradient of 1 MB; four times the rows add their own gradient alone, 0.8 MB. One
     tensor of N×V would add 196.
     """
-    if device == "cpu" and (ops.backends["kd_forward", "CPU"][0] != "C++" or not os.access(CLEAR_REFS, os.W_OK)):
+    if device == "cpu" and (dispatch.serving["kd_forward", "CPU"][0] != "C++" or not os.access(CLEAR_REFS, os.W_OK)):
         pytest.skip("needs the C++ kernels and Linux's /proc")
     root, peaks = Path(__file__).parent.parent, []
     for n in (2048, 8192):

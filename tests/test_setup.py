@@ -13,7 +13,7 @@ import pytest
 import setuptools
 import torch
 
-from fusedkd import ops
+from fusedkd.backends import dispatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,13 +79,13 @@ def test_kernels_for_hopper_need_90a(tmp_path: Path) -> None:
 def test_the_report_says_why_nobody_answers_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library built and loaded, but not for 90a."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(ops, "load", lambda library: None)
-    monkeypatch.setattr(ops, "backends", {})
-    monkeypatch.setattr(ops, "_library", SimpleNamespace(impl=lambda *arguments: None))
+    monkeypatch.setattr(dispatch, "load", lambda library: None)
+    monkeypatch.setattr(dispatch, "backends", {})
+    monkeypatch.setattr(dispatch, "_library", SimpleNamespace(impl=lambda *arguments: None))
     pytest.importorskip("triton")
     for built, backend in ((False, "nobody"), (True, "CUDA C++")):
         monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names, built=built: built)
-        ops._dispatch_cuda()
-        assert ops.backends["kd_cluster", "CUDA"][0] == backend
-        assert ops.backends["kd_forward", "CUDA"][0] == "Triton"
-        assert ("90a" in ops.backends["kd_cluster", "CUDA"][1]) is not built
+        dispatch._dispatch_cuda()
+        assert dispatch.serving["kd_cluster", "CUDA"][0] == backend
+        assert dispatch.serving["kd_forward", "CUDA"][0] == "Triton"
+        assert ("90a" in dispatch.serving["kd_cluster", "CUDA"][1]) is not built

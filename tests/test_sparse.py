@@ -9,14 +9,14 @@ import torch
 from test_definitions import INF, autograd, defined, double, kl
 from torch import Tensor
 
-from fusedkd import sparse
+from fusedkd.backends import eager
 from fusedkd.backends.layout import TopkKernelId
 from fusedkd.divergences import FAMILIES
 from fusedkd.reference.softmax import log_softmax
 
 
 def listed(form: TopkKernelId, z: Tensor, ids: Tensor, known: Tensor, sharpening: float = 1.0) -> tuple[Tensor, Tensor]:
-    return sparse.definition(form, ids, known, log_softmax(z), sharpening)
+    return eager.topk_definition(form, ids, known, log_softmax(z), sharpening)
 
 
 def known_columns(v: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from fusedkd.ops import backends
 from test_cpu_kernels import before_a_fault, isa
 from topk_cases import RULES, B, Case, L, N, case, check, run, same
 from truth import DTYPES
 
+from fusedkd.backends.dispatch import serving as backends
 from fusedkd.backends.layout import TopkKernelId
 
 ops = torch.ops.fusedkd

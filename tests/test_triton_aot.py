@@ -24,10 +24,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
-from fusedkd.backends.layout import KernelId  # noqa: E402
+from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId  # noqa: E402
 from fusedkd.backends.triton import kd  # noqa: E402
 from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
-from fusedkd.backends.triton.divergences import MEASURED  # noqa: E402
 from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -78,7 +77,7 @@ def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **st
     constants = STRUCTURE | structure
     constants |= {key: int(getattr(constants[key], "value", constants[key])) for key in ("FORM", "STAGE")}
     form = constants["FORM"]
-    constants["MEASURED"] = form in MEASURED
+    constants["MEASURED"] = form in NEEDS_WEIGHT_SUM
     options = layout(
         student,
         resident_columns(form, constants["TRANSFORM"]) if constants["RESIDENT"] else 50257,
@@ -167,7 +166,7 @@ def test_accesses_are_wide(
 def test_forms(form: KernelId, tmp_path: Path) -> None:
     kernel = compiled(SM90, BF16, BF16, FORM=form, **FORWARD)
     ptx = kernel.asm["ptx"]
-    passes = 3 if form in MEASURED else 2
+    passes = 3 if form in NEEDS_WEIGHT_SUM else 2
     assert bits(ptx, "ld", "evict_last") == [128] * 2 * (passes - 1) + [16] * 2 * (passes - 1)
     assert bits(ptx, "ld", "evict_first") == [128, 128, 16, 16]
     assert bits(ptx, "st", "evict_first") == [128, 16]

@@ -26,10 +26,7 @@ from gpu_stub import Launch, gpu  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
-from fusedkd.backends.layout import (
-    KernelId,
-    TopkKernelId,
-)
+from fusedkd.backends.layout import KernelId, TopkKernelId  # noqa: E402
 from fusedkd.backends.triton import kd, topk  # noqa: E402
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -20,10 +20,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 from truth import between_nans
 
-from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation, fallback
+from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation
+from fusedkd.backends import eager
 from fusedkd.backends.layout import KernelId
 from fusedkd.backends.triton import choice, kd
-from fusedkd.divergences import Divergence, ForwardKL, Rows
+from fusedkd.divergences import Divergence, ForwardKL
+from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, log_softmax
 
 NAN, INF = float("nan"), float("inf")
@@ -149,7 +151,7 @@ def _check(
         z, v = cap_and_scale(z, *transforms[:2]), cap_and_scale(v, *transforms[2:])
     kd_rows = Rows(log_softmax(v / options[1]), log_softmax(z[:, :C] / options[0]), v, z[:, :C], y)
     part = dense(divergence, kd_rows, exact)
-    expected, _, _ = fallback.kd_forward(student.double(), teacher.double(), *tail, *last, False)
+    expected, _, _ = eager.kd_forward(student.double(), teacher.double(), *tail, *last, False)
     rows, stats, gradient = kd.kd_forward(student, teacher, *tail, *last, True)
     assert_close(rows[0].double(), expected[0], kd_scale * w * torch.nan_to_num(part.tolerance))
     assert_close(rows[1].double(), expected[1], 1e-11 * expected[1] + 1e-14 if exact else 1e-5 * expected[1] + 2e-7)
@@ -166,7 +168,7 @@ def _check(
 
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         up = upstream.double()
-        truth = fallback.kd_backward(up, student.double(), teacher.double(), *tail, stats.double(), *last)
+        truth = eager.kd_backward(up, student.double(), teacher.double(), *tail, stats.double(), *last)
         truth, got = truth.flatten(0, 1), actual.double().flatten(0, 1)
         rounding = norm(truth.to(actual.dtype).double() - truth)
         bound = 1.25 * rounding + (1e-13 if exact else 1e-6) * s * up.abs()

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, flags, logits, options_for
 
-from fusedkd import fallback
+from fusedkd.backends import eager
+from fusedkd.backends.layout import KernelId
 from fusedkd.backends.triton import choice, kd
 from fusedkd.backends.triton import math as helpers
 from fusedkd.divergences import ForwardKL
@@ -35,7 +36,7 @@ def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> Non
     weights, counts = kd.kd_row_weights(teacher, None, y, mask, -100, True)
     assert weights.dtype == torch.float32
     assert counts.dtype == torch.float64
-    truth = fallback.kd_row_weights(teacher, None, y, mask, -100, True)
+    truth = eager.kd_row_weights(teacher, None, y, mask, -100, True)
     assert torch.equal(weights, truth[0])
     assert torch.equal(counts, truth[1])
     assert weights[2] != 0 or labels is not None
@@ -63,7 +64,7 @@ def test_terms(n: int) -> None:
     for weights in ((0.6, 0.8), (0.0, 0.8)):
         options = options_for(ForwardKL(), weights=weights)
         for per_row in (False, True):
-            truth = fallback.kd_terms(rows, options, normalizers, per_row)
+            truth = eager.kd_terms(rows, options, normalizers, per_row)
             for actual, expected in zip(kd.kd_terms(rows, options, normalizers, per_row), truth, strict=True):
                 assert actual.shape == expected.shape
                 assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
@@ -123,7 +124,7 @@ def test_another_kernel_where_no_cluster_has_room(monkeypatch: pytest.MonkeyPatc
         library.impl("kd_cluster", lambda *arguments: bool(calls.append(arguments)), "CPU")
         found = kd.kd_forward(*arguments)
     assert len(calls) == 1
-    for actual, expected in zip(found[::2], fallback.kd_forward(*arguments)[::2], strict=True):
+    for actual, expected in zip(found[::2], eager.kd_forward(*arguments)[::2], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert found[2].any()
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, cosine_hidden_loss, definitions, kd_loss
+from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, cosine_hidden_loss, kd_loss
 from fusedkd.backends.layout import KernelId
-from fusedkd.divergences import Divergence, Rows, resolve
+from fusedkd.divergences import Divergence, resolve
 from fusedkd.losses.kd import Teacher
+from fusedkd.reference import hidden, softmax
+from fusedkd.reference.divergences import Rows
 
 INTERPRETED = os.environ.get("FUSEDKD_BACKEND") == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = "ttsem" in sys.modules
@@ -125,11 +127,11 @@ def kd_truth(
     kd = ce = Term(subtracted, subtracted)
     if kd_weight:
         on, factor = w != 0, column(kd_weight * t_k / n_kd / t_s * w) * slope[:, :columns]
-        log_q = definitions.log_softmax(z_kd / t_s)
+        log_q = softmax.log_softmax(z_kd / t_s)
         if sparse:
             part = bounds.listed(teacher, family, z_kd, log_q, t_t, exact)
         else:
-            part = bounds.dense(family, Rows(definitions.log_softmax(v / t_t), log_q, v, z_kd, y), exact)
+            part = bounds.dense(family, Rows(softmax.log_softmax(v / t_t), log_q, v, z_kd, y), exact)
         kd = Term(*(torch.where(on, w * t_k * x, 0) for x in (part.value, part.tolerance)))
         gradient[:, :columns] += torch.where(column(on), factor * part.gradient, 0)
         subtracted = torch.where(on, factor.amax(-1) * part.subtracted, 0)
@@ -137,12 +139,12 @@ def kd_truth(
             free[:, :columns] = torch.where(column(on), factor * part.free, 0)
     if ce_weight:
         on, factor = labelled != 0, column(ce_weight / n_ce * labelled) * slope
-        nll = torch.where(on, definitions.cross_entropy(z, y, float(label_smoothing)), 0)
+        nll = torch.where(on, softmax.cross_entropy(z, y, float(label_smoothing)), 0)
         ce = Term(nll, labelled * (1e-11 * nll + 1e-14 if exact else 1e-5 * nll + 2e-7))
-        full = definitions.cross_entropy_gradient(z, y, float(label_smoothing))
+        full = softmax.cross_entropy_gradient(z, y, float(label_smoothing))
         gradient += torch.where(column(on), factor * full, 0)
         target = torch.zeros_like(z).scatter_(1, column(y.clamp(0, z.shape[1] - 1)), 1)
-        for x in (definitions.log_softmax(z).exp(), target):
+        for x in (softmax.log_softmax(z).exp(), target):
             subtracted = subtracted + torch.where(on, (factor * x).norm(dim=-1), 0)
 
     kd, ce = (_reduced(term, n, student, reduction) for term, n in ((kd, n_kd), (ce, n_ce)))
@@ -188,11 +190,11 @@ def cosine_truth(
         w = float64(mask if mask.is_floating_point() else mask != 0).flatten()
         count = w.sum()
     n, on = _divisor(reduction, normalizer, count), w != 0
-    distance = torch.where(on, definitions.cosine_distance(x, y), 0)
+    distance = torch.where(on, hidden.cosine_distance(x, y), 0)
     rows = Term(w * distance, w * bounds.tolerance(distance, student.dtype == torch.float64))
     factor = (w / n).unsqueeze(-1)
-    gradient = torch.where(on.unsqueeze(-1), factor * definitions.cosine_distance_gradient(x, y), 0)
-    a, b = definitions.inverse_norm(x), definitions.inverse_norm(y)
+    gradient = torch.where(on.unsqueeze(-1), factor * hidden.cosine_distance_gradient(x, y), 0)
+    a, b = hidden.inverse_norm(x), hidden.inverse_norm(y)
     subtracted = torch.where(on, (factor * a).squeeze(-1) * ((a * x).norm(dim=-1) + (b * y).norm(dim=-1)), 0)
     loss = _reduced(rows, n, student, reduction)
     scaled = _with_upstream(gradient, subtracted, torch.zeros(()), upstream, student)
@@ -211,7 +213,7 @@ def _capped(logits: Tensor, softcap: Any, scale: Any) -> tuple[Tensor, Tensor]:
     """The logits as ``(N, V)`` after soft-cap and scale, and the slope of these at each."""
     x = _rows(logits)
     options = float(softcap or 0.0), 1.0 if scale is None else float(scale)
-    return definitions.cap_and_scale(x, *options), definitions.cap_and_scale_derivative(x, *options)
+    return softmax.cap_and_scale(x, *options), softmax.cap_and_scale_derivative(x, *options)
 
 
 def _divisor(reduction: str, normalizer: Any, count: Any) -> float:

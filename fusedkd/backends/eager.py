@@ -37,6 +37,16 @@ DEFINITIONS: dict[KernelId, Callable[[Rows, Tensor], tuple[Tensor, Tensor]]] = {
 TAILS = {kernel: (tail, reverse) for (tail, reverse), kernel in TOPK_KERNELS.items()}
 
 
+def topk_definition(
+    kernel_id: int, ids: Tensor, known: Tensor, log_q: Tensor, sharpening: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """(D, ∂D/∂s) of rows with ids ``(N, K)``: see :mod:`fusedkd.reference.sparse`."""
+    if kernel_id == TopkKernelId.SAMPLES:
+        return sparse.sampled_cross_entropy(ids, known, log_q)
+    tail, reverse = TAILS[TopkKernelId(kernel_id)]
+    return sparse.topk_kl(tail, reverse, ids, known, log_q, sharpening)
+
+
 def kd_row_weights(
     teacher: Tensor, ids: Tensor | None, labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int, kd: bool
 ) -> tuple[Tensor, Tensor]:
@@ -102,11 +112,8 @@ class _Call(NamedTuple):
         else:
             illegal = self.illegal()
             ids, known = torch.where(illegal.unsqueeze(-1), -1, self.ids), self.teacher.flatten(0, 1)
-            if self.kernel_id == TopkKernelId.SAMPLES:
-                value, gradient = sparse.sampled_cross_entropy(ids, known, log_softmax(z / t_s))
-            else:
-                tail, reverse = TAILS[TopkKernelId(self.kernel_id)]
-                value, gradient = sparse.topk_kl(tail, reverse, ids, known, log_softmax(z / t_s), a[0] / t_t)
+            log_q = log_softmax(z / t_s)
+            value, gradient = topk_definition(self.kernel_id, ids, known, log_q, a[0] / t_t)
             value = torch.where(illegal, torch.nan, value)
             finite = self.kernel_id not in REVERSE
         masked = (z == -torch.inf).all(-1)

@@ -63,6 +63,9 @@ class Stat(IntEnum):
     """The backend's own use."""
 
 
+STATS = len(Stat)
+
+
 class KernelId(IntEnum):
     """How kernels compute a divergence of a teacher with logits: the ``kernel_id`` of the KD operators without ids.
     Several divergences of :mod:`fusedkd.divergences` may share one, with other coefficients.

@@ -13,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fusedkd import env, ops
+from fusedkd import env
+from fusedkd.backends import dispatch
 from fusedkd.distilbert.arms import ARMS
 from fusedkd.distilbert.config import Config
 
@@ -32,7 +33,7 @@ def write(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": env.devices(),
         "versions": env.versions(),
-        "backends": {operator: backend for (operator, _), (backend, _) in ops.backends.items()},
+        "backends": {operator: backend for (operator, _), (backend, _) in dispatch.serving.items()},
         "settings": config.settings(everything=True) | {"vocab_size": vocab},
         "latency": latency,
         "teacher": teachers,

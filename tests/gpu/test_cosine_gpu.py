@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fusedkd
-from fusedkd import ops
+from fusedkd.backends import dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -171,7 +171,7 @@ def test_in_a_graph():
 
 
 def test_deterministic_and_served_by_cuda():
-    assert ops.backends["cosine_forward", "CUDA"][0] == "CUDA C++", ops.backends["cosine_forward", "CUDA"]
+    assert dispatch.serving["cosine_forward", "CUDA"][0] == "CUDA C++", dispatch.serving["cosine_forward", "CUDA"]
     x, y = hidden_states(64, 64, 4096, dtype=torch.bfloat16)
     x.requires_grad_()
     first, second = (torch.autograd.grad(fusedkd.cosine_hidden_loss(x, y), x)[0] for _ in range(2))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from truth import EMULATED, assert_gradient, assert_value, check_kd, kd_truth, noise_for, pair, targets
 
-from fusedkd import TeacherLogits, kd_loss, ops
+from fusedkd import TeacherLogits, kd_loss
+from fusedkd.backends import dispatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,7 +28,7 @@ def batch(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tu
 
 
 def test_served_by_triton() -> None:
-    assert {ops.backends[name, "CUDA"][0] for name in ops.KD_OPERATORS} == {"Triton"}
+    assert {dispatch.serving[name, "CUDA"][0] for name in dispatch.KD_OPERATORS} == {"Triton"}
 
 
 @pytest.mark.parametrize("vocabulary", [32000, 119547, 128256, 151936, 262144])
