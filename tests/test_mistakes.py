@@ -41,7 +41,7 @@ class Formless(Divergence):
 
 
 class Nameless(Divergence):
-    form = KernelId.JEFFREYS
+    kernel_id = KernelId.JEFFREYS
 
 
 def sharded(x: Tensor) -> Tensor:

@@ -189,6 +189,6 @@ def test_cosine_module(device: str) -> None:
 
 
 def test_public_names() -> None:
-    assert {"kd_loss", "cosine_hidden_loss", "KDTerms", "TeacherLogits", "nn", "ops"} <= set(fusedkd.__all__)
+    assert {"kd_loss", "cosine_hidden_loss", "KDTerms", "KDOptions", "TeacherLogits", "nn"} <= set(fusedkd.__all__)
     assert {"TeacherTopK", "TeacherSamples", "Divergence"} <= set(fusedkd.__all__)
     assert {family.__name__ for family in FAMILIES.values()} <= set(fusedkd.__all__)

@@ -82,12 +82,12 @@ def kd_loss(
             cross-entropy.
         labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
             cross-entropy, and without a `kd_mask` no KD term. Labels alone add no cross-entropy: `ce_weight` does.
+        {options}
         inplace: lets the gradient overwrite the student's logits, which must be neither a leaf nor a view, nor share
             memory with the teacher, unless row by row (``student_logits.detach()``). Ignored under ``torch.compile``,
             with grad mode off, and where the gradient is computed in backward (float16, ``"none"``, a list of
             teachers). One backward only; an upstream gradient other than 1 rounds a second time.
         return_terms: also return :class:`KDTerms`.
-        {options}
 
     Under ``torch.compile`` a teacher from ``torch.inference_mode`` cannot be saved for backward, which is PyTorch's
     rule: run it under ``torch.no_grad``. Where hooks of saved tensors are active (non-reentrant checkpoints,

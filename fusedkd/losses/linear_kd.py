@@ -101,6 +101,7 @@ def linear_kd_loss(
         teacher: a :class:`~fusedkd.TeacherHead`, whose logits exist a tile at a time as well, or any teacher that
             :func:`kd_loss` takes, or a list of them.
         labels: class indices ``(*)``, int64, already shifted for causal models.
+        {options}
         student_bias: ``(V_s,)``.
         max_tile_bytes: what the tiles of student and teachers may take together. Rows per tile are at most 4096; below
             1024 the products starve, of which a warning tells. It changes results by rounding alone.
@@ -109,7 +110,6 @@ def linear_kd_loss(
         max_rows: how many rows, at most, carry a term. Only a GPU needs to know: if there are more, loss and gradients
             are NaN there.
         return_terms: also return :class:`KDTerms`.
-        {options}
 
     Returns:
         As :func:`kd_loss`. Gradients reach `student_hidden`, `student_weight` and `student_bias`.
