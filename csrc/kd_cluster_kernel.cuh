@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const bool counted = p.ce && p.labels && label != p.ignore_index, legal = label >= 0 && label < p.columns;
   const bool has_kd = weight != 0 && p.common > 0, has_ce = counted && legal;
   const bool has_target = p.labels && label >= 0 && label < p.common;  // for forms that hide it
-  float* const stats = p.stats + 8 * i;
+  float* const stats = p.stats + STATS * i;
   S* gradient = nullptr;
   const int64_t b = i / p.length, l = i % p.length;
   const auto row_at = [&](const int64_t (&strides)[2]) { return b * strides[0] + l * strides[1]; };
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   if (forward && first) p.rows[i] = 0, p.rows[p.count + i] = counted && !legal ? NAN : 0;
   if (row.z.columns == 0) {  // nothing is read
     if (forward && first) {
-      for (int k = 0; k < 8; ++k) stats[k] = 0;
+      for (int k = 0; k < STATS; ++k) stats[k] = 0;
     }
     return;
   }
@@ -102,11 +102,11 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   bool met = false;
 
   // Options. k turns a difference of logits into an exponent of 2.
-  const auto option = [&](int k) { return static_cast<float>(p.options[k]); };
-  const float c_s = has_kd ? 1 / option(0) : 1, c_t = 1 / option(1), k_s = c_s * LOG2E, k_t = c_t * LOG2E;
+  const auto option = [&](Option k) { return static_cast<float>(p.options[k]); };
+  const float c_s = has_kd ? 1 / option(TEMPERATURE) : 1, c_t = 1 / option(TEACHER_TEMPERATURE), k_s = c_s * LOG2E, k_t = c_t * LOG2E;
   const int power = c_s == 1 ? 1 : c_s == 0.5f ? 2 : c_s == 0.25f ? 4 : 0;
-  const float smoothing = option(5);
-  row.cap_z = option(6), row.scale_z = option(7), row.cap_v = option(8), row.scale_v = option(9);
+  const float smoothing = option(LABEL_SMOOTHING);
+  row.cap_z = option(SOFTCAP), row.scale_z = option(SCALE), row.cap_v = option(TEACHER_SOFTCAP), row.scale_v = option(TEACHER_SCALE);
   const int target = has_ce || (F::hides_target && has_kd && has_target) ? static_cast<int>(label) : -1;
   const bool hides = F::hides_target && has_kd && has_target;
 
@@ -149,9 +149,13 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
     const float M_1 = product(finite_or_zero(m_1), LOG2E);
     l_1 = state[2] * exp2_of(product(m_s, LOG2E) - M_1) + state[6] * exp2_of(product(state[5], LOG2E) - M_1);
     l_1 *= beyond(m_1, LOG2E, -1);
-    if (first) stats[0] = m_s, stats[1] = l_s, stats[2] = m_t, stats[3] = l_t, stats[4] = m_1, stats[5] = l_1;
+    if (first) {
+      stats[STUDENT_MAX] = m_s, stats[STUDENT_SUM] = l_s, stats[OTHER_MAX] = m_t, stats[OTHER_SUM] = l_t;
+      stats[CE_MAX] = m_1, stats[CE_SUM] = l_1;
+    }
   } else {
-    m_s = stats[0], l_s = stats[1], m_t = stats[2], l_t = stats[3], m_1 = stats[4], l_1 = stats[5];
+    m_s = stats[STUDENT_MAX], l_s = stats[STUDENT_SUM], m_t = stats[OTHER_MAX], l_t = stats[OTHER_SUM];
+    m_1 = stats[CE_MAX], l_1 = stats[CE_SUM];
   }
 
   // The row's constants
@@ -177,15 +181,15 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
     sums.odds_s = log_odds<R>(at_label.z[0], base_s, c_s, l_s);
     sums.odds_t = log_odds<R>(at_label.v[0], base_t, c_t, l_t);
   }
-  const F form(p.options + 10, sums);
+  const F form(p.options + COEFFICIENTS, sums);
   const bool dead = F::softmax && l_s == 0 && !(hides && at_label.z[0] != -INFINITE<float>);
 
   // Coefficients of the gradient: 0 for a term that the row does not have
   const bool broken = counted && !legal;
   const float a_kd = !has_kd || broken || dead || (F::hides_target && !hides)
                          ? 0.0f
-                         : upstream * option(3) * option(2) * weight * c_s / static_cast<float>(p.normalizers[0]);
-  const float a_ce = has_ce && l_1 != 0 ? upstream * option(4) / static_cast<float>(p.normalizers[1]) : 0.0f;
+                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * c_s / static_cast<float>(p.normalizers[0]);
+  const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[1]) : 0.0f;
   const float a_other = a_ce * smoothing / p.columns, a_label = a_ce * (1 - smoothing);
   const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
   const float a_common = with_ce ? a_ce * s_to_1 : 0, a_surplus = with_ce ? a_ce * r_1 : 0;  // times e
@@ -276,7 +280,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
     total();
     W = std::isfinite(divergence) ? pull : divergence;  // NaN too: the gradient shows what the value does
   } else if (F::measured) {
-    W = stats[6];
+    W = stats[WEIGHT_SUM];
   }
   if (!forward || F::measured) {
     const bool infinite = W == INFINITE<float>;
@@ -286,8 +290,8 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
     total();
   }
   if (!forward || !first) return;
-  stats[6] = W, stats[7] = 0;
-  if (has_kd) p.rows[i] = option(2) * p.weights[i] * (divergence < 0 ? 0 : divergence);
+  stats[WEIGHT_SUM] = W, stats[OWN] = 0;
+  if (has_kd) p.rows[i] = option(KD_SCALE) * p.weights[i] * (divergence < 0 ? 0 : divergence);
   if (has_ce && smoothing != 0) p.rows[p.count + i] -= smoothing * (shifted / p.columns);
 #else
   __trap();  // a build without sm_90a: nobody may take what was not computed for a gradient

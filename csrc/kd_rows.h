@@ -178,22 +178,22 @@ template <class A> struct KdRows {
     return std::log(one.l) + hit + (k.smoothing != 0 ? k.smoothing * (one.m - z_sum / V) : 0);
   }
 
-  double l_s() const { return 1 + double(stats[1]); }
-  double l_t() const { return 1 + double(stats[3]); }
-  double l_1() const { return 1 + double(stats[5]); }
+  double l_s() const { return 1 + double(stats[STUDENT_SUM]); }
+  double l_t() const { return 1 + double(stats[OTHER_SUM]); }
+  double l_1() const { return 1 + double(stats[CE_SUM]); }
 
   Terms<A> terms(double a, double b) const {
     const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = this->l_s(), l_t = this->l_t();
-    const double m_s = l_s == 0 ? A(0) : stats[0], m_t = l_t == 0 ? A(0) : stats[2];
+    const double m_s = l_s == 0 ? A(0) : stats[STUDENT_MAX], m_t = l_t == 0 ? A(0) : stats[OTHER_MAX];
     const double shift = m_t - m_s, b_shift = shift - m_t, lost = (m_t - (shift - b_shift)) - (m_s + b_shift);
-    const double excess = (double(stats[3]) - stats[1]) / l_s;
+    const double excess = (double(stats[OTHER_SUM]) - stats[STUDENT_SUM]) / l_s;
     Terms<A> r;
     r.m_s = m_s, r.inv_l_s = l_s == 0 ? 0 : A(1 / l_s), r.c_s = A(LOG2E / T_s);
     r.m_t = m_t, r.inv_l_t = l_t == 0 ? 0 : A(1 / l_t), r.c_t = A(LOG2E / T_t);
     r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s);
     r.rate_excess = A((1 - T_t / T_s) / LOG2E);
     r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
-    r.m_1 = stats[4], r.inv_l_1 = A(1 / l_1()), r.target = A(k.smoothing / V);
+    r.m_1 = stats[CE_MAX], r.inv_l_1 = A(1 / l_1()), r.target = A(k.smoothing / V);
     r.a = A(a), r.b = A(b), r.squarings = squarings;
     r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);
     return r;
@@ -239,7 +239,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
 
   void row(int64_t i) {
     const double T = k.temperature, nan = std::numeric_limits<double>::quiet_NaN();
-    this->z_row = k.student[i], this->v_row = k.teacher[i], stats = static_cast<A*>(k.stats) + 8 * i, hidden = -1;
+    this->z_row = k.student[i], this->v_row = k.teacher[i], stats = static_cast<A*>(k.stats) + STATS * i, hidden = -1;
     label = k.labels ? k.labels[i] : k.ignore_index;
     const bool labelled = k.labels && k.ce && label != k.ignore_index, legal = label >= 0 && label < V;
     const bool target = k.labels && label >= 0 && label < C;
@@ -250,7 +250,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     if (hides && kd) hidden = label;
     const double cross_entropy = k.forward ? this->softmaxes(kd && softmax) : 0;
     const double value = value_and_gradient(i, !labelled || legal);
-    if (twice && std::isinf(A(value))) stats[6] = A(value), value_and_gradient(i, !labelled || legal);
+    if (twice && std::isinf(A(value))) stats[WEIGHT_SUM] = A(value), value_and_gradient(i, !labelled || legal);
     if (!k.forward) return;
     A* rows = static_cast<A*>(k.rows);
     rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : hides && k.weights[i] != 0 ? nan : 0);
@@ -271,7 +271,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     bool pull = out && alive && legal && a != 0;             // there is a gradient of the divergence,
     const bool push = out && ce && this->l_1() != 0 && b != 0;  // of the cross-entropy
     double value = kd && no_student && (hides || !no_teacher) ? INFINITE<double> : 0;
-    if (twice) pull = pull && !std::isinf(stats[6]);
+    if (twice) pull = pull && !std::isinf(stats[WEIGHT_SUM]);
     if constexpr (hides) {
       if (alive) value = divergence.target_value, row.centre = divergence.centre;
     }
@@ -279,10 +279,10 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
       if (ahead) {
         const Sums sums = values_and_pulls(i, row, divergence, pull);
         value = sums.value;
-        stats[6] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.pull) : 0;
+        stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.pull) : 0;
       }
-      row.centre = stats[6];
-      pull = pull && !std::isinf(stats[6]);
+      row.centre = stats[WEIGHT_SUM];
+      pull = pull && !std::isinf(stats[WEIGHT_SUM]);
     }
     const E1 e_1 = !push ? E1::none : this->squarings >= 0 && pull ? E1::power : E1::own;
     for (int64_t j = 0, n; j < (push ? V : pull || (measure && !ahead) ? C : 0); j += n) {
@@ -356,8 +356,8 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
       this->template emit<measured && Divergence::centred, false>(r, z, w, STEP, g, true, E1::none);
     }
     if (e_1 == E1::none) return g[0];
-    const double l_1 = this->l_1(), q_1 = std::exp(double(z_y) - stats[4]) / l_1;
-    const double less_one = z_y == stats[4] ? -stats[5] / l_1 : q_1 - 1;
+    const double l_1 = this->l_1(), q_1 = std::exp(double(z_y) - stats[CE_MAX]) / l_1;
+    const double less_one = z_y == stats[CE_MAX] ? -stats[CE_SUM] / l_1 : q_1 - 1;
     return A(g[0] + r.b * (less_one + k.smoothing - k.smoothing / V));
   }
 

@@ -18,6 +18,7 @@ enum Option : int64_t {
   SCALE,
   TEACHER_SOFTCAP,
   TEACHER_SCALE,
+  Z_LOSS_WEIGHT,
   COEFFICIENTS,  // a0, a1, … from here on
 };
 constexpr int64_t OPTIONS = 16;

@@ -106,7 +106,7 @@ template <class A> struct TopkRows {
 
   void row(int64_t i) {
     const double T = k.temperature, nan = std::numeric_limits<double>::quiet_NaN();
-    z_row = k.student[i], stats = static_cast<A*>(k.stats) + 8 * i;
+    z_row = k.student[i], stats = static_cast<A*>(k.stats) + STATS * i;
     label = k.ce ? k.labels[i] : k.ignore_index;
     const bool labelled = k.ce && label != k.ignore_index, legal = !labelled || (label >= 0 && label < V);
     const bool selected = k.weights[i] != 0, listed = list(selected ? i : -1);
@@ -210,7 +210,7 @@ template <class A> struct TopkRows {
 
   // D, from the statistics as stored; leaves ∂D/∂s on the list in g, and `rest`.
   double divergence() {
-    const double m = stats[0], l = double(stats[1]) + stats[6], m_c = stats[2], l_c = double(stats[3]) + stats[7];
+    const double m = stats[STUDENT_MAX], l = double(stats[STUDENT_SUM]) + stats[WEIGHT_SUM], m_c = stats[OTHER_MAX], l_c = double(stats[OTHER_SUM]) + stats[OWN];
     const double rate = 1 / k.temperature;
     if (l == 0) return INFINITE<double>;
     const double log_l = std::log(l), q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
@@ -286,10 +286,10 @@ template <class A> struct TopkRows {
     char* out = (*k.gradient)[i];
     const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
-    const bool pull = kd && legal && stats[1] != 0 && a != 0 && !(infinite && reverse());  // of KD and CE
-    const bool push = ce && legal && stats[5] != -1 && b != 0, dense = pull && rest != 0;
+    const bool pull = kd && legal && stats[STUDENT_SUM] != 0 && a != 0 && !(infinite && reverse());  // of KD and CE
+    const bool push = ce && legal && stats[CE_SUM] != -1 && b != 0, dense = pull && rest != 0;
     const E1 e_1 = !push ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
-    const double m_c = stats[2] == -INFINITE<A> ? 0 : stats[2], m_1 = stats[4], l_1 = 1 + double(stats[5]);
+    const double m_c = stats[OTHER_MAX] == -INFINITE<A> ? 0 : stats[OTHER_MAX], m_1 = stats[CE_MAX], l_1 = 1 + double(stats[CE_SUM]);
     Terms<A> r{.m_c = A(m_c), .c_s = A(LOG2E / k.temperature), .rest = dense ? A(a * rest) : 0};
     r.m_1 = A(m_1), r.inv_l_1 = A((e_1 == E1::power ? std::exp(m_c - m_1) : 1) / l_1), r.b = A(b);
     r.target = A(k.smoothing / V), r.squarings = squarings, r.z_bytes = size_of(k.student.type);

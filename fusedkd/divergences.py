@@ -19,20 +19,41 @@ from fusedkd.checks import Real, exact, real
 
 @dataclass(frozen=True, eq=False)
 class Divergence:
-    """A divergence D(p, q) of the teacher's p and the student's q.
+    """A divergence D(p, q) of the teacher's p and the student's q. A subclass with a `definition` is one of your own.
 
-    ``temperature_power``: k of the factor T^k that keeps the gradient's size independent of T (Hinton et al. 2015, §2);
-    0 where there is no softmax, and so no temperature. ``needs_labels``: rows without a label have no KD term.
+    ``kernel_id``: what computes it; None if it has its `definition` alone. ``temperature_power``: k of the factor T^k
+    that keeps the gradient's size independent of T (Hinton et al. 2015, §2); 0 where there is no softmax, and so no
+    temperature. ``needs_labels``: rows without a label have no KD term.
     """
 
-    name: ClassVar[str]
-    kernel_id: ClassVar[KernelId]
+    name: ClassVar[str] = "divergence"
+    """In error messages; the name of the class unless it says another."""
+    kernel_id: ClassVar[KernelId | None] = None
     temperature_power: ClassVar[int] = 2
     needs_labels: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
 
     def coefficients(self) -> tuple[Real, ...]:
         """a₀, a₁, … of the kernel's definition."""
         return ()
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        """D of each row, ``(R,)`` float64, which PyTorch's autograd can differentiate.
+
+        It is called with some rows at a time, so that memory does not grow with N × V. What is general stays outside:
+        temperatures and T^k, masks and normalisers, soft-caps, cross-entropy, padded vocabularies, rows that are masked
+        throughout.
+
+        Args:
+            log_p, log_q: ``(R, C)`` float64, log-probabilities of teacher and student at their temperatures. They are
+                finite: −inf, a masked column, comes as −1e30, whose exponential is 0. A value that grows when these are
+                lowered further is infinite, and its gradient 0.
+            labels: ``(R,)`` int64 in [0, C), or None unless `needs_labels`.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,10 +244,11 @@ DivergenceName: TypeAlias = Literal[
 def resolve(divergence: str | Divergence) -> Divergence:
     """The object itself, or the family of that name with its default parameters."""
     if isinstance(divergence, Divergence) and type(divergence) is not Divergence:
-        if not isinstance(getattr(divergence, "kernel_id", None), KernelId) or not hasattr(divergence, "name"):
+        own = type(divergence).definition is not Divergence.definition
+        if not own and not isinstance(divergence.kernel_id, KernelId):
             raise TypeError(
-                f"divergence is a {type(divergence).__name__}, which must have a name, and as its kernel_id one of "
-                "fusedkd.backends.layout.KernelId"
+                f"divergence is a {type(divergence).__name__}, which must have a method "
+                "definition(log_p, log_q, labels), or as its kernel_id one of fusedkd.backends.layout.KernelId"
             )
         return divergence
     if isinstance(divergence, str) and divergence in FAMILIES:

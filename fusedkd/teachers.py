@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import checks as check
+from fusedkd.backends import defined
 from fusedkd.backends.layout import TOPK_KERNELS, KernelId, TopkKernelId
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence
@@ -212,15 +213,16 @@ def known(
     if family.temperature_power == 0 and any(not isinstance(t, Tensor) and t != 1 for t in temperatures):
         both = "the student's is {}, the teacher's {}".format(*temperatures)
         raise ValueError(f"temperature must be 1 for {family.name}, which has no softmax, but {both}")
+    kernel_id = defined.number(family) if family.kernel_id is None else int(family.kernel_id)
     if isinstance(teacher, TeacherHead):
         head = _head(teacher, student, vocab_mismatch)
         coefficients = family.coefficients()
-        return KnownTeacher(teacher.hidden, None, family.kernel_id, coefficients, teacher.softcap, teacher.scale, head)
+        return KnownTeacher(teacher.hidden, None, kernel_id, coefficients, teacher.softcap, teacher.scale, head)
     form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
     check.float_rows("teacher", form.logits, like=student)
     check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch, bare=form is not teacher)
     rows = form.logits[..., : student.shape[-1]]
-    return KnownTeacher(rows, None, family.kernel_id, family.coefficients(), form.softcap, form.scale)
+    return KnownTeacher(rows, None, kernel_id, family.coefficients(), form.softcap, form.scale)
 
 
 def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[Tensor, Tensor | None]:

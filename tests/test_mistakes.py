@@ -36,12 +36,8 @@ class Hidden:
     last_hidden_state: Tensor
 
 
-class Formless(Divergence):
-    name = "formless"
-
-
-class Nameless(Divergence):
-    kernel_id = KernelId.JEFFREYS
+class Undefined(Divergence):
+    name = "undefined"
 
 
 def sharded(x: Tensor) -> Tensor:
@@ -87,8 +83,7 @@ KD_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"teacher": TeacherTopK(IDS, sharded(LOGPROBS))}, TypeError, f"logprobs {WHOLE}"),
     ({"teacher": TeacherTopK(IDS, V[..., :3])}, ValueError, "logprobs must be log-prob.*at most 0, but.*log_softmax"),
     ({"teacher": TeacherTopK(IDS, LOGPROBS.exp())}, ValueError, "logprobs must be log-prob.*probabilities a log"),
-    ({"divergence": Formless()}, TypeError, "divergence is a Formless, which must have a name, and as its form one of"),
-    ({"divergence": Nameless()}, TypeError, "divergence is a Nameless, which must have a name"),
+    ({"divergence": Undefined()}, TypeError, r"divergence is a Undefined, which must have a method definition\(log_p"),
 ]
 
 

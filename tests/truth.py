@@ -75,6 +75,7 @@ def kd_truth(
     kd_mask: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: Any = 0.0,
+    z_loss_weight: Any = 0.0,
     reduction: str = "mean",
     kd_normalizer: Any = None,
     ce_normalizer: Any = None,
@@ -139,12 +140,13 @@ def kd_truth(
             free[:, :columns] = torch.where(column(on), factor * part.free, 0)
     if ce_weight:
         on, factor = labelled != 0, column(ce_weight / n_ce * labelled) * slope
-        nll = torch.where(on, softmax.cross_entropy(z, y, float(label_smoothing)), 0)
+        nll = torch.where(on, softmax.cross_entropy(z, y, float(label_smoothing), float(z_loss_weight)), 0)
         ce = Term(nll, labelled * (1e-11 * nll + 1e-14 if exact else 1e-5 * nll + 2e-7))
-        full = softmax.cross_entropy_gradient(z, y, float(label_smoothing))
+        full = softmax.cross_entropy_gradient(z, y, float(label_smoothing), float(z_loss_weight))
         gradient += torch.where(column(on), factor * full, 0)
         target = torch.zeros_like(z).scatter_(1, column(y.clamp(0, z.shape[1] - 1)), 1)
-        for x in (softmax.log_softmax(z).exp(), target):
+        share = 1 + 2 * float(z_loss_weight) * z.logsumexp(-1, keepdim=True).abs().nan_to_num(0, 0, 0)
+        for x in (share * softmax.log_softmax(z).exp(), target):
             subtracted = subtracted + torch.where(on, (factor * x).norm(dim=-1), 0)
 
     kd, ce = (_reduced(term, n, student, reduction) for term, n in ((kd, n_kd), (ce, n_ce)))

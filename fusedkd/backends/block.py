@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.backends.layout import FIRST_DEFINED
+
 ops = torch.ops.fusedkd
 
 
@@ -78,7 +80,7 @@ def backward(
     for i, (teacher, each) in enumerate(zip(teachers, stats, strict=True)):
         gradient = student.new_empty(student.shape)
         inputs = _inputs(student, labels, teacher, flags._replace(ce=flags.ce and i == 0))
-        ops.kd_backward(**inputs, upstream=upstream, stats=each, gradient=gradient, skip_if_one=False)
+        _backward(teacher, inputs, upstream=upstream, stats=each, gradient=gradient, skip_if_one=False)
         total = gradient if total is None else total + gradient
     assert total is not None
     return total
@@ -100,13 +102,20 @@ def rescale_(
         gradient.mul_(upstream)
         return
     inputs = _inputs(student, labels, teachers[0], flags)
-    ops.kd_backward(**inputs, upstream=upstream, stats=stats[0], gradient=gradient, skip_if_one=True)
+    _backward(teachers[0], inputs, upstream=upstream, stats=stats[0], gradient=gradient, skip_if_one=True)
 
 
 def _forward(
     student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return ops.kd_forward(**_inputs(student, labels, teacher, flags), gradient=gradient)  # type: ignore[no-any-return]
+    operator = ops.defined_forward if teacher.kernel_id >= FIRST_DEFINED else ops.kd_forward
+    found: tuple[Tensor, Tensor] = operator(**_inputs(student, labels, teacher, flags), gradient=gradient)
+    return found
+
+
+def _backward(teacher: TeacherRows, inputs: dict[str, Any], **more: Any) -> None:
+    operator = ops.defined_backward if teacher.kernel_id >= FIRST_DEFINED else ops.kd_backward
+    operator(**inputs, **more)
 
 
 def _inputs(student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags) -> dict[str, Any]:

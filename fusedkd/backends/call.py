@@ -60,3 +60,12 @@ def as_rows(student: Tensor, *teachers: Tensor) -> tuple[Tensor, list[Tensor], t
     split = splits[0] if splits else 0
     grid = (math.prod([size for _, size in sizes[:split]]), math.prod([size for _, size in sizes[split:]]))
     return student, [t.detach().view(*grid, t.shape[-1]) for t in teachers], grid
+
+
+def rows_of(rows: Tensor, part: slice | Tensor) -> Tensor:
+    """Some rows of ``(B, L, C)``: a view where they are one slice in memory too, else a copy."""
+    B, L, _ = rows.shape
+    if B == 1 or L == 1 or rows.stride(0) == L * rows.stride(1):
+        return rows.flatten(0, 1)[part]
+    i = part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=rows.device)
+    return rows[i // L, i % L]

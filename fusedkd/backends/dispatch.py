@@ -21,6 +21,7 @@ serving: dict[tuple[str, str], tuple[str, str]] = {}
 
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
 COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
+DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
 
 
@@ -86,10 +87,19 @@ class _Slow:
         return operator
 
 
+def _serve_loops(device: str) -> None:
+    """The operators that are PyTorch everywhere."""
+    reason = "products by torch.mm, tiles by the operators above"
+    _serve(LINEAR_OPERATORS, device, "PyTorch", reason, import_module("fusedkd.backends.linear_loop"))
+    for name in DEFINED_OPERATORS:
+        serving[name, device] = "PyTorch", "autograd on some rows at a time"
+        function = getattr(import_module("fusedkd.backends.defined"), name.replace("defined", "kd"))
+        library.impl(name, function, device)
+
+
 def _dispatch_cpu() -> None:
     choice = os.environ.get("FUSEDKD_BACKEND", "auto")
-    reason = "products by torch.mm, tiles by the operators above"
-    _serve(LINEAR_OPERATORS, "CPU", "PyTorch", reason, import_module("fusedkd.backends.linear_loop"))
+    _serve_loops("CPU")
     if choice == "definitions":
         _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
@@ -112,8 +122,7 @@ def _dispatch_cuda() -> None:
         _serve(KD_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.backends.triton.launch"))
     except ImportError as error:
         _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
-    reason = "products by torch.mm, tiles by the operators above"
-    _serve(LINEAR_OPERATORS, "CUDA", "PyTorch", reason, import_module("fusedkd.backends.linear_loop"))
+    _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:
         _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")

@@ -74,7 +74,7 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, per_row: 
     return loss.to(row_losses.dtype), kd.to(row_losses.dtype), ce.to(row_losses.dtype)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What both KD operators are given."""
 
     student: Tensor
@@ -131,35 +131,37 @@ class _Call(NamedTuple):
             return torch.zeros_like(self.row_weights, dtype=torch.bool)
         return self.labels != self.ignore_index
 
-    def row_losses(self) -> Tensor:
+    def row_losses(self, divergence: Tensor) -> Tensor:
         z, _ = self.logits()
         losses = torch.zeros(2, len(z), dtype=torch.float64, device=z.device)
-        kd = self.options[Option.KD_SCALE] * self.row_weights * self.divergence()[0]
+        kd = self.options[Option.KD_SCALE] * self.row_weights * divergence
         losses[0] = torch.where(self.row_weights != 0, kd, 0)
         if self.ce and self.labels is not None:
-            ce = softmax.cross_entropy(z, self.labels, self.options[Option.LABEL_SMOOTHING])
+            smoothing, z_loss = self.options[Option.LABEL_SMOOTHING], self.options[Option.Z_LOSS_WEIGHT]
+            ce = softmax.cross_entropy(z, self.labels, smoothing, z_loss)
             losses[1] = torch.where(self.labelled(), ce, 0)
         return losses
 
-    def gradient(self, upstream: Tensor) -> Tensor:
+    def gradient(self, upstream: Tensor, slope: Tensor) -> Tensor:
+        """In the student's type, from that of the divergence."""
         z, v = self.logits()
         option, (n_kd, n_ce) = self.options, self.normalizers
         grad = torch.zeros_like(z)
         weights = self.row_weights.double()
         kd = (option[Option.KD_WEIGHT] * option[Option.KD_SCALE] / n_kd * weights).unsqueeze(-1)
         columns = v.shape[1] if self.ids is None else z.shape[1]
-        grad[:, :columns] = torch.where(kd != 0, kd * self.divergence()[1], 0)
+        grad[:, :columns] = torch.where(kd != 0, kd * slope, 0)
         if self.ce and self.labels is not None:
             ce = (option[Option.CE_WEIGHT] / n_ce * self.labelled()).unsqueeze(-1)
-            slope = softmax.cross_entropy_gradient(z, self.labels, option[Option.LABEL_SMOOTHING])
-            grad += torch.where(ce != 0, ce * slope, 0)
+            smoothing, z_loss = option[Option.LABEL_SMOOTHING], option[Option.Z_LOSS_WEIGHT]
+            grad += torch.where(ce != 0, ce * softmax.cross_entropy_gradient(z, self.labels, smoothing, z_loss), 0)
             grad[self.labelled() & ((self.labels < 0) | (self.labels >= z.shape[1]))] = 0  # its loss is NaN
         if self.ids is not None:
             grad[(self.row_weights != 0) & self.illegal()] = 0
         if self.transform:
             logits = self.student.flatten(0, 1).double()
-            slope = cap_and_scale_derivative(logits, option[Option.SOFTCAP], option[Option.SCALE])
-            grad *= torch.where(grad != 0, slope, 1)
+            inner = cap_and_scale_derivative(logits, option[Option.SOFTCAP], option[Option.SCALE])
+            grad *= torch.where(grad != 0, inner, 1)
         grad *= upstream.double().unsqueeze(-1) if upstream.dim() else upstream.double()
         return grad.to(self.student.dtype).view(self.student.shape)
 
@@ -168,22 +170,24 @@ def _accumulation_dtype(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
-def _skipped(upstream: Tensor, skip_if_one: bool) -> bool:
+def skipped(upstream: Tensor, skip_if_one: bool) -> bool:
     return skip_if_one and upstream.is_cpu and bool((upstream == 1).all())  # a GPU would have to be waited for
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
-    call = _Call(**inputs)
+    call = Call(**inputs)
     dtype = _accumulation_dtype(call.student)
-    row_losses = call.row_losses().to(dtype)
+    value, slope = call.divergence()
+    row_losses = call.row_losses(value).to(dtype)
     if gradient is not None:
-        gradient.copy_(call.gradient(row_losses.new_ones(())))
+        gradient.copy_(call.gradient(row_losses.new_ones(()), slope))
     return row_losses, row_losses.new_zeros(row_losses.shape[1], len(Stat))  # the statistics, which nothing here reads
 
 
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
-    if not _skipped(upstream, skip_if_one):
-        gradient.copy_(_Call(**inputs).gradient(upstream))
+    if not skipped(upstream, skip_if_one):
+        call = Call(**inputs)
+        gradient.copy_(call.gradient(upstream, call.divergence()[1]))
 
 
 def cosine_forward(
@@ -211,7 +215,7 @@ def cosine_backward(
     gradient: Tensor,
     skip_if_one: bool,
 ) -> None:
-    if _skipped(upstream, skip_if_one):
+    if skipped(upstream, skip_if_one):
         return
     x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
     scale = (torch.ones_like(x[:, 0]) if weights is None else weights.double()) * upstream.double() / normalizer

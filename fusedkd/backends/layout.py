@@ -33,7 +33,9 @@ class Option(IntEnum):
     """As SOFTCAP, of the teacher's logits."""
     TEACHER_SCALE = 9
     """Of the teacher's logits."""
-    COEFFICIENTS = 10
+    Z_LOSS_WEIGHT = 10
+    """Of (log Σe^z)² in the cross-entropy, ≥ 0."""
+    COEFFICIENTS = 11
     """a₀, a₁, … of the divergence from here on, then zeros."""
 
 
@@ -78,6 +80,10 @@ class KernelId(IntEnum):
     TOTAL_VARIATION = 4
     LOGIT_MSE = 5
     DKD = 6
+
+
+FIRST_DEFINED = 1 << 16
+"""From here on: divergences that have no kernel, numbered as they come (:mod:`fusedkd.backends.defined`)."""
 
 
 class TopkKernelId(IntEnum):

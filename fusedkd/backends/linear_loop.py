@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.layout import KernelId, Option, TopkKernelId
+from fusedkd.backends.call import rows_of
+from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option, TopkKernelId
 from fusedkd.backends.schema import gradients_like
-from fusedkd.backends.slopes import BOUNDS, SPARSE_BOUNDS
+from fusedkd.backends.slopes import BOUNDS, DEFINED_BOUND, SPARSE_BOUNDS
 
 ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
@@ -174,7 +175,7 @@ class _TeacherTiles(Sequence[TeacherRows]):
 
     def __getitem__(self, i: Any) -> Any:
         t = self.members[i]
-        rows = _rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
+        rows = rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
         if t.head is not None:
             to = tile_type(t.head.dtype, self.dtype)
             rows = _project(rows, t.head, t.bias, self.tiles.get("teacher", t.head.shape[0], to))
@@ -183,15 +184,6 @@ class _TeacherTiles(Sequence[TeacherRows]):
             ids=None if t.ids is None else t.ids[self.part],
             row_weights=t.row_weights[self.part],
         )
-
-
-def _rows_of(rows: Tensor, part: slice | Tensor) -> Tensor:
-    """Some rows of ``(B, L, C)``: a view where they are one slice in memory too, else a copy."""
-    B, L, _ = rows.shape
-    if B == 1 or L == 1 or rows.stride(0) == L * rows.stride(1):
-        return rows.flatten(0, 1)[part]
-    i = part if isinstance(part, Tensor) else torch.arange(part.start, part.stop, device=rows.device)
-    return rows[i // L, i % L]
 
 
 def _selected(
@@ -232,7 +224,9 @@ def _reach(teacher: TeacherRows, columns: int) -> Tensor:
     """What no column of the gradient of its terms exceeds."""
     option, (n_kd, n_ce) = teacher.options, teacher.normalizers
     kernel_id = teacher.kernel_id
-    bound = BOUNDS[KernelId(kernel_id)] if teacher.ids is None else SPARSE_BOUNDS[TopkKernelId(kernel_id)]
+    bound = SPARSE_BOUNDS[TopkKernelId(kernel_id)] if teacher.ids is not None else DEFINED_BOUND
+    if teacher.ids is None and kernel_id < FIRST_DEFINED:
+        bound = BOUNDS[KernelId(kernel_id)]
     slope = bound(option[Option.COEFFICIENTS :].unbind(), columns) * _largest(teacher.row_weights)
     slope = slope * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
     if teacher.ids is not None and kernel_id == TopkKernelId.SAMPLES:

@@ -17,6 +17,7 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     upstream is 1.
                     With `ids` ``(N, K)`` int64, −1 for padding, the teacher is known at these columns alone:
                     ``(B, L, K)`` log-probabilities or weights there.
+``defined_*``       the two for a divergence that has no kernel (:mod:`fusedkd.backends.defined`).
 ``kd_terms``        (loss, kd, ce) from row losses: sums over the normalisers, or per row.
 ``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
                     nothing is written, where no cluster of the device has room for a row.
@@ -46,14 +47,17 @@ _INPUTS = (
     "Tensor normalizers"
 )
 _FLAGS = "int ignore_index, int kernel_id, bool transform, bool ce"
+_FORWARD = f"(*, {_INPUTS}, Tensor(a!)? gradient, {_FLAGS}) -> (Tensor, Tensor)"
+_BACKWARD = f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient, {_FLAGS}, bool skip_if_one) -> ()"
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, int ignore_index, bool kd)"
     " -> (Tensor, Tensor)",
-    "kd_forward": f"(*, {_INPUTS}, Tensor(a!)? gradient, {_FLAGS}) -> (Tensor, Tensor)",
-    "kd_backward": f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient, {_FLAGS}, bool skip_if_one)"
-    " -> ()",
+    "kd_forward": _FORWARD,
+    "kd_backward": _BACKWARD,
+    "defined_forward": _FORWARD,
+    "defined_backward": _BACKWARD,
     "kd_terms": "(*, Tensor row_losses, Tensor options, Tensor normalizers, bool per_row) -> (Tensor, Tensor, Tensor)",
     "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
@@ -105,6 +109,7 @@ def _(*, teacher: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fusedkd::kd_forward")
+@torch.library.register_fake("fusedkd::defined_forward")
 def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return losses_and_stats(student, 2, len(Stat))
 
@@ -115,6 +120,7 @@ def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fusedkd::kd_backward")
+@torch.library.register_fake("fusedkd::defined_backward")
 @torch.library.register_fake("fusedkd::cosine_backward")
 def _(**_: Any) -> None:
     return None

@@ -82,3 +82,5 @@ SPARSE_BOUNDS: dict[TopkKernelId, Bound] = {
     TopkKernelId.IGNORE_REVERSE: log_ratio,
     TopkKernelId.SAMPLES: one,  # times the sum of the row's weights
 }
+DEFINED_BOUND: Bound = log_ratio
+"""Of a divergence without a kernel, of which nothing is known."""

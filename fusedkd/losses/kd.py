@@ -14,6 +14,7 @@ from fusedkd import teachers
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows
+from fusedkd.divergences import Divergence
 from fusedkd.losses.common import (
     gradient_in_forward,
     loss_and_terms,
@@ -128,6 +129,7 @@ def kd_loss(
         per_row=reduction == "none",
         gradient_in_forward=in_forward,
         inplace=inplace and in_forward,
+        families=tuple([part.family for part, _ in parts]),
         flags=Flags(
             ignore_index=first.options["ignore_index"],
             transform=any([part.transform for part, _ in parts]),
@@ -151,6 +153,8 @@ class Plan(NamedTuple):
     per_row: bool
     gradient_in_forward: bool
     inplace: bool
+    families: tuple[Divergence, ...]
+    """Alive until backward: a divergence without a kernel is known by its number only."""
     flags: Flags
 
 

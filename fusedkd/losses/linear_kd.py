@@ -13,6 +13,7 @@ from fusedkd import checks as check
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows
 from fusedkd.backends.linear_loop import MOST_ROWS, row_bytes, tile_type
+from fusedkd.divergences import Divergence
 from fusedkd.losses.common import (
     loss_and_terms,
     refuse_double_backward,
@@ -142,6 +143,7 @@ def linear_kd_loss(
     plan = LinearPlan(
         per_row=first.options["reduction"] == "none",
         wanted=wanted,
+        families=tuple([part.family for part, _ in parts]),
         flags=Flags(
             ignore_index=first.options["ignore_index"],
             transform=any([part.transform for part, _ in parts]),
@@ -233,6 +235,8 @@ class LinearPlan(NamedTuple):
     per_row: bool
     wanted: list[bool]
     """The gradients of hidden states, weight and bias."""
+    families: tuple[Divergence, ...]
+    """Alive until backward: a divergence without a kernel is known by its number only."""
     flags: Flags
     tile: int
     tile_dtype: torch.dtype

@@ -48,6 +48,8 @@ class KDOptions(TypedDict, total=False):
         None: the rows whose label is not ``ignore_index``; without labels all rows. A teacher row that is all −inf
         counts as not selected.
     ignore_index, label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+    z_loss_weight: the cross-entropy has + z_loss_weight · (log Σe^z)², which keeps logits from drifting (PaLM,
+        arXiv:2204.02311, §5); ≥ 0.
     reduction: ``"mean"``: each term over its own row count (float masks: the sum of weights); ``"sum"``; ``"none"``:
         ``(*)``.
     kd_normalizer, ce_normalizer: replace the counts under ``"mean"``. With the totals over an optimiser step and over
@@ -69,6 +71,7 @@ class KDOptions(TypedDict, total=False):
     kd_mask: Tensor | None
     ignore_index: int
     label_smoothing: Real
+    z_loss_weight: Real
     reduction: Reduction
     kd_normalizer: Real | None
     ce_normalizer: Real | None
@@ -88,6 +91,7 @@ DEFAULTS: KDOptions = {
     "kd_mask": None,
     "ignore_index": -100,
     "label_smoothing": 0.0,
+    "z_loss_weight": 0.0,
     "reduction": "mean",
     "kd_normalizer": None,
     "ce_normalizer": None,
@@ -176,6 +180,7 @@ class Prepared(NamedTuple):
             Option.KD_WEIGHT: options["kd_weight"],
             Option.CE_WEIGHT: options["ce_weight"],
             Option.LABEL_SMOOTHING: options["label_smoothing"],
+            Option.Z_LOSS_WEIGHT: options["z_loss_weight"],
             Option.SOFTCAP: options["logit_softcap"],
             Option.SCALE: 1.0 if options["logit_scale"] is None else options["logit_scale"],
             Option.TEACHER_SOFTCAP: known.softcap,
@@ -183,8 +188,8 @@ class Prepared(NamedTuple):
         }
         packed: list[Real] = [0.0] * OPTIONS
         for option, value in values.items():
-            packed[option] = 0.0 if value is None else value
-        packed[Option.COEFFICIENTS : Option.COEFFICIENTS + len(known.coefficients)] = known.coefficients
+            packed[option.value] = 0.0 if value is None else value
+        packed[Option.COEFFICIENTS.value : Option.COEFFICIENTS.value + len(known.coefficients)] = known.coefficients
         return packed
 
 
@@ -202,6 +207,7 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
     check.real("kd_weight", options["kd_weight"])
     check.real("ce_weight", options["ce_weight"])
     check.real("label_smoothing", options["label_smoothing"], high=1.0)
+    check.real("z_loss_weight", options["z_loss_weight"])
     known = teachers.known(teacher, student, family, temperatures, options["vocab_mismatch"])
     transforms = {
         "logit_softcap": options["logit_softcap"],

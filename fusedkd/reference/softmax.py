@@ -32,8 +32,11 @@ def log_softmax(x: Tensor) -> Tensor:
     return torch.where((x == -torch.inf).all(-1, keepdim=True), -torch.inf, torch.log_softmax(x, -1))
 
 
-def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
-    """−(1 − ε)·log q_y − ε·mean_j log q_j per row at temperature 1, as in :func:`torch.nn.functional.cross_entropy`.
+def cross_entropy(
+    student: Tensor, labels: Tensor, label_smoothing: float | Tensor = 0.0, z_loss_weight: float | Tensor = 0.0
+) -> Tensor:
+    """−(1 − ε)·log q_y − ε·mean_j log q_j per row at temperature 1, as in :func:`torch.nn.functional.cross_entropy`,
+    and z_loss_weight·(log Σe^z)² (PaLM, arXiv:2204.02311, §5).
 
     A label out of range gives NaN; what ``ignore_index`` means is the caller's business.
     """
@@ -43,13 +46,20 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float | Tens
     smoothing = torch.as_tensor(label_smoothing, dtype=student.dtype, device=student.device)
     hit = torch.where(smoothing == 1, 0, (1 - smoothing) * nll)
     loss = torch.where(smoothing == 0, nll, hit - smoothing * log_q.mean(-1))
+    weight = torch.as_tensor(z_loss_weight, dtype=student.dtype, device=student.device)
+    loss = loss + torch.where(weight == 0, 0, weight * student.logsumexp(-1).square())
     return torch.where(legal, loss, torch.nan)
 
 
-def cross_entropy_gradient(student: Tensor, labels: Tensor, label_smoothing: float | Tensor = 0.0) -> Tensor:
-    """∂CE/∂z = q − (1 − ε)·1_y − ε/V per row; 0 where the label is out of range or the student row is all −inf."""
+def cross_entropy_gradient(
+    student: Tensor, labels: Tensor, label_smoothing: float | Tensor = 0.0, z_loss_weight: float | Tensor = 0.0
+) -> Tensor:
+    """∂CE/∂z = (1 + 2·z_loss_weight·log Σe^z)·q − (1 − ε)·1_y − ε/V per row; 0 where the label is out of range or the
+    student row is all −inf.
+    """
     legal = (labels >= 0) & (labels < student.shape[-1])
     target = torch.nn.functional.one_hot(torch.where(legal, labels, 0), student.shape[-1]).to(student.dtype)
     target = (1 - label_smoothing) * target + label_smoothing / student.shape[-1]
     dead = (student == -torch.inf).all(-1) | ~legal
-    return torch.where(dead.unsqueeze(-1), 0, log_softmax(student).exp() - target)
+    share = 1 + 2 * z_loss_weight * student.logsumexp(-1, keepdim=True)
+    return torch.where(dead.unsqueeze(-1), 0, share * log_softmax(student).exp() - target)

@@ -11,16 +11,16 @@ where that makes D infinite, w may be anything.
 import triton
 import triton.language as tl
 
-from fusedkd.backends.layout import KernelId
+from fusedkd.backends.triton.layout import (
+    ALPHA_BETA,
+    DKD,
+    FORWARD_KL,
+    JEFFREYS,
+    LOGIT_MSE,
+    MIXTURE,
+    TOTAL_VARIATION,
+)
 from fusedkd.backends.triton.math import INFINITY, LOG2E, divergence_factor, expm1, log1p, log_sigmoid
-
-FORWARD_KL = tl.constexpr(int(KernelId.FORWARD_KL))
-JEFFREYS = tl.constexpr(int(KernelId.JEFFREYS))
-MIXTURE = tl.constexpr(int(KernelId.MIXTURE))
-ALPHA_BETA = tl.constexpr(int(KernelId.ALPHA_BETA))
-TOTAL_VARIATION = tl.constexpr(int(KernelId.TOTAL_VARIATION))
-LOGIT_MSE = tl.constexpr(int(KernelId.LOGIT_MSE))
-DKD = tl.constexpr(int(KernelId.DKD))
 
 NEAR = tl.constexpr(0.5)
 """Below it, in |δ| or what stands for it, a series; beyond it, what the series is of."""

@@ -31,7 +31,26 @@ fused_classifier, the loss with its gradient in the forward call that of Liger (
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.divergences import DKD, LOGIT_MSE, divergence, dkd_target
+from fusedkd.backends.triton.divergences import divergence, dkd_target
+from fusedkd.backends.triton.layout import (
+    CE_WEIGHT,
+    COEFFICIENTS,
+    DKD,
+    KD_SCALE,
+    KD_WEIGHT,
+    LABEL_SMOOTHING,
+    LOGIT_MSE,
+    OWN,
+    SCALE,
+    SOFTCAP,
+    STATS,
+    STUDENT_MAX,
+    TEACHER_SCALE,
+    TEACHER_SOFTCAP,
+    TEACHER_TEMPERATURE,
+    TEMPERATURE,
+    WEIGHT_SUM,
+)
 from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, log, reciprocal_or_zero
 from fusedkd.backends.triton.rows import (
     PARTIALS,
@@ -115,7 +134,7 @@ def kd_kernel(
     POLICIES: tl.constexpr = ("evict_last", "evict_first")
     row = tl.program_id(0)
     part = tl.program_id(1)
-    p_stats = stats + row.to(tl.int64) * 8
+    p_stats = stats + row.to(tl.int64) * STATS
     if SPLIT and STAGE != WHOLE:
         p_partials = partials + row.to(tl.int64) * PARTIALS * parts
 
@@ -126,23 +145,23 @@ def kd_kernel(
             return
 
     # Options. k turns a difference of logits into an exponent of 2.
-    temperature = tl.load(real_options).to(A)
+    temperature = tl.load(real_options + TEMPERATURE).to(A)
     c_s = 1.0 / temperature
-    c_t = 1.0 / tl.load(real_options + 1).to(A)
+    c_t = 1.0 / tl.load(real_options + TEACHER_TEMPERATURE).to(A)
     k_s = c_s * LOG2E
     k_t = c_t * LOG2E
     power = tl.where((temperature == 1) | (temperature == 2) | (temperature == 4), temperature, 0).to(tl.int32)
-    kd_scale = tl.load(real_options + 2).to(A)
-    epsilon = tl.load(real_options + 5).to(A)
-    cap_s = tl.load(real_options + 6).to(A)
-    scale_s = tl.load(real_options + 7).to(A)
-    cap_t = tl.load(real_options + 8).to(A)
-    scale_t = tl.load(real_options + 9).to(A)
+    kd_scale = tl.load(real_options + KD_SCALE).to(A)
+    epsilon = tl.load(real_options + LABEL_SMOOTHING).to(A)
+    cap_s = tl.load(real_options + SOFTCAP).to(A)
+    scale_s = tl.load(real_options + SCALE).to(A)
+    cap_t = tl.load(real_options + TEACHER_SOFTCAP).to(A)
+    scale_t = tl.load(real_options + TEACHER_SCALE).to(A)
     transforms = cap_t, scale_t, cap_s, scale_s
-    a0 = tl.load(real_options + 10).to(A)
-    a1 = tl.load(real_options + 11).to(A)
-    a2 = tl.load(real_options + 12).to(A)
-    a3 = tl.load(real_options + 13).to(A)
+    a0 = tl.load(real_options + COEFFICIENTS).to(A)
+    a1 = tl.load(real_options + COEFFICIENTS + 1).to(A)
+    a2 = tl.load(real_options + COEFFICIENTS + 2).to(A)
+    a3 = tl.load(real_options + COEFFICIENTS + 3).to(A)
 
     # Which terms the row has. A side that no term needs is not read: its logits count as −∞.
     w = tl.load(weights + row).to(A)
@@ -271,11 +290,11 @@ def kd_kernel(
         top_t, sum_t = merged(p_partials + 2 * parts, parts, k_t)
         top_1, sum_1 = merged(p_partials + 4 * parts, parts, LOG2E)
     elif not FIRST:
-        top_s, sum_s, top_t, sum_t, top_1, sum_1 = take(p_stats)
+        top_s, sum_s, top_t, sum_t, top_1, sum_1 = take(p_stats + STUDENT_MAX)
     if (FIRST or STAGE == VALUES) and part == 0:
         put(p_stats, 1, (top_s, sum_s, top_t, sum_t, top_1, sum_1))
-        tl.store(p_stats + 6, 0.0)
-        tl.store(p_stats + 7, 0.0)
+        tl.store(p_stats + WEIGHT_SUM, 0.0)
+        tl.store(p_stats + OWN, 0.0)
 
     base_s = finite_or_zero(top_s)
     base_t = finite_or_zero(top_t)
@@ -308,9 +327,9 @@ def kd_kernel(
         masked = masked & (z_target == -INFINITY)
 
     # Coefficients of the gradient: 0 for a term the row does not have, or that is infinite for want of student logits
-    a_kd = up * tl.load(real_options + 3).to(A) * kd_scale * w * c_s / tl.load(normalizers).to(A)
+    a_kd = up * tl.load(real_options + KD_WEIGHT).to(A) * kd_scale * w * c_s / tl.load(normalizers).to(A)
     a_kd = tl.where(defined & (masked == 0), a_kd, 0.0)
-    a_ce = up * tl.load(real_options + 4).to(A) / tl.load(normalizers + 1).to(A)
+    a_ce = up * tl.load(real_options + CE_WEIGHT).to(A) / tl.load(normalizers + 1).to(A)
     a_ce = tl.where(has_ce & (top_1 != -INFINITY), a_ce, 0.0)
     a_other = a_ce * epsilon / V
     a_label = a_ce * (1.0 - epsilon) + a_other
@@ -326,7 +345,7 @@ def kd_kernel(
         W = total(p_partials + 7 * parts, parts)
         shifted = total(p_partials + 8 * parts, parts)
     elif MEASURED and not VALUE:
-        W = tl.load(p_stats + 6)
+        W = tl.load(p_stats + WEIGHT_SUM)
     for LAST in tl.static_range(2):
         no_kd = (a_kd == 0) | (W == INFINITY)  # 0, whatever the columns hold
         for ENDS in tl.static_range(1, -1, -1):
@@ -394,7 +413,7 @@ def kd_kernel(
             D = tl.where(masked, INFINITY, D)
             W = tl.where(tl.abs(D) < INFINITY, W, D)  # NaN too: the gradient shows what the value does
             if part == 0:
-                tl.store(p_stats + 6, W)
+                tl.store(p_stats + WEIGHT_SUM, W)
 
     if STAGE == VALUES:
         tl.store(p_partials + 6 * parts + part, D)

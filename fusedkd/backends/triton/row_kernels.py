@@ -4,11 +4,8 @@
 import triton
 import triton.language as tl
 
-from fusedkd.backends.layout import Option
+from fusedkd.backends.triton.layout import CE_WEIGHT, KD_WEIGHT
 from fusedkd.backends.triton.math import INFINITY
-
-KD_WEIGHT = tl.constexpr(int(Option.KD_WEIGHT))
-CE_WEIGHT = tl.constexpr(int(Option.CE_WEIGHT))
 
 
 @triton.jit(

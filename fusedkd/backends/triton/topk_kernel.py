@@ -28,18 +28,36 @@ gradient is pass 1 alone; RENORMALIZE_REVERSE without cross-entropy only writes.
 import triton
 import triton.language as tl
 
-from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.triton.layout import (
+    BUCKET,
+    BUCKET_REVERSE,
+    CE_MAX,
+    CE_SUM,
+    CE_WEIGHT,
+    COEFFICIENTS,
+    IGNORE_REVERSE,
+    KD_SCALE,
+    KD_WEIGHT,
+    LABEL_SMOOTHING,
+    OTHER_MAX,
+    OTHER_SUM,
+    OWN,
+    RENORMALIZE,
+    RENORMALIZE_REVERSE,
+    SAMPLES,
+    SCALE,
+    SOFTCAP,
+    STATS,
+    STUDENT_MAX,
+    STUDENT_SUM,
+    TEACHER_TEMPERATURE,
+    TEMPERATURE,
+    WEIGHT_SUM,
+)
 from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, reciprocal_or_zero
 from fusedkd.backends.triton.rows import UNIT, accumulate, columns, logits, merge
 from fusedkd.reference.sparse import MOST_LOST
 
-RENORMALIZE = tl.constexpr(int(TopkKernelId.RENORMALIZE))
-RENORMALIZE_REVERSE = tl.constexpr(int(TopkKernelId.RENORMALIZE_REVERSE))
-BUCKET = tl.constexpr(int(TopkKernelId.BUCKET))
-BUCKET_REVERSE = tl.constexpr(int(TopkKernelId.BUCKET_REVERSE))
-IGNORE = tl.constexpr(int(TopkKernelId.IGNORE))
-IGNORE_REVERSE = tl.constexpr(int(TopkKernelId.IGNORE_REVERSE))
-SAMPLES = tl.constexpr(int(TopkKernelId.SAMPLES))
 LOST = tl.constexpr(MOST_LOST)
 
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]
@@ -103,14 +121,14 @@ def topk_kernel(
         if RESCALE and up == 1:
             return
 
-    temperature = tl.load(real_options)
+    temperature = tl.load(real_options + TEMPERATURE)
     c = 1.0 / temperature
     k_s = (c * LOG2E).to(A)
     power = tl.where((temperature == 1) | (temperature == 2) | (temperature == 4), temperature, 0).to(tl.int32)
-    kd_scale = tl.load(real_options + 2)
-    epsilon = tl.load(real_options + 5).to(A)
-    cap = tl.load(real_options + 6).to(A)
-    scale = tl.load(real_options + 7).to(A)
+    kd_scale = tl.load(real_options + KD_SCALE)
+    epsilon = tl.load(real_options + LABEL_SMOOTHING).to(A)
+    cap = tl.load(real_options + SOFTCAP).to(A)
+    scale = tl.load(real_options + SCALE).to(A)
 
     # The row, as seen from the aligned address below it
     i_b = (row // L).to(tl.int64)
@@ -148,7 +166,7 @@ def topk_kernel(
     body_z = tl.where(active, body, 0)
     n_body = tl.cdiv(tl.maximum(body - head, 0), BLOCK)
     n_ends = tl.cdiv(head + phase + V - body, BLOCK // 8)
-    p_stats = stats + row.to(tl.int64) * 8
+    p_stats = stats + row.to(tl.int64) * STATS
 
     z_y = (c * 0).to(A)
     if LABELS:
@@ -203,21 +221,21 @@ def topk_kernel(
                 total = sum_c * tl.exp2((top_c - base) * k_s) + tl.sum(tl.exp2((b_z - base) * k_s), 0)
                 sum_1 = sum_1 * tl.exp2((top_c - base) * LOG2E) + tl.sum(tl.exp2((b_z - base) * LOG2E), 0)
                 top_1 = top
-        tl.store(p_stats, top)
-        tl.store(p_stats + 1, total)
-        tl.store(p_stats + 2, top_c)
-        tl.store(p_stats + 3, sum_c)
-        tl.store(p_stats + 4, top_1)
-        tl.store(p_stats + 5, sum_1)
-        tl.store(p_stats + 6, 0.0)
-        tl.store(p_stats + 7, 0.0)
+        tl.store(p_stats + STUDENT_MAX, top)
+        tl.store(p_stats + STUDENT_SUM, total)
+        tl.store(p_stats + OTHER_MAX, top_c)
+        tl.store(p_stats + OTHER_SUM, sum_c)
+        tl.store(p_stats + CE_MAX, top_1)
+        tl.store(p_stats + CE_SUM, sum_1)
+        tl.store(p_stats + WEIGHT_SUM, 0.0)
+        tl.store(p_stats + OWN, 0.0)
     else:
-        top = tl.load(p_stats)
-        total = tl.load(p_stats + 1)
-        top_c = tl.load(p_stats + 2)
-        sum_c = tl.load(p_stats + 3)
-        top_1 = tl.load(p_stats + 4)
-        sum_1 = tl.load(p_stats + 5)
+        top = tl.load(p_stats + STUDENT_MAX)
+        total = tl.load(p_stats + STUDENT_SUM)
+        top_c = tl.load(p_stats + OTHER_MAX)
+        sum_c = tl.load(p_stats + OTHER_SUM)
+        top_1 = tl.load(p_stats + CE_MAX)
+        sum_1 = tl.load(p_stats + CE_SUM)
 
     # The list, before pass 2 may overwrite the student's logits: p and log p
     b_z, b_slope_k = logits(p_student, phase + b_id, m_k, cap, scale, A, TRANSFORM, "")
@@ -229,7 +247,9 @@ def topk_kernel(
     else:
         b_y = tl.load(p_teacher, m_k, other=-INFINITY).to(R)
         if (FORM == RENORMALIZE) | (FORM == RENORMALIZE_REVERSE):
-            b_y = (b_y - finite_or_zero(tl.max(b_y, 0))) * (tl.load(real_options + 10) / tl.load(real_options + 1))
+            b_y = (b_y - finite_or_zero(tl.max(b_y, 0))) * (
+                tl.load(real_options + COEFFICIENTS) / tl.load(real_options + TEACHER_TEMPERATURE)
+            )
             b_y -= tl.log(tl.sum(tl.exp(b_y), 0))
         b_p = tl.exp(b_y)
     mass = tl.sum(b_p, 0)
@@ -297,9 +317,9 @@ def topk_kernel(
     finite = (dead == 0) & (broken == 0)
     if REVERSE:
         finite = finite & (divergence != INFINITY)
-    a_kd = up * tl.load(real_options + 3) * kd_scale * w * c / tl.load(normalizers)
+    a_kd = up * tl.load(real_options + KD_WEIGHT) * kd_scale * w * c / tl.load(normalizers)
     a_kd = tl.where(has_kd & finite, a_kd, 0.0)
-    a_ce = up * tl.load(real_options + 4) / tl.load(normalizers + 1)
+    a_ce = up * tl.load(real_options + CE_WEIGHT) / tl.load(normalizers + 1)
     a_ce = tl.where(has_ce & (broken == 0) & (top_1 != -INFINITY), a_ce, 0.0)
 
     if FORWARD:

@@ -1,0 +1,122 @@
+"""Divergences that have no kernel, only :meth:`fusedkd.Divergence.definition`: run by autograd on some rows at a time.
+
+The rules, the cross-entropy and the gradient's coefficients are those of :mod:`fusedkd.backends.eager`, whose memory
+this bounds. Everything is float64: a formula that was not written for cancellation still has digits to lose.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkd.backends import eager
+from fusedkd.backends.call import rows_of
+from fusedkd.backends.eager import Call
+from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
+from fusedkd.backends.schema import losses_and_stats
+from fusedkd.reference.softmax import log_softmax
+
+TILE = 1 << 22
+"""Logits of a side at a time: some ten float64 tensors of this size exist."""
+LOWEST = -1e30
+"""For log-probabilities of −inf."""
+
+AUTOGRAD = tuple(getattr(torch._C.DispatchKey, f"Autograd{name}") for name in ("CPU", "CUDA", "Other"))
+
+_numbers = itertools.count(FIRST_DEFINED)
+_defined: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.disable
+def number(divergence: Any) -> int:
+    """The ``kernel_id`` of a divergence, for as long as it is alive. (An operator takes numbers, no Python object.)"""
+    known = divergence.__dict__.get("_kernel_id")
+    if known is None or _defined.get(known) is not divergence:  # a copy has the number of another
+        known = next(_numbers)
+        object.__setattr__(divergence, "_kernel_id", known)
+        _defined[known] = divergence
+    return int(known)
+
+
+def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
+    row_losses, stats = losses_and_stats(inputs["student"], 2, STATS)
+    to = None if gradient is None else gradient.view(-1, gradient.shape[-1])
+    one = row_losses.new_ones(())
+    for part, call in _tiles(inputs):
+        value, slope = divergence(call)
+        row_losses[:, part] = call.row_losses(value).to(row_losses.dtype)
+        if to is not None:
+            to[part] = call.gradient(one, slope).flatten(0, 1)
+    return row_losses, stats.zero_()
+
+
+def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
+    if eager.skipped(upstream, skip_if_one):
+        return
+    to = gradient.view(-1, gradient.shape[-1])
+    for part, call in _tiles(inputs):
+        to[part] = call.gradient(upstream[part] if upstream.dim() else upstream, divergence(call)[1]).flatten(0, 1)
+
+
+def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, Call]]:
+    """(rows, what is given of them), TILE logits at a time."""
+    student, teacher, labels = inputs["student"], inputs["teacher"], inputs["labels"]
+    rows, step = student.shape[0] * student.shape[1], max(1, TILE // student.shape[2])
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        of_rows = {
+            "student": rows_of(student, part).unsqueeze(0),
+            "teacher": rows_of(teacher, part).unsqueeze(0),
+            "labels": None if labels is None else labels[part],
+            "row_weights": inputs["row_weights"][part],
+        }
+        yield part, Call(**{**inputs, **of_rows})
+
+
+def divergence(call: Call) -> tuple[Tensor, Tensor]:
+    """D and ∂D/∂z per row."""
+    family = _defined[call.kernel_id]
+    z, v = call.logits()
+    z = z[:, : v.shape[1]]
+    selected = (call.row_weights != 0).unsqueeze(-1)
+    z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
+    t_s, t_t = call.options[Option.TEMPERATURE], call.options[Option.TEACHER_TEMPERATURE]
+    log_p, log_q = log_softmax(v / t_t), log_softmax(z / t_s)
+    labels = call.labels
+    if labels is not None:
+        labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)
+
+    def value(lowest: float, log_q: Tensor) -> Tensor:
+        found = family.definition(*(torch.where(x == -torch.inf, lowest, x) for x in (log_p, log_q)), labels)
+        if not isinstance(found, Tensor) or found.shape != z.shape[:1]:
+            raise ValueError(
+                f"the definition of {type(family).__name__} must return one value per row, shape {tuple(z.shape[:1])}, "
+                f"not {tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+            )
+        return found.double()
+
+    with torch.enable_grad(), _autograd():
+        leaf = log_q.detach().requires_grad_()
+        D = value(LOWEST, leaf)
+        (slope,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
+    D = D.detach()
+    with torch.no_grad():
+        infinite = (torch.inf == D) | (value(2 * LOWEST, log_q) > D)
+        masked = (z == -torch.inf).all(-1)
+        slope = torch.where(log_q == -torch.inf, 0, slope)
+        slope = slope - log_q.exp() * slope.sum(-1, keepdim=True)
+        slope = torch.where((infinite | masked).unsqueeze(-1), 0, slope / t_s)
+        return torch.where(infinite | masked, torch.inf, D), slope
+
+
+def _autograd() -> Any:
+    """A compiled graph calls operators below autograd, which is needed here."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in AUTOGRAD:
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

@@ -1,0 +1,45 @@
+"""The table of :mod:`fusedkd.backends.layout` as Triton wants it: kernels see no globals but constexprs."""
+
+import triton.language as tl
+
+from fusedkd.backends import layout
+from fusedkd.backends.layout import KernelId, Option, Stat, TopkKernelId
+
+TEMPERATURE = tl.constexpr(int(Option.TEMPERATURE))
+TEACHER_TEMPERATURE = tl.constexpr(int(Option.TEACHER_TEMPERATURE))
+KD_SCALE = tl.constexpr(int(Option.KD_SCALE))
+KD_WEIGHT = tl.constexpr(int(Option.KD_WEIGHT))
+CE_WEIGHT = tl.constexpr(int(Option.CE_WEIGHT))
+LABEL_SMOOTHING = tl.constexpr(int(Option.LABEL_SMOOTHING))
+SOFTCAP = tl.constexpr(int(Option.SOFTCAP))
+SCALE = tl.constexpr(int(Option.SCALE))
+TEACHER_SOFTCAP = tl.constexpr(int(Option.TEACHER_SOFTCAP))
+TEACHER_SCALE = tl.constexpr(int(Option.TEACHER_SCALE))
+Z_LOSS_WEIGHT = tl.constexpr(int(Option.Z_LOSS_WEIGHT))
+COEFFICIENTS = tl.constexpr(int(Option.COEFFICIENTS))
+
+STUDENT_MAX = tl.constexpr(int(Stat.STUDENT_MAX))
+STUDENT_SUM = tl.constexpr(int(Stat.STUDENT_SUM))
+OTHER_MAX = tl.constexpr(int(Stat.OTHER_MAX))
+OTHER_SUM = tl.constexpr(int(Stat.OTHER_SUM))
+CE_MAX = tl.constexpr(int(Stat.CE_MAX))
+CE_SUM = tl.constexpr(int(Stat.CE_SUM))
+WEIGHT_SUM = tl.constexpr(int(Stat.WEIGHT_SUM))
+OWN = tl.constexpr(int(Stat.OWN))
+STATS = tl.constexpr(layout.STATS)
+
+FORWARD_KL = tl.constexpr(int(KernelId.FORWARD_KL))
+JEFFREYS = tl.constexpr(int(KernelId.JEFFREYS))
+MIXTURE = tl.constexpr(int(KernelId.MIXTURE))
+ALPHA_BETA = tl.constexpr(int(KernelId.ALPHA_BETA))
+TOTAL_VARIATION = tl.constexpr(int(KernelId.TOTAL_VARIATION))
+LOGIT_MSE = tl.constexpr(int(KernelId.LOGIT_MSE))
+DKD = tl.constexpr(int(KernelId.DKD))
+
+RENORMALIZE = tl.constexpr(int(TopkKernelId.RENORMALIZE))
+RENORMALIZE_REVERSE = tl.constexpr(int(TopkKernelId.RENORMALIZE_REVERSE))
+BUCKET = tl.constexpr(int(TopkKernelId.BUCKET))
+BUCKET_REVERSE = tl.constexpr(int(TopkKernelId.BUCKET_REVERSE))
+IGNORE = tl.constexpr(int(TopkKernelId.IGNORE))
+IGNORE_REVERSE = tl.constexpr(int(TopkKernelId.IGNORE_REVERSE))
+SAMPLES = tl.constexpr(int(TopkKernelId.SAMPLES))
