@@ -32,6 +32,7 @@ class KDConfig:
     ce_weight: float = 0.5
     scale_by_t2: bool = True
     label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
     kd_on: Literal["labels", "attended"] = "labels"
     vocab_mismatch: Literal["error", "truncate"] = "error"
     max_tile_bytes: int = 4 << 30
