@@ -1,5 +1,6 @@
-"""Rows for the topk_* operators, and the check of a backend's four operators against the definitions in float64 by the
-rule of `truth.py`; for `test_topk_kernels.py` (C++) and `triton_topk_operators.py` (Triton, interpreted).
+"""Rows whose teacher is known at K columns, and the check of a backend's KD operators on them against the definitions
+in float64 by the rule of `truth.py`; for `test_topk_kernels.py` (C++) and `triton_topk_operators.py` (Triton,
+interpreted).
 
 Σ p·δ over the list alone (ignore) and Σ −ω·log q (samples) have terms of both signs, or no upper bound from D: their
 tolerance is that of the cross-entropy, 1e-5·D + 2e-7 of the mass on the list, for log l is rounded at 6e-8. The δ of a
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import operators
 import torch
+from operators import Inputs
 from torch import Tensor
 
 from fusedkd.backends import eager
@@ -72,6 +75,28 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
+def inputs_of(
+    form: int,
+    rows: Case,
+    labels: Tensor | None,
+    weights: Tensor,
+    options: Tensor,
+    normalizers: Tensor,
+    transform: bool = False,
+) -> Inputs:
+    """Cross-entropy where there are labels."""
+    return rows._asdict() | {
+        "labels": labels,
+        "row_weights": weights,
+        "options": options,
+        "normalizers": normalizers,
+        "ignore_index": -100,
+        "kernel_id": int(form),
+        "transform": transform,
+        "ce": labels is not None,
+    }
+
+
 def check(
     ops: Any,
     form: int,
@@ -106,15 +131,14 @@ def check(
     if form < TopkKernelId.SAMPLES:
         options[10] = logprobs_temperature
     normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
-    flags = -100, int(form), transform is not None, y is not None
-    tail = rows.ids, y, w, options, normalizers
-    exact = (student.double(), teacher, *tail)
+    inputs = inputs_of(form, Case(student, teacher, rows.ids), y, w, options, normalizers, transform is not None)
+    wide = inputs | {"student": student.double()}
 
     # Values
-    found, stats, gradient = ops.topk_forward(student, teacher, *tail, *flags, True)
+    found, stats, gradient = operators.forward(inputs, ops=ops)
     assert found.dtype == stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    truth = eager.topk_forward(*exact, *flags, False)[0]
-    subtracted, mass = sizes(form, *exact, transform)
+    truth, _ = operators.truth(inputs, gradient=False)
+    subtracted, mass = sizes(form, wide, transform)
     divergence = truth[0].abs() / kd_scale
     if dtype == torch.float64:
         tolerance = 1e-11 * divergence + 1e-14 + 1e-13 * mass * w
@@ -138,7 +162,7 @@ def check(
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         assert actual.dtype == dtype
         up = upstream.double()
-        expected = eager.topk_backward(up, *exact, stats, *flags).flatten(0, 1)
+        expected = operators.backward(up, wide, stats, eager).flatten(0, 1)
         got = actual.double().flatten(0, 1)
         rounding = (expected.to(dtype).double() - expected).norm(dim=1)
         bound = 1.25 * rounding + (1e-13 if dtype == torch.float64 else 1e-6) * s * up.abs()
@@ -151,27 +175,26 @@ def check(
     one = torch.ones((), dtype=stats.dtype)
     upstream = torch.tensor([1.0, -0.3, 2.0, 0.7, 5.0, 0.0], dtype=stats.dtype)
     assert_gradient(gradient, one)
-    assert_gradient(ops.topk_backward(upstream, student, teacher, *tail, stats, *flags), upstream)
+    assert_gradient(operators.backward(upstream, inputs, stats, ops), upstream)
     if not all_four:
         return found, gradient
 
     # The same bits again, and nothing outside the rows
-    only, again, nothing = ops.topk_forward(student, teacher, *tail, *flags, False)
+    only, again, _ = operators.forward(inputs, gradient=False, ops=ops)
     assert same(only, found)
     assert same(again, stats)
-    assert nothing.numel() == 0
-    assert same(ops.topk_backward(one, student, teacher, *tail, stats, *flags), gradient)
-    scaled = ops.topk_backward(one * 0.3, student, teacher, *tail, stats, *flags)
+    assert same(operators.backward(one, inputs, stats, ops), gradient)
+    scaled = operators.backward(one * 0.3, inputs, stats, ops)
     assert_gradient(scaled, one * 0.3)
     target = between_nans(gradient)
-    poison = torch.full_like(student, NAN), torch.full_like(teacher, NAN)
-    ops.topk_rescale_(target, one, *poison, *tail, stats * NAN, *flags)
+    poison = {"student": torch.full_like(student, NAN), "teacher": torch.full_like(teacher, NAN)}
+    operators.rescale_(target, one, inputs | poison, stats * NAN, ops)
     assert same(target, gradient)
-    ops.topk_rescale_(target, one * 0.3, student, teacher, *tail, stats, *flags)
+    operators.rescale_(target, one * 0.3, inputs, stats, ops)
     assert same(target, scaled)
     assert outside_is_nan(target)
     overwritten = between_nans(student)
-    in_place, stats_in_place = ops.topk_forward_(overwritten, teacher, *tail, *flags)
+    in_place, stats_in_place = operators.forward_(inputs | {"student": overwritten}, ops)
     assert same(overwritten, gradient)
     assert same(in_place, found)
     assert same(stats_in_place, stats)
@@ -179,11 +202,10 @@ def check(
     return found, gradient
 
 
-def sizes(
-    form: int, student: Tensor, teacher: Tensor, ids: Tensor, y: Any, w: Tensor, options: Tensor, n: Any, transform: Any
-) -> tuple[Tensor, Tensor]:
+def sizes(form: int, inputs: Inputs, transform: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     """Per row the sum of the norms of what the gradient with respect to z/T subtracts; and the mass on the list."""
-    z, v = student.flatten(0, 1), teacher.flatten(0, 1).double()
+    ids, options = inputs["ids"], inputs["options"]
+    z, v = inputs["student"].flatten(0, 1), inputs["teacher"].flatten(0, 1).double()
     log_q = log_softmax((cap_and_scale(z, *transform) if transform else z) / options[0])
     legal = (ids >= 0) & (ids < z.shape[1])
     column = torch.where(legal, ids, 0)
@@ -365,6 +387,7 @@ def run(ops: Any, form: int, rows: Case, **options: Any) -> tuple[Tensor, Tensor
     y = torch.tensor(options.get("labels", LABELS))
     w = torch.tensor(options.get("weights", WEIGHTS))
     numbers = torch.tensor([1.0, 1, 1, 0.6, 0.8, 0, 0, 1, 0, 1, 1] + [0.0] * 5, dtype=torch.float64)
-    tail = rows.ids, y, w, numbers, torch.ones(2, dtype=torch.float64), -100, int(form), False, True, True
-    found, _, gradient = ops.topk_forward(rows.student.float(), rows.teacher.float(), *tail)
+    rows = rows._replace(student=rows.student.float(), teacher=rows.teacher.float())
+    inputs = inputs_of(form, rows, y, w, numbers, torch.ones(2, dtype=torch.float64))
+    found, _, gradient = operators.forward(inputs, ops=ops)
     return found, gradient
