@@ -316,7 +316,8 @@ SMALL = {
     ),
     "terms": (
         kd_terms_kernel,
-        {name: "*fp32" for name in ("rows", "loss", "kd", "ce")} | {"real_options": "*fp64", "normalizers": "*fp64"},
+        {name: "*fp32" for name in ("row_losses", "loss", "kd", "ce")}
+        | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
     ),
 }
