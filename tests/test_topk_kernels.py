@@ -14,7 +14,8 @@ import operators
 import pytest
 import torch
 from test_cpu_kernels import before_a_fault, isa
-from topk_cases import RULES, B, Case, L, N, case, check, inputs_of, run, same
+from topk_cases import B, Case, L, N, case, check, inputs_of, run, same
+from topk_rules import RULES
 from truth import DTYPES
 
 from fusedkd.backends.dispatch import serving as backends

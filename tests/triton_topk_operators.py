@@ -14,13 +14,9 @@ import operators
 import pytest
 import torch
 import triton.language as tl
-from topk_cases import (
-    CANCELLING,
-    Case,
+from topk_cases import CANCELLING, Case, case, check, inputs_of
+from topk_rules import (
     broken_logits,
-    case,
-    check,
-    inputs_of,
     labels_out_of_range,
     masked_columns,
     near_convergence,
