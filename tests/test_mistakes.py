@@ -14,7 +14,6 @@ from torch import Tensor
 from truth import operator_calls, pair, targets
 
 from fusedkd import Divergence, TeacherHead, TeacherTopK, cosine_hidden_loss, kd_loss, linear_kd_loss
-from fusedkd.backends.layout import KernelId
 from fusedkd.nn import KDLoss
 
 Z, V = pair(3, 4, 10)

@@ -216,7 +216,7 @@ def _in_range(
     if upstream is None:
         return unit, scaled, None
     top = _largest(upstream).to(unit.dtype)
-    top = torch.where(top > 0, top, 1)
+    top = torch.where(top > 0, top, 1).log2().ceil().exp2()
     return unit / top, scaled, upstream / top.to(upstream.dtype)
 
 
