@@ -1,11 +1,13 @@
 """The tables and pictures of benchmark runs, from their JSON and nothing else.
 
-    python -m benchmarks.report benchmarks/results            NAME.md and NAME.png beside each NAME.json of the folder
+    python -m benchmarks.report benchmarks/results            NAME.md and NAME.png beside each NAME.json of the folder,
+                                                              and its times as lines of history.jsonl
     python -m benchmarks.report benchmarks/results --check    fail if a page says other than these and the code
 
 The pages quote benchmarks/results between the markers ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``, and
 list the divergences of the code between ``<!-- divergences -->`` and ``<!-- /divergences -->``; rendering that folder
-renews both, rendering any other leaves the pages alone.
+renews both, rendering any other leaves the pages alone. Of that folder, only pictures that a page shows are made: they
+are large, and git keeps each version; what a result was before is in the history.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, speed, step
+from benchmarks import accuracy, history, speed, step
 from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +113,11 @@ def with_quotes(page: Path) -> str:
     return DIVERGENCES.sub(lambda block: block[1] + divergences() + block[2], text)
 
 
+def shown(picture: str) -> bool:
+    """Whether a page shows it."""
+    return any(f"/{picture})" in page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+
+
 def render(folder: Path) -> Iterator[Path]:
     for source in sorted(folder.glob("*.json")):
         data = json.loads(source.read_text())
@@ -118,7 +125,8 @@ def render(folder: Path) -> Iterator[Path]:
         if found is None:
             continue
         source.with_suffix(".md").write_text(f"# {source.stem}\n\n{found}\n")
-        if hasattr(subject(data), "plot"):
+        history.append(folder, data)
+        if hasattr(subject(data), "plot") and (folder.resolve() != RECORD or shown(f"{source.stem}.png")):
             plot(data, source.with_suffix(".png"))
         yield source
 

@@ -18,7 +18,7 @@ from fusedkd.divergences import FAMILIES, kl_terms
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import accuracy, cases, eager, linear, providers, report, step  # noqa: E402
+from benchmarks import accuracy, cases, eager, history, linear, providers, report, step  # noqa: E402
 from benchmarks.cases import Case, family, kd, listed  # noqa: E402
 from benchmarks.measure import evaluate, interleave, peak_bytes  # noqa: E402
 from benchmarks.providers import PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
@@ -67,6 +67,32 @@ def test_harness_writes_json_table_and_picture(cases, tmp_path):
     assert list(report.render(tmp_path)) == [tmp_path / "cpu.json"]
     assert (tmp_path / "cpu.md").read_text().count(HEADINGS[cases]) == 1
     assert (tmp_path / "cpu.png").read_bytes()[:4] == b"\x89PNG"
+
+    (now, *_), last = lines_of(tmp_path), data["benchmarks"][0]
+    assert len(lines_of(tmp_path)) == len(CASES[cases])
+    assert (now["date"], now["case"]) == (data["datetime"], last["group"])
+    assert now["median_ms"]["fusedkd"] == pytest.approx(last["extra_info"]["median"] * 1e3, rel=1e-3)
+    history.append(tmp_path, data)
+    assert len(lines_of(tmp_path)) == len(CASES[cases]), "the same run is there once"
+    history.append(tmp_path, {**data, "datetime": "tomorrow"})
+    assert len(lines_of(tmp_path)) == 2 * len(CASES[cases])
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / history.NAME).read_text().splitlines()]
+
+
+def test_the_history_has_the_recorded_results():
+    known = (report.RECORD / history.NAME).read_text().splitlines()
+    assert len(set(known)) == len(known)
+    for source in report.RECORD.glob("*.json"):
+        data = json.loads(source.read_text())
+        if report.text(data) is not None:
+            assert set(history.lines(data)) <= set(known), f"{source.name}: run python -m benchmarks.report"
+
+
+def test_every_recorded_picture_is_on_a_page():
+    assert not [picture.name for picture in report.RECORD.glob("*.png") if not report.shown(picture.name)]
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
