@@ -291,9 +291,10 @@ template <class A> struct TopkRows {
     const bool push = ce && legal && stats[5] != -1 && b != 0, dense = pull && rest != 0;
     const E1 e_1 = !push ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
     const double m_c = stats[2] == -INFINITE<A> ? 0 : stats[2], m_1 = stats[4], l_1 = 1 + double(stats[5]);
-    Terms<A> r{.m_c = A(m_c), .c_s = A(LOG2E / k.temperature), .rest = dense ? A(a * rest) : 0, .m_1 = A(m_1),
-               .inv_l_1 = A((e_1 == E1::power ? std::exp(m_c - m_1) : 1) / l_1), .target = A(k.smoothing / V),
-               .b = A(b), .squarings = squarings, .next_z = nullptr, .z_bytes = size_of(k.student.type)};
+    Terms<A> r{};
+    r.m_c = A(m_c), r.c_s = A(LOG2E / k.temperature), r.rest = dense ? A(a * rest) : 0;
+    r.m_1 = A(m_1), r.inv_l_1 = A((e_1 == E1::power ? std::exp(m_c - m_1) : 1) / l_1), r.b = A(b);
+    r.target = A(k.smoothing / V), r.squarings = squarings, r.z_bytes = size_of(k.student.type);
     const int64_t next_row = i + 1 < k.student.count && k.weights[i + 1] != 0 ? i + 1 : i;
     const auto at = [&](int64_t j, double slope_of_d) {
       const double target = k.smoothing / V + (id[j] == label ? 1 - k.smoothing : 0), z_j = id[j] == label ? z_y : x[j];
