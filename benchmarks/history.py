@@ -1,8 +1,8 @@
 """What the times of a case have been: one line of JSON per date, machine and case, in history.jsonl beside the results.
 
 Results are overwritten by the next run, lines of the history never: a case that became slower shows in
-``grep 'kd_loss-512x30522-float32-T2' benchmarks/results/history.jsonl``. `benchmarks.report` appends the lines of each
-result that it renders; a line that is there already is not added again.
+``grep kd_loss-512x30522-float32-T2 benchmarks/results/history.jsonl``. `benchmarks.report` appends what is new in its
+folder.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ NAME = "history.jsonl"
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
     """Those of one result; none for a result without times."""
+    if not (times := _times(data)):
+        return
     info = data["machine_info"]
     run = {
         "date": data["datetime"],
@@ -27,16 +29,17 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
         "torch": info["versions"]["torch"],
         "load": round(info.get("load_before") or 0, 2),
     }
-    for case, seconds in _times(data).items():
+    for case, seconds in times.items():
         medians = {provider: float(f"{value * 1e3:.4g}") for provider, value in seconds.items()}
         yield json.dumps({**run, "case": case, "median_ms": medians}, ensure_ascii=False)
 
 
-def append(folder: Path, data: dict[str, Any]) -> None:
+def append(folder: Path) -> None:
+    """The lines of the folder's results that its history does not have yet."""
     path = folder / NAME
     known = set(path.read_text().splitlines()) if path.exists() else set()
-    new = [line for line in lines(data) if line not in known]
-    if new:
+    found = [line for source in sorted(folder.glob("*.json")) for line in lines(json.loads(source.read_text()))]
+    if new := [line for line in found if line not in known]:
         with path.open("a") as file:
             file.writelines(f"{line}\n" for line in new)
 

@@ -1,13 +1,11 @@
 """The tables and pictures of benchmark runs, from their JSON and nothing else.
 
-    python -m benchmarks.report benchmarks/results            NAME.md and NAME.png beside each NAME.json of the folder,
-                                                              and its times as lines of history.jsonl
+    python -m benchmarks.report benchmarks/results            NAME.md and NAME.png beside each NAME.json of the folder
     python -m benchmarks.report benchmarks/results --check    fail if a page says other than these and the code
 
 The pages quote benchmarks/results between the markers ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``, and
 list the divergences of the code between ``<!-- divergences -->`` and ``<!-- /divergences -->``; rendering that folder
-renews both, rendering any other leaves the pages alone. Of that folder, only pictures that a page shows are made: they
-are large, and git keeps each version; what a result was before is in the history.
+renews both, rendering any other leaves the pages alone.
 """
 
 from __future__ import annotations
@@ -53,6 +51,9 @@ def text(data: dict[str, Any]) -> str | None:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
+    """In benchmarks/results, only if a page shows it: git keeps each version of a picture."""
+    if path.parent.resolve() == RECORD and not shown(path.name):
+        return
     try:
         import matplotlib
     except ImportError:
@@ -66,6 +67,10 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{title}\n{machine(data)}", fontsize=12)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def shown(picture: str) -> bool:
+    return any(f"/{picture})" in page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 
 
 # -------------------------------------------------- divergences
@@ -113,11 +118,6 @@ def with_quotes(page: Path) -> str:
     return DIVERGENCES.sub(lambda block: block[1] + divergences() + block[2], text)
 
 
-def shown(picture: str) -> bool:
-    """Whether a page shows it."""
-    return any(f"/{picture})" in page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-
-
 def render(folder: Path) -> Iterator[Path]:
     for source in sorted(folder.glob("*.json")):
         data = json.loads(source.read_text())
@@ -125,8 +125,7 @@ def render(folder: Path) -> Iterator[Path]:
         if found is None:
             continue
         source.with_suffix(".md").write_text(f"# {source.stem}\n\n{found}\n")
-        history.append(folder, data)
-        if hasattr(subject(data), "plot") and (folder.resolve() != RECORD or shown(f"{source.stem}.png")):
+        if hasattr(subject(data), "plot"):
             plot(data, source.with_suffix(".png"))
         yield source
 
@@ -146,6 +145,7 @@ def main() -> None:
     if options.folder.resolve() == RECORD:
         for page in PAGES:
             page.write_text(with_quotes(page))
+    history.append(options.folder)
 
 
 if __name__ == "__main__":
