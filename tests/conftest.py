@@ -5,7 +5,7 @@ Every conformance test takes the `device` fixture: ``pytest`` runs it on the CPU
 any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or ``FUSEDKD_BACKEND=triton TRITON_INTERPRET=1``, which
 leaves out the tests marked `wide` and still takes 20 minutes.
 
-Functions with a test that takes more than 50 ms are marked `slow`: those of slow.txt, one list, so that a measurement
+Functions whose tests take more than 50 ms each are marked `slow`: those of slow.txt, one list, so that a measurement
 renews it as a whole. ``make quick`` runs the others, and names those that should be in the list.
 """
 
@@ -33,7 +33,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "wide: rows too wide for Triton's interpreter")
-    config.addinivalue_line("markers", "slow: more than 50 ms, listed in tests/slow.txt")
+    config.addinivalue_line("markers", "slow: more than 50 ms each, listed in tests/slow.txt")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
