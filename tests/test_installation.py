@@ -16,7 +16,6 @@ from types import ModuleType
 import pytest
 import torch
 
-import fusedkd
 from fusedkd import env, ops
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +174,7 @@ def test_the_source_distribution_is_the_repository(checkout, tmp_path) -> None:
     (checkout / "fusedkd/_C.abi3.so").touch()  # what is built stays at home
     build = "import backend, sys; print(backend.build_sdist('dist')); assert 'torch' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == f"fusedkd-{fusedkd.__version__}.tar.gz"  # read, not imported
+    assert run.stdout.splitlines()[-1] == f"fusedkd-{env.versions()['fusedkd']}.tar.gz"  # read, not imported
     with tarfile.open(checkout / "dist" / run.stdout.splitlines()[-1]) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     if (ROOT / ".git").exists() and shutil.which("git"):
