@@ -55,10 +55,10 @@ template <class A> void merge(Softmax<A>& s, const double* x, int64_t n) {
 // What the second sweep needs to know of a row.
 template <class A> struct Terms {
   A m_c, c_s, rest;              // KD: rest·exp2((z − m_c)·c_s)
-  A m_1, inv_l_1, target, b;     // CE: b·(e_1·inv_l_1 − target)
-  int squarings;                 // that make e_1 of the KD term's exponential, whose factor inv_l_1 then has
-  const char* next_z;            // the same columns of the next row, fetched while this one is computed
-  int64_t z_bytes;
+  A m_1 = 0, inv_l_1 = 0, target = 0, b = 0;  // CE: b·(e_1·inv_l_1 − target)
+  int squarings = 0;             // that make e_1 of the KD term's exponential, whose factor inv_l_1 then has
+  const char* next_z = nullptr;  // the same columns of the next row, fetched while this one is computed
+  int64_t z_bytes = 0;
 };
 enum class E1 { none, power, own };
 
@@ -291,8 +291,7 @@ template <class A> struct TopkRows {
     const bool push = ce && legal && stats[5] != -1 && b != 0, dense = pull && rest != 0;
     const E1 e_1 = !push ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
     const double m_c = stats[2] == -INFINITE<A> ? 0 : stats[2], m_1 = stats[4], l_1 = 1 + double(stats[5]);
-    Terms<A> r{};
-    r.m_c = A(m_c), r.c_s = A(LOG2E / k.temperature), r.rest = dense ? A(a * rest) : 0;
+    Terms<A> r{.m_c = A(m_c), .c_s = A(LOG2E / k.temperature), .rest = dense ? A(a * rest) : 0};
     r.m_1 = A(m_1), r.inv_l_1 = A((e_1 == E1::power ? std::exp(m_c - m_1) : 1) / l_1), r.b = A(b);
     r.target = A(k.smoothing / V), r.squarings = squarings, r.z_bytes = size_of(k.student.type);
     const int64_t next_row = i + 1 < k.student.count && k.weights[i + 1] != 0 ? i + 1 : i;
