@@ -1,12 +1,15 @@
 # make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
 # make test    the test suite
+# make quick   its tests below 50 ms each, in half a minute: all but those of tests/slow.txt
 # make sanitize    the Triton kernels executed without a GPU, bounds and races checked; with SUBSET=ci, minutes of it
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
 #              as MINUTES=8 allows; needs no network and installs nothing
 # make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
 # make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
-# make lint    ruff and mypy
+# make lint    ruff, mypy and clang-format
+# make format  what of it is mended by itself
+# make wheel   the distributions, into dist, checked; make check-wheel: the wheel installed and tested on $(PYTHONS)
 #
 # All but `make gpu` run in .venv, which the first of them creates with the versions of constraints.txt.
 
@@ -14,13 +17,16 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test aot sanitize bench evidence gpu lint clean
+.PHONY: demo test quick aot sanitize bench evidence gpu lint format wheel check-wheel clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+
+quick: .venv/ready
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" --durations=10 --durations-min=0.2
 
 # Each version lies in .aot, in front of .venv. About ten minutes each on two cores.
 TRITONS ?= 3.6.0 $(shell sed -n 's/^triton==//p' constraints.txt) 3.9.0
@@ -74,10 +80,32 @@ evidence: .venv/ready
 gpu:
 	$(PYTHON) -m benchmarks.visit $(RESULTS) $(if $(MINUTES),--minutes $(MINUTES))
 
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/ready
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $(CXX_FILES)
+
+# docs/releasing.md. A wheel without the CPU kernels is none.
+wheel: .venv/ready
+	$(PIP) install -c constraints.txt build twine
+	rm -rf build dist
+	FUSEDKD_CPU=1 .venv/bin/python -m build --no-isolation --outdir dist
+	.venv/bin/twine check --strict dist/*
+
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+check-wheel: wheel
+	set -e; for python in $(PYTHONS); do \
+		$$python -m venv --clear .wheel/$$(basename $$python); \
+		.ci/wheel .wheel/$$(basename $$python)/bin/python dist/*.whl; \
+	done
 
 .venv/ready: pyproject.toml constraints.txt setup.py backend.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer: make PYTHON=/path/to/it")'
@@ -88,4 +116,4 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .aot .sanitize build fusedkd/*.so *.egg-info
+	rm -rf .venv .aot .sanitize .wheel build dist fusedkd/*.so *.egg-info

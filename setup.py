@@ -11,6 +11,7 @@ slowly, and a failure to build one is a warning when all is done. Environment va
     FUSEDKD_CUDA_ARCHS          compute capabilities, "80 90a 90+PTX" unless set (+PTX: newer GPUs can translate it);
                                 without 90a, Triton answers on Hopper GPUs too
     CUDA_HOME                   where nvcc is, if not on PATH
+    FUSEDKD_WERROR              1: a warning of the C++ compiler is an error, as in continuous integration
 """
 
 import os
@@ -31,6 +32,9 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that can l
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-g0", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--threads=0", "--split-compile=0"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror"] if os.environ.get("FUSEDKD_WERROR") == "1" else []
+CXX_FLAGS += WARNINGS
+NVCC_FLAGS += [f"-Xcompiler={','.join(WARNINGS)}", "--Werror=all-warnings"] if WARNINGS else []
 BUILT_FOR = "built for the compute capabilities "  # csrc/archs.h
 
 WITHOUT = {
@@ -88,7 +92,8 @@ class BuildKernels(build_ext):
             torch = torch_folder()
             if torch is None:
                 raise FileNotFoundError("there is no torch >= 2.11 to build against")
-            ext.include_dirs = [str(torch / "include"), str(torch / "include/torch/csrc/api/include")]
+            for folder in ("include", "include/torch/csrc/api/include"):  # system folders, whose warnings do not count
+                ext.extra_compile_args += ["-isystem", str(torch / folder)]
             ext.library_dirs = [str(torch / "lib")]
             if ext.name.endswith("_cuda"):
                 self.build_with_nvcc(ext)
@@ -114,9 +119,9 @@ class BuildKernels(build_ext):
         if fresh and f"{BUILT_FOR}{archs}:".encode() in target.read_bytes():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [compiler, "-shared", *NVCC_FLAGS, *gencode(architectures()), f'-DFUSEDKD_CUDA_ARCHS="{archs}"']
+        command = [compiler, "-shared", *ext.extra_compile_args, *gencode(architectures())]
+        command += [f'-DFUSEDKD_CUDA_ARCHS="{archs}"']
         command += [f"-D{name}={value}" for name, value in ext.define_macros]
-        command += [f"-isystem={path}" for path in ext.include_dirs]
         command += [f"-L{path}" for path in ext.library_dirs]
         # A CPU torch lacks what USE_CUDA declares; at run time libtorch brings it (libtorch_cuda). cudart is static.
         command += ["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -141,7 +146,9 @@ def library(
 cpu = library(
     "fusedkd._C", "csrc/*.cpp", "FUSEDKD_CPU", True, {}, extra_compile_args=CXX_FLAGS, libraries=["torch_cpu"]
 )
-cuda = library("fusedkd._C_cuda", "csrc/*.cu", "FUSEDKD_CUDA", nvcc() is not None, {"USE_CUDA": "1"})
+cuda = library(
+    "fusedkd._C_cuda", "csrc/*.cu", "FUSEDKD_CUDA", nvcc() is not None, {"USE_CUDA": "1"}, extra_compile_args=NVCC_FLAGS
+)
 setup(
     ext_modules=cpu + cuda,
     cmdclass={"build_ext": BuildKernels},

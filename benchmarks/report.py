@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, speed, step
+from benchmarks import accuracy, history, speed, step
 from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,9 @@ def text(data: dict[str, Any]) -> str | None:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
+    """In benchmarks/results, only if a page shows it: git keeps each version of a picture."""
+    if path.parent.resolve() == RECORD and not shown(path.name):
+        return
     try:
         import matplotlib
     except ImportError:
@@ -64,6 +67,10 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{title}\n{machine(data)}", fontsize=12)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def shown(picture: str) -> bool:
+    return any(f"/{picture})" in page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 
 
 # -------------------------------------------------- divergences
@@ -138,6 +145,7 @@ def main() -> None:
     if options.folder.resolve() == RECORD:
         for page in PAGES:
             page.write_text(with_quotes(page))
+    history.append(options.folder)
 
 
 if __name__ == "__main__":

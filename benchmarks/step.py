@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import interleave, peak_bytes, seconds_of, set_malloc
+from benchmarks.record import stamp
 from benchmarks.speed import MEMORY, duration, relative, size
 from fusedkd import env
 
@@ -234,7 +234,7 @@ def record(shapes: Sequence[Shape], providers: Sequence[str], device: str, comma
             "versions": env.versions(),
             "command": command,
         },
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **stamp(),
         "driver_step": [entry for shape in shapes for entry in measure(shape, providers, device)],
     }
 

@@ -36,6 +36,8 @@ __device__ inline unsigned cluster_size() {
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
+// clang-format off: it takes the :: of asm for that of C++
+
 // *to = value in the shared memory of another block of the cluster; `to` is where it lies in one's own.
 __device__ inline void send(float* to, unsigned rank, float value) {
   asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }"
@@ -67,6 +69,7 @@ struct Arrival {
                  " @!done bra again; }" :: "r"(shared_address(&state)) : "memory");
   }
 };
+// clang-format on
 
 __device__ inline float exp2_of(float x) {  // relative error 2⁻²²; below the smallest normal number: 0
   float y;

@@ -55,10 +55,10 @@ template <class A> void merge(Softmax<A>& s, const double* x, int64_t n) {
 // What the second sweep needs to know of a row.
 template <class A> struct Terms {
   A m_c, c_s, rest;              // KD: rest·exp2((z − m_c)·c_s)
-  A m_1, inv_l_1, target, b;     // CE: b·(e_1·inv_l_1 − target)
-  int squarings;                 // that make e_1 of the KD term's exponential, whose factor inv_l_1 then has
-  const char* next_z;            // the same columns of the next row, fetched while this one is computed
-  int64_t z_bytes;
+  A m_1 = 0, inv_l_1 = 0, target = 0, b = 0;  // CE: b·(e_1·inv_l_1 − target)
+  int squarings = 0;             // that make e_1 of the KD term's exponential, whose factor inv_l_1 then has
+  const char* next_z = nullptr;  // the same columns of the next row, fetched while this one is computed
+  int64_t z_bytes = 0;
 };
 enum class E1 { none, power, own };
 

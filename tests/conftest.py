@@ -4,9 +4,14 @@ Every conformance test takes the `device` fixture: ``pytest`` runs it on the CPU
 ``make sanitize`` on one that is not there (`sanitizer.py`). Who answers on the CPU is the environment's choice, as for
 any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or ``FUSEDKD_BACKEND=triton TRITON_INTERPRET=1``, which
 leaves out the tests marked `wide` and still takes 20 minutes.
+
+Functions whose tests take more than 50 ms each are marked `slow`: those of slow.txt, one list, so that a measurement
+renews it as a whole. ``make quick`` runs the others, and names those that should be in the list.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +23,9 @@ CUDA = pytest.param(
 )
 
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())  # file::function
+
+
 @pytest.fixture(scope="session", params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -25,9 +33,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "wide: rows too wide for Triton's interpreter")
+    config.addinivalue_line("markers", "slow: more than 50 ms each, listed in tests/slow.txt")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if f"{item.path.name}::{getattr(item, 'originalname', item.name)}" in SLOW:
+            item.add_marker(pytest.mark.slow)
     for item in items if INTERPRETED else []:
         if item.get_closest_marker("wide"):
             item.add_marker(pytest.mark.skip(reason="too wide for Triton's interpreter"))

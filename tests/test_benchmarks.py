@@ -18,7 +18,7 @@ from fusedkd.divergences import FAMILIES, kl_terms
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import accuracy, cases, eager, linear, providers, report, step  # noqa: E402
+from benchmarks import accuracy, cases, eager, history, linear, providers, report, step  # noqa: E402
 from benchmarks.cases import Case, family, kd, listed  # noqa: E402
 from benchmarks.measure import evaluate, interleave, peak_bytes  # noqa: E402
 from benchmarks.providers import PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
@@ -139,6 +139,31 @@ def test_every_peer_is_measured_somewhere(monkeypatch):
     assert {(case.loss, p) for case in cuda for p in available(case, "cuda")} == {
         (loss, provider) for loss, of_loss in PROVIDERS.items() for provider in of_loss
     }
+
+
+def test_a_run_is_in_the_history_once(tmp_path):
+    data = json.loads((report.RECORD / "cpu.json").read_text())
+    data["benchmarks"] = [benchmark for benchmark in data["benchmarks"] if "-float32-jsd-" in benchmark["group"]]
+    for date in ("2026-01-01", "2026-01-01", "2026-01-02"):
+        (tmp_path / "cpu.json").write_text(json.dumps({**data, "datetime": date}))
+        history.append(tmp_path)
+    first, second = [json.loads(line) for line in (tmp_path / history.NAME).read_text().splitlines()]
+    assert (first["date"], second["date"]) == ("2026-01-01", "2026-01-02")
+    assert {**first, "date": ""} == {**second, "date": ""}
+    medians = {b["extra_info"]["provider"]: b["extra_info"]["median"] * 1e3 for b in data["benchmarks"]}
+    assert first["median_ms"] == pytest.approx(medians, rel=1e-3)
+    assert first["machine"] == data["machine_info"]["CPU"]
+
+
+def test_the_history_has_the_recorded_results():
+    known = (report.RECORD / history.NAME).read_text().splitlines()
+    found = [line for path in report.RECORD.glob("*.json") for line in history.lines(json.loads(path.read_text()))]
+    assert found
+    assert set(found) <= set(known), "run: python -m benchmarks.report"
+
+
+def test_every_recorded_picture_is_on_a_page():
+    assert not [picture.name for picture in report.RECORD.glob("*.png") if not report.shown(picture.name)]
 
 
 FLOAT64 = [

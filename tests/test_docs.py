@@ -144,7 +144,8 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     found = COMMAND.findall(page.read_text())
     for arguments in found:
         assert commands.main(shlex.split(arguments)) == 0, (arguments, capsys.readouterr().err)
-    assert len(seen) == len(found) > 2
+    assert len(seen) == len(found)
+    assert found or page.name not in ("distilbert.md", "trainers.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

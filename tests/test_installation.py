@@ -173,8 +173,9 @@ def test_what_cannot_be_built_is_said_at_the_end(variable, wish, checkout, tmp_p
 def test_the_source_distribution_is_the_repository(checkout, tmp_path) -> None:
     """Sources, headers, tests and all that they read: it builds, and its tests run."""
     (checkout / "fusedkd/_C.abi3.so").touch()  # what is built stays at home
-    build = "import backend; print(backend.build_sdist('dist'))"
+    build = "import backend, sys; print(backend.build_sdist('dist')); assert 'torch' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", build], cwd=checkout, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == f"fusedkd-{env.versions()['fusedkd']}.tar.gz"  # read, not imported
     with tarfile.open(checkout / "dist" / run.stdout.splitlines()[-1]) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames() if not archive.getmember(name).isdir()}
     if (ROOT / ".git").exists() and shutil.which("git"):
