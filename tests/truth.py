@@ -358,14 +358,14 @@ def noise_for(kl: float, temperature: float = 1.0) -> float:
 
 
 @contextmanager
-def operator_calls() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """The fusedkd operators called inside, with their arguments."""
-    calls: list[tuple[str, tuple[Any, ...]]] = []
+def operator_calls() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The fusedkd operators called inside, with their arguments by name."""
+    calls: list[tuple[str, dict[str, Any]]] = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function.namespace == "fusedkd":
-                calls.append((function._opname, args))
+                calls.append((function._opname, kwargs))
             return function(*args, **(kwargs or {}))
 
     with Record():
