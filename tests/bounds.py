@@ -25,12 +25,11 @@ from torch import Tensor
 from fusedkd import TeacherSamples, TeacherTopK
 from fusedkd.backends import eager
 from fusedkd.backends.eager import DEFINITIONS
-from fusedkd.backends.layout import FINITE_GRADIENT, REVERSE, KernelId, TopkKernelId
+from fusedkd.backends.layout import FINITE_GRADIENT, REVERSE, TOPK_KERNELS, KernelId, TopkKernelId
 from fusedkd.divergences import Divergence
 from fusedkd.reference import sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import log_softmax
-from fusedkd.teachers import TAILS
 
 
 class Part(NamedTuple):
@@ -185,7 +184,7 @@ def listed(
         return _settled(Part(value, gradient, bound, mass * norm(q) + norm(w)), student, True)
 
     reverse = divergence.name == "reverse_kl"
-    form = TopkKernelId(TAILS[teacher.tail] + reverse)
+    form = TOPK_KERNELS[teacher.tail, reverse]
     known = torch.where(valid, teacher.logprobs.detach().cpu().reshape(ids.shape), -torch.inf)
     sharpening = float(teacher.logprobs_temperature) / t
     value, gradient = eager.topk_definition(form, ids, known, log_q, sharpening)

@@ -24,8 +24,8 @@ from torch import Tensor
 from truth import Term, assert_value, float64, kd_truth, targets
 
 import fusedkd
-from fusedkd.backends import linear_loop
 from fusedkd import TeacherLogits
+from fusedkd.backends import linear_loop
 from fusedkd.losses.kd import Teacher
 
 HALF = (torch.float16, torch.bfloat16)

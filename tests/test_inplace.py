@@ -98,7 +98,7 @@ def test_inplace_refuses_memory_that_a_kernel_reads(device: str, case: str) -> N
     before = student.detach().clone()
     with operator_calls() as calls, pytest.raises(ValueError, match=rf"inplace=True would overwrite the {name}.*clone"):
         kd_loss(student, form, labels, inplace=True, **OPTIONS)
-    assert [name for name, _ in calls] == ["kd_row_weights"]
+    assert not calls
     assert torch.equal(student, before)
 
 
