@@ -139,7 +139,7 @@ def library(
     extension = Extension(
         name, files, define_macros=[*macros.items()], depends=glob("csrc/*.h") + glob("csrc/*.cuh"), **options
     )
-    extension.py_limited_api, extension.optional, extension.variable = True, wish != "1", variable
+    extension.py_limited_api, extension.optional, extension.variable = True, wish != "1" and not WARNINGS, variable
     return [extension]
 
 

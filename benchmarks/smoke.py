@@ -22,7 +22,7 @@ from benchmarks.record import LARGEST_ERROR, require, stamp, write
 from fusedkd import env
 from fusedkd.backends import dispatch
 
-# Each of these is answered by the kernel of its name on a Hopper GPU (fusedkd/kernels/choice.py).
+# Each of these is answered by the kernel of its name on a Hopper GPU (fusedkd/backends/triton/choice.py).
 CASES: dict[str, dict[str, list[Case]]] = {
     "cuda": {
         "resident": [kd(512, 4000, "bfloat16"), kd(512, 3001), *(family(name, 64, 2000) for name in OTHERS)],

@@ -184,7 +184,7 @@ def listed(
         return _settled(Part(value, gradient, bound, mass * norm(q) + norm(w)), student, True)
 
     reverse = divergence.name == "reverse_kl"
-    form = TOPK_KERNELS[teacher.tail, bool(reverse)]
+    form = TOPK_KERNELS[teacher.tail, reverse]
     known = torch.where(valid, teacher.logprobs.detach().cpu().reshape(ids.shape), -torch.inf)
     sharpening = float(teacher.logprobs_temperature) / t
     value, gradient = eager.topk_definition(form, ids, known, log_q, sharpening)

@@ -188,8 +188,8 @@ class Prepared(NamedTuple):
         }
         packed: list[Real] = [0.0] * OPTIONS
         for option, value in values.items():
-            packed[option.value] = 0.0 if value is None else value
-        packed[Option.COEFFICIENTS.value : Option.COEFFICIENTS.value + len(known.coefficients)] = known.coefficients
+            packed[option.value] = 0.0 if value is None else value  # torch.compile indexes no list by an IntEnum
+        packed[Option.COEFFICIENTS : Option.COEFFICIENTS + len(known.coefficients)] = known.coefficients
         return packed
 
 
