@@ -13,7 +13,7 @@ from typing import Any
 import operators
 import pytest
 import torch
-from test_cpu_kernels import before_a_fault, isa
+from cpu_cases import before_a_fault, isa
 from topk_cases import B, Case, L, N, case, check, inputs_of, run, same
 from topk_rules import RULES
 from truth import DTYPES
