@@ -87,7 +87,11 @@ KD_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"teacher": TeacherTopK(IDS, sharded(LOGPROBS))}, TypeError, f"logprobs {WHOLE}"),
     ({"teacher": TeacherTopK(IDS, V[..., :3])}, ValueError, "logprobs must be log-prob.*at most 0, but.*log_softmax"),
     ({"teacher": TeacherTopK(IDS, LOGPROBS.exp())}, ValueError, "logprobs must be log-prob.*probabilities a log"),
-    ({"divergence": Formless()}, TypeError, "divergence is a Formless, which must have a name, and as its form one of"),
+    (
+        {"divergence": Formless()},
+        TypeError,
+        "divergence is a Formless, which must have a name, and as its kernel_id one of",
+    ),
     ({"divergence": Nameless()}, TypeError, "divergence is a Nameless, which must have a name"),
 ]
 

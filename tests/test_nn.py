@@ -156,7 +156,7 @@ def test_kd_loss_module(device: str) -> None:
     assert "divergence=JSD(beta=0.3)" in repr(module)
     listed = check_kd(student, top_k(teacher, 5, "bucket"), labels).loss.value
     torch.testing.assert_close(KDLoss()(student, top_k(teacher, 5, "bucket"), labels).double().cpu(), listed)
-    with pytest.raises(TypeError, match=r"KDLoss has no option temprature \(temperature\?\); it has temperature, "):
+    with pytest.raises(TypeError, match=r"KDLoss has no option temprature \(temperature\?\); it has inplace, "):
         KDLoss(temprature=2.0)
 
 
@@ -189,6 +189,6 @@ def test_cosine_module(device: str) -> None:
 
 
 def test_public_names() -> None:
-    assert {"kd_loss", "cosine_hidden_loss", "KDTerms", "TeacherLogits", "nn", "ops"} <= set(fusedkd.__all__)
+    assert {"kd_loss", "cosine_hidden_loss", "KDTerms", "TeacherLogits", "KDOptions", "nn"} <= set(fusedkd.__all__)
     assert {"TeacherTopK", "TeacherSamples", "Divergence"} <= set(fusedkd.__all__)
     assert {family.__name__ for family in FAMILIES.values()} <= set(fusedkd.__all__)
