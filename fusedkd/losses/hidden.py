@@ -11,11 +11,13 @@ from fusedkd import checks as check
 from fusedkd.backends.call import as_rows, real_tensor
 from fusedkd.checks import Real
 from fusedkd.losses.common import gradient_in_forward, refuse_double_backward, save_for_backward
+from fusedkd.losses.names import by_name
 from fusedkd.losses.options import Reduction
 
 ops = torch.ops.fusedkd
 
 
+@by_name
 def cosine_hidden_loss(
     student_hidden: Tensor,
     teacher_hidden: Tensor,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OTHERS_NAMES = {
     "alpha": "kd_weight and ce_weight",
@@ -22,6 +28,23 @@ OTHERS_NAMES = {
     "softcap": "logit_softcap",
 }
 """What options are called elsewhere, and here."""
+
+
+def by_name(loss: Callable[P, R], signature: inspect.Signature | None = None) -> Callable[P, R]:
+    """The loss with this signature, or its own; an unknown keyword raises a TypeError that names our option."""
+    signature = inspect.signature(loss) if signature is None else signature
+    options = list(signature.parameters)
+    known = frozenset(options)
+
+    @wraps(loss)
+    def named(*arguments: P.args, **given: P.kwargs) -> R:
+        for name in given:
+            if name not in known:
+                raise TypeError(unknown(loss.__name__, given.keys() - known, options))
+        return loss(*arguments, **given)
+
+    named.__signature__ = signature  # type: ignore[attr-defined]
+    return named
 
 
 def unknown(who: str, given: Collection[str], options: Collection[str]) -> str:

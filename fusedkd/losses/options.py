@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, TypeVar, get_type_hints
 
 import torch
@@ -20,7 +19,7 @@ from fusedkd.backends.call import pack
 from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence, DivergenceName, resolve
-from fusedkd.losses.names import unknown
+from fusedkd.losses.names import by_name
 from fusedkd.teachers import KnownTeacher
 
 P = ParamSpec("P")
@@ -111,18 +110,7 @@ def with_options(loss: Callable[P, R]) -> Callable[P, R]:
         inspect.Parameter(name, keyword_only, default=default, annotation=types[name])
         for name, default in DEFAULTS.items()
     ]
-    signature = inspect.signature(loss).replace(parameters=[*own, *options])
-    names = list(signature.parameters)
-    known = frozenset(names)
-
-    @wraps(loss)
-    def named(*arguments: P.args, **given: P.kwargs) -> R:
-        for name in given:
-            if name not in known:
-                raise TypeError(unknown(loss.__name__, given.keys() - known, names))
-        return loss(*arguments, **given)
-
-    named.__signature__ = signature  # type: ignore[attr-defined]
+    named = by_name(loss, inspect.signature(loss).replace(parameters=[*own, *options]))
     described = "\n".join(f"        {line}" for line in inspect.cleandoc(f"    {KDOptions.__doc__}").splitlines())
     named.__doc__ = (loss.__doc__ or "").replace("        {options}", described)
     return named
