@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from families import at
 from on_host import guarded
-from operators import Inputs
+from operators import Inputs, options_tensor
 from torch import Tensor
 from truth import Term, assert_gradient, assert_value, kd_truth, noise_for, pair
 
 from fusedkd import TeacherLogits
-from fusedkd.backends.layout import OPTIONS, STATS, KernelId, Option
+from fusedkd.backends.layout import STATS, KernelId, Option
 from fusedkd.divergences import Divergence, resolve
 
 NORMALIZERS = (3.5, 5.0)
@@ -97,14 +97,21 @@ def case(
     if family.kernel_id == KernelId.DKD:
         weights[(labels < 0) | (labels >= y.shape[-1])] = 0
     weights[(y == -torch.inf).all(-1).flatten()] = 0
-    packed = torch.zeros(OPTIONS, dtype=torch.float64)
-    smoothing, t_t = options.get("label_smoothing", 0.0), options.get("teacher_temperature") or t
-    head = [t, t_t, t**family.temperature_power, 0.7, 0.3 if ce else 0.0, smoothing, logit_softcap, logit_scale]
-    transform = (logit_softcap, logit_scale) != (0, 1)
-    head += [1.2 * logit_softcap, 0.9] if transform else [0, 1]
-    values = head + list(family.coefficients())
-    packed[: len(values)] = torch.tensor(values, dtype=torch.float64)
-    truth_options = options | {"kd_weight": 0.7 / NORMALIZERS[0], "ce_weight": packed[4].item() / NORMALIZERS[1]}
+    ce_weight, transform = 0.3 if ce else 0.0, (logit_softcap, logit_scale) != (0, 1)
+    packed = options_tensor(
+        family.coefficients(),
+        temperature=t,
+        teacher_temperature=options.get("teacher_temperature") or t,
+        kd_scale=t**family.temperature_power,
+        kd_weight=0.7,
+        ce_weight=ce_weight,
+        label_smoothing=options.get("label_smoothing", 0.0),
+        softcap=logit_softcap,
+        scale=logit_scale,
+        teacher_softcap=1.2 * logit_softcap if transform else 0,
+        teacher_scale=0.9 if transform else 1,
+    )
+    truth_options = options | {"kd_weight": 0.7 / NORMALIZERS[0], "ce_weight": ce_weight / NORMALIZERS[1]}
     truth_options |= {"kd_mask": WEIGHTS.view(2, 3)}
     if transform:
         truth_options |= {"logit_softcap": logit_softcap or None, "logit_scale": logit_scale}

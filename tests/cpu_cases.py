@@ -8,11 +8,11 @@ import ctypes
 import mmap
 
 import torch
-from operators import Inputs, backward, forward, forward_, rescale_
+from operators import Inputs, backward, forward, forward_, options_tensor, rescale_
 from torch import Tensor
 
 from fusedkd.backends import dispatch
-from fusedkd.backends.layout import OPTIONS, KernelId, Option
+from fusedkd.backends.layout import KernelId, Option
 from fusedkd.divergences import Divergence, ForwardKL
 
 INF, NAN = float("inf"), float("nan")
@@ -37,20 +37,9 @@ def kd_inputs(
     """What the KD operators are given; `values` are entries of `options`, by the names of `Option` in lower case."""
     divergence = ForwardKL() if divergence is None else divergence
     t = 1.0 if divergence.kernel_id == KernelId.LOGIT_MSE else values.get("temperature", 2.0)
-    given = {Option[name.upper()]: value for name, value in values.items()}
-    defaults = {
-        Option.TEACHER_TEMPERATURE: t,
-        Option.KD_SCALE: t * t,
-        Option.KD_WEIGHT: 0.5,
-        Option.CE_WEIGHT: 0.7,
-        Option.SCALE: 1.0,
-        Option.TEACHER_SCALE: 1.0,
-    }
-    options = torch.zeros(OPTIONS, dtype=torch.float64)
-    for option, value in {**defaults, **given, Option.TEMPERATURE: t}.items():
-        options[option] = value
-    for i, value in enumerate(divergence.coefficients()):
-        options[Option.COEFFICIENTS + i] = value
+    defaults = {"teacher_temperature": t, "kd_scale": t * t, "kd_weight": 0.5, "ce_weight": 0.7}
+    defaults |= {"scale": 1.0, "teacher_scale": 1.0}
+    options = options_tensor(divergence.coefficients(), **{**defaults, **values, "temperature": t})
     return {
         "student": student,
         "teacher": teacher,
@@ -61,7 +50,7 @@ def kd_inputs(
         "normalizers": torch.tensor([2.0, 3.0], dtype=torch.float64),
         "ignore_index": -100,
         "kernel_id": int(divergence.kernel_id),
-        "transform": bool(TRANSFORMS & given.keys()),
+        "transform": bool(TRANSFORMS & {Option[name.upper()] for name in values}),
         "ce": labels is not None,
     }
 

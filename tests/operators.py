@@ -4,17 +4,28 @@ is what cosine_forward and cosine_backward are. Which of the two is meant is see
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedkd.backends import eager
+from fusedkd.backends.layout import OPTIONS, Option
 
 Inputs = dict[str, Any]
 """student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce; of the
 cosine operators student, teacher, weights, normalizer."""
+
+
+def options_tensor(coefficients: Iterable[Any] = (), fill: float = 0.0, **values: float) -> Tensor:
+    """The ``options`` of both KD operators by the names of `Option`, in lower case; the others are `fill`."""
+    options = torch.full((OPTIONS,), fill, dtype=torch.float64)
+    for name, value in values.items():
+        options[Option[name.upper()]] = value
+    for i, coefficient in enumerate(coefficients):
+        options[Option.COEFFICIENTS + i] = float(coefficient)
+    return options
 
 
 def _operator(inputs: Inputs, which: str, ops: Any) -> Callable[..., Any]:

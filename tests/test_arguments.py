@@ -269,7 +269,9 @@ def test_id_out_of_range_inside_the_operator(device: str, form: TopkKernelId) ->
     teacher = logits[..., :2].log_softmax(-1) - 1
     if form == TopkKernelId.SAMPLES:
         teacher = teacher.exp()
-    values = dict.fromkeys(Option, 1.0) | {o: 0.0 for o in (Option.LABEL_SMOOTHING, Option.SOFTCAP)}
+    values = dict.fromkeys(Option, 1.0) | {
+        o: 0.0 for o in (Option.LABEL_SMOOTHING, Option.SOFTCAP, Option.Z_LOSS_WEIGHT)
+    }
     options = pack([*values.values(), *[0.0] * (OPTIONS - len(values))], student.device)
     inputs = {
         "student": student,

@@ -10,14 +10,14 @@ import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
 from families import at, families, samples, top_k
-from operators import Inputs, forward
+from operators import Inputs, forward, options_tensor
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd.backends import defined
 from fusedkd.backends.call import pack
-from fusedkd.backends.layout import OPTIONS as REALS
 from fusedkd.backends.layout import KernelId, TopkKernelId
 from fusedkd.backends.schema import SCHEMAS
 from fusedkd.divergences import Divergence
@@ -243,6 +243,15 @@ def test_listed_teachers(device: str, tail: str, divergence: str) -> None:
 # -------------------------------------------------- operators
 
 
+class Own(Divergence):
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return (log_p.exp() - log_q.exp()).square().sum(-1)
+
+
+OWN = Own()
+"""Has no kernel."""
+
+
 def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
     """Arguments for every operator, dense and strided, with and without what is optional."""
     ops = torch.ops.fusedkd
@@ -256,8 +265,18 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         n = student.shape[0] * student.shape[1]
         labels = targets(n, classes=19, device=device) if some else None
         mask = torch.arange(n, device=device) % 3 if form == KernelId.FORWARD_KL else None
-        reals = [2.0, 1.5, 4.0, 0.5, 0.7 if some else 0.0, 0.1, 8.0, 0.5, 0.0, 1.0, 0.5, 0.5, 0.5, 0.0]
-        options = pack(reals + [0.0] * (REALS - len(reals)), student.device)
+        options = options_tensor(
+            (0.5, 0.5, 0.5, 0.0),
+            temperature=2.0,
+            teacher_temperature=1.5,
+            kd_scale=4.0,
+            kd_weight=0.5,
+            ce_weight=0.7 if some else 0.0,
+            label_smoothing=0.1,
+            softcap=8.0,
+            scale=0.5,
+            teacher_scale=1.0,
+        ).to(student.device)
         normalizers, upstream = pack([n, n], student.device), torch.full((), 0.3, device=device)
         listed = top_k(teacher, 4, "renormalize", 1.5, padding=1)
         ids = listed.ids.view(n, 4)
@@ -280,6 +299,9 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             }
             rows, stats, gradient = forward(inputs)
             add_calls(cases, "kd", inputs, stats, gradient, upstream, n)
+            if columns is None:
+                own = {**inputs, "kernel_id": defined.number(OWN)}
+                add_calls(cases, "defined", own, stats, gradient, upstream, n)
         cases["kd_row_weights"].append({**shared, "teacher": teacher, "ids": None, "kd_mask": mask, "kd": False})
         terms = {"row_losses": rows, "options": options, "normalizers": normalizers}
         cases["kd_terms"].extend({**terms, "per_row": x} for x in (True, False))

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import operators
 import torch
-from operators import Inputs
+from operators import Inputs, options_tensor
 from torch import Tensor
 
 from fusedkd.backends import eager
-from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.layout import REVERSE, Option, TopkKernelId
 from fusedkd.reference.softmax import cap_and_scale, log_softmax
 
 NAN, INF = float("nan"), float("inf")
@@ -122,14 +122,18 @@ def check(
     y = None if labels is None else torch.tensor([i % V if 0 <= i < 10 else i for i in labels])
     w = torch.tensor(weights)
     kd_scale, kd_weight, ce_weight, n_kd, n_ce = temperature**2, 0.6, 0.8, 3.5, 4.0
-    options = torch.full((16,), NAN, dtype=torch.float64)  # what is not meant for a call is not read
-    options[:6] = torch.tensor(
-        [temperature, teacher_temperature or temperature, kd_scale, kd_weight, ce_weight, smoothing]
+    options = options_tensor(
+        [logprobs_temperature] if form < TopkKernelId.SAMPLES else [],
+        NAN,  # what is not meant for a call is not read
+        temperature=temperature,
+        teacher_temperature=teacher_temperature or temperature,
+        kd_scale=kd_scale,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        label_smoothing=smoothing,
+        z_loss_weight=0.0,
+        **({"softcap": transform[0], "scale": transform[1]} if transform else {}),
     )
-    if transform:
-        options[6:8] = torch.tensor(transform)
-    if form < TopkKernelId.SAMPLES:
-        options[10] = logprobs_temperature
     normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
     inputs = inputs_of(form, Case(student, teacher, rows.ids), y, w, options, normalizers, transform is not None)
     wide = inputs | {"student": student.double()}
@@ -206,7 +210,7 @@ def sizes(form: int, inputs: Inputs, transform: tuple[float, float] | None) -> t
     """Per row the sum of the norms of what the gradient with respect to z/T subtracts; and the mass on the list."""
     ids, options = inputs["ids"], inputs["options"]
     z, v = inputs["student"].flatten(0, 1), inputs["teacher"].flatten(0, 1).double()
-    log_q = log_softmax((cap_and_scale(z, *transform) if transform else z) / options[0])
+    log_q = log_softmax((cap_and_scale(z, *transform) if transform else z) / options[Option.TEMPERATURE])
     legal = (ids >= 0) & (ids < z.shape[1])
     column = torch.where(legal, ids, 0)
     q, q_k, lq_k = log_q.exp(), torch.where(legal, log_q.exp().gather(1, column), 0), log_q.gather(1, column)
@@ -215,7 +219,7 @@ def sizes(form: int, inputs: Inputs, transform: tuple[float, float] | None) -> t
         return p.sum(1) * (q.norm(dim=1) + 1), p.sum(1)
     lp = torch.where(legal, v, -INF)
     if form in (TopkKernelId.RENORMALIZE, TopkKernelId.RENORMALIZE_REVERSE):
-        lp = log_softmax(lp * options[10] / options[1])
+        lp = log_softmax(lp * options[Option.COEFFICIENTS] / options[Option.TEACHER_TEMPERATURE])
     p = lp.exp()
     listed = q_k.sum(1)
     if form == TopkKernelId.RENORMALIZE_REVERSE:
@@ -226,7 +230,7 @@ def sizes(form: int, inputs: Inputs, transform: tuple[float, float] | None) -> t
         forward = forward + (1 - p.sum(1)).clamp(min=0)
     w_k = torch.where(q_k == 0, 0, q_k * (1 + (lq_k - lp).abs()).nan_to_num(0, 0, 0))
     reverse = w_k.norm(dim=1) + w_k.sum(1).abs() * q.norm(dim=1) + q.norm(dim=1) + p.norm(dim=1)
-    is_reverse = form in (1, 3, 5)
+    is_reverse = form in REVERSE
     return (reverse if is_reverse else forward), (listed if is_reverse else p.sum(1))
 
 

@@ -17,14 +17,14 @@ import torch
 import triton.language as tl
 from bounds import dense, norm
 from families import describe
-from operators import Inputs
+from operators import Inputs, options_tensor
 from torch import Tensor
 from triton.runtime import interpreter
 from truth import between_nans
 
 from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation
 from fusedkd.backends import eager
-from fusedkd.backends.layout import KernelId
+from fusedkd.backends.layout import KernelId, Option
 from fusedkd.backends.triton import choice, kd, launch
 from fusedkd.divergences import Divergence, ForwardKL
 from fusedkd.reference.divergences import Rows
@@ -103,11 +103,16 @@ def options_for(
     divergence: Divergence, temperature: float = 2.0, weights: tuple[float, float] = (0.6, 0.8), rest: Any = ()
 ) -> Tensor:
     """The options tensor; `rest`: teacher temperature, smoothing, soft-caps and scales, which may be missing."""
-    teacher_temperature, smoothing, *transforms = (*rest, *(temperature, 0.0, NAN, NAN, NAN, NAN)[len(rest) :])
-    power = temperature**divergence.temperature_power
-    options = [temperature, teacher_temperature, power, *weights, smoothing, *transforms]
-    options += [float(a) for a in divergence.coefficients()]
-    return torch.tensor(options + [0.0] * (16 - len(options)), dtype=torch.float64)
+    names = ("teacher_temperature", "label_smoothing", "softcap", "scale", "teacher_softcap", "teacher_scale")
+    given = dict(zip(names, (*rest, *(temperature, 0.0, NAN, NAN, NAN, NAN)[len(rest) :]), strict=True))
+    return options_tensor(
+        divergence.coefficients(),
+        temperature=temperature,
+        kd_scale=temperature**divergence.temperature_power,
+        kd_weight=weights[0],
+        ce_weight=weights[1],
+        **given,
+    )
 
 
 def check(
@@ -165,7 +170,7 @@ def _check(
         temperature, teacher_temperature = 1.0, None
     rest = teacher_temperature or temperature, smoothing, *(transforms or ())
     options = options_for(divergence, temperature, rest=rest)
-    kd_scale, kd_weight, ce_weight, n_kd, n_ce = options[2].item(), 0.6, 0.8, 3.5, 4.0
+    kd_scale, kd_weight, ce_weight, n_kd, n_ce = options[Option.KD_SCALE].item(), 0.6, 0.8, 3.5, 4.0
     inputs = inputs_of(
         divergence, student, teacher, y, w, options, (n_kd, n_ce), transform=transforms is not None, ce=ce
     )
@@ -176,7 +181,13 @@ def _check(
     z, v = student.double().flatten(0, 1), teacher.double().flatten(0, 1)
     if transforms is not None:
         z, v = cap_and_scale(z, *transforms[:2]), cap_and_scale(v, *transforms[2:])
-    kd_rows = Rows(log_softmax(v / options[1]), log_softmax(z[:, :C] / options[0]), v, z[:, :C], y)
+    kd_rows = Rows(
+        log_softmax(v / options[Option.TEACHER_TEMPERATURE]),
+        log_softmax(z[:, :C] / options[Option.TEMPERATURE]),
+        v,
+        z[:, :C],
+        y,
+    )
     part = dense(divergence, kd_rows, exact)
     expected, _ = operators.truth(inputs, gradient=False)
     rows, stats, gradient = operators.forward(inputs, ops=launch)
