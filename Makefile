@@ -6,6 +6,7 @@
 #              as MINUTES=8 allows; needs no network and installs nothing
 # make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
 # make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
+# make docs    the pages of docs/ and a reference from the docstrings as a site, into site/; a broken link fails
 # make lint    ruff and mypy
 #
 # All but `make gpu` run in .venv, which the first of them creates with the versions of constraints.txt.
@@ -14,7 +15,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test aot sanitize bench evidence gpu lint clean
+.PHONY: demo test aot sanitize bench docs evidence gpu lint clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
@@ -61,6 +62,9 @@ bench: .venv/ready
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict
+
 evidence: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert ablate --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
 		--vocab_file $(VOCAB) --glue_dir $(GLUE)
@@ -84,8 +88,8 @@ lint: .venv/ready
 	@echo "== .venv: the libraries of constraints.txt (minutes, once), then the C++ extension"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt setuptools torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench,docs]"
 	@touch $@
 
 clean:
-	rm -rf .venv .aot .sanitize build fusedkd/*.so *.egg-info
+	rm -rf .venv .aot .sanitize build site fusedkd/*.so *.egg-info

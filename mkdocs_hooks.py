@@ -5,6 +5,7 @@ to files of the repository, and links where docstrings name other objects.
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,26 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return re.sub(r"\[([^\]]*)\]\[0\]", r"\1", LINK.sub(mended, markdown))
 
 
-class Roles(griffe.Extension):
-    """Sphinx's roles in docstrings: links where the reference has the object, else its name."""
+class Docstrings(griffe.Extension):
+    """Docstrings as their reader should see them: Sphinx's roles are links where the reference has the object, else
+    names; the options that several losses share stand where ``{options}`` is, and in the signature.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = ROLE.sub(self._name, obj.docstring.value)
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        if "options" not in func.parameters or "{options}" not in getattr(func.docstring, "value", ""):
+            return
+        options, defaults = func.package["losses.options.KDOptions"], func.package["losses.options.DEFAULTS"].value
+        described = textwrap.indent(ROLE.sub(self._name, options.docstring.value), "    ")
+        func.docstring.value = func.docstring.value.replace("    {options}", described)
+        del func.parameters["options"]
+        for name, default in zip(defaults.keys, defaults.values, strict=True):
+            of = options.members[str(name).strip("'\"")]
+            keyword = griffe.ParameterKind.keyword_only
+            func.parameters.add(griffe.Parameter(of.name, annotation=of.annotation, kind=keyword, default=default))
 
     @staticmethod
     def _name(role: re.Match[str]) -> str:
