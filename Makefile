@@ -63,7 +63,7 @@ bench: .venv/ready
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
 docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 evidence: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert ablate --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
