@@ -151,7 +151,25 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert found or page.name not in ("distilbert.md", "trainers.md")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+
+
+@every_page
+def test_links(page: Path) -> None:
+    """To files of the repository; their anchors are checked by `make docs`."""
+    found = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    assert [link for link in found if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.skipif(not (ROOT / "fusedkd" / "losses").is_dir(), reason="the page describes fusedkd/losses/")
+def test_files_on_the_way_of_a_row() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    found = set(re.findall(r"\b(?:losses|backends|csrc)/[\w/]+\.\w+", text))
+    assert len(found) > 15
+    assert {path for path in found if not any((ROOT / folder / path).is_file() for folder in ("", "fusedkd"))} == set()
+
+
+@every_page
 def test_targets_of_make(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^    make ([\w-]+)|`make ([\w-]+)", page.read_text(), re.MULTILINE))
