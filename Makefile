@@ -7,6 +7,7 @@
 #              as MINUTES=8 allows; needs no network and installs nothing
 # make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
 # make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
+# make docs    the pages of docs/ and a reference from the docstrings as a site, into site/; a broken link fails
 # make lint    ruff, mypy and clang-format
 # make format  what of it is mended by itself
 # make wheel   the distributions, into dist, checked; make check-wheel: the wheel installed and tested on $(PYTHONS)
@@ -17,7 +18,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quick aot sanitize bench evidence gpu lint format wheel check-wheel clean
+.PHONY: demo test quick aot sanitize bench docs evidence gpu lint format wheel check-wheel clean
 
 demo: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert
@@ -67,6 +68,9 @@ bench: .venv/ready
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 evidence: .venv/ready
 	.venv/bin/python -m fusedkd.distilbert ablate --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
 		--vocab_file $(VOCAB) --glue_dir $(GLUE)
@@ -112,8 +116,8 @@ check-wheel: wheel
 	@echo "== .venv: the libraries of constraints.txt (minutes, once), then the C++ extension"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt setuptools torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench,docs]"
 	@touch $@
 
 clean:
-	rm -rf .venv .aot .sanitize .wheel build dist fusedkd/*.so *.egg-info
+	rm -rf .venv .aot .sanitize .wheel build dist site fusedkd/*.so *.egg-info

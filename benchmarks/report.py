@@ -1,11 +1,11 @@
 """The tables and pictures of benchmark runs, from their JSON and nothing else.
 
-    python -m benchmarks.report benchmarks/results            NAME.md and NAME.png beside each NAME.json of the folder
+    python -m benchmarks.report benchmarks/results            prints the tables; NAME.png beside each NAME.json
     python -m benchmarks.report benchmarks/results --check    fail if a page says other than these and the code
 
-The pages quote benchmarks/results between the markers ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``, and
-list the divergences of the code between ``<!-- divergences -->`` and ``<!-- /divergences -->``; rendering that folder
-renews both, rendering any other leaves the pages alone.
+The pages quote benchmarks/results between the markers ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``, where
+NAME is that of a JSON file or of an excerpt below, and list the divergences of the code between the markers
+``<!-- divergences -->`` and ``<!-- /divergences -->``; rendering that folder renews both, any other leaves them alone.
 """
 
 from __future__ import annotations
@@ -24,8 +24,20 @@ from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results"  # what the pages quote
-PAGES = (ROOT / "README.md", ROOT / "docs" / "distilbert.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "numbers.md")
 BLOCK = re.compile(r"(<!-- benchmarks:([\w.-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+EXCERPTS = {
+    "headline": (
+        "cpu",
+        (
+            "kd_loss-512x30522-float32-T2-ce-fwd+bwd",
+            "kd_loss-512x30522-float32-jsd-T2-fwd+bwd",
+            "kd_loss-512x30522-float32-bucket64-T1-fwd+bwd",
+            "kd_loss-512x30522-bfloat16-T2-ce-fwd+bwd",
+        ),
+    ),
+}
+"""Of the record: a few groups of a JSON file, under a name of their own, quoted by a picture and the first in words."""
 SUBJECTS = {"accuracy": accuracy, "benchmarks": speed, "driver_step": step}  # by what the JSON has
 DIVERGENCES = re.compile(r"(<!-- divergences -->\n).*?(<!-- /divergences -->)", re.DOTALL)
 
@@ -97,10 +109,19 @@ def summary(family: type[Divergence]) -> str:
 # -------------------------------------------------- files
 
 
+def load(name: str, folder: Path = RECORD) -> dict[str, Any]:
+    """A JSON file of the folder, or an excerpt of one."""
+    source, groups = EXCERPTS.get(name, (name, None))
+    data: dict[str, Any] = json.loads((folder / f"{source}.json").read_text())
+    if groups is not None:
+        data["benchmarks"] = [benchmark for benchmark in data["benchmarks"] if benchmark["group"] in groups]
+    return data
+
+
 def quote(name: str, page: Path) -> str:
-    """What a page says about benchmarks/results/NAME.json."""
+    """What a page says about benchmarks/results/NAME.json, or an excerpt."""
     picture = Path(os.path.relpath(RECORD / f"{name}.png", page.parent)).as_posix()
-    data = json.loads((RECORD / f"{name}.json").read_text())
+    data = load(name)
     found = text(data)
     if found is None:  # a run of the DistilBERT driver
         from fusedkd.distilbert.report import markdown
@@ -109,6 +130,8 @@ def quote(name: str, page: Path) -> str:
     if not hasattr(subject(data), "plot"):
         return f"{found}\n"
     what = "errors of each loss and provider" if "accuracy" in data else "time of each loss and provider"
+    if name in EXCERPTS:
+        found = f"{speed.sentence(data)} ({machine(data)})."
     return f"![{name}: {what}]({picture})\n\n{found}\n"
 
 
@@ -118,16 +141,17 @@ def with_quotes(page: Path) -> str:
     return DIVERGENCES.sub(lambda block: block[1] + divergences() + block[2], text)
 
 
-def render(folder: Path) -> Iterator[Path]:
-    for source in sorted(folder.glob("*.json")):
-        data = json.loads(source.read_text())
+def render(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and table of each JSON file of the folder, and of the excerpts, once its picture is written."""
+    names = sorted(source.stem for source in folder.glob("*.json"))
+    for name in [*names, *(EXCERPTS if folder.resolve() == RECORD else [])]:
+        data = load(name, folder)
         found = text(data)
         if found is None:
             continue
-        source.with_suffix(".md").write_text(f"# {source.stem}\n\n{found}\n")
         if hasattr(subject(data), "plot"):
-            plot(data, source.with_suffix(".png"))
-        yield source
+            plot(data, folder / f"{name}.png")
+        yield name, found
 
 
 def main() -> None:
@@ -140,8 +164,8 @@ def main() -> None:
             if with_quotes(page) != page.read_text():
                 raise SystemExit(f"{page.name} is out of date: python -m benchmarks.report")
         return
-    for source in render(options.folder):
-        print(f"\n{source.with_suffix('.md').read_text()}")
+    for name, table in render(options.folder):
+        print(f"\n# {name}\n\n{table}")
     if options.folder.resolve() == RECORD:
         for page in PAGES:
             page.write_text(with_quotes(page))

@@ -120,6 +120,13 @@ def _legend(data: dict[str, Any]) -> str:
     )
 
 
+def sentence(data: dict[str, Any]) -> str:
+    """The first case in words: time and temporaries of each provider."""
+    group = cases(data)[0]
+    measured = [f"{entry['provider']} {_time(entry)} and {size(temporaries(entry))}" for entry in group]
+    return f"{label(group[0])}, time and temporary memory: {', '.join(measured)}"
+
+
 # -------------------------------------------------- picture
 
 

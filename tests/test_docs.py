@@ -69,8 +69,8 @@ def saved_student(folder: str, positions: int = 512) -> None:
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
 
 
-def given(name: str) -> Any:
-    """What a page may take for granted."""
+def given(name: str, names: dict[str, Any]) -> Any:
+    """What a page may take for granted, beside the names that it has already."""
     draw = torch.Generator().manual_seed(sum(map(ord, name)))
 
     def normal(*shape: int) -> torch.Tensor:
@@ -81,6 +81,8 @@ def given(name: str) -> Any:
         **dict.fromkeys(("teacher_logits", "teacher_a", "teacher_b"), lambda: normal(ROWS, VOCABULARY)),
         "student_hidden": lambda: normal(ROWS, WIDTH).requires_grad_(),
         "teacher_hidden": lambda: normal(ROWS, WIDTH),
+        "batches": lambda: torch.randint(VOCABULARY, (2, 3, 9), generator=draw),
+        "optimizer": lambda: torch.optim.SGD(names["student"].parameters(), lr=0.1),
         "labels": lambda: torch.randint(VOCABULARY, (ROWS,), generator=draw),
         "ids": lambda: normal(ROWS, VOCABULARY).topk(5).indices,
         "logprobs": lambda: normal(ROWS, VOCABULARY).log_softmax(-1)[:, :5],
@@ -101,17 +103,18 @@ def test_python(page: Path, capsys) -> None:
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python")
     for block in blocks:
-        names.update({name: given(name) for name in (block["given"] or "").split(", ") if name})
+        for name in filter(None, (block["given"] or "").split(", ")):
+            names[name] = given(name, names)
         line = text[: block.start("code")].count("\n")
         exec(compile("\n" * line + block["code"], str(page), "exec"), names)  # with the page's own line numbers
     assert "FAULT" not in capsys.readouterr().out
 
 
-def test_the_first_two_losses_of_the_readme_are_one() -> None:
-    first, second = list(BLOCK.finditer(PAGES[0].read_text()))[:2]
+def test_the_first_loss_is_that_of_the_expression_which_it_replaces() -> None:
+    first, second = list(BLOCK.finditer((ROOT / "docs" / "start.md").read_text()))[:2]
     found = []
     for block in (first, second):
-        names = {name: given(name) for name in block["given"].split(", ")}
+        names = {name: given(name, {}) for name in block["given"].split(", ")}
         exec(block["code"], names)
         found.append(names["loss"].item())
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -148,7 +151,25 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert found or page.name not in ("distilbert.md", "trainers.md")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+
+
+@every_page
+def test_links(page: Path) -> None:
+    """To files of the repository; their anchors are checked by `make docs`."""
+    found = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    assert [link for link in found if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.skipif(not (ROOT / "fusedkd" / "losses").is_dir(), reason="the page describes fusedkd/losses/")
+def test_files_on_the_way_of_a_row() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    found = set(re.findall(r"\b(?:losses|backends|csrc)/[\w/]+\.\w+", text))
+    assert len(found) > 15
+    assert {path for path in found if not any((ROOT / folder / path).is_file() for folder in ("", "fusedkd"))} == set()
+
+
+@every_page
 def test_targets_of_make(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^    make ([\w-]+)|`make ([\w-]+)", page.read_text(), re.MULTILINE))

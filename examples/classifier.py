@@ -1,4 +1,4 @@
-"""Distils a wide classifier into a narrow one in a plain PyTorch loop: python examples/train_classifier.py"""
+"""Distils a wide classifier into a narrow one in a plain PyTorch loop: python examples/classifier.py"""
 
 import torch
 from torch import nn
