@@ -244,7 +244,8 @@ def run(ops: Any, form: int, rows: Case, **options: Any) -> tuple[Tensor, Tensor
     """Values and gradient, unchecked."""
     y = torch.tensor(options.get("labels", LABELS))
     w = torch.tensor(options.get("weights", WEIGHTS))
-    numbers = torch.tensor([1.0, 1, 1, 0.6, 0.8, 0, 0, 1, 0, 1, 1] + [0.0] * 5, dtype=torch.float64)
+    ones = dict.fromkeys(("temperature", "teacher_temperature", "kd_scale", "scale", "teacher_scale"), 1.0)
+    numbers = options_tensor([1.0], kd_weight=0.6, ce_weight=0.8, **ones)
     rows = rows._replace(student=rows.student.float(), teacher=rows.teacher.float())
     inputs = inputs_of(form, rows, y, w, numbers, torch.ones(2, dtype=torch.float64))
     found, _, gradient = operators.forward(inputs, ops=ops)

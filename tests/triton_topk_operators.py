@@ -109,7 +109,8 @@ def test_a_term_of_weight_zero_adds_nothing() -> None:
     form = TopkKernelId.RENORMALIZE_REVERSE
     student, teacher, ids = case(form, 40, 5)
     student[0, 0, next(i for i in range(40) if i not in ids[0])] = torch.nan
-    options = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0]).double()
+    ones = dict.fromkeys(("temperature", "teacher_temperature", "kd_scale", "kd_weight", "scale", "teacher_scale"), 1.0)
+    options = operators.options_tensor([1.0], **ones)
     rows = torch.arange(len(ids)), torch.ones(len(ids)), options, torch.ones(2).double()
     inputs = inputs_of(form, Case(student, teacher.nan_to_num(0), ids), *rows)
     _, _, gradient = operators.forward(inputs, ops=launch)
