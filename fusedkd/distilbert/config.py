@@ -16,6 +16,9 @@ from accelerate import PartialState
 
 from fusedkd.distilbert.options import UsageError, check_signs, check_tracker, option, parse_into
 from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd.nn import DistilBertLoss
+
+PUBLISHED_LOSS = DistilBertLoss()
 
 __all__ = ["Config", "UsageError", "check_folder", "option", "parse", "parse_divergence", "parse_into"]
 
@@ -86,10 +89,12 @@ class StudentOptions:
 @dataclass
 class LossOptions:
     _argument_group_name = "loss"
-    temperature: float = option(2.0, "softmax temperature of the KD term")
-    alpha_distil: float = option(5.0, "weight of the KD term")
-    alpha_mlm: float = option(2.0, "weight of the masked-language-modelling term (GPT-2: next token)")
-    alpha_cos: float = option(1.0, "weight of the cosine term on hidden states")
+    temperature: float = option(PUBLISHED_LOSS.temperature, "softmax temperature of the KD term")
+    alpha_distil: float = option(PUBLISHED_LOSS.alpha_distil, "weight of the KD term")
+    alpha_mlm: float = option(
+        PUBLISHED_LOSS.alpha_mlm, "weight of the masked-language-modelling term (GPT-2: next token)"
+    )
+    alpha_cos: float = option(PUBLISHED_LOSS.alpha_cos, "weight of the cosine term on hidden states")
     alpha_mse: float = option(0.0, "weight of the mean squared difference of the logits")
     divergence: str = option(
         "forward_kl", "of the KD term, parameters after a colon (jsd:beta=0.3): " + ", ".join(FAMILIES), metavar="NAME"

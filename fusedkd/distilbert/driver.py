@@ -44,10 +44,13 @@ from fusedkd.distilbert.student import (
     new_teacher,
     student_from_teacher,
 )
-from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.nn import DistilBertLoss
 
 EVAL_SEED = 0  # the held-out masks are the same for every model and every run
-PLAIN = TripleLoss(kd_weight=0.0, ce_weight=1.0, cos_weight=0.0)  # language modelling alone
+PLAIN: dict[str, Any] = {
+    "loss": DistilBertLoss(alpha_distil=0.0, alpha_mlm=1.0, alpha_cos=0.0)
+}  # language modelling alone
 Stage = report.Stage
 
 
@@ -183,27 +186,23 @@ def folder_name(config: Config, arm: str, seed: int) -> str:
     return name if seed == config.run.seed else f"{name}-seed{seed}"
 
 
-def loss_of(config: Config, layers: list[int]) -> TripleLoss:
-    """The loss that the options describe, for a student whose layers were copied from `layers`."""
-    options = config.loss
+def loss_of(config: Config, layers: list[int]) -> dict[str, Any]:
+    """As arguments of the Trainer, for a student whose layers were copied from `layers`."""
+    of = config.loss
     copied = tuple((i + 1, layer + 1) for i, layer in enumerate(layers))  # hidden state 0 is the embeddings'
-    return TripleLoss(
-        temperature=options.temperature,
-        divergence=parse_divergence(options.divergence),
-        kd_weight=options.alpha_distil,
-        ce_weight=options.alpha_mlm,
-        cos_weight=options.alpha_cos,
-        mse_weight=options.alpha_mse,
-        kd_on="labels" if options.kd_on == "masked" else "attended",
-        cos_layers=copied if options.cos_layers == "copied" else ((-1, -1),),
-    )
+    return {
+        "loss": DistilBertLoss(of.temperature, of.alpha_distil, of.alpha_mlm, of.alpha_cos, of.kd_on),
+        "divergence": parse_divergence(of.divergence),
+        "alpha_mse": of.alpha_mse,
+        "cos_layers": copied if of.cos_layers == "copied" else ((-1, -1),),
+    }
 
 
 def make_trainer(
     shared: Run,
     folder: Path,
     model: PreTrainedModel,
-    loss: TripleLoss,
+    loss: dict[str, Any],
     teacher: Teacher | None,
     seed: int,
     steps: int,
@@ -235,7 +234,7 @@ def make_trainer(
         in_order(shared.train, arguments.train_batch_size * arguments.world_size, seed),
         shared.held_out,
         tokenizer_for(model.config, shared.tokenizer),
-        loss=loss,
+        **loss,
         eval_collator=shared.collator(EVAL_SEED),
     )
     trainer.remove_callback(PrinterCallback)
@@ -247,7 +246,7 @@ def train(
     shared: Run,
     name: str,
     make: Callable[[], PreTrainedModel],
-    loss: TripleLoss,
+    loss: dict[str, Any],
     teacher: Teacher | None,
     seed: int,
     steps: int,
@@ -303,19 +302,20 @@ def with_folders(shared: Run, teacher: Teacher, teachers: list[Stage], students:
     return models
 
 
-def card(shared: Run, folder: Path, stage: Stage, loss: TripleLoss, teacher: Teacher | None) -> None:
+def card(shared: Run, folder: Path, stage: Stage, loss: dict[str, Any], teacher: Teacher | None) -> None:
     """The README of an exported model."""
     config, text = shared.config, shared.config.text
     data = [text.dataset] if text.dataset else text.train_files or ["the documentation that comes with Python"]
-    weights = (loss.kd_weight, loss.ce_weight, loss.cos_weight, loss.mse_weight)
+    triple = loss["loss"]
+    weights = (triple.alpha_distil, triple.alpha_mlm, triple.alpha_cos, loss.get("alpha_mse", 0.0))
     names = ("KD", "language modelling", "cosine", "logit MSE")
     terms = {f"weight of {n}": f"{w:g}" for n, w in zip(names, weights, strict=True) if w}
-    if loss.kd_weight:
-        terms |= {"divergence": config.loss.divergence, "temperature": f"{loss.temperature:g}"}
+    if triple.alpha_distil:
+        terms |= {"divergence": config.loss.divergence, "temperature": f"{triple.temperature:g}"}
         terms |= {"tokens of the KD term": config.loss.kd_on}
     run, source = config.run, config.teacher.teacher or "a BERT trained on the same text"
     copied = teacher is not None and config.student.init == "teacher"
-    distilled = teacher is not None and loss.needs_teacher
+    distilled = teacher is not None and any((weights[0], *weights[2:]))
     write_card(
         folder,
         {

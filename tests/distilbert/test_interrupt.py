@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from fusedkd.distilbert.interrupt import Stopped, last_checkpoint
 from fusedkd.distilbert.student import student_from_teacher
-from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+from fusedkd.distilbert.trainer import DistilBertTrainer
 
 from .conftest import bert
 
@@ -95,7 +95,7 @@ def make(folder, step=0, action=None, **options):
         seed=7,
     )
     trainer = DistilBertTrainer(
-        student, teacher, arguments, Masking(), data, data[:6], loss=TripleLoss(mse_weight=0.1), eval_collator=Masking()
+        student, teacher, arguments, Masking(), data, data[:6], alpha_mse=0.1, eval_collator=Masking()
     )
     trainer.add_callback(At(step, action))
     return trainer
