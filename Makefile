@@ -1,4 +1,5 @@
-# make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
+# make demo    distil a small DistilBERT on real text, beside the same student without its teacher; ends with a table and
+#              a picture of the curves
 # make test    the test suite
 # make sanitize    the Triton kernels executed without a GPU, bounds and races checked; with SUBSET=ci, minutes of it
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
@@ -17,7 +18,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 .PHONY: demo test aot sanitize bench evidence gpu lint clean
 
 demo: .venv/ready
-	.venv/bin/python -m fusedkd.distilbert
+	.venv/bin/python -m recipes.ablation --arms full mlm_alone --seeds 1
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
@@ -62,7 +63,7 @@ bench: .venv/ready
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
 evidence: .venv/ready
-	.venv/bin/python -m fusedkd.distilbert ablate --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
+	.venv/bin/python -m recipes.ablation --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
 		--vocab_file $(VOCAB) --glue_dir $(GLUE)
 	cp runs/ablation/results.json $(RESULTS)/ablation.json
 	cp runs/ablation/curves.png $(RESULTS)/ablation.png

@@ -96,7 +96,7 @@ def quote(name: str, page: Path) -> str:
     data = json.loads((RECORD / f"{name}.json").read_text())
     found = text(data)
     if found is None:  # a run of the DistilBERT driver
-        from fusedkd.distilbert.report import markdown
+        from recipes.ablation.report import markdown
 
         return f"![{name}: held-out loss, KL and tasks]({picture})\n\n{markdown(data)}\n"
     if not hasattr(subject(data), "plot"):

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from fusedkd.distilbert.interrupt import Interruptible
 from fusedkd.divergences import Divergence
 from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.interrupt import Interruptible
 from fusedkd.integrations.transformers import Batch, DistillationTrainer, Pair
 from fusedkd.nn import DistilBertLoss
 

@@ -19,9 +19,9 @@ from transformers import (
     default_data_collator,
 )
 
-from fusedkd.distilbert.interrupt import Stopped
 from fusedkd.distilbert.student import student_from_teacher
 from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.integrations.interrupt import Stopped
 from fusedkd.nn import DistilBertLoss
 
 VOCAB, ROWS, LENGTH = 61, 8, 12

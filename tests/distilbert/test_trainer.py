@@ -13,7 +13,6 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fusedkd.distilbert.progress import StepClock
 from fusedkd.nn import DistilBertLoss
 
 from . import one_step
@@ -206,14 +205,3 @@ def test_the_held_out_masks_are_those_of_their_collator(tmp_path):
     assert not own
     trainer.evaluate()
     assert own == [2, 2, 2, 1]
-
-
-def test_a_clock_knows_the_steps_before_a_resume():
-    clock = StepClock()
-    state = type("State", (), {"log_history": [{"step_time": 2.0}, {"eval_loss": 1.0}, {"step_time": 4.0}]})
-    clock.on_train_begin(None, state, None)
-    assert clock.median == 3.0
-    clock.durations = [9.0, 8.0, 10.0]
-    assert clock.lap() == 9.0
-    assert clock.lap() is None
-    assert clock.median == 4.0
