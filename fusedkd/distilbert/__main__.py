@@ -8,9 +8,9 @@ def main(argv: list[str] | None = None) -> int:
         from fusedkd.distilbert import config, distil
         from fusedkd.integrations.command import command_line
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fusedkd"):
+        if (name := str(error.name).partition(".")[0]) == "fusedkd":
             raise
-        print(f'error: {error.name} is missing: the driver needs pip install "fusedkd[train]"', file=sys.stderr)
+        print(f'error: {name} is missing: the driver needs pip install "fusedkd[train]"', file=sys.stderr)
         return 2
     return command_line(lambda: distil.distil(config.parse(argv)))
 

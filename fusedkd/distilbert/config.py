@@ -3,18 +3,16 @@
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from fusedkd.divergences import FAMILIES, Divergence
 from fusedkd.integrations.command import UsageError, option, parse_into
+from fusedkd.integrations.interrupt import Arguments
 from fusedkd.nn import DistilBertLoss
 
 PUBLISHED_LOSS = DistilBertLoss()
@@ -93,24 +91,6 @@ class LossOptions:
 
 
 @dataclass
-class Arguments(TrainingArguments):
-    """The Trainer's, with defaults of a run that can be interrupted, of any model."""
-
-    _argument_group_name = "training: what every Trainer takes"
-    resume_from_checkpoint: bool = option(False, "go on from the last checkpoint")  # type: ignore[assignment]
-    save_total_limit: int | None = option(1, "checkpoints that are kept")
-    remove_unused_columns: bool = option(False, "of the data")
-    ddp_find_unused_parameters: bool | None = option(False, "each parameter has a gradient")
-    ddp_timeout: int = option(2 * 24 * 3600, "seconds that the other ranks wait while the first one reads the text")
-
-    def __post_init__(self) -> None:
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
-        super().__post_init__()
-
-
-@dataclass
 class DistilArguments(Arguments):
     """With DistilBERT's optimiser. Steps of evaluation, logs and checkpoints: below 1 a share of all steps."""
 
@@ -163,15 +143,9 @@ class Config:
 TRAINED_HERE: dict[str, Any] = {"block_size": 64, "mlm_probability": 0.4, "mask_smoothing": 0.0, "learning_rate": 1e-3}
 PUBLISHED: dict[str, Any] = {"block_size": 128, "mlm_probability": 0.15, "mask_smoothing": 0.7, "learning_rate": 5e-4}
 
-SHAPING: tuple[str, ...] = (
-    "max_steps",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-)
-SHAPING += ("warmup_steps", "lr_scheduler_type", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
-SHAPING += ("bf16", "fp16", "seed", "eval_steps")
+SHAPING: tuple[str, ...] = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay")
+SHAPING += ("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "seed")
+SHAPING += ("adam_beta1", "adam_beta2", "adam_epsilon", "eval_steps")
 INPUTS = ("train_files", "eval_files", "vocab_file", "dataset", "teacher")
 POSITIVE = {"vocab_size", "num_proc", "teacher_layers", "teacher_hidden", "teacher_heads", "teacher_steps"}
 POSITIVE |= {"teacher_learning_rate", "learning_rate", "temperature", "per_device_train_batch_size", "eval_steps"}
@@ -201,7 +175,7 @@ def parse(argv: list[str] | None, prog: str = "python -m fusedkd.distilbert", mo
 
 
 def check(config: Config) -> None:
-    text, loss = config.text, config.loss
+    text, loss, teacher, training = config.text, config.loss, config.teacher, config.training
     files = [*text.train_files, *text.eval_files, *([text.vocab_file] if text.vocab_file else [])]
     absent = next((name for name in files if not Path(name).is_file()), None)
     wrong = {
@@ -212,9 +186,11 @@ def check(config: Config) -> None:
         f"no such file: {absent} (a folder of text can be a --dataset)": absent,
         f"--block_size must be at least 8, not {text.block_size}": text.block_size < 8,
         f"--mlm_probability must lie between 0 and 1, not {text.mlm_probability}": not 0 < text.mlm_probability < 1,
-        "--teacher_hidden must be a multiple of twice --teacher_heads": config.teacher.teacher_hidden
-        % (2 * max(config.teacher.teacher_heads, 1)),
-        "--max_steps must be positive": config.training.max_steps <= 0,
+        "--teacher_hidden must be a multiple of twice --teacher_heads": teacher.teacher_hidden
+        % (2 * max(teacher.teacher_heads, 1)),
+        "--max_steps must be positive": training.max_steps <= 0,
+        "--fsdp needs an accelerator: on CPUs it would be data parallelism alone": training.fsdp and training.use_cpu,
+        "several accelerators: torchrun --nproc_per_node N -m ..., or CUDA_VISIBLE_DEVICES=0": training.n_gpu > 1,
         "every weight of the loss is 0": not any((loss.alpha_distil, loss.alpha_mlm, loss.alpha_cos, loss.alpha_mse)),
     }
     refuse(wrong, *(getattr(config, f.name) for f in fields(config)))

@@ -52,7 +52,7 @@ def read_text(options: TextOptions) -> tuple[Text, datasets.Dataset]:
         if isinstance(train, datasets.IterableDataset):
             if held_out is None:
                 held_out = train.filter(is_held, input_columns="text")
-                train = train.filter(is_trained, input_columns="text")
+                train = train.filter(lambda text: not is_held(text), input_columns="text")
             held_out = datasets.Dataset.from_list(list(held_out.take(STREAM_HELD_OUT)), features=held_out.features)
             first = list(train.take(1000))
         else:
@@ -95,10 +95,6 @@ def is_held(text: str) -> bool:
     return zlib.crc32(text.encode()) % 20 == 1  # an empty line's is 0
 
 
-def is_trained(text: str) -> bool:
-    return not is_held(text)
-
-
 def unescape(text: str) -> dict[str, str]:
     """Undo the escapes of the word-level WikiText files."""
     for escape, plain in ESCAPES.items():
@@ -116,7 +112,6 @@ def train_tokenizer(text: Text, vocab_size: int) -> Tokenizer:
     ties between equally frequent pieces differently, too; that stays.)
     """
     pieces = BertWordPieceTokenizer(lowercase=True)
-
     some = text.take(STREAM_LINES) if isinstance(text, datasets.IterableDataset) else text
     lines = (line.replace("[UNK]", " ") for batch in some.iter(batch_size=1000) for line in batch["text"])
     pieces.train_from_iterator(lines, vocab_size=vocab_size, special_tokens=[*SPECIAL], show_progress=False)

@@ -63,14 +63,10 @@ def distil(config: Config) -> None:
     run = prepare(config)
     begin_folder(run, config, "student")  # refuses one that is taken before the teacher is trained
     teacher, teacher_logs = teacher_of(run)
-    logs = evaluations(student_of(run, config, teacher))
-    for name, found in {
-        "teacher": evaluations(teacher_logs)[-1],
-        "student as copied": logs[0],
-        "student": logs[-1],
-    }.items():
-        run.say(f"{name:18} {shown(found)}")
-    run.say(f"the student is in {config.folder / 'student'}")
+    first, *_, last = evaluations(student_of(run, config, teacher))
+    run.say(f"teacher            {shown(evaluations(teacher_logs)[-1])}")
+    run.say(f"student as copied  {shown(first)}")
+    run.say(f"student            {shown(last)}\nthe student is in {config.folder / 'student'}")
 
 
 def prepare(config: Config) -> Run:
@@ -100,8 +96,8 @@ def prepare(config: Config) -> Run:
         counts = data.token_counts(train, vocab_size)
         contents = {"training text": counts, "held-out text": data.token_counts(held_out, vocab_size)}
         if teacher:
-            contents["weights of the teacher"] = np.array(
-                [float(p.detach().double().sum()) for p in teacher.parameters()]
+            contents["weights of the teacher"] = np.concatenate(
+                [p.detach().flatten()[:1024].numpy() for p in teacher.parameters()]
             )
         checksums = {name: zlib.crc32(content.tobytes()) for name, content in contents.items()}
         run = Run(config, tokenizer, teacher, train, held_out, counts, checksums)
@@ -223,39 +219,30 @@ def shown(found: dict[str, float]) -> str:
     return f"held-out loss {found['eval_ce']:.3f}, perplexity {found['eval_perplexity']:.1f}{kl}"
 
 
-CARD = """# {name}
-
-A {model} of {layers} layers and {size:,} parameters, trained on {text}{source}.
-{result}. All settings are in run.json, what was logged in trainer_state.json.
-
-transformers {oldest} or newer; `{name}` stands for the path of this folder, or the model's name on the hub:
-
-```python
-from transformers import {auto}, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = {auto}.from_pretrained("{name}")
-```
-"""
-
-
 def write_card(config: Config, folder: Path, model: Any, teacher: Teacher | None, found: dict[str, float]) -> None:
     """README.md of a model: what it was made of, how good it is, how it is loaded."""
-    task, auto = ("text-generation", "CausalLM") if model.can_generate() else ("fill-mask", "MaskedLM")
-    given, text = config.teacher.teacher, config.text
+    task, kind = ("text-generation", "CausalLM") if model.can_generate() else ("fill-mask", "MaskedLM")
+    given, text, name = config.teacher.teacher, config.text, folder.resolve().name
+    made_of = (
+        by_name(text.dataset) or ", ".join(by_name(text.train_files)) or "the documentation that comes with Python"
+    )
     source = f", distilled from {by_name(given) or 'a BERT of the same text'} after arXiv:1910.01108" if teacher else ""
     known: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "tags": ["fusedkd"]}
     known |= {"base_model": given} if teacher and given and by_name(given) == given else {}
-    body = CARD.format(
-        name=folder.resolve().name,
-        model=type(model).__name__,
-        layers=model.config.num_hidden_layers,
-        size=model.num_parameters(),
-        text=by_name(text.dataset)
-        or ", ".join(by_name(text.train_files))
-        or "the documentation that comes with Python",
-        source=source,
-        result=f"Its {shown(found)}",
-        oldest=OLDEST_TRANSFORMERS,
-        auto=f"AutoModelFor{auto}",
-    )
-    ModelCard(f"---\n{ModelCardData(**known).to_yaml()}\n---\n{body}").save(folder / "README.md")
+    card = f"""---
+{ModelCardData(**known).to_yaml()}
+---
+# {name}
+
+A {type(model).__name__} of {model.config.num_hidden_layers} layers and {model.num_parameters():,} parameters, trained on {made_of}{source}.
+Its {shown(found)}. All settings are in run.json, what was logged in {STATE}.
+
+transformers {OLDEST_TRANSFORMERS} or newer; `{name}` stands for the path of this folder, or its name on the hub:
+
+```python
+from transformers import AutoModelFor{kind}, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelFor{kind}.from_pretrained("{name}")
+```
+"""  # noqa: E501
+    ModelCard(card).save(folder / "README.md")

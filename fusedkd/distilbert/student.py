@@ -195,10 +195,8 @@ def student_from_teacher(
 
     A DistilBERT has no token types. As published, BERT's are left behind, although BERT adds row 0 of them to every
     token; `fold_token_type` adds that row to the position embeddings, which loses nothing. RoBERTa students keep the
-    teacher's table, and folding moves row 0 from it to the positions: the same function. With random weights there is
-    nothing to fold; GPT-2 has no token types (UsageError).
-
-    Freezing: see `freeze_embeddings`.
+    teacher's table, and folding moves row 0 from it to the positions: the same function. Not for random weights, where
+    there is nothing to fold, and GPT-2 (UsageError). Freezing: see `freeze_embeddings`.
     """
     source, depth = teacher.config, teacher.config.num_hidden_layers
     layers = alternate_layers(depth) if layers is None else check_layers(layers, depth)
@@ -279,11 +277,9 @@ def key_map(student: Student, layers: list[int]) -> dict[str, str]:
 
 
 def freeze_embeddings(model: PreTrainedModel, position: bool, token: bool) -> None:
-    """Take position or token embeddings out of training: no gradient, no weight decay.
+    """Take position or token embeddings, and a decoder tied to these, out of training: no gradient, no weight decay.
 
-    A tied decoder weight is the token embeddings, and frozen with them; the decoder's bias and the head's transform go
-    on learning. Loading weights into the model (a checkpoint of the Trainer) keeps this, but `from_pretrained` makes a
-    model in which everything is trained: freeze it again.
+    Loading weights (a checkpoint of the Trainer) keeps this; `from_pretrained` makes a model without: freeze it again.
     """
     base: Any = model.base_model
     if position:

@@ -94,13 +94,8 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
         loss, found = self.loss.of(distil, hidden, pair.masks[2], reduction=reduction, **normalizers)
         terms = found._asdict()
         if self.alpha_mse:
-            options: Any = {
-                "divergence": "logit_mse",
-                "temperature": 1.0,
-                "kd_weight": self.alpha_mse,
-                "ce_weight": 0.0,
-            }
-            mse, (terms["mse"], _) = distil(**options, reduction=reduction, kd_normalizer=kd)
+            distil = partial(distil, divergence="logit_mse", temperature=1.0, reduction=reduction)
+            mse, (terms["mse"], _) = distil(kd_weight=self.alpha_mse, ce_weight=0.0, kd_normalizer=kd)
             loss = loss + mse
         return loss, terms
 

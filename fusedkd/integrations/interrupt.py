@@ -8,19 +8,21 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, option
 
 STATE = "trainer_state.json"
 """Written last: a checkpoint without it is torn."""
@@ -32,6 +34,24 @@ class Stopped(UsageError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """Those of an Interruptible on the command line: what every Trainer takes."""
+
+    _argument_group_name = "training: what every Trainer takes"
+    resume_from_checkpoint: bool = option(False, "go on from the last checkpoint")  # type: ignore[assignment]
+    save_total_limit: int | None = option(1, "checkpoints that are kept")
+    remove_unused_columns: bool = option(False, "of the data")
+    ddp_find_unused_parameters: bool | None = option(False, "each parameter has a gradient")
+    ddp_timeout: int = option(2 * 24 * 3600, "seconds that the other ranks wait while the first one reads the text")
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        super().__post_init__()
 
 
 class Interruptible(Trainer):

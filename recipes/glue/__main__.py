@@ -25,10 +25,10 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import SHAPING, Arguments, by_name, parse_divergence, refuse
+from fusedkd.distilbert.config import SHAPING, by_name, parse_divergence, refuse
 from fusedkd.distilbert.student import loading, tokenizer_for, usable_positions
 from fusedkd.integrations.command import UsageError, command_line, option, parse_into
-from fusedkd.integrations.interrupt import claim, is_finished
+from fusedkd.integrations.interrupt import Arguments, claim, is_finished
 from recipes.glue import squad, tasks
 from recipes.glue.tasks import TASKS, Task
 from recipes.glue.trainer import Padding, TaskTrainer
