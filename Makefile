@@ -85,7 +85,7 @@ lint: .venv/ready
 	@echo "== .venv: the libraries of constraints.txt (minutes, once), then the C++ extension"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt setuptools torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,recipes,test,bench]"
 	@touch $@
 
 clean:

@@ -26,10 +26,7 @@ class TextOptions:
     dataset: str | None = option(None, "instead of files: a name or folder for datasets.load_dataset")
     dataset_config: str | None = option(None, "its configuration, e.g. wikitext-103-raw-v1")
     text_column: str = option("text", "its column of text")
-    streaming: bool = option(
-        False, "read the text as a stream: nothing is stored or counted whole; held out is a twentieth of the lines "
-        "unless there is a validation split"
-    )  # fmt: skip
+    streaming: bool = option(False, "store and count nothing whole; held out: a validation split, or a twentieth")
     wikitext_escapes: bool = option(False, "map <unk> to [UNK] and undo @-@ @,@ @.@ (automatic where they are found)")
     vocab_file: str | None = option(None, "a BERT vocab.txt; default: train a WordPiece vocabulary on the text")
     vocab_size: int = option(4096, "size of the vocabulary that is trained")

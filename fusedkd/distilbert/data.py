@@ -5,6 +5,7 @@ import inspect
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,7 +53,7 @@ def read_text(options: TextOptions) -> tuple[Text, datasets.Dataset]:
         if isinstance(train, datasets.IterableDataset):
             if held_out is None:
                 held_out = train.filter(is_held, input_columns="text")
-                train = train.filter(lambda text: not is_held(text), input_columns="text")
+                train = train.filter(partial(is_held, wanted=False), input_columns="text")
             held_out = datasets.Dataset.from_list(list(held_out.take(STREAM_HELD_OUT)), features=held_out.features)
             first = list(train.take(1000))
         else:
@@ -91,8 +92,8 @@ def reading(options: TextOptions) -> Iterator[None]:
         raise UsageError(f"cannot read {options.dataset or 'the text files'}: {cause}") from error
 
 
-def is_held(text: str) -> bool:
-    return zlib.crc32(text.encode()) % 20 == 1  # an empty line's is 0
+def is_held(text: str, wanted: bool = True) -> bool:
+    return (zlib.crc32(text.encode()) % 20 == 1) == wanted  # an empty line's is 0
 
 
 def unescape(text: str) -> dict[str, str]:

@@ -160,8 +160,11 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
     settings = json.loads(json.dumps(settings))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
         raise UsageError(f"{folder} holds something else (no run.json): choose another --output_dir")
-    if is_kept(folder):
-        before = json.loads(file.read_text())
+    if kept := is_kept(folder):
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise UsageError(f"{folder} holds something else (its run.json is not ours): choose another") from None
         for name, now in settings.items():
             if (was := before.get(name)) != now:
                 raise UsageError(f"{folder} holds a run with {name} {was}, not {now}: choose another --output_dir")
@@ -172,7 +175,8 @@ def claim(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1) + "\n")
+        if not kept:
+            file.write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
     return checkpoint if resume else None

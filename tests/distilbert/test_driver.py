@@ -99,6 +99,9 @@ def test_what_is_kept_is_not_replaced_by_another_run(tmp_path, text_files, capsy
         assert message in capsys.readouterr().err
     text.write_text(content)
     assert main([*arguments, "--logging_steps", "3"]) == 0  # it may change
+    (out / "student" / "run.json").write_text("[1]")
+    assert main(arguments) == 2
+    assert "its run.json is not ours" in capsys.readouterr().err
     shutil.rmtree(out / "student")
     capsys.readouterr()
     assert main([*arguments, "--alpha_cos", "0.5"]) == 0
