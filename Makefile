@@ -1,4 +1,5 @@
-# make demo    distil a small DistilBERT on real text; ends with a table and a picture of the curves
+# make demo    distil a small DistilBERT on real text, beside the same student without its teacher; ends with a table and
+#              a picture of the curves
 # make test    the test suite
 # make quick   its tests below 50 ms each, in half a minute: all but those of tests/slow.txt
 # make sanitize    the Triton kernels executed without a GPU, bounds and races checked; with SUBSET=ci, minutes of it
@@ -21,7 +22,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 .PHONY: demo test quick aot sanitize bench docs evidence gpu lint format wheel check-wheel clean
 
 demo: .venv/ready
-	.venv/bin/python -m fusedkd.distilbert
+	.venv/bin/python -m recipes.ablation --arms full mlm_alone --seeds 1
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
@@ -72,7 +73,7 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 evidence: .venv/ready
-	.venv/bin/python -m fusedkd.distilbert ablate --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
+	.venv/bin/python -m recipes.ablation --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
 		--vocab_file $(VOCAB) --glue_dir $(GLUE)
 	cp runs/ablation/results.json $(RESULTS)/ablation.json
 	cp runs/ablation/curves.png $(RESULTS)/ablation.png
@@ -116,7 +117,7 @@ check-wheel: wheel
 	@echo "== .venv: the libraries of constraints.txt (minutes, once), then the C++ extension"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt setuptools torch
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,test,bench,docs]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[train,recipes,test,bench,docs]"
 	@touch $@
 
 clean:

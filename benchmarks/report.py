@@ -124,7 +124,7 @@ def quote(name: str, page: Path) -> str:
     data = load(name)
     found = text(data)
     if found is None:  # a run of the DistilBERT driver
-        from fusedkd.distilbert.report import markdown
+        from recipes.ablation.report import markdown
 
         return f"![{name}: held-out loss, KL and tasks]({picture})\n\n{markdown(data)}\n"
     if not hasattr(subject(data), "plot"):

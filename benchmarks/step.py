@@ -31,8 +31,9 @@ from benchmarks.measure import interleave, peak_bytes, seconds_of, set_malloc
 from benchmarks.record import stamp
 from benchmarks.speed import MEMORY, duration, relative, size
 from fusedkd import env
+from fusedkd.nn import DistilBertLoss
 
-TEMPERATURE, ALPHA_DISTIL, ALPHA_MLM, ALPHA_COS = 2.0, 5.0, 2.0, 1.0
+LOSS = DistilBertLoss()  # its temperature and weights
 PROVIDERS = ("fusedkd", "eager", "torch.compile")
 SECONDS = {"step": 30.0, "loss": 15.0}  # of timed rounds, per shape
 ROUNDS = range(5, 30)
@@ -74,11 +75,11 @@ def triple_loss(
     16-bit logits where a softmax begins.
     """
     n = attended.sum()
-    log_q, p = F.log_softmax(z / TEMPERATURE, -1), F.softmax(v / TEMPERATURE, -1)
-    kd = (F.kl_div(log_q, p, reduction="none").sum(-1) * attended).sum() / n * TEMPERATURE**2
+    log_q, p = F.log_softmax(z / LOSS.temperature, -1), F.softmax(v / LOSS.temperature, -1)
+    kd = (F.kl_div(log_q, p, reduction="none").sum(-1) * attended).sum() / n * LOSS.temperature**2
     mlm = F.cross_entropy(z.flatten(0, 1), labels.flatten(), ignore_index=-100)
     cos = ((1 - F.cosine_similarity(student_hidden, teacher_hidden, -1)) * attended).sum() / n
-    return ALPHA_DISTIL * kd + ALPHA_MLM * mlm + ALPHA_COS * cos
+    return LOSS.alpha_distil * kd + LOSS.alpha_mlm * mlm + LOSS.alpha_cos * cos
 
 
 @cache
@@ -96,7 +97,7 @@ class Step:
         from transformers import BertConfig, BertForMaskedLM, TrainingArguments
 
         from fusedkd.distilbert.student import student_from_teacher
-        from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+        from fusedkd.distilbert.trainer import DistilBertTrainer
 
         self.device = device
         torch.manual_seed(0)
@@ -112,8 +113,7 @@ class Step:
         with tempfile.TemporaryDirectory() as folder:
             precision = {"use_cpu": True} if device == "cpu" else {"bf16": True}
             arguments = TrainingArguments(folder, report_to="none", disable_tqdm=True, **precision)
-            loss = TripleLoss(TEMPERATURE, kd_weight=ALPHA_DISTIL, ce_weight=ALPHA_MLM, cos_weight=ALPHA_COS)
-            self.trainer = DistilBertTrainer(student, teacher, arguments, loss=loss)
+            self.trainer = DistilBertTrainer(student, teacher, arguments, loss=LOSS)
         self.student, self.teacher = student.train(), self.trainer.teacher
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-4, fused=True)
 

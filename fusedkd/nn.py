@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -196,7 +197,9 @@ class DistilBertLoss(nn.Module):
     KL over the attended tokens, or over the masked ones (``kd_on="masked"``: the published code's
     ``restrict_ce_to_mask``), MLM over the masked tokens (label not ``ignore_index``), cosine of the last hidden states
     over the attended tokens: each divided by its own count, as in the published code, or by the normaliser given. The
-        defaults are the published run's: T = 2, weights 5, 2, 1.
+    defaults are the published run's: T = 2, weights 5, 2, 1.
+
+    The driver's Trainer computes the same sum without logits, by :meth:`of`.
     """
 
     def __init__(
@@ -248,24 +251,52 @@ class DistilBertLoss(nn.Module):
             kd_mask = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask
         if self.alpha_distil and teacher_logits is None:
             raise ValueError("teacher_logits is None, but alpha_distil is not 0")
-        loss, terms = kd_loss(
-            student_logits,
-            student_logits.detach() if teacher_logits is None else teacher_logits,
-            labels,
+        if self.alpha_cos and (student_hidden is None or teacher_hidden is None):
+            raise ValueError("student_hidden or teacher_hidden is None, but alpha_cos is not 0")
+        teacher_logits = student_logits.detach() if teacher_logits is None else teacher_logits  # unread
+        kd = partial(kd_loss, student_logits, teacher_logits, labels, kd_mask=kd_mask, ignore_index=self.ignore_index)
+        return self.of(
+            partial(kd, return_terms=True),
+            [(student_hidden, teacher_hidden)],  # type: ignore[list-item]
+            attention_mask,
+            kd_normalizer=kd_normalizer,
+            mlm_normalizer=mlm_normalizer,
+            cos_normalizer=cos_normalizer,
+        )
+
+    def of(
+        self,
+        distil: Callable[..., tuple[Tensor, KDTerms]],
+        hidden: Sequence[tuple[Tensor, Tensor]],
+        attention_mask: Tensor | None = None,
+        *,
+        kd_normalizer: Real | None = None,
+        mlm_normalizer: Real | None = None,
+        cos_normalizer: Real | None = None,
+        reduction: Reduction = "mean",
+    ) -> tuple[Tensor, DistilBertTerms]:
+        """The loss and its terms, whichever function distils.
+
+        Args:
+            distil: :func:`fusedkd.kd_loss` or :func:`fusedkd.linear_kd_loss` with its tensors, the mask of the KD term
+                and ``return_terms=True``; it is called with temperature, weights, normalisers and reduction.
+            hidden: pairs of hidden states ``(B, L, H)`` of student and teacher; the cosine term is the mean over them.
+            attention_mask: ``(B, L)``, the rows of the cosine term; None: all.
+            reduction: "mean", or "none" for a loss and terms ``(B, L)``, which takes no normalisers.
+        """
+        loss, terms = distil(
             temperature=self.temperature,
             kd_weight=self.alpha_distil,
             ce_weight=self.alpha_mlm,
-            kd_mask=kd_mask,
-            ignore_index=self.ignore_index,
             kd_normalizer=kd_normalizer,
             ce_normalizer=mlm_normalizer,
-            return_terms=True,
+            reduction=reduction,
         )
         cos = loss.new_zeros(())
         if self.alpha_cos:
-            if student_hidden is None or teacher_hidden is None:
-                raise ValueError("student_hidden or teacher_hidden is None, but alpha_cos is not 0")
-            cos = cosine_hidden_loss(student_hidden, teacher_hidden, attention_mask, normalizer=cos_normalizer)
+            options: dict[str, Any] = {"reduction": reduction, "normalizer": cos_normalizer}
+            each = [cosine_hidden_loss(*pair, attention_mask, **options) for pair in hidden]
+            cos = torch.stack(each).mean(0)
             loss = loss + self.alpha_cos * cos
         return loss, DistilBertTerms(terms.kd, terms.ce, cos.detach())
 

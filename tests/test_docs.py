@@ -7,8 +7,8 @@ says in a comment on the line before, which no reader sees rendered:
 
 Each is a name, or a file, that `given` below makes; a name that is neither given nor made on the page is an error.
 
-Commands: those of the driver are parsed, and the models that they name are loaded, as the page's earlier commands
-would have left them. Targets of make exist.
+Commands: those of the driver and of recipes.glue are parsed, and the models that they name are loaded, as the page's
+earlier commands would have left them. Targets of make exist.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import gzip
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,13 +35,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from fusedkd.distilbert import commands
-from fusedkd.distilbert import finetune as finetuning
+from fusedkd.distilbert import __main__ as driver
+from fusedkd.distilbert import distil as stages
+from recipes.glue import __main__ as glue
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- given: (?P<given>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^    (?:torchrun .*-m|python -m) fusedkd\.distilbert\b(.*?)(?:\s+#.*)?$", re.MULTILINE)
+COMMAND = re.compile(
+    r"^    (?:torchrun .*-m|python -m) (fusedkd\.distilbert|recipes\.glue)\b(.*?)(?:\s+#.*)?$", re.MULTILINE
+)
 VOCABULARY, ROWS, WIDTH = 48, 12, 16
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -130,23 +132,25 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     students: dict[str, int] = {}
     seen = []
 
-    def distil(config: Any, console: Any) -> None:
+    def distil(config: Any) -> None:
         positions = 512 if config.teacher.teacher else config.text.block_size
-        folder = f"{config.run.output_dir}/student"
+        folder = f"{config.training.output_dir}/student"
         students[folder] = min(positions, students.get(folder, positions))
         seen.append(folder)
 
-    def finetune(options: Any, console: Any) -> None:
-        finetuning.check(options)
+    def finetune(options: Any, arguments: Any) -> dict[str, float]:
+        glue.check(options, arguments)
         saved_student(options.model, students[options.model])
-        finetuning.load_model(options.model, finetuning.TASKS[options.task], options.max_length, "--model")
-        seen.append(options.output_dir)
+        glue.load_model(options.model, glue.TASKS[options.task], options.max_length, "--model")
+        seen.append(arguments.output_dir)
+        return {}
 
-    monkeypatch.setattr(commands, "driver", SimpleNamespace(run=distil))
-    monkeypatch.setattr(commands, "finetune", finetune)
+    monkeypatch.setattr(stages, "distil", distil)
+    monkeypatch.setattr(glue, "finetune", finetune)
     found = COMMAND.findall(page.read_text())
-    for arguments in found:
-        assert commands.main(shlex.split(arguments)) == 0, (arguments, capsys.readouterr().err)
+    for module, arguments in found:
+        main = glue.main if module == "recipes.glue" else driver.main
+        assert main(shlex.split(arguments)) == 0, (arguments, capsys.readouterr().err)
     assert len(seen) == len(found)
     assert found or page.name not in ("distilbert.md", "trainers.md")
 
@@ -161,7 +165,6 @@ def test_links(page: Path) -> None:
     assert [link for link in found if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.skipif(not (ROOT / "fusedkd" / "losses").is_dir(), reason="the page describes fusedkd/losses/")
 def test_files_on_the_way_of_a_row() -> None:
     text = (ROOT / "docs" / "kernels.md").read_text()
     found = set(re.findall(r"\b(?:losses|backends|csrc)/[\w/]+\.\w+", text))

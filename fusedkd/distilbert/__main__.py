@@ -1,21 +1,18 @@
-"""`python -m fusedkd.distilbert [distil | finetune | ablate] [options]`: see `commands`."""
+"""`python -m fusedkd.distilbert [options]`: see `distil` for what it does, `config` for its options."""
 
 import sys
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        from fusedkd.distilbert import commands
-
-        return commands.main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        print("error: interrupted; what is finished is kept, see --resume_from_checkpoint", file=sys.stderr)
-        return 130
+        from fusedkd.distilbert import config, distil
+        from fusedkd.integrations.command import command_line
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fusedkd"):
+        if (name := str(error.name).partition(".")[0]) == "fusedkd":
             raise
-        print(f'error: {error.name} is missing: the driver needs pip install "fusedkd[train]"', file=sys.stderr)
+        print(f'error: {name} is missing: the driver needs pip install "fusedkd[train]"', file=sys.stderr)
         return 2
+    return command_line(lambda: distil.distil(config.parse(argv)))
 
 
 if __name__ == "__main__":

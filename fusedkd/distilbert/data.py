@@ -4,10 +4,10 @@ import gzip
 import inspect
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, TypeAlias
 
 import datasets
@@ -18,8 +18,9 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import BertTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import TextOptions, UsageError
+from fusedkd.distilbert.config import TextOptions
 from fusedkd.distilbert.documentation import documentation
+from fusedkd.integrations.command import UsageError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ESCAPES = {" @-@ ": "-", " @,@ ": ",", " @.@ ": ".", "<unk>": "[UNK]"}  # of the word-level WikiText files
@@ -52,7 +53,7 @@ def read_text(options: TextOptions) -> tuple[Text, datasets.Dataset]:
         if isinstance(train, datasets.IterableDataset):
             if held_out is None:
                 held_out = train.filter(is_held, input_columns="text")
-                train = train.filter(is_trained, input_columns="text")
+                train = train.filter(partial(is_held, wanted=False), input_columns="text")
             held_out = datasets.Dataset.from_list(list(held_out.take(STREAM_HELD_OUT)), features=held_out.features)
             first = list(train.take(1000))
         else:
@@ -91,12 +92,8 @@ def reading(options: TextOptions) -> Iterator[None]:
         raise UsageError(f"cannot read {options.dataset or 'the text files'}: {cause}") from error
 
 
-def is_held(text: str) -> bool:
-    return zlib.crc32(text.encode()) % 20 == 1  # an empty line's is 0
-
-
-def is_trained(text: str) -> bool:
-    return not is_held(text)
+def is_held(text: str, wanted: bool = True) -> bool:
+    return (zlib.crc32(text.encode()) % 20 == 1) == wanted  # an empty line's is 0
 
 
 def unescape(text: str) -> dict[str, str]:
@@ -116,7 +113,6 @@ def train_tokenizer(text: Text, vocab_size: int) -> Tokenizer:
     ties between equally frequent pieces differently, too; that stays.)
     """
     pieces = BertWordPieceTokenizer(lowercase=True)
-
     some = text.take(STREAM_LINES) if isinstance(text, datasets.IterableDataset) else text
     lines = (line.replace("[UNK]", " ") for batch in some.iter(batch_size=1000) for line in batch["text"])
     pieces.train_from_iterator(lines, vocab_size=vocab_size, special_tokens=[*SPECIAL], show_progress=False)
@@ -200,27 +196,13 @@ def cut_up(text: Any, cut: Cut, what: str, num_proc: int) -> Any:
 
 
 def token_counts(blocks: Any, vocab_size: int) -> np.ndarray:
-    """How often each id occurs, `[vocab_size]`: counted once, then read from beside the data set's Arrow files.
-
-    Of a stream, only the first 20,000 blocks are counted.
-    """
-    stream = isinstance(blocks, datasets.IterableDataset)
-    arrow = [] if stream else blocks.cache_files
-    file = arrow and Path(arrow[0]["filename"]).with_name(f"counts-{blocks._fingerprint}-{len(arrow)}-{vocab_size}.npy")
-    if file and file.is_file():
-        return np.load(file)
+    """How often each id occurs, `[vocab_size]`; of a stream, in its first 20,000 blocks."""
     counts = np.zeros(vocab_size, np.int64)
-    if stream:
-        for batch in blocks.take(STREAM_BLOCKS).iter(batch_size=1000):
-            counts += np.bincount(np.fromiter(chain.from_iterable(batch["input_ids"]), np.int64), minlength=vocab_size)
-    else:
-        for table in blocks.with_format("arrow").iter(batch_size=10_000):
-            ids = table["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            counts += np.bincount(ids, minlength=vocab_size)
-    if file:
-        with suppress(OSError), NamedTemporaryFile(dir=file.parent, suffix=".npy", delete=False) as part:
-            np.save(part, counts)
-            Path(part.name).replace(file)
+    if isinstance(blocks, datasets.IterableDataset):
+        blocks = blocks.take(STREAM_BLOCKS)
+    for table in blocks.with_format("arrow").iter(batch_size=10_000):
+        ids = table["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        counts += np.bincount(ids, minlength=vocab_size)
     return counts
 
 

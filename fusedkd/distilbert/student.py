@@ -8,6 +8,7 @@ GPT2LMHeadModel     GPT2LMHeadModel          DistilGPT2
 
 import copy
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -23,8 +24,10 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertTokenizer,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    DistilBertTokenizer,
     GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,8 +35,8 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import StudentOptions, TeacherOptions, UsageError
-from fusedkd.distilbert.export import set_cache, usable_positions
+from fusedkd.distilbert.config import StudentOptions, TeacherOptions
+from fusedkd.integrations.command import UsageError
 
 Teacher: TypeAlias = BertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
 Student: TypeAlias = DistilBertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
@@ -155,7 +158,7 @@ def alternate_layers(depth: int) -> list[int]:
 
 def layers_of(options: StudentOptions, depth: int) -> list[int]:
     """The layers that --layers names ("0,2,4,7,9,11") of a teacher that has `depth`, alternate ones without it."""
-    if options.layers is None:
+    if not options.layers:
         return alternate_layers(depth)
     try:
         return check_layers([int(layer) for layer in options.layers.split(",")], depth)
@@ -192,10 +195,8 @@ def student_from_teacher(
 
     A DistilBERT has no token types. As published, BERT's are left behind, although BERT adds row 0 of them to every
     token; `fold_token_type` adds that row to the position embeddings, which loses nothing. RoBERTa students keep the
-    teacher's table, and folding moves row 0 from it to the positions: the same function. With random weights there is
-    nothing to fold; GPT-2 has no token types (UsageError).
-
-    Freezing: see `freeze_embeddings`.
+    teacher's table, and folding moves row 0 from it to the positions: the same function. Not for random weights, where
+    there is nothing to fold, and GPT-2 (UsageError). Freezing: see `freeze_embeddings`.
     """
     source, depth = teacher.config, teacher.config.num_hidden_layers
     layers = alternate_layers(depth) if layers is None else check_layers(layers, depth)
@@ -203,7 +204,7 @@ def student_from_teacher(
     student = new_student(source, len(layers))
     if teacher.can_generate():
         student.generation_config = copy.deepcopy(teacher.generation_config)
-        set_cache(student.generation_config)
+        student.generation_config.use_cache = None  # off in a teacher that was in a Trainer
     if init == "teacher":
         weights = teacher.state_dict()
         copied = {new: weights[old] for new, old in key_map(student, layers).items()}
@@ -226,7 +227,7 @@ def new_student(source: PreTrainedConfig, depth: int) -> Student:
     if source.model_type != "bert":
         config = copy.deepcopy(source)
         config.num_hidden_layers = depth
-        set_cache(config)  # off in a teacher that was in a Trainer
+        config.use_cache = True  # off in a teacher that was in a Trainer
         return TEACHERS[source.model_type][0](config)
     return DistilBertForMaskedLM(
         DistilBertConfig(
@@ -276,11 +277,9 @@ def key_map(student: Student, layers: list[int]) -> dict[str, str]:
 
 
 def freeze_embeddings(model: PreTrainedModel, position: bool, token: bool) -> None:
-    """Take position or token embeddings out of training: no gradient, no weight decay.
+    """Take position or token embeddings, and a decoder tied to these, out of training: no gradient, no weight decay.
 
-    A tied decoder weight is the token embeddings, and frozen with them; the decoder's bias and the head's transform go
-    on learning. Loading weights into the model (a checkpoint of the Trainer) keeps this, but `from_pretrained` makes a
-    model in which everything is trained: freeze it again.
+    Loading weights (a checkpoint of the Trainer) keeps this; `from_pretrained` makes a model without: freeze it again.
     """
     base: Any = model.base_model
     if position:
@@ -289,3 +288,33 @@ def freeze_embeddings(model: PreTrainedModel, position: bool, token: bool) -> No
     if token:
         tokens: nn.Embedding = base.get_input_embeddings()
         tokens.weight.requires_grad_(False)
+
+
+# ---- what is exported
+
+
+def usable_positions(config: PreTrainedConfig) -> int:
+    """The longest sequence a model takes. RoBERTa's first token has position pad_token_id + 1: 512 of its 514 rows."""
+    return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+
+
+def tokenizer_for(config: PreTrainedConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """A copy of the tokenizer, which knows the model's longest sequence and makes what the model takes.
+
+    DistilBERT takes no token types, which transformers 4 refuses and 5 ignores.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, usable_positions(config))
+    if config.model_type == "distilbert":
+        if type(tokenizer) is BertTokenizer:
+            tokenizer.__class__ = DistilBertTokenizer  # a BertTokenizer but for the names of what it makes
+        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return tokenizer
+
+
+def name_tokenizer_class(folder: Path) -> None:
+    """Of a saved tokenizer without a class of its own: by the name that transformers 4 has for it, and 5 knows too."""
+    file = folder / "tokenizer_config.json"
+    if (saved := json.loads(file.read_text())).get("tokenizer_class") == "TokenizersBackend":
+        file.write_text(json.dumps({**saved, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")

@@ -5,49 +5,30 @@ whole optimiser step, all micro-batches and all ranks. The same class trains the
 student of the language-modelling term alone.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from fusedkd.distilbert.interrupt import Interruptible
-from fusedkd.integrations.transformers import Batch, DistillationTrainer, KDConfig, Pair
-from fusedkd.losses.hidden import cosine_hidden_loss
-
-
-@dataclass
-class TripleLoss(KDConfig):
-    """kd_weight · T^k · D + ce_weight · CE + cos_weight · (1 − cos) + mse_weight · MSE (Sanh et al., arXiv:1910.01108,
-    §3, whose weights these are).
-
-    kd_on       as in KDConfig; "labels" of a masked LM: the masked tokens
-    cos_layers  pairs of indices into the `hidden_states` of student and teacher, over attended tokens; their mean
-    mse_weight  of the mean over the vocabulary of the squared difference of the logits, over the rows of the KD term
-
-    cos and MSE know no temperature.
-    """
-
-    kd_weight: float = 5.0
-    ce_weight: float = 2.0
-    kd_on: Literal["labels", "attended"] = "attended"
-    cos_weight: float = 1.0
-    mse_weight: float = 0.0
-    cos_layers: tuple[tuple[int, int], ...] = ((-1, -1),)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any((self.kd_weight, self.cos_weight, self.mse_weight))
+from fusedkd.divergences import Divergence
+from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.interrupt import Interruptible
+from fusedkd.integrations.transformers import Batch, DistillationTrainer, Pair
+from fusedkd.nn import DistilBertLoss
 
 
 class DistilBertTrainer(Interruptible, DistillationTrainer):
-    """A DistillationTrainer with the cosine term and the logit MSE, of which it logs the terms in use.
+    """A DistillationTrainer of the triple loss, of which it logs the terms in use: distil, mlm, cos, mse.
 
     Args:
         model, teacher, args, …: as there; teacher None is for a loss that needs none.
-        loss: the loss's options.
+        loss: its weights and temperature.
+        divergence: of the KD term, in place of the KL divergence.
+        alpha_mse: weight of the mean over the vocabulary of the squared difference of the logits, over the rows of the
+            KD term. It knows no temperature.
+        cos_layers: pairs of indices into the `hidden_states` of student and teacher; the cosine term is their mean.
         eval_collator: of the held-out blocks, always in the same way; None: the data collator.
 
     The head goes through `linear_kd_loss` at every size. On a CPU that takes as long as logits and `kd_loss` at 1024
@@ -59,13 +40,34 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
             the last checkpoint is complete.
     """
 
-    def __init__(self, *args: Any, loss: TripleLoss, eval_collator: Any = None, **options: Any):
-        super().__init__(*args, kd=loss, **options)
-        self.loss, self.eval_collator = loss, eval_collator
+    def __init__(
+        self,
+        *args: Any,
+        loss: DistilBertLoss | None = None,
+        divergence: str | Divergence = "forward_kl",
+        alpha_mse: float = 0.0,
+        cos_layers: tuple[tuple[int, int], ...] = ((-1, -1),),
+        eval_collator: Any = None,
+        **options: Any,
+    ):
+        self.loss = loss = DistilBertLoss() if loss is None else loss
+        self.alpha_mse, self.cos_layers, self.eval_collator = alpha_mse, cos_layers, eval_collator
+        kd = KDConfig(
+            temperature=loss.temperature,
+            divergence=divergence,
+            kd_weight=loss.alpha_distil,
+            ce_weight=loss.alpha_mlm,
+            kd_on="labels" if loss.kd_on == "masked" else "attended",
+        )
+        super().__init__(*args, kd=kd, **options)
         self.add_callback(EpochSetter(self.data_collator))
 
+    @property
+    def needs_teacher(self) -> bool:
+        return any((self.loss.alpha_distil, self.loss.alpha_cos, self.alpha_mse))
+
     def use_columns(self) -> None:
-        raise ValueError("teacher is None, but kd_weight, cos_weight or mse_weight is not 0")
+        raise ValueError("teacher is None, but alpha_distil, alpha_cos or alpha_mse is not 0")
 
     # ---- the loss
 
@@ -74,27 +76,27 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
 
     def parts(self) -> dict[str, tuple[float, int]]:
         loss = self.loss
-        known = {**super().parts(), "cos": (loss.cos_weight, 2), "mse": (loss.mse_weight, 0)}
-        return {name: part for name, part in known.items() if part[0] != 0}
+        known = {"distil": (loss.alpha_distil, 0), "mlm": (loss.alpha_mlm, 1), "cos": (loss.alpha_cos, 2)}
+        return {name: part for name, part in (known | {"mse": (self.alpha_mse, 0)}).items() if part[0] != 0}
 
     def wanted(self) -> dict[str, Any]:
-        return {"output_hidden_states": True} if self.loss.cos_weight else {}
+        return {"output_hidden_states": True} if self.loss.alpha_cos else {}
 
     def losses(self, pair: Pair, counts: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, terms = super().losses(pair, counts)
-        per_row: dict[str, Any] = {"reduction": "none"} if counts is None else {}
-        if weight := self.loss.mse_weight:
-            options: dict[str, Any] = {"divergence": "logit_mse", "temperature": 1.0, "teacher_temperature": None}
-            options |= per_row or {"kd_normalizer": counts[0]}  # type: ignore[index]
-            found, (terms["mse"], _) = self.linear(pair, kd_weight=weight, ce_weight=0.0, **options)
-            loss = loss + found
-        if weight := self.loss.cos_weight:
-            options = per_row or {"normalizer": counts[2]}  # type: ignore[index]
+        kd, mlm, cos = [None] * 3 if counts is None else counts
+        hidden = []
+        if self.loss.alpha_cos:
             states = pair.outputs.hidden_states, pair.teacher_outputs.hidden_states
-            pairs = [(states[0][i], states[1][j]) for i, j in self.loss.cos_layers]
-            each = [cosine_hidden_loss(x, y, pair.masks[2], **options) for x, y in pairs]
-            cos = torch.stack(each).mean(0)
-            terms["cos"], loss = cos.detach(), loss + weight * cos
+            hidden = [(states[0][i], states[1][j]) for i, j in self.cos_layers]
+        reduction: Any = "none" if counts is None else "mean"
+        normalizers: Any = {"kd_normalizer": kd, "mlm_normalizer": mlm, "cos_normalizer": cos}
+        distil = partial(self.linear, pair)
+        loss, found = self.loss.of(distil, hidden, pair.masks[2], reduction=reduction, **normalizers)
+        terms = found._asdict()
+        if self.alpha_mse:
+            distil = partial(distil, divergence="logit_mse", temperature=1.0, reduction=reduction)
+            mse, (terms["mse"], _) = distil(kd_weight=self.alpha_mse, ce_weight=0.0, kd_normalizer=kd)
+            loss = loss + mse
         return loss, terms
 
     # ---- the run

@@ -20,8 +20,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import UsageError
 from fusedkd.distilbert.data import MaskingCollator, pack
+from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.offline import restarts
 
 if TYPE_CHECKING:

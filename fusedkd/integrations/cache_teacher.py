@@ -55,8 +55,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, HfArgumentParser
 
 from fusedkd.checks import MAX_LISTED
-from fusedkd.distilbert.config import UsageError, option
 from fusedkd.integrations.cache_data import Row, Survey, batches, documents, features_of, pretrained, read, survey
+from fusedkd.integrations.command import UsageError, option
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 

@@ -98,7 +98,7 @@ class DistillationTrainer(Trainer):
         self.kd = KDConfig() if kd is None else kd
         refusals.options(self.kd, teacher)
         super().__init__(model, args, data_collator, *more, **options)
-        self.offline = teacher is None and self.kd.needs_teacher
+        self.offline = teacher is None and self.needs_teacher
         refusals.training_arguments(self)
         self.known_head: Head | None = None
         causal = self.head.causal  # refuses a student that is neither, with a teacher or without
@@ -119,6 +119,11 @@ class DistillationTrainer(Trainer):
         """Of the data sets, as the teacher."""
         refusals.offline_data(self.kd, self.train_dataset, self.data_collator)
         self.data_collator = OfflineTeacherCollator(self.data_collator)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term of the loss compares student and teacher."""
+        return self.kd.needs_teacher
 
     @property
     def student(self) -> Any:
@@ -244,7 +249,7 @@ class DistillationTrainer(Trainer):
         def compute(pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
             return self.losses(pair, counts)
 
-        (loss, terms), outputs = self._run(model, inputs, compute, return_outputs, self.kd.needs_teacher)
+        (loss, terms), outputs = self._run(model, inputs, compute, return_outputs, self.needs_teacher)
         if model.training and self.is_in_train:
             self.terms = self.terms + torch.stack([terms[name] for name in self.parts()]).double()
             self.steps += self.state.global_step != self.last_step

@@ -19,12 +19,13 @@ from transformers import (
     default_data_collator,
 )
 
-from fusedkd.distilbert.interrupt import Stopped
 from fusedkd.distilbert.student import student_from_teacher
-from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.integrations.interrupt import Stopped
+from fusedkd.nn import DistilBertLoss
 
 VOCAB, ROWS, LENGTH = 61, 8, 12
-EVERYTHING = TripleLoss(mse_weight=0.02, cos_layers=((0, 1), (-1, -1)))
+EVERYTHING = {"loss": DistilBertLoss(), "alpha_mse": 0.02, "cos_layers": ((0, 1), (-1, -1))}
 
 
 def gpt2(seed: int, layers: int):
@@ -61,7 +62,7 @@ class Catch(TrainerCallback):
         self.gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def make(kind: str, loss: TripleLoss, batch: int, accumulation: int, folder: str, teacher=True, **options):
+def make(kind: str, loss: dict, batch: int, accumulation: int, folder: str, teacher=True, **options):
     student, its_teacher = models(kind)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -77,10 +78,10 @@ def make(kind: str, loss: TripleLoss, batch: int, accumulation: int, folder: str
     )
     data = list(rows())
     its_teacher = its_teacher if teacher else None
-    return DistilBertTrainer(student, its_teacher, arguments, default_data_collator, data, data[:7], loss=loss)
+    return DistilBertTrainer(student, its_teacher, arguments, default_data_collator, data, data[:7], **loss)
 
 
-def gradient(kind: str, loss: TripleLoss, batch: int, accumulation: int, **options):
+def gradient(kind: str, loss: dict, batch: int, accumulation: int, **options):
     """(the gradient by parameter, what was logged, what the model before the step evaluates to)"""
     catch = Catch()
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +93,7 @@ def gradient(kind: str, loss: TripleLoss, batch: int, accumulation: int, **optio
     return catch.gradient, logs, next(h for h in history if "eval_loss" in h)
 
 
-def sharded_gradient(kind: str, loss: TripleLoss, batch: int):
+def sharded_gradient(kind: str, loss: dict, batch: int):
     """The same under FSDP2 of all ranks, which accelerate has on accelerators only."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with tempfile.TemporaryDirectory() as folder:

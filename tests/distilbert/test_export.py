@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from fusedkd.distilbert.__main__ import main
-from fusedkd.distilbert.card import OLDEST_TRANSFORMERS
-from fusedkd.distilbert.export import as_exported, tokenizer_for
+from fusedkd.distilbert.distil import OLDEST_TRANSFORMERS
+from fusedkd.distilbert.student import tokenizer_for
 
 from .conftest import WORDS, bert
 
@@ -38,7 +38,7 @@ def distil(tmp_path, text_files):
 
     def run(teacher: Path) -> Path:
         arguments = ["--train_files", text_files[0], "--eval_files", text_files[1], "--teacher", str(teacher)]
-        arguments += ["--student_steps", "2", "--block_size", "16", "--report_to", "none", "--eval_blocks", "4"]
+        arguments += ["--max_steps", "2", "--block_size", "16", "--report_to", "none", "--eval_blocks", "4"]
         out = tmp_path / f"{teacher.name}-distilled"
         assert main([*arguments, "--output_dir", str(out)]) == 0
         return out / "student"
@@ -109,12 +109,7 @@ def test_a_generating_student_uses_a_cache_and_its_teachers_settings(generator):
     assert sum(computed) == length + 39  # each position once
 
 
-def test_only_the_export_changes_what_the_trainer_has_set(tokenizer):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2))
-    model.config.use_cache = False
-    with as_exported(model):
-        assert model.config.use_cache is True
-    assert model.config.use_cache is False
+def test_the_tokenizer_of_another_model_stays_as_it_is(tokenizer):
     other = tokenizer_for(bert(30).config, tokenizer)
     assert type(other) is type(tokenizer)
     assert "token_type_ids" in other("the")  # BERT's

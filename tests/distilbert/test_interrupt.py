@@ -14,9 +14,9 @@ pytest.importorskip("accelerate")
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from fusedkd.distilbert.interrupt import Stopped, last_checkpoint
 from fusedkd.distilbert.student import student_from_teacher
-from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.integrations.interrupt import Stopped, last_checkpoint
 
 from .conftest import bert
 
@@ -95,7 +95,7 @@ def make(folder, step=0, action=None, **options):
         seed=7,
     )
     trainer = DistilBertTrainer(
-        student, teacher, arguments, Masking(), data, data[:6], loss=TripleLoss(mse_weight=0.1), eval_collator=Masking()
+        student, teacher, arguments, Masking(), data, data[:6], alpha_mse=0.1, eval_collator=Masking()
     )
     trainer.add_callback(At(step, action))
     return trainer
@@ -131,9 +131,6 @@ def test_a_killed_run_resumed_is_the_same_run(tmp_path, whole):
     assert [h["step"] for h in history(whole) if "loss" in h] == [2, 3, 4, 6, 8]
     curve = [h["eval_ce"] for h in history(whole) if "eval_ce" in h]
     assert len(set(curve)) == len(curve) == 5
-    times = [[h["step"] for h in t.state.log_history if "step_time" in h] for t in (whole, resumed)]
-    assert times[0] == times[1]
-    assert resumed.clock.median > 0
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 3), (signal.SIGTERM, 5), (signal.SIGINT, 5)])

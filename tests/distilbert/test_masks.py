@@ -16,7 +16,8 @@ from transformers import TrainingArguments
 
 from fusedkd.distilbert.config import TextOptions
 from fusedkd.distilbert.data import MaskingCollator, in_order, pack, read_text, token_counts
-from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.nn import DistilBertLoss
 
 
 def masked_batches(tokenizer, rounds: int, probability: float = 0.15):
@@ -110,7 +111,7 @@ def test_each_pass_has_its_own_masks(tmp_path, tokenizer, streaming, workers):
         remove_unused_columns=False, disable_tqdm=True, use_cpu=True, dataloader_num_workers=workers,
         **options.trainer_arguments,
     )  # fmt: skip
-    plain = TripleLoss(kd_weight=0.0, ce_weight=1.0, cos_weight=0.0)
+    plain = DistilBertLoss(alpha_distil=0.0, alpha_mlm=1.0, alpha_cos=0.0)
     trainer = Spy(bert(len(tokenizer)), None, arguments, collator, in_order(blocks, 1, seed=1), loss=plain)
     trainer.seen = {}
     trainer.train()

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from fusedkd.backends import linear_loop
-from fusedkd.distilbert.progress import StepClock
-from fusedkd.distilbert.trainer import TripleLoss
+from fusedkd.nn import DistilBertLoss
 
 from . import one_step
 from .one_step import EVERYTHING, gradient, make
 
-PLAIN = TripleLoss(kd_weight=0.0, cos_weight=0.0, ce_weight=1.0)
+PLAIN = {"loss": DistilBertLoss(alpha_distil=0.0, alpha_mlm=1.0, alpha_cos=0.0)}
+NO_KD = {"loss": DistilBertLoss(alpha_distil=0.0)}
 
 
-def terms_of(kind: str, loss: TripleLoss, rows: int = 8):
+def terms_of(kind: str, loss: dict, rows: int = 8):
     """(student, the terms over all rows at once, by PyTorch's operators on full logits)"""
     student, teacher = one_step.models(kind)
     data = list(one_step.rows())[:rows]
@@ -37,36 +36,41 @@ def terms_of(kind: str, loss: TripleLoss, rows: int = 8):
     z, v, predicted = s.logits, t.logits, attended
     if kind == "causal":
         z, v, labels, predicted = z[:, :-1], v[:, :-1], labels[:, 1:], attended[:, :-1] & attended[:, 1:]
-    kd = predicted if loss.kd_on == "attended" else labels != -100
-    z_kd, v_kd, T = z[kd], v[kd], loss.temperature
+    triple = loss["loss"]
+    kd = predicted if triple.kd_on == "attended" else labels != -100
+    z_kd, v_kd, T = z[kd], v[kd], triple.temperature
     p, q = (v_kd / T).log_softmax(-1), (z_kd / T).log_softmax(-1)
-    if loss.divergence == "reverse_kl":
+    if loss.get("divergence") == "reverse_kl":
         p, q = q, p
     cosines = [
         (1 - F.cosine_similarity(s.hidden_states[i], t.hidden_states[j], -1))[attended].mean()
-        for i, j in loss.cos_layers
+        for i, j in loss.get("cos_layers", ((-1, -1),))
     ]
     return student, {
-        "kd": T**2 * F.kl_div(q, p, log_target=True, reduction="batchmean"),
-        "ce": F.cross_entropy(z.flatten(0, 1), labels.flatten()),
+        "distil": T**2 * F.kl_div(q, p, log_target=True, reduction="batchmean"),
+        "mlm": F.cross_entropy(z.flatten(0, 1), labels.flatten()),
         "cos": torch.stack(cosines).mean(),
         "mse": F.mse_loss(z_kd, v_kd),
         "kl": F.kl_div(z_kd.log_softmax(-1), v_kd.log_softmax(-1), log_target=True, reduction="batchmean"),
     }
 
 
-def total(loss: TripleLoss, terms):
-    weights = {"kd": loss.kd_weight, "ce": loss.ce_weight, "cos": loss.cos_weight, "mse": loss.mse_weight}
-    return sum(weight * terms[name] for name, weight in weights.items() if weight)
+def weights_of(loss: dict) -> dict[str, float]:
+    triple = loss["loss"]
+    weights = {name: getattr(triple, f"alpha_{name}") for name in ("distil", "mlm", "cos")}
+    return weights | {"mse": loss.get("alpha_mse", 0.0)}
 
 
-def check(found, kind: str, loss: TripleLoss, has_teacher: bool = True):
+def total(loss: dict, terms):
+    return sum(weight * terms[name] for name, weight in weights_of(loss).items() if weight)
+
+
+def check(found, kind: str, loss: dict, has_teacher: bool = True):
     mine, logs, metrics = found
     student, terms = terms_of(kind, loss)
     objective = total(loss, terms)
     objective.backward()
-    weights = {"kd": loss.kd_weight, "ce": loss.ce_weight, "cos": loss.cos_weight, "mse": loss.mse_weight}
-    for name, weight in weights.items():
+    for name, weight in weights_of(loss).items():
         assert (name in logs) == (weight != 0)
         if weight:
             assert logs[name] == pytest.approx(terms[name].item(), rel=1e-5), name
@@ -80,8 +84,8 @@ def check(found, kind: str, loss: TripleLoss, has_teacher: bool = True):
     assert error < 1e-6 * size
     _, held_out = terms_of(kind, loss, rows=7)
     assert metrics["eval_loss"] == pytest.approx(total(loss, held_out).item(), rel=1e-5)
-    assert metrics["eval_ce"] == pytest.approx(held_out["ce"].item(), rel=1e-5)
-    assert metrics["eval_perplexity"] == pytest.approx(math.exp(held_out["ce"].item()), rel=1e-4)
+    assert metrics["eval_ce"] == pytest.approx(held_out["mlm"].item(), rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(held_out["mlm"].item()), rel=1e-4)
     assert ("eval_kl" in metrics) == has_teacher
     if has_teacher:
         assert metrics["eval_kl"] == pytest.approx(held_out["kl"].item(), rel=1e-5)
@@ -91,11 +95,11 @@ def check(found, kind: str, loss: TripleLoss, has_teacher: bool = True):
 @pytest.mark.parametrize(
     ("kind", "batch", "accumulation", "loss"),
     [
-        ("masked", 8, 1, TripleLoss()),
-        ("masked", 2, 4, replace(EVERYTHING, kd_on="labels", temperature=3.0)),
-        ("masked", 4, 2, replace(EVERYTHING, divergence="reverse_kl", ce_weight=0.0)),
-        ("masked", 4, 2, TripleLoss(kd_weight=0.0)),
-        ("causal", 8, 1, TripleLoss(kd_on="labels")),
+        ("masked", 8, 1, {"loss": DistilBertLoss()}),
+        ("masked", 2, 4, EVERYTHING | {"loss": DistilBertLoss(temperature=3.0, kd_on="masked")}),
+        ("masked", 4, 2, EVERYTHING | {"loss": DistilBertLoss(alpha_mlm=0.0), "divergence": "reverse_kl"}),
+        ("masked", 4, 2, NO_KD),
+        ("causal", 8, 1, {"loss": DistilBertLoss(kd_on="masked")}),
         ("causal", 2, 4, EVERYTHING),
     ],
 )
@@ -129,7 +133,7 @@ def forbidden(*_, **__):
 def test_language_modelling_without_a_teacher(kind):
     check(gradient(kind, PLAIN, 4, 2, teacher=False), kind, PLAIN, has_teacher=False)
     with pytest.raises(ValueError, match="teacher is None, but"):
-        gradient(kind, TripleLoss(kd_weight=0.0), 4, 2, teacher=False)
+        gradient(kind, NO_KD, 4, 2, teacher=False)
 
 
 def test_a_teacher_without_weight_is_asked_in_evaluation_only(tmp_path, monkeypatch):
@@ -138,7 +142,7 @@ def test_a_teacher_without_weight_is_asked_in_evaluation_only(tmp_path, monkeypa
     assert trainer.evaluate()["eval_kl"] == pytest.approx(held_out["kl"].item(), rel=1e-5)
     monkeypatch.setattr(trainer.teacher, "forward", forbidden)
     trainer.train()
-    assert trainer.state.log_history[-2]["ce"] > 1
+    assert trainer.state.log_history[-2]["mlm"] > 1
     monkeypatch.undo()
     assert trainer.evaluate()["eval_kl"] != pytest.approx(held_out["kl"].item(), rel=1e-5)
 
@@ -175,15 +179,16 @@ def test_logs_are_means_over_steps_the_last_of_which_is_short(tmp_path):
         (_, terms), _ = trainer._run(trainer.model, batch, lambda pair, n=counts: trainer.losses(pair, n), False, True)
         expected.append({name: float(value) for name, value in terms.items()})
     assert logs["step"] == 2
-    for name in ("kd", "ce", "cos", "mse"):
+    for name in ("distil", "mlm", "cos", "mse"):
         assert logs[name] == pytest.approx((expected[0][name] + expected[1][name]) / 2, rel=1e-5), name
-    assert expected[0]["kd"] != pytest.approx(expected[1]["kd"], rel=0.01)
+    assert expected[0]["distil"] != pytest.approx(expected[1]["distil"], rel=0.01)
 
 
 def test_a_divergence_that_needs_labels_is_a_mean_over_those_tokens():
-    found = [gradient("masked", TripleLoss(divergence="dkd", kd_on=on), 4, 2)[1] for on in ("attended", "labels")]
-    assert found[0]["kd"] == pytest.approx(found[1]["kd"], rel=1e-6)
-    assert found[0]["kd"] > 0.1
+    losses = [{"loss": DistilBertLoss(kd_on=on), "divergence": "dkd"} for on in ("attended", "masked")]
+    found = [gradient("masked", loss, 4, 2)[1] for loss in losses]
+    assert found[0]["distil"] == pytest.approx(found[1]["distil"], rel=1e-6)
+    assert found[0]["distil"] > 0.1
 
 
 def test_the_held_out_masks_are_those_of_their_collator(tmp_path):
@@ -200,14 +205,3 @@ def test_the_held_out_masks_are_those_of_their_collator(tmp_path):
     assert not own
     trainer.evaluate()
     assert own == [2, 2, 2, 1]
-
-
-def test_a_clock_knows_the_steps_before_a_resume():
-    clock = StepClock()
-    state = type("State", (), {"log_history": [{"step_time": 2.0}, {"eval_loss": 1.0}, {"step_time": 4.0}]})
-    clock.on_train_begin(None, state, None)
-    assert clock.median == 3.0
-    clock.durations = [9.0, 8.0, 10.0]
-    assert clock.lap() == 9.0
-    assert clock.lap() is None
-    assert clock.median == 4.0

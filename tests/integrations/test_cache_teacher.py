@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fusedkd.distilbert.config import UsageError
 from fusedkd.integrations import cache_teacher
+from fusedkd.integrations.command import UsageError
 
 WORDS = ("the a cat dog bird sees hears follows small big red old house river on under near and then").split()  # noqa: SIM905
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

@@ -20,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from fusedkd.distilbert.trainer import DistilBertTrainer, TripleLoss
+from fusedkd.distilbert.trainer import DistilBertTrainer
 from fusedkd.integrations import probe
 from fusedkd.integrations.check import kd_check
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
@@ -90,7 +90,7 @@ def test_distilbert_trainer(tmp_path) -> None:
     student, teacher = (
         BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, initializer_range=0.4, **size)) for _ in range(2)
     )
-    trainer = DistilBertTrainer(student, teacher, arguments(tmp_path), default_data_collator, rows(), loss=TripleLoss())
+    trainer = DistilBertTrainer(student, teacher, arguments(tmp_path), default_data_collator, rows())
     report = kd_check(trainer)
     assert report.ok, report
     assert abs(report.gradient_power) < 0.3

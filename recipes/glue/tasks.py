@@ -1,23 +1,22 @@
-"""The tasks of the second step: what GLUE and SQuAD look like on the hub and in files, and how they are scored."""
+"""The tasks: what GLUE and SQuAD look like on the hub and in files, and how they are scored."""
 
-import gzip
-import math
+import csv
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import torch
 from torch import Tensor
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.functional.classification import binary_f1_score, multiclass_accuracy
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.options import UsageError
+from fusedkd.integrations.command import UsageError
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Task:
         return {known: i for i, name in enumerate(self.labels) for known in (name, str(i))}
 
 
-MOST_LINES = 50  # of a record
 PAIR, ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 MRPC = {"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"}
 MNLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
@@ -95,7 +93,7 @@ def read(task: Task, dataset: str | None, glue_dir: str | None, squad_files: lis
         if missing := set(wanted) - set(splits[split].column_names):
             raise UsageError(f"{source} is not of the form of {task.name}: it has no column {min(missing)}")
         parts.append(splits[split].select_columns(wanted))
-    return parts if squad else [numbered(task, part, source) for part in parts]
+    return parts if squad else [numbered(task, part.to_pandas(), source) for part in parts]
 
 
 def load(source: str, **options: Any) -> Any:
@@ -107,83 +105,38 @@ def load(source: str, **options: Any) -> Any:
 
 
 def local(task: Task, stem: Path) -> datasets.Dataset:
-    """Of a tab-separated file of GLUE's download, as it is or with gzip."""
-    files = [file for file in (stem.with_suffix(".tsv"), stem.with_suffix(".tsv.gz")) if file.is_file()]
-    if not files:
+    """Of a tab-separated file of GLUE's download, as it is or with gzip. Quotation marks are text."""
+    file = next((file for file in (stem.with_suffix(".tsv"), stem.with_suffix(".tsv.gz")) if file.is_file()), None)
+    if file is None:
         raise UsageError(f"no such file: {stem.with_suffix('.tsv')} (or .tsv.gz)")
-    file = files[0]
-    columns: dict[str, list[Any]] = {name: [] for name in (*task.texts, "label")}
+    form: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE, "lineterminator": "\n", "encoding": "utf-8-sig"}
+    form |= {"header": None, "names": task.header} if task.header else {}
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
-            header = task.header or next(lines, "").rstrip("\r\n").split("\t")
-            names = [task.local.get(name, name) for name in columns]
-            if missing := set(names) - set(header):
-                raise UsageError(f"{file} is not of the form of {task.name}: it has no column {min(missing)}")
-            places = [header.index(name) for name in names]
-            for number, record in records(lines, len(header), file, 1 if task.header else 2):
-                *texts, label = (record[place] for place in places)
-                for name, value in zip(columns, (*texts, encoded(task, label, f"{file}, line {number}")), strict=True):
-                    columns[name].append(value)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    features = {name: datasets.Value("string") for name in task.texts} | {"label": label_type(task)}
-    return datasets.Dataset.from_dict(columns, datasets.Features(features))
+        rows = pandas.read_csv(file, dtype=str, na_filter=False, index_col=False, **form)
+    except (OSError, EOFError, ValueError) as error:
+        raise UsageError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+    rows.columns = rows.columns.str.rstrip("\r")
+    names = {name: task.local.get(name, name) for name in (*task.texts, "label")}
+    if missing := set(names.values()) - set(rows.columns):
+        raise UsageError(f"{file} is not of the form of {task.name}: it has no column {min(missing)}")
+    rows = rows[list(names.values())].set_axis(list(names), axis=1).apply(lambda column: column.str.rstrip("\r"))
+    torn = (rows == "").any(axis=1)
+    if torn.any():  # some of QQP's are broken over lines
+        warnings.warn(f"{file}: {torn.sum()} of its lines lack a text or a label and are left out", stacklevel=2)
+    return numbered(task, rows[~torn], str(file))
 
 
-def records(lines: Iterable[str], width: int, file: Path, first: int) -> Iterator[tuple[int, list[str]]]:
-    """Line and `width` columns of each record; quotation marks are text.
-
-    Some of QQP's are broken over lines, where a question holds a line break: it becomes a blank. A piece whose rest is
-    not there is left out, with a warning.
-    """
-    pending: list[str] = []  # columns of a record that is not complete
-    start, torn = 0, []
-    for number, line in enumerate(lines, first):
-        columns = line.rstrip("\r\n").split("\t")
-        if len(columns) > width:
-            raise UsageError(f"{file}, line {number}: {len(columns)} columns, not {width}")
-        joined = [*pending[:-1], f"{pending[-1]} {columns[0]}", *columns[1:]] if pending else columns
-        if pending and (len(joined) > width or number - start > MOST_LINES):
-            torn.append(start)
-            pending, joined = [], columns
-        if not pending:
-            start = number
-        if len(joined) == width:
-            yield start, joined
-            pending = []
-        else:
-            pending = joined if any(joined) else []
-    if torn := [*torn, start] if pending else torn:
-        what = f"{len(torn)} of its records have too few columns and are left out, line {torn[0]} the first"
-        warnings.warn(f"{file}: {what}", stacklevel=2)
-
-
-def encoded(task: Task, label: Any, where: str) -> int | float:
-    """A label as a number: files have names of classes."""
-    try:
-        if task.labels:
-            return task.numbers[str(label)]
-        if math.isfinite(score := float(label)):
-            return score
-    except (KeyError, ValueError, TypeError):
-        pass
-    known = f"one of {', '.join(task.labels)}" if task.labels else "a number"
-    raise UsageError(f"{where}: the label is not {known}: {label!r}")
-
-
-def label_type(task: Task) -> datasets.Value:
-    return datasets.Value("int64" if task.labels else "float32")
-
-
-def numbered(task: Task, rows: datasets.Dataset, source: str) -> datasets.Dataset:
-    """With labels as numbers."""
-
-    def encode(label: Any, row: int) -> dict[str, Any]:
-        return {"label": encoded(task, label, f"{source}, row {row}")}
-
-    features = rows.features.copy()
-    features["label"] = label_type(task)
-    return rows.map(encode, input_columns="label", with_indices=True, features=features)
+def numbered(task: Task, rows: pandas.DataFrame, source: str) -> datasets.Dataset:
+    """The texts, and the label as a number: files have names of classes."""
+    label = rows["label"].astype(str)
+    found = label.map(task.numbers) if task.labels else pandas.to_numeric(label, errors="coerce")
+    if not (known := np.isfinite(found.astype(float))).all():
+        what = f"one of {', '.join(task.labels)}" if task.labels else "a number"
+        raise UsageError(f"{source}, row {known.idxmin()}: the label is not {what}: {label[known.idxmin()]!r}")
+    columns = {name: rows[name].tolist() for name in task.texts} | {"label": found.tolist()}
+    features = {name: datasets.Value("string") for name in task.texts}
+    number = datasets.Value("int64" if task.labels else "float32")
+    return datasets.Dataset.from_dict(columns, datasets.Features(features | {"label": number}))
 
 
 def squad_file(file: str) -> datasets.Dataset:

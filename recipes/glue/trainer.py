@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from fusedkd import kd_loss
-from fusedkd.distilbert.interrupt import Interruptible
 from fusedkd.divergences import Divergence
 from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.interrupt import Interruptible
 from fusedkd.integrations.refusals import shared_parameters
 
 Batch = dict[str, Any]

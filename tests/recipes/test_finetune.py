@@ -18,7 +18,9 @@ pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
-from rich.console import Console
+import one_task_step
+from distilbert.conftest import bert
+from glue_files import labelled
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,15 +32,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from fusedkd.distilbert.finetune import FinetuneOptions, Progress, finetune, load_model
-from fusedkd.distilbert.interrupt import Stopped
-from fusedkd.distilbert.options import UsageError
-from fusedkd.distilbert.tasks import TASKS, read, tokenized
-
-from . import one_task_step
-from .conftest import bert, labelled
-
-SILENT = Console(quiet=True)
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.interrupt import StopOnSignal, Stopped, last_checkpoint
+from recipes.glue.__main__ import GlueArguments, GlueOptions, finetune, load_model, main
+from recipes.glue.tasks import TASKS, read, tokenized
 
 
 @pytest.fixture
@@ -51,9 +48,17 @@ def student_folder(tmp_path, tokenizer) -> Path:
     return tmp_path / "student"
 
 
-def options(model, glue, folder, **more) -> FinetuneOptions:
-    common = {"learning_rate": 1e-2, "max_length": 32, "per_device_train_batch_size": 8, "report_to": "none"}
-    return FinetuneOptions(model=str(model), glue_dir=str(glue), output_dir=str(folder), **common | more)
+def options(model, glue, folder, **more) -> tuple[GlueOptions, GlueArguments]:
+    names = GlueOptions.__dataclass_fields__
+    own = {"max_length": 32} | {name: value for name, value in more.items() if name in names}
+    common = {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "report_to": "none"}
+    rest = common | {name: value for name, value in more.items() if name not in names}
+    return GlueOptions(model=str(model), glue_dir=str(glue), **own), GlueArguments(output_dir=str(folder), **rest)
+
+
+def curve(folder, name: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[f"eval_{name}"] for entry in history if f"eval_{name}" in entry]
 
 
 # ---- the loss
@@ -143,15 +148,15 @@ def test_padding_changes_nothing_in_gpt2(tmp_path, gpt2_tokenizer):
 
 
 def test_models_that_are_refused(tmp_path, student_folder, teacher_folder):
-    with pytest.raises(UsageError, match="is not fine-tuned on sst2: it has no bert"):
+    with pytest.raises(UsageError, match="it is not fine-tuned on sst2: no "):
         load_model(str(teacher_folder), TASKS["sst2"], 32, "--teacher")
-    with pytest.raises(UsageError, match="--max_length 65 exceeds the 64 positions"):
+    with pytest.raises(UsageError, match="--max_length 65 exceeds its 64 positions"):
         load_model(str(student_folder), TASKS["sst2"], 65, "--model")
     with pytest.raises(UsageError, match=r"^--model .*nowhere: no such folder$"):
         load_model(str(tmp_path / "nowhere"), TASKS["sst2"], 32, "--model")
     config = json.loads((student_folder / "config.json").read_text())
     (student_folder / "config.json").write_text(json.dumps({**config, "n_layers": 2}))
-    with pytest.raises(UsageError, match=r"16 weights missing or of another size, distilbert.transformer.layer.1"):
+    with pytest.raises(UsageError, match=r"16 weights missing or of another size, ..distilbert.transformer.layer.1"):
         load_model(str(student_folder), TASKS["sst2"], 32, "--model")
 
 
@@ -160,85 +165,95 @@ def test_models_that_are_refused(tmp_path, student_folder, teacher_folder):
 
 def test_a_run_learns_is_kept_and_teaches(tmp_path, glue, student_folder, teacher_folder):
     """A teacher learns the task; a student of it, shown no label, follows; finished folders are reused."""
-    taught = options(teacher_folder, glue, tmp_path / "out" / "teacher", epochs=5)
-    stage = finetune(taught, SILENT)
-    assert [point["epoch"] for point in stage["curve"]] == [1, 2, 3, 4, 5]
-    assert stage["metrics"] == {"accuracy": stage["curve"][-1]["accuracy"]}
-    assert stage["best"]["accuracy"] == max(point["accuracy"] for point in stage["curve"]) > 0.9
-    assert (stage["steps"], stage["train_examples"], stage["eval_examples"]) == (60, 96, 40)
-    settings = json.loads((tmp_path / "out" / "teacher" / "run.json").read_text())
-    assert str(tmp_path) not in json.dumps(settings)
+    out = tmp_path / "out" / "teacher"
+    taught = options(teacher_folder, glue, out, num_train_epochs=5)
+    found = finetune(*taught)
+    assert found == {"accuracy": curve(out, "accuracy")[-1]}
+    assert len(curve(out, "accuracy")) == 5
+    assert found["accuracy"] > 0.9
+    assert str(tmp_path) not in (out / "run.json").read_text()
+    assert json.loads((out / "eval_results.json").read_text()) == found
 
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teacher").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "teacher")
+    model = AutoModelForSequenceClassification.from_pretrained(out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
     assert model.config.id2label == {0: "negative", 1: "positive"}
     texts, labels = zip(*labelled(40, 40), strict=True)
     right = model(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits.argmax(-1) == torch.tensor(labels)
-    assert right.double().mean() == pytest.approx(stage["metrics"]["accuracy"])
+    assert right.double().mean() == pytest.approx(found["accuracy"])
 
-    before = (tmp_path / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns
-    assert finetune(taught, SILENT) == stage
-    assert (tmp_path / "out" / "teacher" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match=r"holds a run with --learning_rate 0.01, not 0.02"):
-        finetune(options(teacher_folder, glue, tmp_path / "out" / "teacher", epochs=5, learning_rate=0.02), SILENT)
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert finetune(*taught) == found
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match=r"holds a run with learning_rate 0.01, not 0.02"):
+        finetune(*options(teacher_folder, glue, out, num_train_epochs=5, learning_rate=0.02))
     with pytest.raises(UsageError, match="holds something else"):
-        finetune(options(teacher_folder, glue, student_folder), SILENT)
+        finetune(*options(teacher_folder, glue, student_folder))
 
     for split in ("train", "dev"):  # half of the labels wrong: what is learnt is the teacher's
         rows = [f"{text}\t{i % 2 if split == 'train' else label}" for i, (text, label) in enumerate(labelled(96, 96))]
         with gzip.open(glue / "SST-2" / f"{split}.tsv.gz", "wt") as file:
             file.write("\n".join(["sentence\tlabel", *rows]) + "\n")
-    follow = {"teacher": str(tmp_path / "out" / "teacher"), "alpha_kd": 1.0, "alpha_hard": 0.0, "epochs": 4}
-    student = finetune(options(student_folder, glue, tmp_path / "out" / "student", **follow), SILENT)
-    assert student["metrics"]["accuracy"] > 0.85
+    follow = {"teacher": str(out), "alpha_kd": 1.0, "alpha_hard": 0.0, "num_train_epochs": 4}
+    assert finetune(*options(student_folder, glue, tmp_path / "out" / "student", **follow))["accuracy"] > 0.85
 
 
 def test_a_score_is_learnt_and_examples_are_limited(tmp_path, glue, student_folder):
     """In a folder where nothing is kept of a first command, which diverged."""
     diverging = options(student_folder, glue, tmp_path / "out", task="stsb", learning_rate=1e30, max_train_examples=24)
     with pytest.raises(UsageError, match=r"not numbers|try a lower learning rate"):
-        finetune(diverging, SILENT)
-    run = options(student_folder, glue, tmp_path / "out", task="stsb", epochs=6, max_train_examples=80, by_length=True)
-    stage = finetune(run, SILENT)
-    assert (stage["train_examples"], stage["steps"]) == (80, 60)
-    assert stage["metrics"].keys() == {"pearson", "spearman"}
-    assert stage["best"]["pearson"] > 0.6
+        finetune(*diverging)
+    more = {"num_train_epochs": 6, "max_train_examples": 80, "train_sampling_strategy": "group_by_length"}
+    found = finetune(*options(student_folder, glue, tmp_path / "out", task="stsb", **more))
+    assert found.keys() == {"pearson", "spearman"}
+    assert max(curve(tmp_path / "out", "pearson")) > 0.6
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 60  # 80 examples in batches of 8
 
 
 def test_an_interrupted_run_goes_on(tmp_path, glue, student_folder, monkeypatch):
     """SIGTERM in the second epoch: a clear end, and after it the same run."""
-    run = {"epochs": 2, "by_length": True, "gradient_accumulation_steps": 2}
-    whole = finetune(options(student_folder, glue, tmp_path / "whole", **run), SILENT)
+    run = {"num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    finetune(*options(student_folder, glue, tmp_path / "whole", **run))
 
     def kill(self, args, state, control, **kwargs):
         if state.global_step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_step_begin", kill, raising=False)
+        patch.setattr(StopOnSignal, "on_step_begin", kill)
         with pytest.raises(Stopped, match="SIGTERM ended the training after step 10"):
-            finetune(options(student_folder, glue, tmp_path / "out", **run), SILENT)
-    assert not (tmp_path / "out" / "stage.json").exists()
-    rest = finetune(options(student_folder, glue, tmp_path / "out", resume_from_checkpoint=True, **run), SILENT)
-    assert len(rest["curve"]) == 2
-    assert rest["curve"] == whole["curve"]
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+            finetune(*options(student_folder, glue, tmp_path / "out", **run))
+    assert last_checkpoint(tmp_path / "out")
+    finetune(*options(student_folder, glue, tmp_path / "out", resume_from_checkpoint=True, **run))
+    for name in ("loss", "accuracy"):
+        assert curve(tmp_path / "out", name) == curve(tmp_path / "whole", name)
 
 
 def test_what_is_refused(tmp_path, glue, student_folder, teacher_folder):
     wrong = {
         "--model is missing": {"model": ""},
-        "--epochs must be positive": {"epochs": 0},
-        "--bf16 and --fp16 exclude each other": {"bf16": True, "fp16": True},
+        "--num_train_epochs must be positive": {"num_train_epochs": 0},
         "--divergence logit_mse needs --temperature 1": {"divergence": "logit_mse"},
         "both 0": {"teacher": "x", "alpha_kd": 0.0, "alpha_hard": 0.0},
-        "is not fine-tuned": {"teacher": str(teacher_folder)},
+        "it is not fine-tuned": {"teacher": str(teacher_folder)},
         "no such file": {"glue_dir": str(tmp_path)},
     }
     for message, changes in wrong.items():
+        own, arguments = options(student_folder, glue, tmp_path / "out")
+        for name, value in changes.items():
+            setattr(own if hasattr(own, name) else arguments, name, value)
         with pytest.raises(UsageError, match=message):
-            finetune(FinetuneOptions(**{**vars(options(student_folder, glue, tmp_path / "out")), **changes}), SILENT)
+            finetune(own, arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, glue, student_folder, capsys):
+    arguments = ["--model", str(student_folder), "--glue_dir", str(glue), "--max_length", "32", "--report_to", "none"]
+    arguments += ["--num_train_epochs", "1", "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--task", "nothing"]) == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "sst2: accuracy 0." in capsys.readouterr().out
 
 
 @pytest.mark.skipif("FUSEDKD_GLUE_DIR" not in os.environ, reason="FUSEDKD_GLUE_DIR names no folder of GLUE's files")

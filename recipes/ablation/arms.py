@@ -3,7 +3,8 @@
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from fusedkd.distilbert.config import Config, UsageError
+from fusedkd.distilbert.config import Config, check
+from fusedkd.integrations.command import UsageError
 
 
 class Arm(NamedTuple):
@@ -24,7 +25,7 @@ ARMS = {
 
 
 def changed(config: Config, arm: str) -> Config:
-    """The options of one arm."""
+    """The options of one arm. UsageError where it has none, or a loss without a term."""
     if arm not in ARMS:
         raise UsageError(f"--arms {arm}: it must be one of {', '.join(ARMS)}")
     changes = ARMS[arm].changes
@@ -32,4 +33,9 @@ def changed(config: Config, arm: str) -> Config:
     def group(options: Any) -> Any:
         return replace(options, **{f.name: changes[f.name] for f in fields(options) if f.name in changes})
 
-    return replace(config, loss=group(config.loss), student=group(config.student))
+    config = replace(config, loss=group(config.loss), student=group(config.student))
+    try:
+        check(config)
+    except UsageError as error:
+        raise UsageError(f"--arms {arm}: {error}") from None
+    return config

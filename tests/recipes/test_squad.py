@@ -13,15 +13,13 @@ pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
-from rich.console import Console
+from distilbert.conftest import sentences
 from transformers import AutoModelForQuestionAnswering
 
-from fusedkd.distilbert import squad
-from fusedkd.distilbert.finetune import FinetuneOptions, finetune
-from fusedkd.distilbert.options import UsageError
-from fusedkd.distilbert.tasks import TASKS, read
-
-from .conftest import sentences
+from fusedkd.integrations.command import UsageError
+from recipes.glue import squad
+from recipes.glue.__main__ import GlueArguments, GlueOptions, finetune
+from recipes.glue.tasks import TASKS, read
 
 
 def squad_json(file: Path, count: int, seed: int) -> str:
@@ -144,21 +142,16 @@ def test_questions_without_answers_are_refused(tokenizer):
 
 def test_a_run_learns(tmp_path, files, teacher_folder, monkeypatch):
     monkeypatch.setattr(squad, "QUESTION_TOKENS", 16)  # room that is kept for them: the model has 64 positions
-    options = FinetuneOptions(
-        task="squad",
-        model=str(teacher_folder),
-        squad_files=files,
+    options = GlueOptions(task="squad", model=str(teacher_folder), squad_files=files, max_length=64, doc_stride=8)
+    arguments = GlueArguments(
         output_dir=str(tmp_path / "out"),
-        max_length=64,
-        doc_stride=8,
-        epochs=8,
+        num_train_epochs=8,
         learning_rate=1e-2,
         per_device_train_batch_size=16,
         report_to="none",
     )
-    stage = finetune(options, Console(quiet=True))
-    assert stage["metrics"].keys() == {"f1", "exact_match"}
-    assert stage["metrics"]["exact_match"] > 0.8
-    assert stage["eval_examples"] == 24
+    found = finetune(options, arguments)
+    assert found.keys() == {"f1", "exact_match"}
+    assert found["exact_match"] > 0.8
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert torch.isfinite(model.qa_outputs.weight).all()

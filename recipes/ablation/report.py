@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import math
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,18 +16,17 @@ from rich.table import Table
 
 from fusedkd import env
 from fusedkd.backends import dispatch
-from fusedkd.distilbert.arms import ARMS
-from fusedkd.distilbert.config import Config
+from recipes.ablation.arms import ARMS
 
 METRICS = {"loss": "held-out loss", "kl": "KL to teacher"}
 LOWER_IS_BETTER = frozenset(METRICS)
 SCORE = "mean score"  # of the tasks, their metrics × 100
-Stage = dict[str, Any]  # of a model: what stage.json holds, and "tasks": its finished tasks
+Stage = dict[str, Any]  # of a model: its seed, steps, sizes, seconds per step and curve, and "tasks": their metrics
 Numbers = dict[str, list[float]]  # metric: a value per seed
 
 
 def write(
-    config: Config, vocab: int, teachers: list[Stage], students: dict[str, list[Stage]], latency: Any, console: Console
+    folder: Path, settings: dict[str, Any], teachers: list[Stage], students: dict[str, list[Stage]], latency: Any
 ) -> None:
     """Compare the students; print the table, write JSON and picture."""
     results: dict[str, Any] = {
@@ -34,23 +34,17 @@ def write(
         "machine": env.devices(),
         "versions": env.versions(),
         "backends": {operator: backend for (operator, _), (backend, _) in dispatch.serving.items()},
-        "settings": config.settings(everything=True) | {"vocab_size": vocab},
+        "settings": settings,
         "latency": latency,
         "teacher": teachers,
         "students": students,
     }
-    for name in ("output_dir", "glue_dir"):
-        results["settings"].pop(name)
-    files = {"results.json": config.folder / "results.json", "curves.png": config.folder / "curves.png"}
-    files["results.json"].write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, files["curves.png"])
-    for table in tables(results):
-        console.print(table)
-    for line in findings(results):
+    files = folder / "results.json", folder / "curves.png"
+    files[0].write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, files[1])
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    for line in [*tables(results), *findings(results), f"numbers, picture: {', '.join(map(str, files))}"]:
         console.print(line)
-    folder = config.folder / "student"
-    where = f"student in {folder}; " if folder.is_dir() else ""
-    console.print(f"{where}numbers, picture: {', '.join(map(str, files.values()))}")
 
 
 # ---- numbers

@@ -8,10 +8,12 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fusedkd.distilbert.export import as_exported, name_tokenizer_class
-from fusedkd.distilbert.options import UsageError
-from fusedkd.distilbert.progress import StepClock
+from fusedkd.integrations.command import UsageError, option
 
 STATE = "trainer_state.json"
 """Written last: a checkpoint without it is torn."""
@@ -36,29 +36,26 @@ class Stopped(UsageError):
         self.exit_code = exit_code
 
 
-def training_arguments(folder: Path, options: Any, **own: Any) -> TrainingArguments:
-    """Those of an Interruptible, from the options of these names that every command has; `own` adds to them or wins."""
-    names: tuple[str, ...] = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "weight_decay",
-    )
-    names += ("max_grad_norm", "bf16", "fp16", "logging_steps", "report_to", "dataloader_num_workers", "seed")
-    common = {
-        "use_cpu": not torch.accelerator.is_available(),
-        "ddp_find_unused_parameters": False,
-        "save_total_limit": 1,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-    }
-    given = {name: getattr(options, name) for name in names}
-    return TrainingArguments(output_dir=str(folder), **{**common, **given, **own})
+@dataclass
+class Arguments(TrainingArguments):
+    """Those of an Interruptible on the command line: what every Trainer takes."""
+
+    _argument_group_name = "training: what every Trainer takes"
+    resume_from_checkpoint: bool = option(False, "go on from the last checkpoint")  # type: ignore[assignment]
+    save_total_limit: int | None = option(1, "checkpoints that are kept")
+    remove_unused_columns: bool = option(False, "of the data")
+    ddp_find_unused_parameters: bool | None = option(False, "each parameter has a gradient")
+    ddp_timeout: int = option(2 * 24 * 3600, "seconds that the other ranks wait while the first one reads the text")
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        super().__post_init__()
 
 
 class Interruptible(Trainer):
-    """A Trainer, or what comes before one in a list of bases, that ends so; it logs the seconds per step as well.
+    """A Trainer, or what comes before one in a list of bases, that ends so.
 
     Raises:
         Stopped: in training, when the loss is no number, on SIGTERM and SIGINT (Ctrl-C), and where a model or a
@@ -68,9 +65,8 @@ class Interruptible(Trainer):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.args.logging_nan_inf_filter = False  # it waits for the device at every step, and hides what is to be seen
-        self.clock, self.interrupt = StepClock(), StopOnSignal(self)
-        for callback in (self.clock, self.interrupt):
-            self.add_callback(callback)
+        self.interrupt = StopOnSignal(self)
+        self.add_callback(self.interrupt)
 
     def train(self, *args: Any, **options: Any) -> Any:
         with self.interrupt:
@@ -79,8 +75,6 @@ class Interruptible(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             check_finite(self, logs)
-            if step_time := self.clock.lap():
-                logs["step_time"] = step_time
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -92,10 +86,8 @@ class Interruptible(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call:  # of a checkpoint
             return super().save_model(output_dir, _internal_call)
-        with writing(self, "the model"), as_exported(self.model):
+        with writing(self, "the model"):
             super().save_model(output_dir)
-            if self.args.should_save:
-                name_tokenizer_class(str(output_dir or self.args.output_dir))
 
 
 # -------------------------------------------------- checkpoints
@@ -106,23 +98,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
     named = ((f.name.partition("-")[2], f) for f in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
     found = {int(step): f for step, f in named if step.isdigit()}
     return next((str(found[step]) for step in sorted(found, reverse=True) if complete(found[step])), None)
-
-
-def resume(folder: Path, wanted: bool) -> tuple[str | None, str]:
-    """The checkpoint to go on from, if there is one; and what is to be told of it.
-
-    Raises:
-        UsageError: where there is one that is not `wanted`, for training would replace it.
-    """
-    checkpoint = last_checkpoint(folder)
-    if checkpoint and not wanted:
-        raise UsageError(
-            f"{folder} holds a run that did not end: --resume_from_checkpoint goes on from "
-            f"{Path(checkpoint).name}; to start again, remove the folder or choose another --output_dir"
-        )
-    if not wanted:
-        return None, ""
-    return checkpoint, f", resumed from {checkpoint}" if checkpoint else ", from the start (no checkpoint to resume)"
 
 
 def complete(checkpoint: Path) -> bool:
@@ -170,6 +145,51 @@ def cannot_write(error: Exception) -> str | None:
 def last(trainer: Any) -> str:
     checkpoint = last_checkpoint(trainer.args.output_dir)
     return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+
+
+# -------------------------------------------------- folders
+
+
+def claim(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
+    """Make the folder that of a run with these settings, kept in its run.json; the checkpoint to go on from.
+
+    UsageError where the folder holds anything else, also a run with other settings of which something is kept, or a
+    checkpoint that is not wanted, since training would replace it.
+    """
+    file, checkpoint = folder / "run.json", last_checkpoint(folder)
+    settings = json.loads(json.dumps(settings))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
+        raise UsageError(f"{folder} holds something else (no run.json): choose another --output_dir")
+    if kept := is_kept(folder):
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise UsageError(f"{folder} holds something else (its run.json is not ours): choose another") from None
+        for name, now in settings.items():
+            if (was := before.get(name)) != now:
+                raise UsageError(f"{folder} holds a run with {name} {was}, not {now}: choose another --output_dir")
+    if checkpoint and not resume and not is_finished(folder):
+        raise UsageError(
+            f"{folder} holds a run that did not end: --resume_from_checkpoint goes on from {Path(checkpoint).name}; to "
+            "start again, remove the folder or choose another --output_dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not kept:
+            file.write_text(json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+    return checkpoint if resume else None
+
+
+def is_finished(folder: Path) -> bool:
+    """The Trainer's state is what a finished model's folder gets last."""
+    return (folder / STATE).is_file()
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether the folder holds something that a run must not replace."""
+    return is_finished(folder) or last_checkpoint(folder) is not None
 
 
 # -------------------------------------------------- numbers

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.options import UsageError
+from fusedkd.integrations.command import UsageError
 
 QUESTION_TOKENS = 64  # a longer question is cut
 ANSWER_TOKENS = 30  # the longest answer that is looked for

@@ -6,11 +6,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from one_task_step import VOCAB, models, pad, rows
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from fusedkd.distilbert.task_trainer import TaskTrainer, takes
-
-from .one_task_step import VOCAB, models, pad, rows
+from recipes.glue.trainer import TaskTrainer, takes
 
 
 def trainer(student, teacher, folder) -> TaskTrainer:

@@ -1,0 +1,89 @@
+"""What the commands of this package share: options as dataclasses, from flags and YAML files, and one line of error."""
+
+import sys
+from argparse import SUPPRESS
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import transformers
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+
+class UsageError(Exception):
+    """Something the user can put right: one line on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass for HfArgumentParser, with its line of --help."""
+    kind: Any = {"default_factory": lambda: [*default]} if isinstance(default, list) else {"default": default}
+    return HfArg(help=text.replace("%", "%%"), **kind)  # argparse formats help with %
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse_into(
+    classes: Sequence[Any],
+    argv: list[str] | None,
+    prog: str,
+    defaults: Callable[[Any], dict[str, Any]] | None = None,
+) -> tuple[Any, ...]:
+    """One instance of each dataclass, from flags (None: the process's) and the YAML files of --config.
+
+    Files count in their order, flags above all of them; `defaults` are those that depend on what is given.
+    """
+    names = {f.name for kind in classes for f in fields(kind)}
+    files = Parser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    given, flags = files.parse_known_args(sys.argv[1:] if argv is None else argv)
+    flags = [*(flag for file in given.config for flag in flags_of(file, names)), *flags]
+    parser = Parser(classes, prog=prog, usage="%(prog)s [options]", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", default=SUPPRESS, help="YAML file of options; flags win")
+    if defaults:
+        parser.set_defaults(**defaults(parser.parse_known_args(flags)[0]))
+    try:
+        return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    except ValueError as error:  # what the parser and TrainingArguments refuse
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+def flags_of(file: str, names: set[str]) -> list[str]:
+    """A YAML file as flags, whose values are checked as theirs are. HfArgumentParser.parse_yaml_file checks none, and
+    knows no flags beside the file. An empty value or `null` leaves an option at its default.
+    """
+    try:
+        options = yaml.load(Path(file).read_text(encoding="utf-8"), yaml.BaseLoader) or {}  # scalars as written
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read --config {file}: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise UsageError(f"--config {file} must hold lines of `option: value`")
+    if unknown := options.keys() - names:
+        raise UsageError(f"--config {file}: no such option: {', '.join(map(str, unknown))}")
+    lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    given = {name: values for name, values in lists.items() if values not in ([], [""], ["null"], ["~"])}
+    return [part for name, values in given.items() for part in (f"--{name}", *map(str, values))]
+
+
+def command_line(main: Callable[[], None]) -> int:
+    """The exit code of a command, and one line on stderr for what ends it early."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; what is finished is kept, see --resume_from_checkpoint", file=sys.stderr)
+        return 130
+    return 0

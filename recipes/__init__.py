@@ -1,0 +1,1 @@
+"""What is done with the losses, from a checkout: see README.md."""
