@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -254,9 +253,14 @@ class DistilBertLoss(nn.Module):
         if self.alpha_cos and (student_hidden is None or teacher_hidden is None):
             raise ValueError("student_hidden or teacher_hidden is None, but alpha_cos is not 0")
         teacher_logits = student_logits.detach() if teacher_logits is None else teacher_logits  # unread
-        kd = partial(kd_loss, student_logits, teacher_logits, labels, kd_mask=kd_mask, ignore_index=self.ignore_index)
+        options: KDOptions = {"kd_mask": kd_mask, "ignore_index": self.ignore_index}
+        known: Tensor = teacher_logits
+
+        def distil(**more: Any) -> tuple[Tensor, KDTerms]:
+            return kd_loss(student_logits, known, labels, return_terms=True, **options, **more)
+
         return self.of(
-            partial(kd, return_terms=True),
+            distil,
             [(student_hidden, teacher_hidden)],  # type: ignore[list-item]
             attention_mask,
             kd_normalizer=kd_normalizer,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from fusedkd.divergences import Divergence
+from fusedkd.divergences import Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.interrupt import Interruptible
 from fusedkd.integrations.transformers import Batch, DistillationTrainer, Pair
@@ -44,7 +44,7 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
         self,
         *args: Any,
         loss: DistilBertLoss | None = None,
-        divergence: str | Divergence = "forward_kl",
+        divergence: DivergenceName | Divergence = "forward_kl",
         alpha_mse: float = 0.0,
         cos_layers: tuple[tuple[int, int], ...] = ((-1, -1),),
         eval_collator: Any = None,
