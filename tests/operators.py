@@ -17,7 +17,7 @@ def forward(
     inputs: Inputs, gradient: bool = True, ops: Any = torch.ops.fusedkd
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(row losses, statistics, gradient for upstream 1 in memory of its own). ``ops``: or `eager`, the truth."""
-    out = torch.full_like(inputs["student"], torch.nan) if gradient else None
+    out = _buffer(inputs) if gradient else None
     row_losses, stats = ops.kd_forward(**inputs, gradient=out)
     return row_losses, stats, out
 
@@ -30,7 +30,7 @@ def forward_(inputs: Inputs, ops: Any = torch.ops.fusedkd) -> tuple[Tensor, Tens
 
 def backward(upstream: Tensor, inputs: Inputs, stats: Tensor, ops: Any = torch.ops.fusedkd) -> Tensor:
     """The gradient for this upstream, in memory of its own."""
-    out = torch.full_like(inputs["student"], torch.nan)
+    out = _buffer(inputs)
     ops.kd_backward(**inputs, upstream=upstream, stats=stats, gradient=out, skip_if_one=False)
     return out
 
@@ -41,7 +41,14 @@ def rescale_(gradient: Tensor, upstream: Tensor, inputs: Inputs, stats: Tensor, 
 
 
 def truth(inputs: Inputs, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
-    """(row losses, gradient) by the reference, in float64."""
-    wide = {name: inputs[name].double() for name in ("student", "teacher")}
-    row_losses, _, out = forward({**inputs, **wide}, gradient, eager)
+    """(row losses, gradient) by the reference, in float64. The teacher keeps its dtype, which says how far its
+    log-probabilities are rounded.
+    """
+    row_losses, _, out = forward({**inputs, "student": inputs["student"].double()}, gradient, eager)
     return row_losses, out
+
+
+def _buffer(inputs: Inputs) -> Tensor:
+    """Contiguous, as the losses make it."""
+    student: Tensor = inputs["student"]
+    return student.new_full(student.shape, torch.nan)

@@ -10,17 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import operators
 import pytest
 import torch
 from test_cpu_kernels import before_a_fault, isa
-from topk_cases import RULES, B, Case, L, N, case, check, run, same
+from topk_cases import B, Case, L, N, case, check, inputs_of, run, same
+from topk_rules import RULES
 from truth import DTYPES
 
 from fusedkd.backends.dispatch import serving as backends
 from fusedkd.backends.layout import TopkKernelId
 
 ops = torch.ops.fusedkd
-compiled = pytest.mark.skipif(backends["topk_forward", "CPU"][0] != "C++", reason="fusedkd._C does not serve the CPU")
+compiled = pytest.mark.skipif(backends["kd_forward", "CPU"][0] != "C++", reason="fusedkd._C does not serve the CPU")
 forms = pytest.mark.parametrize("form", TopkKernelId, ids=lambda form: form.name.lower())
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -89,11 +91,11 @@ def test_last_row_ends_at_a_fault(dtype: torch.dtype, V: int) -> None:
         student, teacher, ids = case(form, V, min(V, 20))
         student, teacher = student.to(dtype), teacher.to(dtype)
         y, w, n = torch.arange(N).clamp(max=V - 1), torch.ones(N), torch.ones(2).double()
-        tail = y, w, torch.tensor([1.0] * 5 + [0.1] + [1.0] * 10).double(), n, -100, int(form), False, True
-        expected = ops.topk_forward(student, teacher, ids, *tail, True)[2]
-        inside = before_a_fault(student)
-        ops.topk_forward_(inside, before_a_fault(teacher), before_a_fault(ids), *tail)
-        assert same(inside, expected)
+        rest = y, w, torch.tensor([1.0] * 5 + [0.1] + [1.0] * 10).double(), n
+        expected = operators.forward(inputs_of(form, Case(student, teacher, ids), *rest))[2]
+        inside = Case(before_a_fault(student), before_a_fault(teacher), before_a_fault(ids))
+        operators.forward_(inputs_of(form, inside, *rest))
+        assert same(inside.student, expected)
 
 
 @compiled

@@ -25,9 +25,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId  # noqa: E402
-from fusedkd.backends.triton import kd  # noqa: E402
 from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
-from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE  # noqa: E402
+from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_kernel  # noqa: E402
+from fusedkd.backends.triton.row_kernels import (  # noqa: E402
+    kd_counts_kernel,
+    kd_row_weights_kernel,
+    kd_terms_kernel,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVIDIA = SM80, SM90, SM100 = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)]
@@ -94,7 +98,7 @@ def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **st
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64"}
     types |= {"upstream": real, "rows": real, "stats": real, "partials": real}
-    return _compile(kd.kd_kernel, target, types, constants, options)
+    return _compile(kd_kernel, target, types, constants, options)
 
 
 def _compile(kernel: Any, target: GPUTarget, pointers: dict, constants: dict, options: dict) -> CompiledKernel:
@@ -301,18 +305,19 @@ def test_a_row_that_starts_elsewhere_than_the_student() -> None:
 
 SMALL = {
     "weights": (
-        kd.kd_row_weights_kernel,
+        kd_row_weights_kernel,
         {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"},
         {"BLOCK": 128},
     ),
     "counts": (
-        kd.kd_counts_kernel,
+        kd_counts_kernel,
         {"weights": "*fp32", "labels": "*i64", "counts": "*fp64"},
         {"SUM": True, "BLOCK": 8192},
     ),
     "terms": (
-        kd.kd_terms_kernel,
-        {name: "*fp32" for name in ("rows", "loss", "kd", "ce")} | {"real_options": "*fp64", "normalizers": "*fp64"},
+        kd_terms_kernel,
+        {name: "*fp32" for name in ("row_losses", "loss", "kd", "ce")}
+        | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
     ),
 }
@@ -321,7 +326,7 @@ SMALL = {
 @pytest.mark.parametrize("target", [SM90, AMD], ids=describe)
 @pytest.mark.parametrize(("kernel", "pointers", "constants"), SMALL.values(), ids=SMALL.keys())
 def test_small_kernels(kernel: Any, pointers: dict, constants: dict, target: GPUTarget, tmp_path: Path) -> None:
-    warps = 1 if kernel is kd.kd_row_weights_kernel else 16
+    warps = 1 if kernel is kd_row_weights_kernel else 16
     does_not_spill(_compile(kernel, target, pointers, dict(constants), {"num_warps": warps}), tmp_path)
 
 
@@ -338,6 +343,6 @@ def specialised(kernel: Any, pointers: set[str]) -> set[str]:
 def test_one_binary_serves_every_shape() -> None:
     """But for logits, which are aligned before the launch."""
     pointers = {"student", "teacher", "labels", "weights", "real_options", "normalizers", "upstream", "rows", "stats"}
-    assert specialised(kd.kd_kernel, pointers | {"gradient", "partials"}) == {"student", "teacher", "gradient"}
+    assert specialised(kd_kernel, pointers | {"gradient", "partials"}) == {"student", "teacher", "gradient"}
     for kernel, types, _ in SMALL.values():
         assert specialised(kernel, set(types)) == set()

@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import operators
 import pytest
 import torch
+from operators import Inputs
 from torch import Tensor
 from truth import INTERPRETED
 
@@ -27,7 +29,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
 from fusedkd.backends.layout import KernelId, TopkKernelId  # noqa: E402
-from fusedkd.backends.triton import kd, topk  # noqa: E402
+from fusedkd.backends.triton import launch  # noqa: E402
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -73,6 +75,37 @@ def rows(n: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
     return torch.zeros(1, n, columns + gap, dtype=dtype)[:, :, :columns]
 
 
+def call(operator: str, inputs: Inputs, upstream: Tensor, stats: Tensor, gradient: bool) -> None:
+    """What `operators` calls forward, forward_, backward or rescale_."""
+    if operator == "forward":
+        operators.forward(inputs, gradient, launch)
+    elif operator == "forward_":
+        operators.forward_(inputs, launch)
+    elif operator == "backward":
+        operators.backward(upstream, inputs, stats, launch)
+    else:
+        operators.rescale_(torch.empty_like(inputs["student"]), upstream, inputs, stats, launch)
+
+
+def inputs_of(
+    student: Tensor, teacher: Tensor, ids: Tensor | None, form: int, labels: bool, transform: bool, aligned: bool
+) -> Inputs:
+    n = student.shape[1]
+    return {
+        "student": student,
+        "teacher": teacher,
+        "ids": ids,
+        "labels": vector(n, torch.int64, aligned) if labels else None,
+        "row_weights": vector(n, F32, aligned),
+        "options": vector(16, F64, aligned),
+        "normalizers": vector(2, F64, aligned),
+        "ignore_index": -100,
+        "kernel_id": int(form),
+        "transform": transform,
+        "ce": labels,
+    }
+
+
 def launch_kd(
     operator: str,
     columns: int,
@@ -88,22 +121,13 @@ def launch_kd(
     upstream: str = "scalar",
     aligned: bool = True,
 ) -> None:
-    """One of the operators that start with kd_, all of the options."""
+    """A teacher with logits, all of the options."""
     student, teacher = rows(n, columns, dtypes[0], gap), rows(n, columns - surplus, dtypes[1])
     exact = F64 if dtypes[0] == F64 else F32
-    y = vector(n, torch.int64, aligned) if labels else None
-    numbers = (y, *(vector(k, t, aligned) for k, t in ((n, F32), (16, F64), (2, F64))))
-    tail = -100, int(form), transform, labels
+    inputs = inputs_of(student, teacher, None, form, labels, transform, aligned)
     up = vector(1, exact, aligned).squeeze(0) if upstream == "scalar" else vector(n, exact, aligned)
     stats = vector(n * 8, exact, aligned).view(n, 8)
-    if operator == "kd_forward":
-        kd.kd_forward(student, teacher, *numbers, *tail, gradient)
-    elif operator == "kd_forward_":
-        kd.kd_forward_(student, teacher, *numbers, *tail)
-    elif operator == "kd_backward":
-        kd.kd_backward(up, student, teacher, *numbers, stats, *tail)
-    else:
-        kd.kd_rescale_(torch.empty_like(student), up, student, teacher, *numbers, stats, *tail)
+    call(operator, inputs, up, stats, gradient)
 
 
 def launch_topk(
@@ -122,73 +146,65 @@ def launch_topk(
 ) -> None:
     student, teacher = rows(n, columns, dtypes[0], gap), rows(n, k, dtypes[1])
     exact = F64 if dtypes[0] == F64 else F32
-    y = vector(n, torch.int64, aligned) if labels else None
     ids = vector(n * k, torch.int64, aligned).view(n, k)
-    numbers = (ids, y, *(vector(m, t, aligned) for m, t in ((n, F32), (16, F64), (2, F64))))
-    tail = -100, int(form), transform, labels
+    inputs = inputs_of(student, teacher, ids, form, labels, transform, aligned)
     stats, up = vector(n * 8, exact, aligned).view(n, 8), vector(n, exact, aligned)
-    if operator == "topk_forward":
-        topk.topk_forward(student, teacher, *numbers, *tail, gradient)
-    elif operator == "topk_forward_":
-        topk.topk_forward_(student, teacher, *numbers, *tail)
-    elif operator == "topk_backward":
-        topk.topk_backward(up, student, teacher, *numbers, stats, *tail)
-    else:
-        topk.topk_rescale_(torch.empty_like(student), up, student, teacher, *numbers, stats, *tail)
+    call(operator, inputs, up, stats, gradient)
 
 
 def launch_weights(mask: torch.dtype | None, labels: bool, ids: bool, aligned: bool = True) -> None:
     n, c = 300, 40
     listed = vector(n * c, torch.int64, aligned).view(n, c) if ids else None
     y = vector(n, torch.int64, aligned) if labels else None
-    kd.kd_row_weights(rows(n, c, BF16), listed, y, None if mask is None else vector(n, mask, aligned), -100, True)
+    kd_mask = None if mask is None else vector(n, mask, aligned)
+    launch.kd_row_weights(rows(n, c, BF16), listed, y, kd_mask, ignore_index=-100, kd=True)
 
 
 def launch_terms(dtype: torch.dtype, per_row: bool, aligned: bool = True) -> None:
     loss_rows = vector(2 * 300, dtype, aligned).view(2, 300)
-    kd.kd_terms(loss_rows, vector(16, F64, aligned), vector(2, F64, aligned), per_row)
+    launch.kd_terms(loss_rows, vector(16, F64, aligned), vector(2, F64, aligned), per_row)
 
 
 LONG, SHORT = 50257, 3000  # of few rows, the long ones are split
 WHOLE = {
-    "forward": partial(launch_kd, "kd_forward", LONG),
-    "no labels": partial(launch_kd, "kd_forward", 10_000, labels=False, transform=True),
-    "no gradient": partial(launch_kd, "kd_forward", LONG, KernelId.DKD, gradient=False),
-    "in place": partial(launch_kd, "kd_forward_", LONG, KernelId.JEFFREYS, labels=False),
-    "backward": partial(launch_kd, "kd_backward", SHORT, KernelId.ALPHA_BETA, upstream="rows"),
-    "backward, few rows": partial(launch_kd, "kd_backward", SHORT, n=6, labels=False),
-    "rescale": partial(launch_kd, "kd_rescale_", LONG, KernelId.TOTAL_VARIATION, dtypes=(F32, BF16)),
-    "everything": partial(launch_kd, "kd_forward", LONG, surplus=13, gap=1, transform=True, dtypes=(F16, F32)),
-    "float64": partial(launch_kd, "kd_forward", SHORT, dtypes=(F64, F64)),
-    "unaligned": partial(launch_kd, "kd_backward", LONG, upstream="rows", aligned=False),
+    "forward": partial(launch_kd, "forward", LONG),
+    "no labels": partial(launch_kd, "forward", 10_000, labels=False, transform=True),
+    "no gradient": partial(launch_kd, "forward", LONG, KernelId.DKD, gradient=False),
+    "in place": partial(launch_kd, "forward_", LONG, KernelId.JEFFREYS, labels=False),
+    "backward": partial(launch_kd, "backward", SHORT, KernelId.ALPHA_BETA, upstream="rows"),
+    "backward, few rows": partial(launch_kd, "backward", SHORT, n=6, labels=False),
+    "rescale": partial(launch_kd, "rescale_", LONG, KernelId.TOTAL_VARIATION, dtypes=(F32, BF16)),
+    "everything": partial(launch_kd, "forward", LONG, surplus=13, gap=1, transform=True, dtypes=(F16, F32)),
+    "float64": partial(launch_kd, "forward", SHORT, dtypes=(F64, F64)),
+    "unaligned": partial(launch_kd, "backward", LONG, upstream="rows", aligned=False),
 }
 RESIDENT = {
-    "forward": partial(launch_kd, "kd_forward", SHORT),
-    "no labels, 16 bits": partial(launch_kd, "kd_forward", SHORT, KernelId.TOTAL_VARIATION, surplus=128, labels=False),
-    "no labels": partial(launch_kd, "kd_forward", 1000, KernelId.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
-    "no gradient": partial(launch_kd, "kd_forward", 2000, KernelId.MIXTURE, gradient=False),
-    "in place": partial(launch_kd, "kd_forward_", SHORT, KernelId.TOTAL_VARIATION),
-    "out of phase": partial(launch_kd, "kd_forward", SHORT, gap=1, surplus=5),
-    "transform": partial(launch_kd, "kd_forward", SHORT, transform=True),
-    "unaligned": partial(launch_kd, "kd_forward", SHORT, aligned=False),
+    "forward": partial(launch_kd, "forward", SHORT),
+    "no labels, 16 bits": partial(launch_kd, "forward", SHORT, KernelId.TOTAL_VARIATION, surplus=128, labels=False),
+    "no labels": partial(launch_kd, "forward", 1000, KernelId.LOGIT_MSE, labels=False, dtypes=(F32, F32)),
+    "no gradient": partial(launch_kd, "forward", 2000, KernelId.MIXTURE, gradient=False),
+    "in place": partial(launch_kd, "forward_", SHORT, KernelId.TOTAL_VARIATION),
+    "out of phase": partial(launch_kd, "forward", SHORT, gap=1, surplus=5),
+    "transform": partial(launch_kd, "forward", SHORT, transform=True),
+    "unaligned": partial(launch_kd, "forward", SHORT, aligned=False),
 }
 SPLIT = {
-    "forward": partial(launch_kd, "kd_forward", LONG, n=6),
-    "no labels": partial(launch_kd, "kd_forward", LONG, KernelId.LOGIT_MSE, n=6, labels=False),
-    "no gradient": partial(launch_kd, "kd_forward", LONG, n=6, gradient=False),
-    "in place": partial(launch_kd, "kd_forward_", LONG, KernelId.TOTAL_VARIATION, n=6),
-    "backward": partial(launch_kd, "kd_backward", LONG, n=6),
-    "rescale": partial(launch_kd, "kd_rescale_", LONG, KernelId.DKD, n=6, surplus=7, gap=1),
-    "unaligned": partial(launch_kd, "kd_forward", LONG, n=6, dtypes=(F32, F32), aligned=False),
+    "forward": partial(launch_kd, "forward", LONG, n=6),
+    "no labels": partial(launch_kd, "forward", LONG, KernelId.LOGIT_MSE, n=6, labels=False),
+    "no gradient": partial(launch_kd, "forward", LONG, n=6, gradient=False),
+    "in place": partial(launch_kd, "forward_", LONG, KernelId.TOTAL_VARIATION, n=6),
+    "backward": partial(launch_kd, "backward", LONG, n=6),
+    "rescale": partial(launch_kd, "rescale_", LONG, KernelId.DKD, n=6, surplus=7, gap=1),
+    "unaligned": partial(launch_kd, "forward", LONG, n=6, dtypes=(F32, F32), aligned=False),
 }
-TOPK = {form.name.lower(): partial(launch_topk, "topk_forward", form) for form in TopkKernelId} | {
-    "no labels": partial(launch_topk, "topk_forward", TopkKernelId.BUCKET, labels=False),
-    "no gradient": partial(launch_topk, "topk_forward", TopkKernelId.RENORMALIZE, gradient=False, dtypes=(F16, BF16)),
-    "in place": partial(launch_topk, "topk_forward_", TopkKernelId.IGNORE, k=1000, transform=True),
-    "backward": partial(launch_topk, "topk_backward", TopkKernelId.SAMPLES, dtypes=(F32, F32)),
-    "rescale": partial(launch_topk, "topk_rescale_", TopkKernelId.BUCKET_REVERSE, gap=1),
-    "float64": partial(launch_topk, "topk_forward", TopkKernelId.BUCKET, dtypes=(F64, F64), k=7),
-    "unaligned": partial(launch_topk, "topk_forward", TopkKernelId.BUCKET, aligned=False),
+TOPK = {form.name.lower(): partial(launch_topk, "forward", form) for form in TopkKernelId} | {
+    "no labels": partial(launch_topk, "forward", TopkKernelId.BUCKET, labels=False),
+    "no gradient": partial(launch_topk, "forward", TopkKernelId.RENORMALIZE, gradient=False, dtypes=(F16, BF16)),
+    "in place": partial(launch_topk, "forward_", TopkKernelId.IGNORE, k=1000, transform=True),
+    "backward": partial(launch_topk, "backward", TopkKernelId.SAMPLES, dtypes=(F32, F32)),
+    "rescale": partial(launch_topk, "rescale_", TopkKernelId.BUCKET_REVERSE, gap=1),
+    "float64": partial(launch_topk, "forward", TopkKernelId.BUCKET, dtypes=(F64, F64), k=7),
+    "unaligned": partial(launch_topk, "forward", TopkKernelId.BUCKET, aligned=False),
 }
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),
@@ -222,9 +238,9 @@ def launches_of(case: Callable[[], None]) -> list[Launch]:
 def test_launches(name: str) -> None:
     launches, kind = launches_of(CASES[name]), name.split(":")[0]
     assert launches
-    assert all(launch.registers * launch.threads <= gpu_stub.REGISTERS for launch in launches)
-    assert all(launch.fused for launch in launches)
-    names = {launch.kernel for launch in launches}
+    assert all(each.registers * each.threads <= gpu_stub.REGISTERS for each in launches)
+    assert all(each.fused for each in launches)
+    names = {each.kernel for each in launches}
     if kind in ("whole", "resident", "split"):
         assert names == {"kd_kernel"}
         constants = launches[0].constants
@@ -236,13 +252,13 @@ def test_launches(name: str) -> None:
 
 def test_two_resident_rows_share_a_processor() -> None:
     """Those without cross-entropy."""
-    (launch,) = launches_of(RESIDENT["no labels, 16 bits"])
-    assert launch.registers * launch.threads <= gpu_stub.REGISTERS // 2
+    (only,) = launches_of(RESIDENT["no labels, 16 bits"])
+    assert only.registers * only.threads <= gpu_stub.REGISTERS // 2
 
 
 def test_every_kernel_of_the_package_is_launched() -> None:
     """Here, a kernel that none of the cases launches."""
-    launched = {launch.kernel for case in CASES.values() for launch in launches_of(case)}
+    launched = {each.kernel for case in CASES.values() for each in launches_of(case)}
     assert launched == kernels(jit_functions(fusedkd))
 
 

@@ -1,5 +1,6 @@
-"""Rows for the topk_* operators, and the check of a backend's four operators against the definitions in float64 by the
-rule of `truth.py`; for `test_topk_kernels.py` (C++) and `triton_topk_operators.py` (Triton, interpreted).
+"""Rows whose teacher is known at K columns, and the check of a backend's KD operators on them against the definitions
+in float64 by the rule of `truth.py`; for `test_topk_kernels.py` (C++) and `triton_topk_operators.py` (Triton,
+interpreted).
 
 Σ p·δ over the list alone (ignore) and Σ −ω·log q (samples) have terms of both signs, or no upper bound from D: their
 tolerance is that of the cross-entropy, 1e-5·D + 2e-7 of the mass on the list, for log l is rounded at 6e-8. The δ of a
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import operators
 import torch
+from operators import Inputs
 from torch import Tensor
 
 from fusedkd.backends import eager
@@ -72,6 +75,28 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
+def inputs_of(
+    form: int,
+    rows: Case,
+    labels: Tensor | None,
+    weights: Tensor,
+    options: Tensor,
+    normalizers: Tensor,
+    transform: bool = False,
+) -> Inputs:
+    """Cross-entropy where there are labels."""
+    return rows._asdict() | {
+        "labels": labels,
+        "row_weights": weights,
+        "options": options,
+        "normalizers": normalizers,
+        "ignore_index": -100,
+        "kernel_id": int(form),
+        "transform": transform,
+        "ce": labels is not None,
+    }
+
+
 def check(
     ops: Any,
     form: int,
@@ -106,15 +131,14 @@ def check(
     if form < TopkKernelId.SAMPLES:
         options[10] = logprobs_temperature
     normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
-    flags = -100, int(form), transform is not None, y is not None
-    tail = rows.ids, y, w, options, normalizers
-    exact = (student.double(), teacher, *tail)
+    inputs = inputs_of(form, Case(student, teacher, rows.ids), y, w, options, normalizers, transform is not None)
+    wide = inputs | {"student": student.double()}
 
     # Values
-    found, stats, gradient = ops.topk_forward(student, teacher, *tail, *flags, True)
+    found, stats, gradient = operators.forward(inputs, ops=ops)
     assert found.dtype == stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    truth = eager.topk_forward(*exact, *flags, False)[0]
-    subtracted, mass = sizes(form, *exact, transform)
+    truth, _ = operators.truth(inputs, gradient=False)
+    subtracted, mass = sizes(form, wide, transform)
     divergence = truth[0].abs() / kd_scale
     if dtype == torch.float64:
         tolerance = 1e-11 * divergence + 1e-14 + 1e-13 * mass * w
@@ -138,7 +162,7 @@ def check(
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         assert actual.dtype == dtype
         up = upstream.double()
-        expected = eager.topk_backward(up, *exact, stats, *flags).flatten(0, 1)
+        expected = operators.backward(up, wide, stats, eager).flatten(0, 1)
         got = actual.double().flatten(0, 1)
         rounding = (expected.to(dtype).double() - expected).norm(dim=1)
         bound = 1.25 * rounding + (1e-13 if dtype == torch.float64 else 1e-6) * s * up.abs()
@@ -151,27 +175,26 @@ def check(
     one = torch.ones((), dtype=stats.dtype)
     upstream = torch.tensor([1.0, -0.3, 2.0, 0.7, 5.0, 0.0], dtype=stats.dtype)
     assert_gradient(gradient, one)
-    assert_gradient(ops.topk_backward(upstream, student, teacher, *tail, stats, *flags), upstream)
+    assert_gradient(operators.backward(upstream, inputs, stats, ops), upstream)
     if not all_four:
         return found, gradient
 
     # The same bits again, and nothing outside the rows
-    only, again, nothing = ops.topk_forward(student, teacher, *tail, *flags, False)
+    only, again, _ = operators.forward(inputs, gradient=False, ops=ops)
     assert same(only, found)
     assert same(again, stats)
-    assert nothing.numel() == 0
-    assert same(ops.topk_backward(one, student, teacher, *tail, stats, *flags), gradient)
-    scaled = ops.topk_backward(one * 0.3, student, teacher, *tail, stats, *flags)
+    assert same(operators.backward(one, inputs, stats, ops), gradient)
+    scaled = operators.backward(one * 0.3, inputs, stats, ops)
     assert_gradient(scaled, one * 0.3)
     target = between_nans(gradient)
-    poison = torch.full_like(student, NAN), torch.full_like(teacher, NAN)
-    ops.topk_rescale_(target, one, *poison, *tail, stats * NAN, *flags)
+    poison = {"student": torch.full_like(student, NAN), "teacher": torch.full_like(teacher, NAN)}
+    operators.rescale_(target, one, inputs | poison, stats * NAN, ops)
     assert same(target, gradient)
-    ops.topk_rescale_(target, one * 0.3, student, teacher, *tail, stats, *flags)
+    operators.rescale_(target, one * 0.3, inputs, stats, ops)
     assert same(target, scaled)
     assert outside_is_nan(target)
     overwritten = between_nans(student)
-    in_place, stats_in_place = ops.topk_forward_(overwritten, teacher, *tail, *flags)
+    in_place, stats_in_place = operators.forward_(inputs | {"student": overwritten}, ops)
     assert same(overwritten, gradient)
     assert same(in_place, found)
     assert same(stats_in_place, stats)
@@ -179,11 +202,10 @@ def check(
     return found, gradient
 
 
-def sizes(
-    form: int, student: Tensor, teacher: Tensor, ids: Tensor, y: Any, w: Tensor, options: Tensor, n: Any, transform: Any
-) -> tuple[Tensor, Tensor]:
+def sizes(form: int, inputs: Inputs, transform: tuple[float, float] | None) -> tuple[Tensor, Tensor]:
     """Per row the sum of the norms of what the gradient with respect to z/T subtracts; and the mass on the list."""
-    z, v = student.flatten(0, 1), teacher.flatten(0, 1).double()
+    ids, options = inputs["ids"], inputs["options"]
+    z, v = inputs["student"].flatten(0, 1), inputs["teacher"].flatten(0, 1).double()
     log_q = log_softmax((cap_and_scale(z, *transform) if transform else z) / options[0])
     legal = (ids >= 0) & (ids < z.shape[1])
     column = torch.where(legal, ids, 0)
@@ -214,157 +236,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: Tensor) -> None:
     assert not wrong.any(), f"{actual[wrong]} is not {expected[wrong]} within {tolerance[wrong]}"
 
 
-# -------------------------------------------------- rules that every form keeps, on every backend
-
-
-def near_convergence(ops: Any, form: int) -> None:
-    """A small divergence keeps its digits, between offsets of ±1000 too. The list holds almost all of the student, or
-    there is a bucket for the rest.
-    """
-    for noise, offset in ((1e-3, 0.0), (1e-2, 1000.0 if form % 2 else -1000.0)):
-        rows = case(form, 100, 60, noise=noise)
-        student = rows.student.clone()
-        if form == TopkKernelId.RENORMALIZE:  # its value is at least −log Σ q
-            listed = torch.zeros(N, 100, dtype=torch.bool).scatter_(1, rows.ids.clamp(min=0), True)
-            student[~listed.view(B, L, 100)] -= 40
-        found, _ = check(ops, form, rows._replace(student=student + offset), labels=None)
-        if form not in CANCELLING and abs(offset) < 1:
-            assert found[0, 0] < 3 * noise**2
-
-
-def equal_probabilities(ops: Any, form: int) -> None:
-    """p = q to the last digit that the teacher's float64 log-probabilities have."""
-    rows = case(form, 50, 20, noise=0.0)
-    if form in (TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE, TopkKernelId.RENORMALIZE_REVERSE):
-        teacher = rows.student.flatten(0, 1).float().double().log_softmax(-1).gather(1, rows.ids.clamp(min=0))
-        found, gradient = check(ops, form, rows._replace(teacher=teacher.view(B, L, -1)), teacher_dtype=torch.float64)
-        assert found[0].abs().max() < 1e-12
-        assert gradient[0, 2].abs().max() < 1e-6
-
-
-def whole_vocabulary(ops: Any, form: int) -> None:
-    """K = V: nothing is off the list."""
-    rows = case(form, 17, 17)
-    if form != TopkKernelId.SAMPLES:
-        lp = (rows.student.flatten(0, 1) + 0.5 * rows.student.flatten(0, 1).cos()).log_softmax(-1)
-        ids = torch.arange(17).flip(0).expand(N, 17).contiguous()
-        rows = Case(rows.student, lp.gather(1, ids).view(B, L, 17) + 1e-3, ids)  # Σp > 1: no tail
-    found, _ = check(ops, form, rows)
-    assert found[0].isfinite().all()
-    check(ops, form, case(form, 1, 1), weights=(1.0,) * N)
-
-
-def masked_columns(ops: Any, form: int) -> None:
-    """−∞ on either side and on both; a whole row of it."""
-    rows = case(form, 60, 20)
-    student, teacher, first = rows.student.clone(), rows.teacher.clone(), rows.ids[:, 0]
-    masked = 0.0 if form == TopkKernelId.SAMPLES else -INF
-    teacher[0, 0, 0] = teacher[0, 2, 0] = masked  # by the teacher, by both
-    for i in (2, 5):
-        student.view(N, -1)[i, first[i]] = -INF  # by both, by the student
-    student[1, 0, 40:] = -INF
-    student[1, 0, 7] = 9.0
-    found, gradient = check(ops, form, rows._replace(student=student, teacher=teacher))
-    reverse = form in (1, 3, 5)
-    assert found[0].isinf().tolist() == [reverse, False, False, bool(found[0, 3].isinf()), False, not reverse]
-    assert gradient.isfinite().all()
-    assert not found.isnan().any()
-
-    tail = dict(labels=LABELS, weights=WEIGHTS)
-    student[0, 0] = -INF
-    found, gradient = run(ops, form, rows._replace(student=student), **tail)
-    assert found[:, 0].tolist() == [INF, INF]
-    assert not gradient[0, 0].any()
-
-
-def tails_out_of_reach(ops: Any, form: int) -> None:
-    """Beyond the list, or all but it, q underflows; D and the gradient do not."""
-    for shift in (-150.0, 150.0):
-        rows = case(form, 60, 8)
-        listed = torch.zeros(N, 60, dtype=torch.bool).scatter_(1, rows.ids.clamp(min=0), True).view(B, L, 60)
-        student = torch.where(listed, rows.student, rows.student + shift)
-        found, _ = check(ops, form, rows._replace(student=student))
-        assert found[0].isfinite().all()
-
-
-def rounded_tails(ops: Any, form: int) -> None:
-    """The list holds all of the teacher but for rounding: finite, and a gradient in every row that has a teacher."""
-    if form in (TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE):
-        rows = case(form, 60, 8)
-        lp = rows.teacher.nan_to_num(-INF).log_softmax(-1)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            found, gradient = check(ops, form, rows._replace(teacher=lp), teacher_dtype=dtype, labels=None)
-            assert found[0].isfinite().all()
-            assert gradient.flatten(0, 1).any(-1).equal(torch.tensor(WEIGHTS) != 0)
-
-
-def no_column(ops: Any, form: int) -> None:
-    """An id that is no column: NaN, and no gradient; not where the row is not selected."""
-    rows = case(form, 30, 5)
-    ids = rows.ids.clone()
-    ids[0, 0], ids[1, 0], ids[2, 3], ids[5, 2] = 30, 10**12, -2, 2**40
-    found, gradient = check(ops, form, rows._replace(ids=ids), weights=(1.0, 0.0, 1.0, 1.0, 0.0, 1.0))
-    assert found[0].isnan().tolist() == [True, False, True, False, False, True]
-    assert gradient.flatten(0, 1).any(-1).tolist() == [False, True, False, True, False, False]
-
-
-def labels_out_of_range(ops: Any, form: int) -> None:
-    found, gradient = check(ops, form, case(form, 30, 5), labels=(30, -1, 2, 3, -100, 10**12), weights=(1.0,) * N)
-    assert found[1].isnan().tolist() == [True, True, False, False, False, True]
-    assert gradient.flatten(0, 1).any(-1).tolist() == [False, False, True, True, True, False]
-
-
-def unselected_rows(ops: Any, form: int) -> None:
-    """They are not read: neither the list, nor the student without a label."""
-    rows = case(form, 30, 5)
-    student, teacher, ids = rows.student.clone(), rows.teacher.clone(), rows.ids.clone()
-    teacher[0, 1] = teacher[1, 1] = student[1, 1] = NAN
-    ids[1], ids[4] = 10**15, -(10**15)
-    found, gradient = run(ops, form, Case(student, teacher, ids))
-    assert found.isfinite().all()
-    assert gradient.isfinite().all()
-    assert not gradient[1, 1].any()
-
-
-def broken_logits(ops: Any, form: int) -> None:
-    """NaN shows in the rows that read it."""
-    rows = case(form, 30, 5)
-    student, teacher = rows.student.clone(), rows.teacher.clone()
-    student[0, 0, int(rows.ids[0, 0])] = teacher[1, 2, 0] = NAN
-    found, _ = run(ops, form, rows._replace(student=student, teacher=teacher))
-    assert found.isnan().tolist() == [[True] + [False] * 4 + [True], [True] + [False] * 5]
-
-
-def repeated_samples(ops: Any, form: int) -> None:
-    """Equal ids add up, the label's among them."""
-    if form == TopkKernelId.SAMPLES:
-        rows = case(form, 30, 24)
-        ids = rows.ids.clone()
-        ids[0] = 5
-        ids[3, ::2] = 3
-        check(ops, form, rows._replace(ids=ids, teacher=rows.teacher.nan_to_num(0.01)), labels=(5, 0, -100, 3, -100, 2))
-
-
-RULES = (
-    near_convergence,
-    equal_probabilities,
-    whole_vocabulary,
-    masked_columns,
-    tails_out_of_reach,
-    rounded_tails,
-    no_column,
-    labels_out_of_range,
-    unselected_rows,
-    broken_logits,
-    repeated_samples,
-)
-
-
 def run(ops: Any, form: int, rows: Case, **options: Any) -> tuple[Tensor, Tensor]:
     """Values and gradient, unchecked."""
     y = torch.tensor(options.get("labels", LABELS))
     w = torch.tensor(options.get("weights", WEIGHTS))
     numbers = torch.tensor([1.0, 1, 1, 0.6, 0.8, 0, 0, 1, 0, 1, 1] + [0.0] * 5, dtype=torch.float64)
-    tail = rows.ids, y, w, numbers, torch.ones(2, dtype=torch.float64), -100, int(form), False, True, True
-    found, _, gradient = ops.topk_forward(rows.student.float(), rows.teacher.float(), *tail)
+    rows = rows._replace(student=rows.student.float(), teacher=rows.teacher.float())
+    inputs = inputs_of(form, rows, y, w, numbers, torch.ones(2, dtype=torch.float64))
+    found, _, gradient = operators.forward(inputs, ops=ops)
     return found, gradient

@@ -11,11 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import operators
 import pytest
 import torch
 import triton.language as tl
 from bounds import dense, norm
 from families import describe
+from operators import Inputs
 from torch import Tensor
 from triton.runtime import interpreter
 from truth import between_nans
@@ -23,7 +25,7 @@ from truth import between_nans
 from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, TotalVariation
 from fusedkd.backends import eager
 from fusedkd.backends.layout import KernelId
-from fusedkd.backends.triton import choice, kd
+from fusedkd.backends.triton import choice, kd, launch
 from fusedkd.divergences import Divergence, ForwardKL
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, log_softmax
@@ -70,8 +72,31 @@ def logits(V: int, kl: float = 0.1, b: int = 1) -> tuple[Tensor, Tensor]:
     return teacher + (2 * kl) ** 0.5 * torch.randn(b, L, V, generator=generator, dtype=torch.float64), teacher
 
 
-def flags(divergence: Divergence, transform: bool = False, ce: bool = True) -> tuple[int, int, bool, bool]:
-    return -100, int(divergence.kernel_id), transform, ce
+def inputs_of(
+    divergence: Divergence,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor,
+    options: Tensor | None = None,
+    normalizers: tuple[float, float] = (1.0, 1.0),
+    *,
+    transform: bool = False,
+    ce: bool = True,
+) -> Inputs:
+    return {
+        "student": student,
+        "teacher": teacher,
+        "ids": None,
+        "labels": labels,
+        "row_weights": weights,
+        "options": options_for(divergence) if options is None else options,
+        "normalizers": torch.tensor(normalizers, dtype=torch.float64),
+        "ignore_index": -100,
+        "kernel_id": int(divergence.kernel_id),
+        "transform": transform,
+        "ce": ce,
+    }
 
 
 def options_for(
@@ -141,8 +166,10 @@ def _check(
     rest = teacher_temperature or temperature, smoothing, *(transforms or ())
     options = options_for(divergence, temperature, rest=rest)
     kd_scale, kd_weight, ce_weight, n_kd, n_ce = options[2].item(), 0.6, 0.8, 3.5, 4.0
-    tail = y, w, options, torch.tensor([n_kd, n_ce], dtype=torch.float64)
-    last = flags(divergence, transforms is not None, ce)
+    inputs = inputs_of(
+        divergence, student, teacher, y, w, options, (n_kd, n_ce), transform=transforms is not None, ce=ce
+    )
+    wide = inputs | {"student": student.double()}
     exact = student.dtype == torch.float64
 
     # What is true, and how far off one may be: values
@@ -151,8 +178,8 @@ def _check(
         z, v = cap_and_scale(z, *transforms[:2]), cap_and_scale(v, *transforms[2:])
     kd_rows = Rows(log_softmax(v / options[1]), log_softmax(z[:, :C] / options[0]), v, z[:, :C], y)
     part = dense(divergence, kd_rows, exact)
-    expected, _, _ = eager.kd_forward(student.double(), teacher.double(), *tail, *last, False)
-    rows, stats, gradient = kd.kd_forward(student, teacher, *tail, *last, True)
+    expected, _ = operators.truth(inputs, gradient=False)
+    rows, stats, gradient = operators.forward(inputs, ops=launch)
     assert_close(rows[0].double(), expected[0], kd_scale * w * torch.nan_to_num(part.tolerance))
     assert_close(rows[1].double(), expected[1], 1e-11 * expected[1] + 1e-14 if exact else 1e-5 * expected[1] + 2e-7)
 
@@ -168,8 +195,8 @@ def _check(
 
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         up = upstream.double()
-        truth = eager.kd_backward(up, student.double(), teacher.double(), *tail, stats.double(), *last)
-        truth, got = truth.flatten(0, 1), actual.double().flatten(0, 1)
+        truth = operators.backward(up, wide, stats.double(), eager).flatten(0, 1)
+        got = actual.double().flatten(0, 1)
         rounding = norm(truth.to(actual.dtype).double() - truth)
         bound = 1.25 * rounding + (1e-13 if exact else 1e-6) * s * up.abs()
         allowed = free * up.abs().unsqueeze(-1)
@@ -183,26 +210,25 @@ def _check(
     one = torch.ones((), dtype=stats.dtype)
     upstream = torch.tensor([1.0, -0.3, 2.0, 0.7, 5.0, 0.0], dtype=stats.dtype)[:n]
     assert_gradient(gradient, one)
-    assert_gradient(kd.kd_backward(upstream, student, teacher, *tail, stats, *last), upstream)
+    assert_gradient(operators.backward(upstream, inputs, stats, launch), upstream)
     if not in_place:
         return rows, gradient
 
     # The same bits again, and nothing outside the rows
-    only, same, nothing = kd.kd_forward(student, teacher, *tail, *last, False)
+    only, same, _ = operators.forward(inputs, gradient=False, ops=launch)
     assert torch.equal(rows.nan_to_num(-1), only.nan_to_num(-1))
     assert torch.equal(stats.nan_to_num(-1), same.nan_to_num(-1))
-    assert nothing.shape == (0,)
-    scaled = kd.kd_backward(one * 0.3, student, teacher, *tail, stats, *last)
+    scaled = operators.backward(one * 0.3, inputs, stats, launch)
     assert_gradient(scaled, one * 0.3)
     target = between_nans(gradient)
-    poison = torch.full_like(student, NAN), torch.full_like(teacher, NAN)
-    kd.kd_rescale_(target, one, *poison, *tail, stats * NAN, *last)
+    poison = {"student": torch.full_like(student, NAN), "teacher": torch.full_like(teacher, NAN)}
+    operators.rescale_(target, one, inputs | poison, stats * NAN, launch)
     assert torch.equal(target, gradient)
-    kd.kd_rescale_(target, one * 0.3, student, teacher, *tail, stats, *last)
+    operators.rescale_(target, one * 0.3, inputs, stats, launch)
     assert torch.equal(target, scaled)
     assert surroundings(target).isnan().sum() == target._base.numel() - target.numel()
     overwritten = between_nans(student)
-    again, same = kd.kd_forward_(overwritten, teacher, *tail, *last)
+    again, same = operators.forward_(inputs | {"student": overwritten}, launch)
     assert torch.equal(overwritten, gradient)
     assert torch.equal(again.nan_to_num(-1), rows.nan_to_num(-1))
     assert torch.equal(same.nan_to_num(-1), stats.nan_to_num(-1))

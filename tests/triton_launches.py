@@ -4,16 +4,17 @@ mathematics. Not collected by itself: `test_triton.py` runs it under the interpr
 
 from __future__ import annotations
 
+import operators
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, flags, logits, options_for
+from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, inputs_of, logits, options_for
 
 from fusedkd.backends import eager
 from fusedkd.backends.layout import KernelId
-from fusedkd.backends.triton import choice, kd
+from fusedkd.backends.triton import choice, kd, launch
 from fusedkd.backends.triton import math as helpers
 from fusedkd.divergences import ForwardKL
 
@@ -33,16 +34,17 @@ def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> Non
     teacher[0, 2, :299] = teacher[1, 1, 1:] = teacher[1, 2] = -INF  # only the last of these has no column left
     teacher = between_nans(teacher)
     y = None if labels is None else torch.tensor(labels)
-    weights, counts = kd.kd_row_weights(teacher, None, y, mask, -100, True)
+    given = {"teacher": teacher, "ids": None, "labels": y, "kd_mask": mask, "ignore_index": -100, "kd": True}
+    weights, counts = launch.kd_row_weights(**given)
     assert weights.dtype == torch.float32
     assert counts.dtype == torch.float64
-    truth = eager.kd_row_weights(teacher, None, y, mask, -100, True)
+    truth = eager.kd_row_weights(**given)
     assert torch.equal(weights, truth[0])
     assert torch.equal(counts, truth[1])
     assert weights[2] != 0 or labels is not None
     assert weights[5] == 0
-    assert not kd.kd_row_weights(teacher[..., :0], None, y, mask, -100, True)[0].any()
-    assert not kd.kd_row_weights(teacher * NAN, None, y, mask, -100, False)[0].any()
+    assert not launch.kd_row_weights(**given | {"teacher": teacher[..., :0]})[0].any()
+    assert not launch.kd_row_weights(**given | {"teacher": teacher * NAN, "kd": False})[0].any()
 
 
 def test_row_weights_of_lists() -> None:
@@ -52,7 +54,7 @@ def test_row_weights_of_lists() -> None:
     ids[2, 1:], teacher[1, 0, :39] = -1, -INF
     ids[4, ::2] = -1
     teacher[1, 1, 1::2] = -INF  # the others are padding
-    weights, counts = kd.kd_row_weights(teacher, ids, None, None, -100, True)
+    weights, counts = launch.kd_row_weights(teacher, ids, labels=None, kd_mask=None, ignore_index=-100, kd=True)
     assert weights.tolist() == [0, 0, 1, 1, 0, 1]
     assert counts.tolist() == [3, 1]
 
@@ -65,23 +67,23 @@ def test_terms(n: int) -> None:
         options = options_for(ForwardKL(), weights=weights)
         for per_row in (False, True):
             truth = eager.kd_terms(rows, options, normalizers, per_row)
-            for actual, expected in zip(kd.kd_terms(rows, options, normalizers, per_row), truth, strict=True):
+            for actual, expected in zip(launch.kd_terms(rows, options, normalizers, per_row), truth, strict=True):
                 assert actual.shape == expected.shape
                 assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
     rows[0, 0] = INF
-    loss, kl, _ = kd.kd_terms(rows, options, normalizers, False)
+    loss, kl, _ = launch.kd_terms(rows, options, normalizers, False)
     assert loss.isfinite()
     assert kl == INF
 
 
 def test_no_rows() -> None:
     empty = torch.empty(0, 3, 7)
-    w, counts = kd.kd_row_weights(empty, None, None, None, -100, True)
+    w, counts = launch.kd_row_weights(empty, None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
     assert counts.tolist() == [1, 1]
-    tail = None, w, options_for(ForwardKL()), counts, *flags(ForwardKL(), ce=False)
-    rows, stats, gradient = kd.kd_forward(empty, empty, *tail, True)
+    inputs = inputs_of(ForwardKL(), empty, empty, None, w, ce=False)
+    rows, stats, gradient = operators.forward(inputs, ops=launch)
     assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
-    assert [x.item() for x in kd.kd_terms(rows, options_for(ForwardKL()), counts, False)] == [0, 0, 0]
+    assert [x.item() for x in launch.kd_terms(rows, options_for(ForwardKL()), counts, False)] == [0, 0, 0]
 
 
 # -------------------------------------------------- choice
@@ -118,13 +120,13 @@ def test_choice(
 def test_another_kernel_where_no_cluster_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kd, "describe", lambda device: H200)
     calls, (student, teacher) = [], (x.float() for x in logits(4200, b=B))
-    w, counts = kd.kd_row_weights(teacher, None, None, None, -100, True)
-    arguments = student, teacher, None, w, options_for(ForwardKL()), counts, *flags(ForwardKL(), ce=False), True
+    w, counts = launch.kd_row_weights(teacher, None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    inputs = inputs_of(ForwardKL(), student, teacher, None, w, normalizers=tuple(counts.tolist()), ce=False)
     with torch.library._scoped_library("fusedkd", "IMPL") as library:
-        library.impl("kd_cluster", lambda *arguments: bool(calls.append(arguments)), "CPU")
-        found = kd.kd_forward(*arguments)
+        library.impl("kd_cluster", lambda **arguments: bool(calls.append(arguments)), "CPU")
+        found = operators.forward(inputs, ops=launch)
     assert len(calls) == 1
-    for actual, expected in zip(found[::2], eager.kd_forward(*arguments)[::2], strict=True):
+    for actual, expected in zip(found[::2], operators.forward(inputs, ops=eager)[::2], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert found[2].any()
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import operators
 import pytest
 import torch
 from families import PARAMETERS, describe
@@ -16,18 +17,17 @@ from triton_cases import (
     B,
     L,
     check,
-    flags,
     forms,
     in_turn,
+    inputs_of,
     kernels,
     logits,
     options_for,
 )
 
 from fusedkd import DKD, JSD, AlphaBeta, LogitMSE
-from fusedkd.backends import eager
 from fusedkd.backends.layout import KernelId
-from fusedkd.backends.triton import kd
+from fusedkd.backends.triton import launch
 from fusedkd.divergences import Divergence, ForwardKL
 
 # -------------------------------------------------- shapes, dtypes, options
@@ -147,13 +147,11 @@ def test_strides(layout: str) -> None:
         student = student.transpose(0, 1).contiguous().transpose(0, 1)
     else:
         teacher = teacher[:1, :1].expand(B, L, -1)
-    tail = torch.tensor(LABELS), torch.tensor(WEIGHTS), options_for(ForwardKL()), torch.ones(2).double()
-    tail = *tail, *flags(ForwardKL()), True
-    rows, _, gradient = kd.kd_forward(student, teacher, *tail)
-    expected, _, truth = eager.kd_forward(student, teacher, *tail)
-    assert gradient.is_contiguous()
+    inputs = inputs_of(ForwardKL(), student, teacher, torch.tensor(LABELS), torch.tensor(WEIGHTS))
+    rows, _, gradient = operators.forward(inputs, ops=launch)
+    expected, truth = operators.truth(inputs)
     assert torch.allclose(rows, expected, rtol=1e-5, atol=2e-7)
-    assert torch.allclose(gradient.double(), truth.double(), rtol=2**-7, atol=1e-7)
+    assert torch.allclose(gradient.double(), truth, rtol=2**-7, atol=1e-7)
 
 
 # -------------------------------------------------- precision
@@ -282,9 +280,9 @@ def test_broken_logits_show(divergence: Divergence, bad: float) -> None:
     student, teacher = (x.float() for x in logits(257))
     student[0, 0, 0] = student[0, 2, 256] = teacher[0, 2, 100] = bad
     options = options_for(divergence, 1.0 if divergence.kernel_id == KernelId.LOGIT_MSE else 2.0)
-    tail = torch.tensor([5, 0, 7]), torch.tensor([1.0, 0, 1]), options, torch.ones(2).double(), *flags(divergence)
-    rows, _, _ = kd.kd_forward(student, teacher, *tail, False)
+    inputs = inputs_of(divergence, student, teacher, torch.tensor([5, 0, 7]), torch.tensor([1.0, 0, 1]), options)
+    rows, _, _ = operators.forward(inputs, gradient=False, ops=launch)
     assert (~rows.isfinite()).tolist() == [[True, False, True]] * 2
     student[0, 2, 256] = 0
-    rows, _, _ = kd.kd_forward(student, teacher, *tail, False)
+    rows, _, _ = operators.forward(inputs, gradient=False, ops=launch)
     assert (~rows.isfinite()).tolist() == [[True, False, True], [True, False, False]]

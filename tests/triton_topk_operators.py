@@ -1,5 +1,6 @@
-"""The topk_* operators of Triton against the definitions in float64. Not collected by itself: `test_topk_kernels.py`
-runs it under the interpreter (TRITON_INTERPRET=1 python -m pytest tests/triton_topk_operators.py).
+"""The KD operators of Triton for a teacher known at K columns against the definitions in float64. Not collected by
+itself: `test_topk_kernels.py` runs it under the interpreter (TRITON_INTERPRET=1 python -m pytest
+tests/triton_topk_operators.py).
 
 The interpreter rounds bfloat16 towards zero, which no GPU does: its cast is replaced by PyTorch's.
 """
@@ -9,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import operators
 import pytest
 import torch
 import triton.language as tl
-from topk_cases import (
-    CANCELLING,
+from topk_cases import CANCELLING, Case, case, check, inputs_of
+from topk_rules import (
     broken_logits,
-    case,
-    check,
     labels_out_of_range,
     masked_columns,
     near_convergence,
@@ -30,7 +30,7 @@ from topk_cases import (
 from triton.runtime import interpreter
 
 from fusedkd.backends.layout import TopkKernelId
-from fusedkd.backends.triton import topk
+from fusedkd.backends.triton import launch
 
 truncating = interpreter._convert_float
 
@@ -47,61 +47,60 @@ forms = pytest.mark.parametrize("form", TopkKernelId, ids=lambda form: form.name
 
 @pytest.mark.parametrize("form", [TopkKernelId.BUCKET_REVERSE, TopkKernelId.IGNORE])
 def test_all_four(form: TopkKernelId) -> None:
-    check(topk, form, case(form, 257, 9, temperature=2.0), torch.bfloat16, temperature=2.0, all_four=True)
+    check(launch, form, case(form, 257, 9, temperature=2.0), torch.bfloat16, temperature=2.0, all_four=True)
 
 
 @forms
 def test_options(form: TopkKernelId) -> None:
     dtype = torch.float16 if form % 2 else torch.bfloat16
-    check(topk, form, case(form, 127, 20), dtype, temperature=3.0, transform=(8.0, 1.5), smoothing=0.1)
+    check(launch, form, case(form, 127, 20), dtype, temperature=3.0, transform=(8.0, 1.5), smoothing=0.1)
 
 
 @forms
 def test_masked_columns(form: TopkKernelId) -> None:
-    masked_columns(topk, form)
+    masked_columns(launch, form)
 
 
 @pytest.mark.parametrize("form", [form for form in TopkKernelId if form not in CANCELLING])
 def test_near_convergence(form: TopkKernelId) -> None:
-    near_convergence(topk, form)
+    near_convergence(launch, form)
 
 
 @pytest.mark.parametrize("form", [TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE])
 def test_tails(form: TopkKernelId) -> None:
-    tails_out_of_reach(topk, form)
-    rounded_tails(topk, form)
-    whole_vocabulary(topk, form)
+    tails_out_of_reach(launch, form)
+    rounded_tails(launch, form)
+    whole_vocabulary(launch, form)
 
 
 @pytest.mark.parametrize("rule", [no_column, labels_out_of_range, unselected_rows, broken_logits])
 def test_rules_of_a_row(rule: Any) -> None:
-    rule(topk, TopkKernelId.BUCKET_REVERSE)
+    rule(launch, TopkKernelId.BUCKET_REVERSE)
 
 
 def test_repeated_samples() -> None:
-    repeated_samples(topk, TopkKernelId.SAMPLES)
+    repeated_samples(launch, TopkKernelId.SAMPLES)
 
 
 def test_temperatures() -> None:
     form = TopkKernelId.RENORMALIZE
-    check(topk, form, case(form, 40, 5), temperature=2.0, teacher_temperature=1.5, logprobs_temperature=3.0)
-    check(topk, form, case(form, 40, 5), temperature=4.0, labels=None)
+    check(launch, form, case(form, 40, 5), temperature=2.0, teacher_temperature=1.5, logprobs_temperature=3.0)
+    check(launch, form, case(form, 40, 5), temperature=4.0, labels=None)
 
 
 def test_two_blocks_and_their_marks() -> None:
-    check(topk, TopkKernelId.BUCKET, case(TopkKernelId.BUCKET, 4200, 70))
+    check(launch, TopkKernelId.BUCKET, case(TopkKernelId.BUCKET, 4200, 70))
 
 
 def test_float64_and_a_long_list() -> None:
-    check(topk, TopkKernelId.BUCKET_REVERSE, case(TopkKernelId.BUCKET_REVERSE, 127, 100), torch.float64)
+    check(launch, TopkKernelId.BUCKET_REVERSE, case(TopkKernelId.BUCKET_REVERSE, 127, 100), torch.float64)
 
 
 def test_no_rows() -> None:
     empty, w = torch.empty(0, 3, 7), torch.empty(0)
     ids, n = torch.empty(0, 7, dtype=torch.int64), torch.ones(2).double()
-    rows, stats, gradient = topk.topk_forward(
-        empty, empty, ids, None, w, torch.ones(16).double(), n, -100, 0, False, False, True
-    )
+    inputs = inputs_of(TopkKernelId.RENORMALIZE, Case(empty, empty, ids), None, w, torch.ones(16).double(), n)
+    rows, stats, gradient = operators.forward(inputs, ops=launch)
     assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
 
 
@@ -112,6 +111,7 @@ def test_a_term_of_weight_zero_adds_nothing() -> None:
     student[0, 0, next(i for i in range(40) if i not in ids[0])] = torch.nan
     options = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0]).double()
     rows = torch.arange(len(ids)), torch.ones(len(ids)), options, torch.ones(2).double()
-    _, _, gradient = topk.topk_forward(student, teacher.nan_to_num(0), ids, *rows, -100, int(form), False, True, True)
+    inputs = inputs_of(form, Case(student, teacher.nan_to_num(0), ids), *rows)
+    _, _, gradient = operators.forward(inputs, ops=launch)
     assert gradient[0, 0].isfinite().all()
     assert gradient[0, 0].any()
