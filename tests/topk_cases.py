@@ -17,7 +17,7 @@ from operators import Inputs
 from torch import Tensor
 
 from fusedkd.backends import eager
-from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.layout import Option, TopkKernelId
 from fusedkd.reference.softmax import cap_and_scale, log_softmax
 
 NAN, INF = float("nan"), float("inf")
@@ -110,6 +110,7 @@ def check(
     teacher_temperature: float | None = None,
     logprobs_temperature: float = 1.0,
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
     transform: tuple[float, float] | None = None,
     all_four: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -126,10 +127,11 @@ def check(
     options[:6] = torch.tensor(
         [temperature, teacher_temperature or temperature, kd_scale, kd_weight, ce_weight, smoothing]
     )
+    options[Option.Z_LOSS_WEIGHT] = z_loss
     if transform:
         options[6:8] = torch.tensor(transform)
     if form < TopkKernelId.SAMPLES:
-        options[10] = logprobs_temperature
+        options[Option.COEFFICIENTS] = logprobs_temperature
     normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
     inputs = inputs_of(form, Case(student, teacher, rows.ids), y, w, options, normalizers, transform is not None)
     wide = inputs | {"student": student.double()}
@@ -157,7 +159,8 @@ def check(
     if y is not None:
         z = student.double().flatten(0, 1)
         q_1 = log_softmax(cap_and_scale(z, *transform) if transform else z).exp()
-        s += torch.where(y != -100, slope * ce_weight / n_ce * (q_1.norm(dim=1) + 1), 0)
+        share = 1 + 2 * z_loss * (cap_and_scale(z, *transform) if transform else z).logsumexp(-1).abs()
+        s += torch.where(y != -100, slope * ce_weight / n_ce * (share * q_1.norm(dim=1) + 1), 0)
 
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         assert actual.dtype == dtype
@@ -215,7 +218,7 @@ def sizes(form: int, inputs: Inputs, transform: tuple[float, float] | None) -> t
         return p.sum(1) * (q.norm(dim=1) + 1), p.sum(1)
     lp = torch.where(legal, v, -INF)
     if form in (TopkKernelId.RENORMALIZE, TopkKernelId.RENORMALIZE_REVERSE):
-        lp = log_softmax(lp * options[10] / options[1])
+        lp = log_softmax(lp * options[Option.COEFFICIENTS] / options[Option.TEACHER_TEMPERATURE])
     p = lp.exp()
     listed = q_k.sum(1)
     if form == TopkKernelId.RENORMALIZE_REVERSE:
@@ -240,7 +243,7 @@ def run(ops: Any, form: int, rows: Case, **options: Any) -> tuple[Tensor, Tensor
     """Values and gradient, unchecked."""
     y = torch.tensor(options.get("labels", LABELS))
     w = torch.tensor(options.get("weights", WEIGHTS))
-    numbers = torch.tensor([1.0, 1, 1, 0.6, 0.8, 0, 0, 1, 0, 1, 1] + [0.0] * 5, dtype=torch.float64)
+    numbers = torch.tensor([1.0, 1, 1, 0.6, 0.8, 0, 0, 1, 0, 1, 0, 1] + [0.0] * 4, dtype=torch.float64)
     rows = rows._replace(student=rows.student.float(), teacher=rows.teacher.float())
     inputs = inputs_of(form, rows, y, w, numbers, torch.ones(2, dtype=torch.float64))
     found, _, gradient = operators.forward(inputs, ops=ops)

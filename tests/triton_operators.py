@@ -122,6 +122,21 @@ def test_label_smoothing(divergence: Divergence, kernel: str) -> None:
     check(student.float(), teacher.float(), smoothing=1.0, **options)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "kernel"),
+    [(ForwardKL(), "whole"), (JSD(), "resident"), (DKD(), "whole"), (ForwardKL(), "split"), (AlphaBeta(), "split")],
+    ids=describe,
+)
+def test_z_loss(divergence: Divergence, kernel: str) -> None:
+    student, teacher = logits(257)
+    options = {"divergence": divergence, "kernel": kernel, "temperature": 2.0}
+    check(student.float(), teacher.float(), z_loss=0.3, **options)
+    surplus = teacher[..., :240].float()
+    check(student.float() - 40, surplus, z_loss=1e-2, smoothing=0.1, transforms=(30.0, 1.0, 30.0, 1.0), **options)
+    student[0, 0], student[0, 1, :200] = -INF, -INF
+    check(student.float(), teacher.float(), z_loss=0.3, labels=(5, 3, 210), weights=(1.0, 0.0, 1.0), **options)
+
+
 @pytest.mark.parametrize("transforms", [(30.0, 1.0, 30.0, 1.0), (5.0, 0.25, 0.0, 2.0), (0.0, 0.5, 4.0, 1.0)])
 def test_softcap_and_scale(transforms: tuple[float, float, float, float]) -> None:
     student, teacher = logits(257)

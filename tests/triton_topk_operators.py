@@ -88,6 +88,12 @@ def test_temperatures() -> None:
     check(launch, form, case(form, 40, 5), temperature=4.0, labels=None)
 
 
+@pytest.mark.parametrize("form", [TopkKernelId.RENORMALIZE_REVERSE, TopkKernelId.BUCKET, TopkKernelId.SAMPLES])
+def test_z_loss(form: TopkKernelId) -> None:
+    check(launch, form, case(form, 40, 5), temperature=2.0, z_loss=0.3)
+    check(launch, form, case(form, 40, 5), z_loss=1e-2, smoothing=0.1, transform=(8.0, 1.5))
+
+
 def test_two_blocks_and_their_marks() -> None:
     check(launch, TopkKernelId.BUCKET, case(TopkKernelId.BUCKET, 4200, 70))
 
@@ -109,7 +115,7 @@ def test_a_term_of_weight_zero_adds_nothing() -> None:
     form = TopkKernelId.RENORMALIZE_REVERSE
     student, teacher, ids = case(form, 40, 5)
     student[0, 0, next(i for i in range(40) if i not in ids[0])] = torch.nan
-    options = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0]).double()
+    options = torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 0, 0, 0]).double()
     rows = torch.arange(len(ids)), torch.ones(len(ids)), options, torch.ones(2).double()
     inputs = inputs_of(form, Case(student, teacher.nan_to_num(0), ids), *rows)
     _, _, gradient = operators.forward(inputs, ops=launch)
