@@ -20,7 +20,7 @@ whatever the divergence. Backward: 6.
 One program per row, no barrier inside a loop. SPLIT divides the row among the programs of the grid's second dimension,
 where there are fewer rows than processors: a launch per STAGE, each of which merges what the one before it left, always
 in the same order. The reversed pass 2 is that of llm.c's fused_classifier, the loss with its gradient in the forward
-call that of Liger (arXiv:2410.10989).
+call that of Liger (arXiv:2410.10989). The same in 60 lines: `kd_naive.py`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
