@@ -166,7 +166,7 @@ def test_strides(layout: str) -> None:
     inputs = inputs_of(ForwardKL(), student, teacher, torch.tensor(LABELS), torch.tensor(WEIGHTS))
     rows, _, gradient = operators.forward(inputs, ops=launch)
     expected, truth = operators.truth(inputs)
-    assert torch.allclose(rows, expected, rtol=1e-5, atol=2e-7)
+    assert torch.allclose(rows.double(), expected, rtol=1e-5, atol=2e-7)
     assert torch.allclose(gradient.double(), truth, rtol=2**-7, atol=1e-7)
 
 
