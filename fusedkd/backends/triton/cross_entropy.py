@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.math import INFINITY, LOG2E, finite_or_zero, log
+from fusedkd.backends.triton.math import INFINITY, LOG2E, expm1, finite_or_zero, log1p
 
 
 class Label(NamedTuple):
@@ -44,9 +44,9 @@ def read_label(labels, i_row, ignore_index, V, CE: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(label, z_y, shifted, top, total, weights, V):
-    """Of a row with maximum `top` and Σe^{z − top} = `total`; shifted: Σ (z − z_y), with 0 for an infinite z_y."""
-    log_total = log(total)
+def cross_entropy(label, z_y, shifted, top, rest, weights, V):
+    """Of a row with maximum `top` and Σe^{z − top} = 1 + `rest`; shifted: Σ (z − z_y), with 0 for an infinite z_y."""
+    log_total = log1p(rest)
     ce = top - z_y
     if weights.label_smoothing != 0:
         ce = tl.where(weights.label_smoothing == 1, 0.0, (1.0 - weights.label_smoothing) * ce)
@@ -60,13 +60,15 @@ def cross_entropy(label, z_y, shifted, top, total, weights, V):
 
 
 @triton.jit
-def cross_entropy_gradient(a, z_y, top, total, weights, V):
+def cross_entropy_gradient(a, z_y, top, rest, weights, V):
     """a: the weight of the row's cross-entropy in the loss, 0 for none. An infinite cross-entropy has gradient 0."""
     a = tl.where(top == -INFINITY, 0.0, a)
-    z_loss = tl.where(weights.z_loss_weight == 0, 0.0, 2.0 * weights.z_loss_weight * (top + log(total)))
-    q_y = tl.exp2((z_y - finite_or_zero(top)) * LOG2E) / total
+    z_loss = tl.where(weights.z_loss_weight == 0, 0.0, 2.0 * weights.z_loss_weight * (top + log1p(rest)))
+    x = z_y - finite_or_zero(top)
+    q_y = tl.exp2(x * LOG2E) / (1.0 + rest)
+    less_one = (expm1(x) - rest) / (1.0 + rest)  # q_y − 1, of which a sure label leaves little
     other = weights.label_smoothing / V
-    label = (q_y - 1.0) + z_loss * q_y + weights.label_smoothing - other
+    label = less_one + z_loss * q_y + weights.label_smoothing - other
     return CEGradient(
         q=tl.where(a == 0, 0.0, a * (1.0 + z_loss)),
         other=a * other,

@@ -30,7 +30,7 @@ NEAR = tl.constexpr(0.5)
 def divergence(z, v, p, q, delta, log_p, log_q, a, C, KERNEL_ID: tl.constexpr):
     """(value, w) of a block. z and v are the logits, a the coefficients of the divergence."""
     if KERNEL_ID == FORWARD_KL:
-        return excess(p, q, delta), q - p
+        return forward_kl(p, q, delta)
     elif KERNEL_ID == JEFFREYS:
         return jeffreys(p, q, delta, a.a0, a.a1)
     elif KERNEL_ID == MIXTURE:
@@ -43,7 +43,8 @@ def divergence(z, v, p, q, delta, log_p, log_q, a, C, KERNEL_ID: tl.constexpr):
         return logit_mse(z, v, a.a0, C)
     else:  # p and q without the label's column, which dkd_target is for
         tl.static_assert(KERNEL_ID == DKD)
-        return weighted(a.a1, excess(p, q, delta)), a.a1 * (q - p)
+        value, w = forward_kl(p, q, delta)
+        return weighted(a.a1, value), a.a1 * w
 
 
 @triton.jit
@@ -57,8 +58,17 @@ def excess(p, m, x):
     """p·φ(x), x = log(p/m), φ = e^−x − 1 + x ≥ 0: Σ is KL(p‖m) where p and m both sum to 1. m where p is 0; +∞ where m
     is and p is not, even if p underflows.
     """
+    return forward_kl(p, m, x)[0]
+
+
+@triton.jit
+def forward_kl(p, m, x):
+    """`excess`, and m − p, which is p·φ(x) − p·x: in a sure column, the difference itself has no digits."""
     px = tl.where(x > -1024, (p + 1.2e-38) * x, 0.0)  # p is 0 below
-    return tl.where(tl.abs(x) < NEAR, px * x * divergence_factor(x), (m - p) + px)
+    near = px * x * divergence_factor(x)
+    difference = m - p
+    is_near = tl.abs(x) < NEAR
+    return tl.where(is_near, near, difference + px), tl.where(is_near, near - px, difference)
 
 
 @triton.jit

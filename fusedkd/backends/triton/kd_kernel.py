@@ -212,7 +212,7 @@ def kd_forward_kernel(
     tl.store(row_losses + i_row, tl.where(term.kd, term_weights.kd_scale * term.weight * D, 0.0))
     ce = tl.full((), 0, A)
     if CE:
-        ce = cross_entropy(label, z_y, shifted, found.ce_max, found.ce_sum, term_weights, V)
+        ce = cross_entropy(label, z_y, shifted, found.ce_max, found.ce_rest, term_weights, V)
     tl.store(row_losses + tl.num_programs(0) + i_row, ce)
 
 

@@ -15,7 +15,7 @@ from fusedkd.backends.triton.layout import DKD, LOGIT_MSE
 from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero
 from fusedkd.backends.triton.options import exponent_scale, power_of
 from fusedkd.backends.triton.row import columns, logits, readable
-from fusedkd.backends.triton.softmax import Stats, accumulate, merge, nothing
+from fusedkd.backends.triton.softmax import Stats, accumulate, join, merge, nothing
 
 
 class Pair(NamedTuple):
@@ -116,22 +116,20 @@ def statistics_pass(
         shifted += tl.sum(b_shifted)
 
     student_max = tl.max(of_student.top)
-    ce_max = tl.maximum(student_max, tl.max(of_surplus.top))
+    ce_max = student_max
+    ce_rest = tl.sum(of_student.rest_1)
+    if SURPLUS and CE:
+        ce_max, ce_rest = join(ce_max, ce_rest, tl.max(of_surplus.top), tl.sum(of_surplus.rest), LOG2E)
     if EXCLUDES_LABEL:
         z_target = tl.where((target.excluded >= 0) & (part == 0), target.z, -INFINITY)
-        ce_max = tl.maximum(ce_max, z_target)
-    base_1 = finite_or_zero(ce_max)
-    ce_sum = tl.sum(of_student.total_1) * tl.exp2((student_max - base_1) * LOG2E)
-    ce_sum += tl.sum(of_surplus.total * tl.exp2((of_surplus.top - base_1) * LOG2E))
-    if EXCLUDES_LABEL:
-        ce_sum += tl.exp2((z_target - base_1) * LOG2E)
+        ce_max, ce_rest = join(ce_max, ce_rest, z_target, tl.where(z_target == -INFINITY, -1.0, 0.0), LOG2E)
     found = Stats(
         student_max=student_max,
-        student_sum=tl.sum(of_student.total),
+        student_rest=tl.sum(of_student.rest),
         other_max=tl.max(of_teacher.top),
-        other_sum=tl.sum(of_teacher.total),
+        other_rest=tl.sum(of_teacher.rest),
         ce_max=ce_max,
-        ce_sum=ce_sum,
+        ce_rest=ce_rest,
     )
     return found, shifted
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fusedkd.backends.triton.cross_entropy import cross_entropy_gradient
 from fusedkd.backends.triton.divergences import dkd_target
-from fusedkd.backends.triton.math import INFINITY, LOG2E, finite_or_zero, log, reciprocal_or_zero
+from fusedkd.backends.triton.math import INFINITY, LOG2E, finite_or_zero, log, log1p, reciprocal_or_zero
 from fusedkd.backends.triton.options import Coefficients, exponent_scale, power_of
 
 LOWEST = tl.constexpr(-1e20)
@@ -112,9 +112,12 @@ def softmaxes(stats, option):
     base_s = finite_or_zero(stats.student_max)
     base_t = finite_or_zero(stats.other_max)
     base_1 = finite_or_zero(stats.ce_max)
-    r_1 = reciprocal_or_zero(stats.ce_sum)
+    r_s = reciprocal_or_zero(stats.student_rest)
+    r_1 = reciprocal_or_zero(stats.ce_rest)
     far = tl.abs(base_t - base_s) > 16
-    empty = (stats.student_sum == 0) | (stats.other_sum == 0)
+    excess = (stats.other_rest - stats.student_rest) * r_s  # l_t/l_s − 1, all of whose digits two sure rows need
+    log_ratio = tl.where(tl.abs(excess) < 0.5, log1p(excess), log((1.0 + stats.other_rest) * r_s))
+    empty = (stats.student_rest == -1) | (stats.other_rest == -1)
     return Softmaxes(
         c_s=1.0 / option.temperature,
         c_t=1.0 / option.teacher_temperature,
@@ -125,11 +128,11 @@ def softmaxes(stats, option):
         near_s=tl.where(far, base_s, 0.0),
         near_t=tl.where(far, base_t, 0.0),
         gap=tl.where(far, 0.0, base_t - base_s),
-        log_ratio=tl.where(empty, 0.0, log(stats.other_sum / stats.student_sum)),
-        log_s=log(stats.student_sum),
-        log_t=log(stats.other_sum),
-        r_s=reciprocal_or_zero(stats.student_sum),
-        r_t=reciprocal_or_zero(stats.other_sum),
+        log_ratio=tl.where(empty, 0.0, log_ratio),
+        log_s=log1p(stats.student_rest),
+        log_t=log1p(stats.other_rest),
+        r_s=r_s,
+        r_t=reciprocal_or_zero(stats.other_rest),
         base_1=base_1,
         r_1=r_1,
         from_student=r_1 * tl.exp2((stats.student_max - base_1) * LOG2E),
@@ -178,5 +181,5 @@ def gradient_of(up, term, target, stats, s, centre, weights, normalizers, V, CE:
     return Gradient(
         kd=kd,
         centre=tl.where(kd == 0, 0.0, centre),
-        ce=cross_entropy_gradient(ce, target.z, stats.ce_max, stats.ce_sum, weights, V),
+        ce=cross_entropy_gradient(ce, target.z, stats.ce_max, stats.ce_rest, weights, V),
     )

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.cross_entropy import cross_entropy, read_label
-from fusedkd.backends.triton.layout import COEFFICIENTS, OWN, STATS, WEIGHT_SUM
+from fusedkd.backends.triton.layout import COEFFICIENTS, OWN, STATS, TEACHER_TEMPERATURE, TEMPERATURE, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
-from fusedkd.backends.triton.options import load_options, load_weights
+from fusedkd.backends.triton.options import exponent_scale, load_options, load_weights
 from fusedkd.backends.triton.row import base_of, first_column, locate, logits, phase_of, side_of
 from fusedkd.backends.triton.softmax import put, take
 from fusedkd.backends.triton.topk_list import divergence, read_list, read_teacher
@@ -85,9 +85,10 @@ def topk_forward_kernel(
     R: tl.constexpr = tl.float64
     CE: tl.constexpr = labels is not None
     i_row = tl.program_id(0)
-    option = load_options(real_options, R)
+    option = load_options(real_options, A)
+    k = exponent_scale(tl.load(real_options + TEMPERATURE)).to(A)
     label = read_label(labels, i_row, ignore_index, V, CE)
-    weight = tl.load(weights + i_row).to(R)
+    weight = tl.load(weights + i_row)
     listed = read_list(ids, i_row, weight != 0, K, V, BLOCK_K)
     has_ce = label.counted & label.legal
 
@@ -96,7 +97,7 @@ def topk_forward_kernel(
     row = locate(phase_of(o_student), V, V, 0, 1, False, BLOCK)
     p_student = base_of(student, o_student, row.phase, True)
     p_teacher = teacher + first_column(0, teacher_b, teacher_l, i_row, L)
-    z = side_of(p_student, row, V, listed.kd | has_ce, option.softcap.to(A), option.scale.to(A))
+    z = side_of(p_student, row, V, listed.kd | has_ce, option.softcap, option.scale)
 
     # Pass 1, kept in L2 for pass 2
     z_y = tl.full((), 0, A)
@@ -106,7 +107,7 @@ def topk_forward_kernel(
     if marks is not None:
         p_marks = marks + i_row.to(tl.int64) * marks_stride
     found, shifted = statistics_pass(
-        row, z, listed, p_marks, z_y, option, KERNEL_ID, CE, TRANSFORM, A, BLOCK, GROUP
+        row, z, listed, p_marks, z_y, k, option, KERNEL_ID, CE, TRANSFORM, BLOCK, GROUP
     )  # fmt: skip
     p_stats = stats + i_row.to(tl.int64) * STATS
     put(p_stats, 1, found)
@@ -116,27 +117,27 @@ def topk_forward_kernel(
 
     # The list, before pass 2 may overwrite the student's logits
     b_z, b_slope = logits(z, row.phase + listed.ids, listed.m, A, TRANSFORM, "")
-    sharpening = tl.load(real_options + COEFFICIENTS) / option.teacher_temperature
+    temperature = tl.load(real_options + TEMPERATURE)
+    sharpening = tl.load(real_options + COEFFICIENTS) / tl.load(real_options + TEACHER_TEMPERATURE)
     known = read_teacher(p_teacher, listed, found, sharpening, KERNEL_ID, BLOCK_K)
-    c = 1.0 / option.temperature
     slope = divergence(
-        b_z.to(R), known, listed, p_teacher, ids, i_row, found, c, K, KERNEL_ID, gradient is not None
+        b_z, known, listed, p_teacher, ids, i_row, found, temperature, K, KERNEL_ID, gradient is not None
     )  # fmt: skip
 
-    value = tl.where(found.student_sum == 0, INFINITY, slope.value)
+    value = tl.where(found.student_rest == -1, INFINITY, slope.value)
     value = tl.where(listed.legal, value, float("nan"))
-    tl.store(row_losses + i_row, tl.where(weight != 0, term_weights.kd_scale * weight * value, 0.0).to(A))
+    tl.store(row_losses + i_row, tl.where(weight != 0, term_weights.kd_scale * weight.to(R) * value, 0.0).to(A))
     ce = tl.full((), 0, R)
     if CE:
-        ce = cross_entropy(label, z_y.to(R), shifted.to(R), found.ce_max.to(R), found.ce_sum.to(R), term_weights, V)
+        ce = cross_entropy(label, z_y.to(R), shifted.to(R), found.ce_max.to(R), found.ce_rest.to(R), term_weights, V)
     tl.store(row_losses + tl.num_programs(0) + i_row, ce.to(A))
 
     # Pass 2
     if gradient is not None:
         p_gradient = base_of(gradient, o_gradient, row.phase, GRADIENT_IN_PHASE)
         gradient_pass(
-            row, z, p_gradient, listed, b_z, b_slope, slope, found, z_y, label, weight, 1.0, option, term_weights,
-            normalizers, KERNEL_ID, CE, TRANSFORM, A, BLOCK, GROUP,
+            row, z, p_gradient, listed, b_z, b_slope, slope, found, z_y, label, weight, 1.0, k, option, real_options,
+            normalizers, KERNEL_ID, CE, TRANSFORM, BLOCK, GROUP,
         )  # fmt: skip
 
 
@@ -175,15 +176,15 @@ def topk_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     A: tl.constexpr = stats.dtype.element_ty
-    R: tl.constexpr = tl.float64
     CE: tl.constexpr = labels is not None
     i_row = tl.program_id(0)
     up = tl.load(upstream + i_row.to(tl.int64) * upstream_stride)
     if SKIP_IF_ONE and up == 1:
         return
-    option = load_options(real_options, R)
+    option = load_options(real_options, A)
+    k = exponent_scale(tl.load(real_options + TEMPERATURE)).to(A)
     label = read_label(labels, i_row, ignore_index, V, CE)
-    weight = tl.load(weights + i_row).to(R)
+    weight = tl.load(weights + i_row)
     listed = read_list(ids, i_row, weight != 0, K, V, BLOCK_K)
 
     o_student = first_column(student_o, student_b, student_l, i_row, L)
@@ -193,17 +194,17 @@ def topk_backward_kernel(
     p_teacher = teacher + first_column(0, teacher_b, teacher_l, i_row, L)
     p_gradient = base_of(gradient, o_gradient, row.phase, GRADIENT_IN_PHASE)
     active = listed.kd | (label.counted & label.legal)
-    z = side_of(p_student, row, V, active, option.softcap.to(A), option.scale.to(A))
+    z = side_of(p_student, row, V, active, option.softcap, option.scale)
 
     p_stats = stats + i_row.to(tl.int64) * STATS
     found = take(p_stats)
-    term_weights = load_weights(real_options, R)
     b_z, b_slope = logits(z, row.phase + listed.ids, listed.m, A, TRANSFORM, "")
-    sharpening = tl.load(real_options + COEFFICIENTS) / option.teacher_temperature
+    temperature = tl.load(real_options + TEMPERATURE)
+    sharpening = tl.load(real_options + COEFFICIENTS) / tl.load(real_options + TEACHER_TEMPERATURE)
     known = read_teacher(p_teacher, listed, found, sharpening, KERNEL_ID, BLOCK_K)
-    c = 1.0 / option.temperature
-    slope = divergence(b_z.to(R), known, listed, p_teacher, ids, i_row, found, c, K, KERNEL_ID, True)
+    slope = divergence(b_z, known, listed, p_teacher, ids, i_row, found, temperature, K, KERNEL_ID, True)
+    z_y = tl.load(p_stats + OWN)
     gradient_pass(
-        row, z, p_gradient, listed, b_z, b_slope, slope, found, tl.load(p_stats + OWN), label, weight, up, option,
-        term_weights, normalizers, KERNEL_ID, CE, TRANSFORM, A, BLOCK, GROUP,
+        row, z, p_gradient, listed, b_z, b_slope, slope, found, z_y, label, weight, up, k, option, real_options,
+        normalizers, KERNEL_ID, CE, TRANSFORM, BLOCK, GROUP,
     )  # fmt: skip

@@ -25,7 +25,7 @@ LOST = tl.constexpr(MOST_LOST)
 class List(NamedTuple):
     p_ids: Any
     ids: Any
-    """[BLOCK_K], as all of the list: columns, −1 for padding."""
+    """[BLOCK_K], as all of the list: columns, −1 for padding, if `legal`."""
     m: Any
     """Which of them are columns; none in a row without KD term."""
     n: Any
@@ -63,7 +63,7 @@ def read_list(ids, i_row, selected, K, V, BLOCK_K: tl.constexpr):
     b_id = tl.load(p_ids, i_k < tl.where(selected, K, 0), other=-1)
     legal = tl.max(((b_id < -1) | (b_id >= V)).to(tl.int32), 0) == 0
     n = tl.where(selected & legal, K, 0)
-    return List(p_ids=p_ids, ids=b_id, m=(b_id >= 0) & (i_k < n), n=n, legal=legal, kd=selected & legal)
+    return List(p_ids=p_ids, ids=b_id.to(tl.int32), m=(b_id >= 0) & (i_k < n), n=n, legal=legal, kd=selected & legal)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def read_teacher(p_teacher, listed, stats, sharpening, KERNEL_ID: tl.constexpr, 
     mass = tl.sum(b_p, 0)
     r_t = mass * 0.0
     if (KERNEL_ID == BUCKET) | (KERNEL_ID == BUCKET_REVERSE):
-        r_t = teachers_tail(b_p, b_y, mass, stats.other_sum != 0, p_teacher.dtype.element_ty)
+        r_t = teachers_tail(b_p, b_y, mass, stats.other_rest != -1, p_teacher.dtype.element_ty)
         share = 1.0 / (mass + r_t)
         b_p *= share
         b_y += tl.log(share)
@@ -92,12 +92,17 @@ def read_teacher(p_teacher, listed, stats, sharpening, KERNEL_ID: tl.constexpr, 
 
 
 @triton.jit
-def divergence(b_x, known, listed, p_teacher, ids, i_row, stats, c, K, KERNEL_ID: tl.constexpr, GRADIENT: tl.constexpr):
-    """b_x: the student's logits on the list; c: 1/T; stats: of the row, and of the columns off the list."""
+def divergence(
+    b_z, known, listed, p_teacher, ids, i_row, stats, temperature, K, KERNEL_ID: tl.constexpr, GRADIENT: tl.constexpr
+):
+    """b_z: the student's logits on the list; stats: of the row, and of the columns off the list."""
     R: tl.constexpr = tl.float64
+    b_x = b_z.to(R)
+    c = 1.0 / temperature
     top = finite_or_zero(stats.student_max)
-    total = stats.student_sum.to(R)
-    sum_c = stats.other_sum.to(R)
+    total = 1.0 + stats.student_rest.to(R)
+    rest_c = stats.other_rest.to(R)
+    sum_c = 1.0 + rest_c
     down = (stats.other_max.to(R) - top) * c
     log_l = tl.log(tl.where(total == 0, 1.0, total))
     q_c = tl.exp(down - log_l)  # q = q_c·e^((z − max)/T) off the list
@@ -114,7 +119,7 @@ def divergence(b_x, known, listed, p_teacher, ids, i_row, stats, c, K, KERNEL_ID
             rest = q_c
         else:
             value += tail(known.tail, tl.exp(log_rs), tl.log(known.tail) - log_rs)
-            rest = q_c - known.tail * reciprocal_or_zero(sum_c)
+            rest = q_c - known.tail * reciprocal_or_zero(rest_c)
     elif (KERNEL_ID == RENORMALIZE_REVERSE) | (KERNEL_ID == BUCKET_REVERSE):
         value = tl.sum(excess(b_q, b_p, -b_delta), 0)
         rest = 0.0 * q_c

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.cross_entropy import CEGradient, add_cross_entropy, cross_entropy_gradient
-from fusedkd.backends.triton.layout import BUCKET_REVERSE, IGNORE_REVERSE, RENORMALIZE_REVERSE
+from fusedkd.backends.triton.layout import BUCKET_REVERSE, IGNORE_REVERSE, RENORMALIZE_REVERSE, TEMPERATURE
 from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, reciprocal_or_zero
-from fusedkd.backends.triton.options import exponent_scale, power_of
+from fusedkd.backends.triton.options import load_weights, power_of
 from fusedkd.backends.triton.row import columns, logits, readable
-from fusedkd.backends.triton.softmax import Stats, accumulate, merge, nothing
+from fusedkd.backends.triton.softmax import Stats, accumulate, join, merge, nothing, rest_of
 
 
 @triton.jit
@@ -19,19 +19,19 @@ def statistics_pass(
     listed,
     p_marks,  # of the row, or None
     z_y,
+    k,
     option,
     KERNEL_ID: tl.constexpr,
     CE: tl.constexpr,
     TRANSFORM: tl.constexpr,
-    A: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """The statistics of the row, `other`: of the columns off the list if there are marks, else of all; and
     Σ (z − z_y) if labels are smoothed.
     """
+    A: tl.constexpr = option.temperature.dtype
     MARKS: tl.constexpr = p_marks is not None
-    k = exponent_scale(option.temperature).to(A)
     power = power_of(option.temperature)
     smoothed = option.label_smoothing != 0
     seen = nothing(BLOCK // GROUP, A)
@@ -62,24 +62,27 @@ def statistics_pass(
             seen = merge(seen, k)
             shifted += tl.sum(b_shifted)
     top_c = tl.max(seen.top)
-    sum_c = tl.sum(seen.total)
-    sum_1 = tl.sum(seen.total_1)
+    rest_c = tl.sum(seen.rest)
     top = top_c
-    total = sum_c
-    top_1 = top_c
+    rest = rest_c
+    ce_max = top_c
+    ce_rest = tl.sum(seen.rest_1)
     if MARKS or KERNEL_ID == RENORMALIZE_REVERSE:  # and of the list
         b_z = logits(z, row.phase + listed.ids, listed.m, A, TRANSFORM, "")[0]
-        top_k = tl.max(b_z, 0)
-        if KERNEL_ID == RENORMALIZE_REVERSE:
-            top = top_k
-            total = tl.sum(tl.exp2((b_z - finite_or_zero(top)) * k), 0)
-        else:
-            top = tl.maximum(top_c, top_k)
-            base = finite_or_zero(top)
-            total = sum_c * tl.exp2((top_c - base) * k) + tl.sum(tl.exp2((b_z - base) * k), 0)
-            sum_1 = sum_1 * tl.exp2((top_c - base) * LOG2E) + tl.sum(tl.exp2((b_z - base) * LOG2E), 0)
-            top_1 = top
-    found = Stats(student_max=top, student_sum=total, other_max=top_c, other_sum=sum_c, ce_max=top_1, ce_sum=sum_1)
+        top, rest = rest_of(b_z, k)
+        if MARKS:
+            top, rest = join(top_c, rest_c, top, rest, k)
+            if CE:
+                top_k, rest_k = rest_of(b_z, LOG2E)
+                ce_max, ce_rest = join(top_c, ce_rest, top_k, rest_k, LOG2E)
+    found = Stats(
+        student_max=top,
+        student_rest=rest,
+        other_max=top_c,
+        other_rest=rest_c,
+        ce_max=ce_max,
+        ce_rest=ce_rest,
+    )
     return found, tl.sum(shifted)
 
 
@@ -97,49 +100,51 @@ def gradient_pass(
     label,
     weight,
     up,
+    k,
     option,
-    term_weights,
+    real_options,
     normalizers,
     KERNEL_ID: tl.constexpr,
     CE: tl.constexpr,
     TRANSFORM: tl.constexpr,
-    A: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """The gradient of the row, backwards; then that of the columns of the list, in their place."""
+    A: tl.constexpr = option.temperature.dtype
     R: tl.constexpr = tl.float64
+    term_weights = load_weights(real_options, R)
+    temperature = tl.load(real_options + TEMPERATURE)
     REVERSE: tl.constexpr = (
         (KERNEL_ID == RENORMALIZE_REVERSE) | (KERNEL_ID == BUCKET_REVERSE) | (KERNEL_ID == IGNORE_REVERSE)
     )
     # Coefficients: 0 for a term that the row does not have, or that is infinite
     broken = (label.counted & (label.legal == 0)) | ((weight != 0) & (listed.legal == 0))
-    finite = listed.kd & (found.student_sum != 0) & (broken == 0)
+    finite = listed.kd & (found.student_rest != -1) & (broken == 0)
     if REVERSE:
         finite = finite & (slope.value != INFINITY)
-    a_kd = up * term_weights.kd_weight * term_weights.kd_scale * weight / option.temperature / tl.load(normalizers)
+    a_kd = up * term_weights.kd_weight * term_weights.kd_scale * weight / temperature / tl.load(normalizers)
     a_kd = tl.where(finite, a_kd, 0.0)
     has_ce = label.counted & label.legal & (broken == 0)
     b_d = tl.where(a_kd == 0, 0.0, a_kd * slope.listed)
     if CE:
         a_ce = tl.where(has_ce, up * term_weights.ce_weight / tl.load(normalizers + 1), 0.0)
         ce_max = found.ce_max.to(R)
-        ce_sum = found.ce_sum.to(R)
-        ce = cross_entropy_gradient(a_ce, z_y.to(R), ce_max, ce_sum, term_weights, V=row.V)
-        b_q1 = tl.exp(b_z.to(R) - finite_or_zero(ce_max)) * reciprocal_or_zero(ce_sum)
+        ce_rest = found.ce_rest.to(R)
+        ce = cross_entropy_gradient(a_ce, z_y.to(R), ce_max, ce_rest, term_weights, V=row.V)
+        b_q1 = tl.exp(b_z.to(R) - finite_or_zero(ce_max)) * reciprocal_or_zero(ce_rest)
         b_d = add_cross_entropy(b_d, b_q1, listed.ids, tl.where(has_ce, label.column, -1), ce)
     b_d = b_d.to(A)
     if TRANSFORM:
         b_d *= b_slope_k
 
     tl.debug_barrier()  # in place, no column may be written before every warp has read the list
-    k = exponent_scale(option.temperature).to(A)
     power = power_of(option.temperature)
     rest = tl.where(a_kd == 0, 0.0, a_kd * slope.rest).to(A)
     base_c = finite_or_zero(found.other_max)
     if CE:
         of_row = CEGradient(q=ce.q.to(A), other=ce.other.to(A), label=ce.label.to(A))
-        from_c = reciprocal_or_zero(found.ce_sum)
+        from_c = reciprocal_or_zero(found.ce_rest)
         from_c *= tl.exp2((base_c - finite_or_zero(found.ce_max)) * LOG2E)  # from e^(z − top_c) to q₁
         o_label = tl.where(has_ce, row.phase + label.column, -1).to(tl.int32)
     for ENDS in tl.static_range(1, -1, -1):
