@@ -20,12 +20,6 @@ from fusedkd.divergences import Divergence
 pytestmark = pytest.mark.wide
 
 
-@pytest.fixture
-def device() -> str:
-    """The Triton and CUDA kernels keep l where the C++ keeps l − 1: their loss of a sure row is off by up to 2.5e-7."""
-    return "cpu"
-
-
 V = 2600
 PLACES = (0, 700, 2047, 2048, V - 1)
 MARGINS = ((10, 10), (16, 13), (24, 30), (20, 60), (60, 60), (60, 20), (0, 20), (20, 0), (60, 0))
@@ -97,10 +91,12 @@ def eager(student: Tensor, teacher: Tensor, labels: Tensor, t: float, kd: float,
 @pytest.mark.parametrize("margins", [(10, 10), (13, 16), (16, 13), (24, 30), (30, 24)])
 @pytest.mark.parametrize(("kd", "ce", "temperature"), [(1, 0, 1.0), (1, 0, 2.0), (0, 1, 1.0), (0.5, 0.5, 2.0)])
 def test_more_accurate_than_eager(
-    device: str, dtype: torch.dtype, margins: tuple[int, int], kd: float, ce: float, temperature: float
+    dtype: torch.dtype, margins: tuple[int, int], kd: float, ce: float, temperature: float
 ) -> None:
-    """The gradient of a batch, in which roundings even out."""
-    student, teacher, place = sure(*[margins] * 8, device=device, dtype=dtype)
+    """The gradient of a batch, in which roundings even out. On the CPU: the Triton kernels' 2^(x·log₂e/T), of a product
+    rounded to float32, is off by the same 1e-7 in every row; where no row is sure enough, that is on a par with eager.
+    """
+    student, teacher, place = sure(*[margins] * 8, dtype=dtype)
     options: dict[str, Any] = {"kd_weight": kd, "ce_weight": ce, "temperature": temperature, "reduction": "sum"}
     truth = kd_truth(student, teacher, place, **options).gradient
     errors = []

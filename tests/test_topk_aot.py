@@ -28,22 +28,38 @@ from test_triton_aot import (
 
 from fusedkd.backends.layout import TopkKernelId
 from fusedkd.backends.triton import topk
+from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
 
 __all__ = ["cache"]  # a fixture
-FORWARD, BACKWARD = {"upstream": None}, {"rows": None}
+FORWARD: dict[str, Any] = {}
+BACKWARD = {"kernel": topk_backward_kernel}
 
 
-def compiled(target: Any, form: TopkKernelId, dtype: Any = BF16, K: int = 64, **structure: Any) -> Any:
-    structure = {"TRANSFORM": False, "RESCALE": False, "GRADIENT_IN_PHASE": True, "FORM": int(form)} | structure
+def compiled(
+    target: Any,
+    form: TopkKernelId,
+    dtype: Any = BF16,
+    K: int = 64,
+    kernel: Any = topk_forward_kernel,
+    **structure: Any,
+) -> Any:
+    structure = {
+        "TRANSFORM": False,
+        "SKIP_IF_ONE": False,
+        "GRADIENT_IN_PHASE": True,
+        "KERNEL_ID": int(form),
+    } | structure
     options = topk.block_options(dtype, 50257, K, structure["GRADIENT_IN_PHASE"], target.backend == "hip")
     structure |= {key: options.pop(key) for key in ("BLOCK", "GROUP", "BLOCK_K")}
-    if form not in topk.MARKED or "rows" in structure:
+    if form not in topk.MARKED:
         structure["marks"] = None
     real = f"*{'fp64' if dtype == FP64 else 'fp32'}"
     types = {"student": f"*{NAMES[dtype]}", "teacher": real, "ids": "*i64", "gradient": f"*{NAMES[dtype]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64", "marks": "*i32"}
-    types |= {"upstream": real, "rows": real, "stats": real}
-    return _compile(topk.topk_kernel, target, types, structure, options)
+    types |= {"upstream": real, "row_losses": real, "stats": real}
+    names = {p.name for p in kernel.params}
+    types, structure = ({name: x for name, x in given.items() if name in names} for given in (types, structure))
+    return _compile(kernel, target, types, structure, options)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +84,7 @@ def test_accesses_are_wide(target: Any, dtype: Any, form: TopkKernelId, reads: l
     ("form", "K", "structure"),
     [
         (TopkKernelId.SAMPLES, 1024, FORWARD),
-        (TopkKernelId.BUCKET, 512, BACKWARD | {"RESCALE": True}),
+        (TopkKernelId.BUCKET, 512, BACKWARD | {"SKIP_IF_ONE": True}),
         (TopkKernelId.BUCKET_REVERSE, 1024, FORWARD | {"TRANSFORM": True, "GRADIENT_IN_PHASE": False}),
         (TopkKernelId.RENORMALIZE_REVERSE, 64, FORWARD | {"labels": None}),
     ],
@@ -88,5 +104,7 @@ def test_amd() -> None:
 
 
 def test_one_binary_serves_every_shape() -> None:
-    pointers = {"student", "teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "rows"}
-    assert specialised(topk.topk_kernel, pointers | {"stats", "gradient", "marks"}) == {"student", "gradient"}
+    pointers = {"student", "teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "stats"}
+    pointers |= {"row_losses", "gradient", "marks"}
+    for kernel in (topk_forward_kernel, topk_backward_kernel):
+        assert specialised(kernel, pointers & {p.name for p in kernel.params}) == {"student", "gradient"}

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId  # noqa: E402
 from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
-from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_kernel  # noqa: E402
+from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_backward_kernel, kd_forward_kernel  # noqa: E402
 from fusedkd.backends.triton.row_kernels import (  # noqa: E402
     kd_counts_kernel,
     kd_row_weights_kernel,
@@ -39,25 +39,26 @@ AMD = GPUTarget("hip", "gfx942", 64)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 BF16, FP16, FP32, FP64 = NAMES
 STRUCTURE = {
-    "FORM": KernelId.FORWARD_KL,
+    "KERNEL_ID": KernelId.FORWARD_KL,
     "CE": True,
     "TRANSFORM": False,
     "SURPLUS": False,
-    "RESCALE": False,
+    "SKIP_IF_ONE": False,
     "RESIDENT": False,
     "SPLIT": False,
     "STAGE": WHOLE,
     "TEACHER_IN_PHASE": True,
     "GRADIENT_IN_PHASE": True,
 }
-FORWARD, BACKWARD = {"upstream": None, "partials": None}, {"rows": None, "partials": None}
+FORWARD = {"partials": None}
+BACKWARD = {"kernel": kd_backward_kernel}
 EVERYTHING = {"TRANSFORM": True, "SURPLUS": True}
 OUT_OF_PHASE = {"TEACHER_IN_PHASE": False, "GRADIENT_IN_PHASE": False}
 RESIDENT = FORWARD | {"RESIDENT": True}
 STAGES = [
-    {"SPLIT": True, "STAGE": STATISTICS, "rows": None, "gradient": None, "upstream": None},
-    {"SPLIT": True, "STAGE": VALUES, "rows": None, "upstream": None},
-    {"SPLIT": True, "STAGE": FINISH, "upstream": None},
+    {"SPLIT": True, "STAGE": STATISTICS, "gradient": None},
+    {"SPLIT": True, "STAGE": VALUES},
+    {"SPLIT": True, "STAGE": FINISH, "gradient": None},
 ]
 FORMS = [form for form in KernelId if form != KernelId.FORWARD_KL]
 
@@ -77,11 +78,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **structure: Any) -> CompiledKernel:
+def compiled(
+    target: GPUTarget, student: torch.dtype, teacher: torch.dtype, kernel: Any = kd_forward_kernel, **structure: Any
+) -> CompiledKernel:
     constants = STRUCTURE | structure
-    constants |= {key: int(getattr(constants[key], "value", constants[key])) for key in ("FORM", "STAGE")}
-    form = constants["FORM"]
-    constants["MEASURED"] = form in NEEDS_WEIGHT_SUM
+    constants |= {key: int(getattr(constants[key], "value", constants[key])) for key in ("KERNEL_ID", "STAGE")}
+    form = constants["KERNEL_ID"]
+    constants["NEEDS_WEIGHT_SUM"] = form in NEEDS_WEIGHT_SUM
     options = layout(
         student,
         resident_columns(form, constants["TRANSFORM"]) if constants["RESIDENT"] else 50257,
@@ -97,8 +100,10 @@ def compiled(target: GPUTarget, student: torch.dtype, teacher: torch.dtype, **st
     real = f"*{'fp64' if student == FP64 else 'fp32'}"
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64"}
-    types |= {"upstream": real, "rows": real, "stats": real, "partials": real}
-    return _compile(kd_kernel, target, types, constants, options)
+    types |= {"upstream": real, "row_losses": real, "stats": real, "partials": real}
+    names = {p.name for p in kernel.params}
+    types, constants = ({name: x for name, x in given.items() if name in names} for given in (types, constants))
+    return _compile(kernel, target, types, constants, options)
 
 
 def _compile(kernel: Any, target: GPUTarget, pointers: dict, constants: dict, options: dict) -> CompiledKernel:
@@ -168,7 +173,7 @@ def test_accesses_are_wide(
 
 @pytest.mark.parametrize("form", FORMS, ids=describe)
 def test_forms(form: KernelId, tmp_path: Path) -> None:
-    kernel = compiled(SM90, BF16, BF16, FORM=form, **FORWARD)
+    kernel = compiled(SM90, BF16, BF16, KERNEL_ID=form, **FORWARD)
     ptx = kernel.asm["ptx"]
     passes = 3 if form in NEEDS_WEIGHT_SUM else 2
     assert bits(ptx, "ld", "evict_last") == [128] * 2 * (passes - 1) + [16] * 2 * (passes - 1)
@@ -186,7 +191,7 @@ def test_forms(form: KernelId, tmp_path: Path) -> None:
     ids=describe,
 )
 def test_resident_rows_are_read_once(form: KernelId, ce: bool, shared: int, tmp_path: Path) -> None:
-    kernel = compiled(SM90, BF16, BF16, FORM=form, CE=ce, SURPLUS=True, **RESIDENT)
+    kernel = compiled(SM90, BF16, BF16, KERNEL_ID=form, CE=ce, SURPLUS=True, **RESIDENT)
     assert bits(kernel.asm["ptx"], "ld", "evict_first") == [128, 128, 16, 16]
     assert not bits(kernel.asm["ptx"], "ld", "evict_last")
     assert bits(kernel.asm["ptx"], "st", "evict_first") == [128, 16]
@@ -208,17 +213,20 @@ def test_every_layout_can_be_launched() -> None:
 VARIANTS = {
     "backward": (SM90, BACKWARD),
     "without gradient": (SM100, FORWARD | {"gradient": None}),
-    "rescale, everything": (SM90, BACKWARD | EVERYTHING | {"RESCALE": True}),
+    "rescale, everything": (SM90, BACKWARD | EVERYTHING | {"SKIP_IF_ONE": True}),
     "out of phase, everything": (SM90, FORWARD | EVERYTHING | OUT_OF_PHASE),
     "resident, everything": (SM100, RESIDENT | EVERYTHING),
-    "resident mixture": (SM100, RESIDENT | {"FORM": KernelId.MIXTURE}),
-    "resident jeffreys, everything": (SM80, RESIDENT | EVERYTHING | {"FORM": KernelId.JEFFREYS}),
-    "resident dkd, out of phase, everything": (SM90, RESIDENT | EVERYTHING | OUT_OF_PHASE | {"FORM": KernelId.DKD}),
+    "resident mixture": (SM100, RESIDENT | {"KERNEL_ID": KernelId.MIXTURE}),
+    "resident jeffreys, everything": (SM80, RESIDENT | EVERYTHING | {"KERNEL_ID": KernelId.JEFFREYS}),
+    "resident dkd, out of phase, everything": (
+        SM90,
+        RESIDENT | EVERYTHING | OUT_OF_PHASE | {"KERNEL_ID": KernelId.DKD},
+    ),
 }
 for _form, _target in ((KernelId.JEFFREYS, SM90), (KernelId.MIXTURE, SM100), (KernelId.DKD, SM80)):
-    VARIANTS[f"{describe(_form)}, everything"] = _target, FORWARD | EVERYTHING | {"FORM": _form}
+    VARIANTS[f"{describe(_form)}, everything"] = _target, FORWARD | EVERYTHING | {"KERNEL_ID": _form}
 for _stage, _form in zip(STAGES, (KernelId.FORWARD_KL, KernelId.FORWARD_KL, KernelId.MIXTURE), strict=True):
-    VARIANTS[f"{describe(_form)}, stage {_stage['STAGE'].value}"] = SM90, _stage | {"FORM": _form}
+    VARIANTS[f"{describe(_form)}, stage {_stage['STAGE'].value}"] = SM90, _stage | {"KERNEL_ID": _form}
 
 
 @pytest.mark.parametrize(("target", "variant"), VARIANTS.values(), ids=VARIANTS.keys())
@@ -228,17 +236,17 @@ def test_nothing_spills(target: GPUTarget, variant: dict[str, Any], tmp_path: Pa
 
 # `linear_kd_loss` makes logits of 32 bits; what comes closest to its registers
 VARIANTS_32_BITS = {
-    "reverse kl": FORWARD | {"FORM": KernelId.JEFFREYS},
+    "reverse kl": FORWARD | {"KERNEL_ID": KernelId.JEFFREYS},
     "everything": FORWARD | EVERYTHING,
-    "alpha beta, everything": FORWARD | EVERYTHING | {"FORM": KernelId.ALPHA_BETA},
-    "mixture, everything": FORWARD | EVERYTHING | {"FORM": KernelId.MIXTURE},
+    "alpha beta, everything": FORWARD | EVERYTHING | {"KERNEL_ID": KernelId.ALPHA_BETA},
+    "mixture, everything": FORWARD | EVERYTHING | {"KERNEL_ID": KernelId.MIXTURE},
     "resident": RESIDENT | {"SURPLUS": True},
-    "resident mixture": RESIDENT | {"SURPLUS": True, "FORM": KernelId.MIXTURE},
+    "resident mixture": RESIDENT | {"SURPLUS": True, "KERNEL_ID": KernelId.MIXTURE},
     "resident alpha beta, out of phase, everything": RESIDENT
     | EVERYTHING
     | OUT_OF_PHASE
-    | {"FORM": KernelId.ALPHA_BETA},
-    "jeffreys, stage 1": STAGES[1] | EVERYTHING | {"FORM": KernelId.JEFFREYS},
+    | {"KERNEL_ID": KernelId.ALPHA_BETA},
+    "jeffreys, stage 1": STAGES[1] | EVERYTHING | {"KERNEL_ID": KernelId.JEFFREYS},
 }
 
 
@@ -251,7 +259,7 @@ SURPLUS = {"SURPLUS": True}
 STRUCTURES = [
     *(call | SURPLUS | more for call in (FORWARD, RESIDENT) for more in ({}, EVERYTHING, EVERYTHING | OUT_OF_PHASE)),
     RESIDENT | SURPLUS | {"CE": False},
-    *(BACKWARD | EVERYTHING | more for more in ({}, OUT_OF_PHASE | {"RESCALE": True})),
+    *(BACKWARD | EVERYTHING | more for more in ({}, OUT_OF_PHASE | {"SKIP_IF_ONE": True})),
     *(stage | EVERYTHING for stage in STAGES[1:]),
 ]
 
@@ -270,7 +278,7 @@ def test_every_layout(form: KernelId, target: GPUTarget, student: Any, teacher: 
     for structure in STRUCTURES:
         if structure.get("RESIDENT") and not resident_columns(form, structure.get("TRANSFORM", False)):
             continue  # is not chosen
-        does_not_spill(compiled(target, student, teacher, FORM=form, **structure), tmp_path)
+        does_not_spill(compiled(target, student, teacher, KERNEL_ID=form, **structure), tmp_path)
 
 
 def test_float64_does_not_spill(tmp_path: Path) -> None:
@@ -283,7 +291,7 @@ def test_float64_does_not_spill(tmp_path: Path) -> None:
         (BF16, BF16, FORWARD),
         (BF16, BF16, BACKWARD),
         (FP32, BF16, FORWARD | EVERYTHING | OUT_OF_PHASE),
-        (BF16, BF16, FORWARD | {"FORM": KernelId.MIXTURE}),
+        (BF16, BF16, FORWARD | {"KERNEL_ID": KernelId.MIXTURE}),
         (BF16, BF16, RESIDENT),
     ],
     ids=["forward", "backward", "everything", "mixture", "resident"],
@@ -342,7 +350,19 @@ def specialised(kernel: Any, pointers: set[str]) -> set[str]:
 
 def test_one_binary_serves_every_shape() -> None:
     """But for logits, which are aligned before the launch."""
-    pointers = {"student", "teacher", "labels", "weights", "real_options", "normalizers", "upstream", "rows", "stats"}
-    assert specialised(kd_kernel, pointers | {"gradient", "partials"}) == {"student", "teacher", "gradient"}
+    pointers = {
+        "student",
+        "teacher",
+        "labels",
+        "weights",
+        "real_options",
+        "normalizers",
+        "upstream",
+        "row_losses",
+        "stats",
+    }
+    pointers |= {"gradient", "partials"}
+    for kernel in (kd_forward_kernel, kd_backward_kernel):
+        assert specialised(kernel, pointers & {p.name for p in kernel.params}) == {"student", "teacher", "gradient"}
     for kernel, types, _ in SMALL.values():
         assert specialised(kernel, set(types)) == set()

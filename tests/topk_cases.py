@@ -110,6 +110,7 @@ def check(
     teacher_temperature: float | None = None,
     logprobs_temperature: float = 1.0,
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
     transform: tuple[float, float] | None = None,
     all_four: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,7 @@ def check(
         kd_weight=kd_weight,
         ce_weight=ce_weight,
         label_smoothing=smoothing,
-        z_loss_weight=0.0,
+        z_loss_weight=z_loss,
         **({"softcap": transform[0], "scale": transform[1]} if transform else {}),
     )
     normalizers = torch.tensor([n_kd, n_ce], dtype=torch.float64)
@@ -161,7 +162,8 @@ def check(
     if y is not None:
         z = student.double().flatten(0, 1)
         q_1 = log_softmax(cap_and_scale(z, *transform) if transform else z).exp()
-        s += torch.where(y != -100, slope * ce_weight / n_ce * (q_1.norm(dim=1) + 1), 0)
+        share = 1 + 2 * z_loss * (cap_and_scale(z, *transform) if transform else z).logsumexp(-1).abs()
+        s += torch.where(y != -100, slope * ce_weight / n_ce * (share * q_1.norm(dim=1) + 1), 0)
 
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         assert actual.dtype == dtype

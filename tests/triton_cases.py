@@ -100,7 +100,11 @@ def inputs_of(
 
 
 def options_for(
-    divergence: Divergence, temperature: float = 2.0, weights: tuple[float, float] = (0.6, 0.8), rest: Any = ()
+    divergence: Divergence,
+    temperature: float = 2.0,
+    weights: tuple[float, float] = (0.6, 0.8),
+    rest: Any = (),
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The options tensor; `rest`: teacher temperature, smoothing, soft-caps and scales, which may be missing."""
     names = ("teacher_temperature", "label_smoothing", "softcap", "scale", "teacher_softcap", "teacher_scale")
@@ -111,6 +115,7 @@ def options_for(
         kd_scale=temperature**divergence.temperature_power,
         kd_weight=weights[0],
         ce_weight=weights[1],
+        z_loss_weight=z_loss,
         **given,
     )
 
@@ -126,6 +131,7 @@ def check(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
     transforms: tuple[float, float, float, float] | None = None,
     ce: bool = True,
     in_place: bool = False,
@@ -141,7 +147,8 @@ def check(
                 kd, "layout", lambda dtype, V, *form, **flags: choice.layout(dtype, min(V, 512), *form, **flags)
             )
         return _check(
-            *(student, teacher, divergence, labels, weights, temperature, teacher_temperature, smoothing, transforms),
+            *(student, teacher, divergence, labels, weights, temperature, teacher_temperature, smoothing, z_loss),
+            transforms,
             ce and labels is not None,
             in_place,
         )
@@ -156,6 +163,7 @@ def _check(
     temperature: float,
     teacher_temperature: float | None,
     smoothing: float,
+    z_loss: float,
     transforms: tuple[float, float, float, float] | None,
     ce: bool,
     in_place: bool,
@@ -169,7 +177,7 @@ def _check(
     if divergence.kernel_id == KernelId.LOGIT_MSE:
         temperature, teacher_temperature = 1.0, None
     rest = teacher_temperature or temperature, smoothing, *(transforms or ())
-    options = options_for(divergence, temperature, rest=rest)
+    options = options_for(divergence, temperature, rest=rest, z_loss=z_loss)
     kd_scale, kd_weight, ce_weight, n_kd, n_ce = options[Option.KD_SCALE].item(), 0.6, 0.8, 3.5, 4.0
     inputs = inputs_of(
         divergence, student, teacher, y, w, options, (n_kd, n_ce), transform=transforms is not None, ce=ce
@@ -202,7 +210,8 @@ def _check(
     if part.free is not None:
         free[:, :C] = torch.where(w.unsqueeze(-1) != 0, factor.unsqueeze(-1) * part.free, 0)
     if ce:
-        s += torch.where(y != -100, slope * ce_weight / n_ce * (norm(log_softmax(z).exp()) + 1), 0)
+        share = 1 + 2 * z_loss * z.logsumexp(-1).nan_to_num(0, 0, 0).abs()
+        s += torch.where(y != -100, slope * ce_weight / n_ce * (share * norm(log_softmax(z).exp()) + 1), 0)
 
     def assert_gradient(actual: Tensor, upstream: Tensor) -> None:
         up = upstream.double()

@@ -28,6 +28,7 @@ from triton_cases import (
 from fusedkd import DKD, JSD, AlphaBeta, LogitMSE
 from fusedkd.backends.layout import KernelId
 from fusedkd.backends.triton import launch
+from fusedkd.backends.triton.kd_naive import kd_naive
 from fusedkd.divergences import Divergence, ForwardKL
 
 # -------------------------------------------------- shapes, dtypes, options
@@ -122,6 +123,21 @@ def test_label_smoothing(divergence: Divergence, kernel: str) -> None:
     check(student.float(), teacher.float(), smoothing=1.0, **options)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "kernel"),
+    [(ForwardKL(), "whole"), (JSD(), "resident"), (DKD(), "whole"), (ForwardKL(), "split"), (AlphaBeta(), "split")],
+    ids=describe,
+)
+def test_z_loss(divergence: Divergence, kernel: str) -> None:
+    student, teacher = logits(257)
+    options = {"divergence": divergence, "kernel": kernel, "temperature": 2.0}
+    check(student.float(), teacher.float(), z_loss=0.3, **options)
+    surplus = teacher[..., :240].float()
+    check(student.float() - 40, surplus, z_loss=1e-2, smoothing=0.1, transforms=(30.0, 1.0, 30.0, 1.0), **options)
+    student[0, 0], student[0, 1, :200] = -INF, -INF
+    check(student.float(), teacher.float(), z_loss=0.3, labels=(5, 3, 210), weights=(1.0, 0.0, 1.0), **options)
+
+
 @pytest.mark.parametrize("transforms", [(30.0, 1.0, 30.0, 1.0), (5.0, 0.25, 0.0, 2.0), (0.0, 0.5, 4.0, 1.0)])
 def test_softcap_and_scale(transforms: tuple[float, float, float, float]) -> None:
     student, teacher = logits(257)
@@ -152,6 +168,21 @@ def test_strides(layout: str) -> None:
     expected, truth = operators.truth(inputs)
     assert torch.allclose(rows.double(), expected, rtol=1e-5, atol=2e-7)
     assert torch.allclose(gradient.double(), truth, rtol=2**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=describe)
+def test_naive_kernel(dtype: torch.dtype) -> None:
+    """The plain loops, the real kernel and the reference say the same."""
+    student, teacher = (x.to(dtype) for x in logits(1300, b=B))
+    labels = torch.arange(B * L) * 200
+    options = options_for(ForwardKL(), 2.0, (0.6, 0.8))
+    inputs = inputs_of(ForwardKL(), student, teacher, labels, torch.ones(B * L), options)
+    kd, ce, gradient = kd_naive(student.flatten(0, 1), teacher.flatten(0, 1), labels, 2.0, 0.6, 0.8)
+    rows, _, real = operators.forward(inputs, ops=launch)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    for losses, slope in ((rows.double(), real.double()), operators.truth(inputs)):
+        torch.testing.assert_close(torch.stack([kd, ce]).double(), losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient.view_as(slope).double(), slope.double(), rtol=rounding, atol=1e-6)
 
 
 # -------------------------------------------------- precision

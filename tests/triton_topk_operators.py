@@ -88,6 +88,12 @@ def test_temperatures() -> None:
     check(launch, form, case(form, 40, 5), temperature=4.0, labels=None)
 
 
+@pytest.mark.parametrize("form", [TopkKernelId.RENORMALIZE_REVERSE, TopkKernelId.BUCKET, TopkKernelId.SAMPLES])
+def test_z_loss(form: TopkKernelId) -> None:
+    check(launch, form, case(form, 40, 5), temperature=2.0, z_loss=0.3)
+    check(launch, form, case(form, 40, 5), z_loss=1e-2, smoothing=0.1, transform=(8.0, 1.5))
+
+
 def test_two_blocks_and_their_marks() -> None:
     check(launch, TopkKernelId.BUCKET, case(TopkKernelId.BUCKET, 4200, 70))
 

@@ -43,7 +43,7 @@ class Stat(IntEnum):
     """Columns of the statistics ``(N, len(Stat))`` that the forward operator leaves for the backward one.
 
     A sum is Σ exp((x − max)/T) over the columns of its maximum. In which form it is kept is the backend's business: C++
-    keeps the sum less 1, which has the digits that the sum lacks, Triton the sum itself.
+    and Triton keep the sum less 1, which has the digits that the sum lacks, the Hopper kernel the sum itself.
     """
 
     STUDENT_MAX = 0

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedkd.backends.layout import KernelId
-from fusedkd.backends.triton.rows import MAX_PARTS, UNIT
+from fusedkd.backends.triton.row import UNIT
+from fusedkd.backends.triton.softmax import MAX_PARTS
 
 CLUSTER_BYTES = 1 << 20
 """Of a student row: with the teacher's, what a cluster of 16 blocks holds in the shared memory of as many processors;

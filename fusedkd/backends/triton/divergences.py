@@ -27,23 +27,24 @@ NEAR = tl.constexpr(0.5)
 
 
 @triton.jit
-def divergence(z, v, p, q, delta, log_p, log_q, a0, a1, a2, a3, C, FORM: tl.constexpr):
-    """(value, w) of a block. z and v are the logits, a0 to a3 the coefficients of the form."""
-    if FORM == FORWARD_KL:
-        return excess(p, q, delta), q - p
-    elif FORM == JEFFREYS:
-        return jeffreys(p, q, delta, a0, a1)
-    elif FORM == MIXTURE:
-        return mixture(p, q, delta, a0, a1, a2, a3)
-    elif FORM == ALPHA_BETA:
-        return alpha_beta(p, q, delta, log_p, log_q, a0, a1)
-    elif FORM == TOTAL_VARIATION:
+def divergence(z, v, p, q, delta, log_p, log_q, a, C, KERNEL_ID: tl.constexpr):
+    """(value, w) of a block. z and v are the logits, a the coefficients of the divergence."""
+    if KERNEL_ID == FORWARD_KL:
+        return forward_kl(p, q, delta)
+    elif KERNEL_ID == JEFFREYS:
+        return jeffreys(p, q, delta, a.a0, a.a1)
+    elif KERNEL_ID == MIXTURE:
+        return mixture(p, q, delta, a.a0, a.a1, a.a2, a.a3)
+    elif KERNEL_ID == ALPHA_BETA:
+        return alpha_beta(p, q, delta, log_p, log_q, a.a0, a.a1)
+    elif KERNEL_ID == TOTAL_VARIATION:
         return total_variation(p, q, delta)
-    elif FORM == LOGIT_MSE:
-        return logit_mse(z, v, a0, C)
+    elif KERNEL_ID == LOGIT_MSE:
+        return logit_mse(z, v, a.a0, C)
     else:  # p and q without the label's column, which dkd_target is for
-        tl.static_assert(FORM == DKD)
-        return weighted(a1, excess(p, q, delta)), a1 * (q - p)
+        tl.static_assert(KERNEL_ID == DKD)
+        value, w = forward_kl(p, q, delta)
+        return weighted(a.a1, value), a.a1 * w
 
 
 @triton.jit
@@ -57,8 +58,17 @@ def excess(p, m, x):
     """p·φ(x), x = log(p/m), φ = e^−x − 1 + x ≥ 0: Σ is KL(p‖m) where p and m both sum to 1. m where p is 0; +∞ where m
     is and p is not, even if p underflows.
     """
+    return forward_kl(p, m, x)[0]
+
+
+@triton.jit
+def forward_kl(p, m, x):
+    """`excess`, and m − p, which is p·φ(x) − p·x: in a sure column, the difference itself has no digits."""
     px = tl.where(x > -1024, (p + 1.2e-38) * x, 0.0)  # p is 0 below
-    return tl.where(tl.abs(x) < NEAR, px * x * divergence_factor(x), (m - p) + px)
+    near = px * x * divergence_factor(x)
+    difference = m - p
+    is_near = tl.abs(x) < NEAR
+    return tl.where(is_near, near, difference + px), tl.where(is_near, near - px, difference)
 
 
 @triton.jit

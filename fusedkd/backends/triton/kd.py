@@ -1,15 +1,24 @@
 """Launches of :mod:`fusedkd.backends.triton.kd_kernel`, for a teacher with logits."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from typing import Any
+
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId
 from fusedkd.backends.triton.call import Call
 from fusedkd.backends.triton.choice import Case, choose, describe, layout
-from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_kernel
-from fusedkd.backends.triton.rows import PARTIALS, aligned, in_phase
+from fusedkd.backends.triton.kd_kernel import (
+    FINISH,
+    PARTIALS,
+    STATISTICS,
+    VALUES,
+    WHOLE,
+    kd_backward_kernel,
+    kd_forward_kernel,
+)
+from fusedkd.backends.triton.row import aligned, in_phase
 
 
 def launch(
@@ -22,39 +31,66 @@ def launch(
 ) -> None:
     """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone."""
     B, L, V = call.student.shape
-    n, C, dtype, device = B * L, call.teacher.shape[2], call.student.dtype, describe(call.student.device)
-    forward, measured = row_losses is not None, call.kernel_id in NEEDS_WEIGHT_SUM
-    case = Case(n, V, C, dtype, call.teacher.dtype, call.kernel_id, call.transform, forward)
+    device = describe(call.student.device)
+    case = Case(
+        rows=B * L,
+        V=V,
+        C=call.teacher.shape[2],
+        student=call.student.dtype,
+        teacher=call.teacher.dtype,
+        form=call.kernel_id,
+        transform=call.transform,
+        forward=row_losses is not None,
+    )
     kernel, parts = choose(case, device)
     if kernel == "cluster":
-        done = torch.ops.fusedkd.kd_cluster(
-            student=call.student,
-            teacher=call.teacher,
-            labels=call.labels,
-            row_weights=call.row_weights,
-            options=call.options,
-            normalizers=call.normalizers,
-            upstream=None if upstream is None else upstream.contiguous(),
-            row_losses=row_losses,
-            stats=stats,
-            gradient=gradient,
-            ignore_index=call.ignore_index,
-            kernel_id=call.kernel_id,
-            transform=call.transform,
-            ce=call.ce,
-            skip_if_one=skip_if_one,
-        )
-        if done:
+        if _cluster(call, stats, row_losses, upstream, gradient, skip_if_one):
             return
         kernel, parts = choose(case, device._replace(cluster=False))
-    p_student, o_student = aligned(call.student)
-    p_teacher, o_teacher = aligned(call.teacher)
-    p_gradient, o_gradient = (None, o_student) if gradient is None else aligned(gradient)
-    teacher_in_phase = in_phase(o_teacher, o_student, B, L)
-    gradient_in_phase = in_phase(o_gradient, o_student, B, L)
-    resident = kernel == "resident"
+    given = _given(call, stats, gradient, parts, kernel == "resident", device.hip)
+    with torch.cuda.device_of(call.student):
+        if row_losses is None:
+            _backward(given, upstream, skip_if_one, grid=(case.rows, parts))
+        elif kernel == "split":
+            _split_forward(given, row_losses, rows=case.rows, parts=parts)
+        else:
+            kd_forward_kernel[case.rows, 1](
+                **given, row_losses=row_losses, partials=None, RESIDENT=kernel == "resident", STAGE=WHOLE.value
+            )
+
+
+def _backward(given: dict[str, Any], upstream: Tensor | None, skip_if_one: bool, grid: tuple[int, int]) -> None:
+    kd_backward_kernel[grid](
+        **given,
+        upstream=upstream,
+        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+        SKIP_IF_ONE=skip_if_one,
+    )
+
+
+def _split_forward(given: dict[str, Any], row_losses: Tensor, rows: int, parts: int) -> None:
+    """Stage by stage: see `kd_kernel.STATISTICS`."""
+    given |= {"row_losses": row_losses, "partials": row_losses.new_empty(rows, PARTIALS.value, parts)}
+    waits = given["NEEDS_WEIGHT_SUM"] and given["gradient"] is not None
+    early = None if waits else given["gradient"]
+    for stage, programs, gradient in ((STATISTICS, parts, None), (VALUES, parts, early), (FINISH, 1, None)):
+        kd_forward_kernel[rows, programs](**given | {"gradient": gradient}, RESIDENT=False, STAGE=stage.value)
+    if waits:
+        del given["row_losses"], given["partials"]
+        _backward(given, upstream=None, skip_if_one=False, grid=(rows, parts))
+
+
+def _given(call: Call, stats: Tensor, gradient: Tensor | None, parts: int, resident: bool, hip: bool) -> dict[str, Any]:
+    """What both kernels are given."""
+    B, L, V = call.student.shape
+    C = call.teacher.shape[2]
+    student, at_student = aligned(call.student)
+    teacher, at_teacher = aligned(call.teacher)
+    to, at_gradient = (None, at_student) if gradient is None else aligned(gradient)
+    teacher_in_phase = in_phase(at_teacher, at_student, B, L)
+    gradient_in_phase = in_phase(at_gradient, at_student, B, L)
     blocks = layout(
-        dtype,
+        call.student.dtype,
         C if resident else V,
         call.kernel_id,
         teacher=call.teacher.dtype,
@@ -62,51 +98,65 @@ def launch(
         transform=call.transform,
         ce=call.ce,
         in_phase=teacher_in_phase and gradient_in_phase,
-        hip=device.hip,
+        hip=hip,
     )
-    partials = stats.new_empty(n, PARTIALS.value, parts) if forward and parts > 1 else None
+    return {
+        "student": student,
+        "teacher": teacher,
+        "labels": call.labels if call.ce or call.kernel_id == KernelId.DKD else None,
+        "weights": call.row_weights,
+        "real_options": call.options,
+        "normalizers": call.normalizers,
+        "stats": stats,
+        "gradient": to,
+        "ignore_index": call.ignore_index,
+        "parts": parts,
+        "L": L,
+        "V": V,
+        "C": C,
+        **_places("student", at_student),
+        **_places("teacher", at_teacher),
+        **_places("gradient", at_gradient),
+        "KERNEL_ID": int(call.kernel_id),
+        "NEEDS_WEIGHT_SUM": call.kernel_id in NEEDS_WEIGHT_SUM,
+        "CE": call.ce,
+        "TRANSFORM": call.transform,
+        "SURPLUS": C < V,
+        "SPLIT": parts > 1,
+        "TEACHER_IN_PHASE": teacher_in_phase,
+        "GRADIENT_IN_PHASE": gradient_in_phase,
+        **blocks,
+    }
 
-    def stage(stage: tl.constexpr, parts: int, rows: Tensor | None, gradient: Tensor | None) -> None:
-        kd_kernel[n, parts](
-            p_student,
-            p_teacher,
-            call.labels if call.ce or call.kernel_id == KernelId.DKD else None,
-            call.row_weights,
-            call.options,
-            call.normalizers,
-            upstream,
-            rows,
-            stats,
-            gradient,
-            partials,
-            call.ignore_index,
-            upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-            parts if partials is None else partials.shape[2],
-            L,
-            V,
-            C,
-            *o_student,
-            *o_teacher,
-            *o_gradient,
-            FORM=call.kernel_id,
-            MEASURED=measured,
-            CE=call.ce,
-            TRANSFORM=call.transform,
-            SURPLUS=C < V,
-            RESCALE=skip_if_one,
-            RESIDENT=resident,
-            SPLIT=kernel == "split",
-            STAGE=stage.value,
-            TEACHER_IN_PHASE=teacher_in_phase,
-            GRADIENT_IN_PHASE=gradient_in_phase,
-            **blocks,
-        )
 
-    with torch.cuda.device_of(call.student):
-        if partials is None:
-            stage(WHOLE, parts, row_losses, p_gradient)
-            return
-        stage(STATISTICS, parts, None, None)
-        stage(VALUES, parts, None, None if measured else p_gradient)
-        writes = measured and gradient is not None
-        stage(FINISH, parts if writes else 1, row_losses, p_gradient if writes else None)
+def _places(name: str, at: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip((f"{name}_o", f"{name}_b", f"{name}_l"), at, strict=True))
+
+
+def _cluster(
+    call: Call,
+    stats: Tensor,
+    row_losses: Tensor | None,
+    upstream: Tensor | None,
+    gradient: Tensor | None,
+    skip_if_one: bool,
+) -> bool:
+    """Whether the device has room for a row in a cluster, which then has answered the call."""
+    done: bool = torch.ops.fusedkd.kd_cluster(
+        student=call.student,
+        teacher=call.teacher,
+        labels=call.labels,
+        row_weights=call.row_weights,
+        options=call.options,
+        normalizers=call.normalizers,
+        upstream=None if upstream is None else upstream.contiguous(),
+        row_losses=row_losses,
+        stats=stats,
+        gradient=gradient,
+        ignore_index=call.ignore_index,
+        kernel_id=call.kernel_id,
+        transform=call.transform,
+        ce=call.ce,
+        skip_if_one=skip_if_one,
+    )
+    return done

@@ -17,9 +17,9 @@ def finite_or_zero(top):
 
 
 @triton.jit
-def reciprocal_or_zero(total):
-    """1/Σ, and 0 for the empty sum; a NaN stays one."""
-    return tl.where(total == 0, 0.0, 1.0 / total)
+def reciprocal_or_zero(rest):
+    """1/(1 + rest), and 0 for the empty sum; a NaN stays one."""
+    return tl.where(rest == -1, 0.0, 1.0 / (1.0 + rest))
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from torch import Tensor
 from fusedkd.backends.layout import TopkKernelId
 from fusedkd.backends.triton.call import Call
 from fusedkd.backends.triton.choice import FUSED
-from fusedkd.backends.triton.rows import UNIT, aligned, in_phase
-from fusedkd.backends.triton.topk_kernel import topk_kernel
+from fusedkd.backends.triton.row import UNIT, aligned, in_phase
+from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
 
 MARKED = (TopkKernelId.RENORMALIZE, TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE)
 """The forms whose value or gradient needs the sum over the columns off the list."""
@@ -43,39 +43,45 @@ def launch(
     """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone."""
     B, L, V = call.student.shape
     K = call.teacher.shape[2]
-    p_student, o_student = aligned(call.student)
-    p_gradient, o_gradient = (None, o_student) if gradient is None else aligned(gradient)
-    gradient_in_phase = in_phase(o_gradient, o_student, B, L)
-    marks, words = None, 0
-    if row_losses is not None and call.kernel_id in MARKED:
-        words = triton.cdiv(V + UNIT.value, 1024) * 32  # rows on cache lines of their own
-        marks = call.student.new_zeros(B * L, words, dtype=torch.int32)
+    student, (student_o, student_b, student_l) = aligned(call.student)
+    to, (gradient_o, gradient_b, gradient_l) = (None, (0, 0, 0)) if gradient is None else aligned(gradient)
+    at_student, at_gradient = (student_o, student_b, student_l), (gradient_o, gradient_b, gradient_l)
+    gradient_in_phase = gradient is None or in_phase(at_gradient, at_student, B, L)
+    given = {
+        "student": student,
+        "teacher": call.teacher,
+        "ids": call.ids,
+        "labels": call.labels if call.ce else None,
+        "weights": call.row_weights,
+        "real_options": call.options,
+        "normalizers": call.normalizers,
+        "stats": stats,
+        "gradient": to,
+        "ignore_index": call.ignore_index,
+        "L": L,
+        "V": V,
+        "K": K,
+        "student_o": student_o,
+        "student_b": student_b,
+        "student_l": student_l,
+        "teacher_b": call.teacher.stride(0),
+        "teacher_l": call.teacher.stride(1),
+        "gradient_o": gradient_o,
+        "gradient_b": gradient_b,
+        "gradient_l": gradient_l,
+        "KERNEL_ID": int(call.kernel_id),
+        "TRANSFORM": call.transform,
+        "GRADIENT_IN_PHASE": gradient_in_phase,
+        **block_options(call.student.dtype, V, K, gradient_in_phase, torch.version.hip is not None),
+    }
     with torch.cuda.device_of(call.student):
-        topk_kernel[(B * L,)](
-            p_student,
-            call.teacher,
-            call.ids,
-            call.labels if call.ce else None,
-            call.row_weights,
-            call.options,
-            call.normalizers,
-            upstream,
-            row_losses,
-            stats,
-            p_gradient,
-            marks,
-            call.ignore_index,
-            upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-            words,
-            L,
-            V,
-            K,
-            *o_student,
-            *call.teacher.stride()[:2],
-            *o_gradient,
-            FORM=call.kernel_id,
-            TRANSFORM=call.transform,
-            RESCALE=skip_if_one,
-            GRADIENT_IN_PHASE=gradient_in_phase,
-            **block_options(call.student.dtype, V, K, gradient_in_phase, torch.version.hip is not None),
-        )
+        if row_losses is None:
+            assert upstream is not None
+            stride = upstream.stride(0) if upstream.dim() else 0
+            topk_backward_kernel[(B * L,)](**given, upstream=upstream, upstream_stride=stride, SKIP_IF_ONE=skip_if_one)
+            return
+        marks, words = None, 0
+        if call.kernel_id in MARKED:
+            words = triton.cdiv(V + UNIT.value, 1024) * 32  # rows on cache lines of their own
+            marks = call.student.new_zeros(B * L, words, dtype=torch.int32)
+        topk_forward_kernel[(B * L,)](**given, row_losses=row_losses, marks=marks, marks_stride=words)
