@@ -1,7 +1,10 @@
-"""The operators as tests call them: what both KD operators are given is one dictionary, `Inputs`."""
+"""The operators as tests call them: what kd_forward and kd_backward are both given is one dictionary, `Inputs`, and so
+is what cosine_forward and cosine_backward are. Which of the two is meant is seen by what it holds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +13,13 @@ from torch import Tensor
 from fusedkd.backends import eager
 
 Inputs = dict[str, Any]
-"""student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce."""
+"""student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce; of the
+cosine operators student, teacher, weights, normalizer."""
+
+
+def _operator(inputs: Inputs, which: str, ops: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(ops, f"kd_{which}" if "kernel_id" in inputs else f"cosine_{which}")
+    return found
 
 
 def forward(
@@ -18,7 +27,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(row losses, statistics, gradient for upstream 1 in memory of its own). ``ops``: or `eager`, the truth."""
     out = torch.full_like(inputs["student"], torch.nan) if gradient else None
-    row_losses, stats = ops.kd_forward(**inputs, gradient=out)
+    row_losses, stats = _operator(inputs, "forward", ops)(**inputs, gradient=out)
     return row_losses, stats, out
 
 
@@ -31,13 +40,13 @@ def forward_(inputs: Inputs, ops: Any = torch.ops.fusedkd) -> tuple[Tensor, Tens
 def backward(upstream: Tensor, inputs: Inputs, stats: Tensor, ops: Any = torch.ops.fusedkd) -> Tensor:
     """The gradient for this upstream, in memory of its own."""
     out = torch.full_like(inputs["student"], torch.nan)
-    ops.kd_backward(**inputs, upstream=upstream, stats=stats, gradient=out, skip_if_one=False)
+    _operator(inputs, "backward", ops)(**inputs, upstream=upstream, stats=stats, gradient=out, skip_if_one=False)
     return out
 
 
 def rescale_(gradient: Tensor, upstream: Tensor, inputs: Inputs, stats: Tensor, ops: Any = torch.ops.fusedkd) -> None:
     """The gradient for this upstream in the place of that for upstream 1."""
-    ops.kd_backward(**inputs, upstream=upstream, stats=stats, gradient=gradient, skip_if_one=True)
+    _operator(inputs, "backward", ops)(**inputs, upstream=upstream, stats=stats, gradient=gradient, skip_if_one=True)
 
 
 def truth(inputs: Inputs, gradient: bool = True) -> tuple[Tensor, Tensor | None]:

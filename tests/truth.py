@@ -361,7 +361,7 @@ def noise_for(kl: float, temperature: float = 1.0) -> float:
 
 @contextmanager
 def operator_calls() -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """The fusedkd operators called inside, with their arguments."""
+    """The fusedkd operators called inside, with their arguments by name."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Record(TorchDispatchMode):
