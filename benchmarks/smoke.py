@@ -19,9 +19,10 @@ from benchmarks.linear import linear
 from benchmarks.measure import error_of, evaluate
 from benchmarks.providers import loss_of
 from benchmarks.record import LARGEST_ERROR, require, stamp, write
-from fusedkd import env, ops
+from fusedkd import env
+from fusedkd.backends import dispatch
 
-# Each of these is answered by the kernel of its name on a Hopper GPU (fusedkd/kernels/choice.py).
+# Each of these is answered by the kernel of its name on a Hopper GPU (fusedkd/backends/triton/choice.py).
 CASES: dict[str, dict[str, list[Case]]] = {
     "cuda": {
         "resident": [kd(512, 4000, "bfloat16"), kd(512, 3001), *(family(name, 64, 2000) for name in OTHERS)],
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=tuple(CASES))
     options = parser.parse_args()
     require(options.device)
-    served = {name: who for (name, device), (who, _) in ops.backends.items() if device.lower() == options.device}
+    served = {name: who for (name, device), (who, _) in dispatch.serving.items() if device.lower() == options.device}
     data = {**stamp(), "machine_info": {**env.devices(), "versions": env.versions(), "command": " ".join(sys.argv)}}
     data |= {"backends": served, "smoke": []}
     wrong = []

@@ -10,15 +10,16 @@ import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
 from families import at, families, samples, top_k
+from operators import Inputs, forward
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
 
 from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd.backends.call import pack
 from fusedkd.backends.layout import OPTIONS as REALS
 from fusedkd.backends.layout import KernelId, TopkKernelId
 from fusedkd.backends.schema import SCHEMAS
-from fusedkd.checks import pack
 from fusedkd.divergences import Divergence
 from fusedkd.nn import DistilBertLoss
 from fusedkd.teachers import TAILS
@@ -242,10 +243,10 @@ def test_listed_teachers(device: str, tail: str, divergence: str) -> None:
 # -------------------------------------------------- operators
 
 
-def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
+def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
     """Arguments for every operator, dense and strided, with and without what is optional."""
     ops = torch.ops.fusedkd
-    cases: dict[str, list[tuple[Any, ...]]] = {}
+    cases: dict[str, list[dict[str, Any]]] = {name: [] for name in SCHEMAS}
     for dtype, strided, some, form in (
         (torch.float32, False, True, KernelId.FORWARD_KL),
         (torch.bfloat16, True, True, KernelId.DKD),
@@ -260,38 +261,81 @@ def operator_arguments(device: str) -> dict[str, list[tuple[Any, ...]]]:
         normalizers, upstream = pack([n, n], student.device), torch.full((), 0.3, device=device)
         listed = top_k(teacher, 4, "renormalize", 1.5, padding=1)
         ids = listed.ids.view(n, 4)
-        for prefix, known in (("kd", (teacher,)), ("topk", (listed.logprobs, ids))):
-            rows = (known[0], ids if prefix == "topk" else None, labels, mask, -100, True)
-            cases.setdefault("kd_row_weights", []).append(rows)
-            weights, _ = ops.kd_row_weights(*rows)
-            flags = -100, form if prefix == "kd" else TopkKernelId.BUCKET, some, some
-            kd = (*known, labels, weights, options, normalizers)
-            rows, stats, gradient = getattr(ops, f"{prefix}_forward")(student, *kd, *flags, True)
-            cases.setdefault(f"{prefix}_forward", []).extend((student, *kd, *flags, g) for g in (True, False))
-            cases.setdefault(f"{prefix}_forward_", []).append((student.contiguous(), *kd, *flags))
-            for u in (upstream, torch.rand(n, device=device)):
-                cases.setdefault(f"{prefix}_backward", []).append((u, student, *kd, stats, *flags))
-            cases.setdefault(f"{prefix}_rescale_", []).append((gradient, upstream, student, *kd, stats, *flags))
-        cases.setdefault("kd_row_weights", []).append((teacher, None, labels, mask, -100, False))
-        cases.setdefault("kd_terms", []).extend((rows, options, normalizers, x) for x in (True, False))
+        shared = {"labels": labels, "ignore_index": -100}
+        for known, columns in ((teacher, None), (listed.logprobs, ids)):
+            given = {**shared, "teacher": known, "ids": columns, "kd_mask": mask, "kd": True}
+            cases["kd_row_weights"].append(given)
+            weights, _ = ops.kd_row_weights(**given)
+            inputs = {
+                **shared,
+                "student": student,
+                "teacher": known,
+                "ids": columns,
+                "row_weights": weights,
+                "options": options,
+                "normalizers": normalizers,
+                "kernel_id": form if columns is None else TopkKernelId.BUCKET,
+                "transform": some,
+                "ce": some,
+            }
+            rows, stats, gradient = forward(inputs)
+            add_calls(cases, "kd", inputs, stats, gradient, upstream, n)
+        cases["kd_row_weights"].append({**shared, "teacher": teacher, "ids": None, "kd_mask": mask, "kd": False})
+        terms = {"row_losses": rows, "options": options, "normalizers": normalizers}
+        cases["kd_terms"].extend({**terms, "per_row": x} for x in (True, False))
 
         hidden, heads = torch.randn(n, 5, device=device).to(dtype), torch.randn(2, 19, 5, device=device).to(dtype)
-        known = [hidden[None], listed.logprobs.reshape(1, n, 4)]
-        teachers = known, [heads[1], None], [None, None], [None, ids]
-        linear = (hidden, heads[0], heads[0, :, 0], labels, *teachers, [weights] * 2, [options] * 2, [normalizers] * 2)
-        plan = (-100, [form, TopkKernelId.BUCKET], some, some, 3, torch.float32, dtype, None)
+        linear = {
+            **shared,
+            "hidden": hidden,
+            "weight": heads[0],
+            "bias": heads[0, :, 0],
+            "teachers": [hidden[None], listed.logprobs.reshape(1, n, 4)],
+            "heads": [heads[1], None],
+            "biases": [None, None],
+            "ids": [None, ids],
+            "row_weights": [weights] * 2,
+            "options": [options] * 2,
+            "normalizers": [normalizers] * 2,
+            "kernel_ids": [form, TopkKernelId.BUCKET],
+            "transform": some,
+            "ce": some,
+            "tile": 3,
+            "tile_dtype": torch.float32,
+            "dtype": dtype,
+            "max_rows": None,
+        }
         for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
-            cases.setdefault("linear_kd", []).append((*linear, u, *plan, wanted))
+            cases["linear_kd"].append({**linear, "upstream": u, "wanted": wanted})
 
-        cosine = (student, teacher, weights if some else None, normalizers[0].clone())
-        _, stats, gradient = ops.cosine_forward(*cosine, True)
-        cases.setdefault("cosine_forward", []).extend((*cosine, g) for g in (True, False))
-        cases.setdefault("cosine_backward", []).append((upstream, *cosine, stats))
-        cases.setdefault("cosine_rescale_", []).append((gradient, upstream, *cosine, stats))
+        cosine = {"student": student, "teacher": teacher, "weights": weights if some else None}
+        cosine["normalizer"] = normalizers[0].clone()
+        _, stats, gradient = forward(cosine)
+        add_calls(cases, "cosine", cosine, stats, gradient, upstream, n)
     return cases
+
+
+def add_calls(
+    cases: dict[str, list[dict[str, Any]]],
+    name: str,
+    inputs: Inputs,
+    stats: Tensor,
+    gradient: Tensor,
+    upstream: Tensor,
+    rows: int,
+) -> None:
+    """Forward with and without a gradient; backward of one number or of every row, and as a rescaling."""
+    empty = torch.full_like(gradient, torch.nan)
+    cases[f"{name}_forward"].extend({**inputs, "gradient": g} for g in (empty, None))
+    per_row = torch.rand(rows, device=upstream.device)
+    for up, to, skip in ((upstream, empty, False), (per_row, empty, False), (upstream, gradient, True)):
+        call = {**inputs, "upstream": up, "stats": stats, "gradient": to, "skip_if_one": skip}
+        cases[f"{name}_backward"].append(call)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck(device: str, name: str) -> None:
-    for arguments in operator_arguments(device)[name]:
-        torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, arguments)
+    found = operator_arguments(device)[name]
+    assert found
+    for arguments in found:
+        torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, (), arguments)

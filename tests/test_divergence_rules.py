@@ -260,10 +260,11 @@ def test_operators_of_one_loss(device: str, divergence: Divergence, ce_weight: f
     with operator_calls() as calls:
         loss = kd_loss(leaf, teacher, labels, ce_weight=ce_weight, **at(divergence, 2.0))
         loss.backward()
-    assert [name for name, _ in calls] == ["kd_row_weights", "kd_forward", "kd_terms", "kd_rescale_"]
+    assert [name for name, _ in calls] == ["kd_row_weights", "kd_forward", "kd_terms", "kd_backward"]
     arguments = calls[1][1]
-    assert (arguments[2] is not None) == (ce_weight > 0 or divergence.kernel_id == KernelId.DKD)
-    assert arguments[7] == divergence.kernel_id
+    assert calls[3][1]["skip_if_one"]
+    assert (arguments["labels"] is not None) == (ce_weight > 0 or divergence.kernel_id == KernelId.DKD)
+    assert arguments["kernel_id"] == divergence.kernel_id
 
 
 @families

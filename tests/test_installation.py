@@ -53,7 +53,9 @@ def slow_call() -> str:
     assert reason is not None
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        dispatch._Slow(reason).kd_terms(torch.ones(2, 3), torch.ones(16), torch.ones(2), True)
+        dispatch._Slow(reason).kd_terms(
+            row_losses=torch.ones(2, 3), options=torch.ones(16), normalizers=torch.ones(2), per_row=True
+        )
     (warning,) = found
     return str(warning.message)
 
@@ -61,7 +63,7 @@ def slow_call() -> str:
 def test_a_checkout_that_hides_the_installed_package_says_so(tmp_path, monkeypatch) -> None:
     clone, site = installed(tmp_path / "clone", None), installed(tmp_path / "site", "_C.abi3.so")
     (clone / "setup.py").touch()
-    monkeypatch.setattr(dispatch, "__file__", str(clone / "fusedkd/dispatch.py"))
+    monkeypatch.setattr(dispatch, "PACKAGE", clone / "fusedkd")
     monkeypatch.setattr(sys, "path", [str(clone), str(site)])
     said = slow_call()
     assert f"_C is not built in {clone}/fusedkd, which hides the installed {site}/fusedkd, where it is" in said
@@ -77,7 +79,7 @@ def test_the_advice_mends_what_is_missing(kind, tmp_path, monkeypatch) -> None:
     folder, other = installed(tmp_path / "clone", None), installed(tmp_path / "other", None)
     if kind == "clone":
         (folder / "setup.py").touch()
-    monkeypatch.setattr(dispatch, "__file__", str(folder / "fusedkd/dispatch.py"))
+    monkeypatch.setattr(dispatch, "PACKAGE", folder / "fusedkd")
     monkeypatch.setattr(sys, "path", [str(folder), str(other)])
     said = slow_call()
     assert "hides" not in said
@@ -88,7 +90,7 @@ def test_the_advice_mends_what_is_missing(kind, tmp_path, monkeypatch) -> None:
 def test_env_tells_where_the_package_is(capsys) -> None:
     env.main()
     out = capsys.readouterr().out
-    assert re.search(rf"imported from +{re.escape(str(Path(dispatch.__file__).parent))}\n", out)
+    assert re.search(rf"imported from +{re.escape(str(dispatch.PACKAGE))}\n", out)
     backend, reason = dispatch.serving["kd_forward", "CPU"]
     assert re.search(rf"kd_forward +CPU +{re.escape(backend)} +{re.escape(reason)}\n", out)
 

@@ -190,7 +190,7 @@ def test_opcheck(device: str) -> None:
         assert found[name]
         for arguments in found[name]:
             with small_tiles():
-                torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, arguments)
+                torch.library.opcheck(getattr(torch.ops.fusedkd, name).default, (), arguments)
 
 
 # -------------------------------------------------- autocast, inference mode

@@ -80,8 +80,8 @@ def test_the_report_says_why_nobody_answers_for_hopper(monkeypatch: pytest.Monke
     """With the library built and loaded, but not for 90a."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(dispatch, "load", lambda library: None)
-    monkeypatch.setattr(dispatch, "backends", {})
-    monkeypatch.setattr(dispatch, "_library", SimpleNamespace(impl=lambda *arguments: None))
+    monkeypatch.setattr(dispatch, "serving", {})
+    monkeypatch.setattr(dispatch, "library", SimpleNamespace(impl=lambda *arguments: None))
     pytest.importorskip("triton")
     for built, backend in ((False, "nobody"), (True, "CUDA C++")):
         monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *names, built=built: built)

@@ -14,7 +14,7 @@ from torch import Tensor
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, noise_for, operator_calls, pair, targets
 
 from fusedkd import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
-from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.layout import TOPK_KERNELS, TopkKernelId
 from fusedkd.teachers import TAILS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
@@ -302,13 +302,16 @@ def test_operators_of_one_loss(device: str, kind: str, divergence: str, ce_weigh
     del logits
     with operator_calls() as calls:
         kd_loss(student.requires_grad_(), teacher, labels, divergence=divergence, ce_weight=ce_weight).backward()
-    assert [name for name, _ in calls] == ["kd_row_weights", "topk_forward", "kd_terms", "topk_rescale_"]
-    form = TopkKernelId.SAMPLES if kind == SAMPLES else TAILS[kind] + (divergence == "reverse_kl")
-    assert calls[1][1][8] == form
-    assert (calls[1][1][3] is not None) == (ce_weight > 0)
+    assert [name for name, _ in calls] == ["kd_row_weights", "kd_forward", "kd_terms", "kd_backward"]
+    form = TopkKernelId.SAMPLES if kind == SAMPLES else TOPK_KERNELS[kind, divergence == "reverse_kl"]
+    arguments = calls[1][1]
+    assert arguments["kernel_id"] == form
+    assert arguments["ids"].shape == (9, K)
+    assert (arguments["labels"] is not None) == (ce_weight > 0)
+    assert calls[3][1]["skip_if_one"]
     for name, arguments in calls:
-        wide = [x for x in arguments if isinstance(x, Tensor) and V in x.shape]
-        assert len(wide) == {"kd_row_weights": 0, "topk_forward": 1, "kd_terms": 0, "topk_rescale_": 2}[name]
+        wide = [x for x in arguments.values() if isinstance(x, Tensor) and V in x.shape]
+        assert len(wide) == {"kd_row_weights": 0, "kd_forward": 2, "kd_terms": 0, "kd_backward": 2}[name]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
