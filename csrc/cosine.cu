@@ -12,7 +12,7 @@
 // row to H = 1024, then one block of ⌈H / 1024⌉ warps. Longer rows, rows that 16-byte loads cannot serve and float64
 // are read again for each sweep, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex,
 // QuACK).
-// The operators and their arguments: fusedkd/ops.py.
+// The operators and their arguments: fusedkd/backends/schema.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

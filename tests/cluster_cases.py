@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from families import at
 from on_host import guarded
+from operators import Inputs
 from torch import Tensor
 from truth import Term, assert_gradient, assert_value, kd_truth, noise_for, pair
 
 from fusedkd import TeacherLogits
-from fusedkd.backends.layout import OPTIONS, STATS, KernelId
+from fusedkd.backends.layout import OPTIONS, STATS, KernelId, Option
 from fusedkd.divergences import Divergence, resolve
 
 NORMALIZERS = (3.5, 5.0)
@@ -20,29 +21,28 @@ LABELS = [3, 5, 0, -1, -100, -100]  # −1: the last column; row 4 has no CE, ro
 
 
 class Case(NamedTuple):
-    """Arguments of the operator, and what truth.py says of them with every normaliser folded into the weights."""
+    """What both directions of the operator are given, and what truth.py says of it with every normaliser folded into
+    the weights.
+    """
 
     operator: Any
-    student: Tensor
-    teacher: Tensor
-    labels: Tensor
-    weights: Tensor
-    options: Tensor
-    flags: tuple[Any, ...]
+    inputs: Inputs
     truth_options: dict[str, Any]
 
+    @property
+    def student(self) -> Tensor:
+        return self.inputs["student"]
+
     def truth(self, upstream: Any = 1.0) -> Any:
-        cap_t, scale_t = self.options[8].item() or None, self.options[9].item()
-        teacher = TeacherLogits(self.teacher.nan_to_num(1.0, neginf=-torch.inf), softcap=cap_t, scale=scale_t)
+        options, logits, labels = (self.inputs[name] for name in ("options", "teacher", "labels"))
+        cap, scale = options[Option.TEACHER_SOFTCAP].item() or None, options[Option.TEACHER_SCALE].item()
+        teacher = TeacherLogits(logits.nan_to_num(1.0, neginf=-torch.inf), softcap=cap, scale=scale)
         student = self.student.nan_to_num(1.0, neginf=-torch.inf)
-        return kd_truth(
-            student, teacher, self.labels.view(2, 3), reduction="none", upstream=upstream, **self.truth_options
-        )
+        return kd_truth(student, teacher, labels.view(2, 3), reduction="none", upstream=upstream, **self.truth_options)
 
     def call(self, *, upstream=None, rows=None, stats, gradient=None, rescale=False, fits=True) -> None:
-        normalizers = torch.tensor(NORMALIZERS, dtype=torch.float64, device=self.student.device)
-        inputs = (self.student, self.teacher, self.labels, self.weights, self.options, normalizers)
-        assert self.operator(*inputs, upstream, rows, stats, gradient, *self.flags, rescale) is fits
+        outputs = {"upstream": upstream, "row_losses": rows, "stats": stats, "gradient": gradient}
+        assert self.operator(**self.inputs, **outputs, skip_if_one=rescale) is fits
 
     def forward(self, gradient: bool = True, offset: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """rows, stats, and the gradient, which has been watched for writes beside it."""
@@ -109,5 +109,16 @@ def case(
     if transform:
         truth_options |= {"logit_softcap": logit_softcap or None, "logit_scale": logit_scale}
     z, y = guarded(z, dtype, device, **(student or {})), guarded(y, dtype, device, **(teacher or {}))
-    inputs = (x.to(device) for x in (labels, weights, packed))
-    return Case(operator, z, y, *inputs, (-100, int(family.kernel_id), transform, ce), truth_options)
+    inputs = {
+        "student": z,
+        "teacher": y,
+        "labels": labels.to(device),
+        "row_weights": weights.to(device),
+        "options": packed.to(device),
+        "normalizers": torch.tensor(NORMALIZERS, dtype=torch.float64, device=device),
+        "ignore_index": -100,
+        "kernel_id": int(family.kernel_id),
+        "transform": transform,
+        "ce": ce,
+    }
+    return Case(operator, inputs, truth_options)

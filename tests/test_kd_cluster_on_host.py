@@ -130,7 +130,7 @@ def test_masked_rows_and_labels():
     c = case(300, divergence="forward_kl")
     c.student[0, 0] = -torch.inf  # infinite, no gradient
     c.student[1, 0, 17] = -torch.inf  # infinite, and a gradient
-    c.labels[2] = 300
+    c.inputs["labels"][2] = 300
     rows, _, gradient = c.forward()
     assert rows[:, 0].tolist() == [torch.inf, torch.inf]
     assert rows[0, 3] == torch.inf
@@ -141,7 +141,7 @@ def test_masked_rows_and_labels():
     torch.testing.assert_close(gradient[1, 0].double(), c.truth().gradient[1, 0], rtol=1e-4, atol=1e-8)
 
     c = case(300, divergence="reverse_kl", ce=False)
-    c.teacher[1, 0, 17] = -torch.inf
+    c.inputs["teacher"][1, 0, 17] = -torch.inf
     rows, _, gradient = c.forward()
     assert rows[0, 3] == torch.inf
     assert not gradient[1, 0].any()
@@ -156,7 +156,7 @@ def test_masked_rows_and_labels():
 def test_where_not_a_number_shows(divergence, bad):
     """On the common columns, which the KD term reads; a term of weight 0 adds nothing."""
     c = case(120, columns=110, divergence=divergence, ce=False, masked=0.0)
-    c.teacher[0, 0, 3] = bad  # the label
+    c.inputs["teacher"][0, 0, 3] = bad  # the label
     rows, stats, gradient = torch.empty(2, 6), torch.empty(6, STATS), torch.empty_like(c.student)
     c.call(rows=rows, stats=stats, gradient=gradient)
     if divergence == "logit_mse":  # no softmax: +∞ makes D infinite
@@ -166,12 +166,12 @@ def test_where_not_a_number_shows(divergence, bad):
         assert rows[0, 0].isnan()
         assert gradient[0, 0, :110].isnan().all()
     assert not gradient[0, 0, 110:].any()
-    c.options[3:5] = torch.tensor([0.0, 0.3])
+    c.inputs["options"][3:5] = torch.tensor([0.0, 0.3])
     c.student[0, 2, 115] = torch.nan
     c.call(rows=rows, stats=stats, gradient=gradient)
     assert not rows[0, 0].isfinite()
     assert gradient[0, 0].isfinite().all()
-    c.options[3:5] = torch.tensor([0.7, 0.0])
+    c.inputs["options"][3:5] = torch.tensor([0.7, 0.0])
     c.call(rows=rows, stats=stats, gradient=gradient)
     assert gradient[0, 2].isfinite().all()
     assert gradient[0, 2, :110].any()
@@ -183,7 +183,7 @@ def test_where_not_a_number_shows(divergence, bad):
 def test_masks_as_low_as_the_type_goes(divergence, dtype, t_s, t_t):
     """Finite on both sides: the columns add nothing, at any two temperatures. On one side: no NaN."""
     c = case(120, dtype, divergence=divergence, temperature=t_s, teacher_temperature=t_t)
-    c.teacher[:, :, 50:60] = torch.finfo(dtype).min
+    c.inputs["teacher"][:, :, 50:60] = torch.finfo(dtype).min
     assert c.forward()[2].isfinite().all()
     c.student[:, :, 50:60] = torch.finfo(dtype).min
     c.check()
@@ -192,19 +192,20 @@ def test_masks_as_low_as_the_type_goes(divergence, dtype, t_s, t_t):
 def test_bad_arguments():
     c = case(64)
     rows, stats, _ = c.forward()
+    student, teacher = c.inputs["student"], c.inputs["teacher"]
     for changed in (
-        c._replace(student=c.student[0]),
-        c._replace(teacher=c.teacher.double()),
-        c._replace(teacher=c.teacher.bfloat16()),
-        c._replace(teacher=c.teacher[:, :2]),
-        c._replace(student=c.student[..., :32]),
-        c._replace(student=c.student[..., ::2], teacher=c.teacher[..., ::2]),
-        c._replace(weights=c.weights[:3]),
-        c._replace(options=c.options[:10]),
-        c._replace(flags=(-100, int(KernelId.JEFFREYS), True, True)),
-        c._replace(flags=(-100, 7, False, True)),
+        {"student": student[0]},
+        {"teacher": teacher.double()},
+        {"teacher": teacher.bfloat16()},
+        {"teacher": teacher[:, :2]},
+        {"student": student[..., :32]},
+        {"student": student[..., ::2], "teacher": teacher[..., ::2]},
+        {"row_weights": c.inputs["row_weights"][:3]},
+        {"options": c.inputs["options"][:10]},
+        {"kernel_id": int(KernelId.JEFFREYS), "transform": True},
+        {"kernel_id": 7},
     ):
         with pytest.raises(RuntimeError):
-            changed.call(rows=rows, stats=stats)
+            c._replace(inputs=c.inputs | changed).call(rows=rows, stats=stats)
     with pytest.raises(RuntimeError):
         c.call(stats=stats)
