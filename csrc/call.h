@@ -10,7 +10,7 @@ struct LogitsCall {
   Rows student, teacher;  // [B, L, V], [B, L, C]
   const int64_t* labels;  // [N] or null
   const float* weights;   // [N]
-  double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing;
+  double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing, z_loss_weight;
   double softcap, scale, teacher_softcap, teacher_scale;
   const double* coefficients;  // a0 … a5 of the form
   double n_kd, n_ce;
@@ -32,6 +32,7 @@ struct LogitsCall {
     weights = contiguous_data<float>(w, ScalarType::Float, student.count, "weights");
     temperature = o[TEMPERATURE], teacher_temperature = o[TEACHER_TEMPERATURE], kd_scale = o[KD_SCALE];
     kd_weight = o[KD_WEIGHT], ce_weight = o[CE_WEIGHT], smoothing = o[LABEL_SMOOTHING];
+    z_loss_weight = o[Z_LOSS_WEIGHT];
     softcap = o[SOFTCAP], scale = o[SCALE], teacher_softcap = o[TEACHER_SOFTCAP], teacher_scale = o[TEACHER_SCALE];
     coefficients = o + COEFFICIENTS;
     n_kd = n[0], n_ce = n[1];

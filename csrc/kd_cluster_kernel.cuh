@@ -159,17 +159,18 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   }
 
   // The row's constants
-  const float base_s = finite_or_zero(m_s), base_t = finite_or_zero(m_t), base_1 = finite_or_zero(m_1);
-  const float M_s = product(base_s, k_s), M_t = product(base_t, k_t), M_1 = product(base_1, LOG2E);
+  const Exponent of_s(k_s, m_s), of_t(k_t, m_t), of_1(LOG2E, m_1), of_s_at_1(LOG2E, m_s), from_1(1, m_1);
   const float sum_s = l_s * beyond(m_s, k_s, 1), sum_t = l_t * beyond(m_t, k_t, 1);
   const float r_s = reciprocal_or_zero(sum_s), r_t = reciprocal_or_zero(sum_t);
   const float r_1 = reciprocal_or_zero(l_1 * beyond(m_1, LOG2E, 1));
-  const float M_1s = product(base_s, LOG2E), s_to_1 = r_1 * exp2_of(product(m_s, LOG2E) - M_1);  // e to q_1
+  const float s_to_1 = r_1 * exp2_of(product(m_s, LOG2E) - product(finite_or_zero(m_1), LOG2E));  // e to q_1
 
   // δ = c_s·((v − z) − gap) + (c_t − c_s)·(v − m_t) − log(l_t/l_s), gap = m_t − m_s. What is the same for all columns
   // moves D in second order only. Sides that are far apart are first reduced by their maxima; differences of 16-bit
-  // logits are exact as they are.
+  // logits are exact as they are. A side whose columns all count as LOWEST is one of zeros.
   constexpr bool kExact = sizeof(S) == 2 && !kTransform;
+  const float low_s = m_s == LOWEST ? 0 : LOWEST, low_t = m_t == LOWEST ? 0 : LOWEST;
+  const float base_s = m_s == LOWEST ? 0 : finite_or_zero(m_s), base_t = m_t == LOWEST ? 0 : finite_or_zero(m_t);
   const bool far = std::fabs(base_t - base_s) > 16;
   const float near_s = far ? base_s : 0, near_t = far ? base_t : 0, gap = far ? 0 : base_t - base_s;
   const float c_rest = c_t - c_s, log_ratio = l_s == 0 || l_t == 0 ? 0 : std::log(l_t / l_s);
@@ -178,8 +179,8 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const auto sum_of = [](float l) { return R(!F::hides_target && l == 0 ? 1 : l); };  // no 1/0 in rows without a term
   RowSums<R> sums{sum_of(sum_s), sum_of(sum_t), R(p.common), 0, 0};
   if constexpr (F::hides_target) {
-    sums.odds_s = log_odds<R>(at_label.z[0], base_s, c_s, l_s);
-    sums.odds_t = log_odds<R>(at_label.v[0], base_t, c_t, l_t);
+    sums.odds_s = log_odds<R>(not_too_low(at_label.z[0]), finite_or_zero(m_s), c_s, l_s);
+    sums.odds_t = log_odds<R>(not_too_low(at_label.v[0]), finite_or_zero(m_t), c_t, l_t);
   }
   const F form(p.options + COEFFICIENTS, sums);
   const bool dead = F::softmax && l_s == 0 && !(hides && at_label.z[0] != -INFINITE<float>);
@@ -192,15 +193,16 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[1]) : 0.0f;
   const float a_other = a_ce * smoothing / p.columns, a_label = a_ce * (1 - smoothing);
   const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
-  const float a_common = with_ce ? a_ce * s_to_1 : 0, a_surplus = with_ce ? a_ce * r_1 : 0;  // times e
+  const float z_loss = option(Z_LOSS_WEIGHT), log_sum = m_1 + std::log(l_1), log_growth = z_loss == 0 ? 0 : 2 * z_loss * log_sum;
+  const float a_q = with_ce ? a_ce * (1 + log_growth) : 0, a_common = with_ce ? a_q * s_to_1 : 0, a_surplus = with_ce ? a_q * r_1 : 0;  // times e
   float W = 0, hidden = 0;  // the gradient of a hidden target
   if constexpr (F::hides_target) {
     W = a_kd == 0 ? 0 : form.centre;
-    hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(fma(at_label.z[0], LOG2E, -M_1)) : 0);
+    hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(of_1(at_label.z[0])) : 0);
   }
   if (forward && first && has_ce) {
-    const float hit = smoothing < 1 ? (1 - smoothing) * (m_1 - at_label.z[0]) : 0;
-    p.rows[p.count + i] = l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit;
+    const float hit = smoothing < 1 ? (1 - smoothing) * -from_1(at_label.z[0]) : 0;
+    p.rows[p.count + i] = l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit + (z_loss == 0 ? 0 : z_loss * log_sum * log_sum);
   }
 
   // Sweeps 2 and 3 over the columns, in one or apart.
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
       float out[N], e_s[N];
       if (kMeasures && has_ce && smoothing != 0) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) shifted += at.z[e] - base_1;
+        for (int e = 0; e < N; ++e) shifted += from_1(at.z[e]);
       }
       const bool is_common = N > 1 || c < common, here = static_cast<unsigned>(target - c) < N;
       if (F::hides_target && hides && here) {
@@ -228,10 +230,10 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
         const float z = at.z[e], v = at.v[e];
         Column<float> column;
         column.z = z, column.v = v, column.no_p = v == -INFINITE<float>, column.no_q = z == -INFINITE<float>;
-        column.log2_e_q = fma(z, k_s, -M_s), column.log2_e_p = fma(v, k_t, -M_t);
+        column.log2_e_q = of_s(z), column.log2_e_p = of_t(v);
         e_s[e] = exp2_of(column.log2_e_q);
         column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
-        const float low_v = max(v, LOWEST), low_z = max(z, LOWEST);
+        const float low_v = max(v, low_t), low_z = max(z, low_s);
         column.delta = kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
                               : c_s * ((low_v - near_t) - (low_z - near_s) - gap) +
                                     (c_rest * (low_v - base_t) - log_ratio);
@@ -243,9 +245,9 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
       if constexpr (!kPulls) return;
       if (with_ce) {
         if (is_common) {
-          at_one(e_s, at.z, M_1s, power, [&](int e, float one) { out[e] += a_common * one; });
+          at_one(e_s, at.z, of_s_at_1, power, [&](int e, float one) { out[e] += a_common * one; });
         } else {
-          out[0] += a_surplus * exp2_of(fma(at.z[0], LOG2E, -M_1));
+          out[0] += a_surplus * exp2_of(of_1(at.z[0]));
         }
       }
       if (here) {

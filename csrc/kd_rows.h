@@ -6,8 +6,7 @@
 //   q = exp((z − m_s)/T_s)/l_s, p = exp((v − m_t)/T_t)/l_t, q_1 = exp(z − m_1)/l_1
 //   δ = log p − log q = ((v − z) − (m_t − m_s))/T_s + (v − m_t)·(1/T_t − 1/T_s) − log(l_t/l_s)
 //   D = Σ value, W = Σ w, both functions of a column's p, q and δ
-//   CE = log l_1 + (1 − ε)·(m_1 − z_y) + ε·mean(m_1 − z)
-//   gradient = a·(w − q·W) + b·(q_1 − (1 − ε)·1_y − ε/V), times the upstream,
+//   gradient = a·(w − q·W) + b·∂CE/∂z (cross_entropy.h), times the upstream,
 //              a = kd_weight·kd_scale·weight/(n_kd·T_s), b = ce_weight/n_ce
 //
 // Two sweeps over a row pair where W is known beforehand, as for forward KL. The first reads it from memory, finds m and
@@ -19,20 +18,19 @@
 // every divergence, and computes the exponentials anew.
 
 #include "logits.h"
+#include "cross_entropy.h"
 #include "divergences.h"
 
 // What the later sweeps need to know of a row.
 template <class A> struct Terms {
   A m_s, inv_l_s, c_s, m_t, inv_l_t, c_t;             // KD softmaxes, c = log2(e)/T
   A shift, shift_rest, rate, rate_excess, log_ratio;  // of δ: m_t − m_s in two parts, 1/T_s, 1/T_t − 1/T_s, log l_t/l_s
-  A m_1, inv_l_1, target;                             // CE softmax, and what is subtracted from q_1
-  A a, b, centre;                                     // coefficients of the gradient, W
-  int squarings;                                      // that make e_1 of e_s
+  A a, centre;                                        // coefficient of the gradient, W
+  CrossEntropyTerms<A> ce;
   const A *e_s, *e_t;                                 // exponentials kept from the first sweep, 1/l to their scale
   const char *next_z, *next_v;                        // the same columns of the next row, fetched meanwhile
   int64_t z_bytes, v_bytes;
 };
-enum class E1 { none, power, own };       // e_1 is not needed, a power of e_s, an exponential of its own
 enum class Out { none, pull, gradient };  // what a sweep writes: nothing, w, the gradient
 
 // In place of a divergence: none, for columns without a KD term; its w, which a sweep is given instead of v.
@@ -105,11 +103,7 @@ template <class Divergence, class A, bool kept, Out out, E1 e_1 = E1::none>
           if constexpr (Divergence::centred) w -= e * r.inv_l_s * r.centre;
           slope = w * r.a;
         }
-        if constexpr (e_1 == E1::own) e = exp2<A>((x - r.m_1) * A(LOG2E));
-        if constexpr (e_1 == E1::power)
-          for (int k = 0; k < r.squarings; k++) e *= e;
-        if constexpr (e_1 != E1::none) slope = fma(e * r.inv_l_1 - r.target, splat(r.b), slope);
-        store(to + at, slope);
+        store(to + at, r.ce.template add_to<e_1>(slope, x, e));
       }
     }
   }
@@ -173,14 +167,13 @@ template <class A> struct KdRows {
     if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
     const A found[8] = {s.m, A(s.l - 1), t.m, A(t.l - 1), one.m, A(one.l - 1)};
     std::copy_n(found, 8, stats);
-    if (one.l == 0) return INFINITE<double>;
-    const double hit = k.smoothing < 1 ? (1 - k.smoothing) * (double(one.m) - z_y) : 0;
-    return std::log(one.l) + hit + (k.smoothing != 0 ? k.smoothing * (one.m - z_sum / V) : 0);
+    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
   }
 
   double l_s() const { return 1 + double(stats[STUDENT_SUM]); }
   double l_t() const { return 1 + double(stats[OTHER_SUM]); }
   double l_1() const { return 1 + double(stats[CE_SUM]); }
+  CrossEntropy cross_entropy() const { return {k, stats[CE_MAX], l_1(), stats[CE_SUM]}; }
 
   Terms<A> terms(double a, double b) const {
     const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = this->l_s(), l_t = this->l_t();
@@ -193,8 +186,8 @@ template <class A> struct KdRows {
     r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s);
     r.rate_excess = A((1 - T_t / T_s) / LOG2E);
     r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
-    r.m_1 = stats[CE_MAX], r.inv_l_1 = A(1 / l_1()), r.target = A(k.smoothing / V);
-    r.a = A(a), r.b = A(b), r.squarings = squarings;
+    r.a = A(a), r.ce.b = A(b), r.ce.squarings = squarings;
+    if (ce) r.ce.m = stats[CE_MAX], r.ce.inv_l = A(cross_entropy().q_scale()), r.ce.target = A(cross_entropy().target());
     r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);
     return r;
   }
@@ -345,7 +338,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     return sweep<Divergence, A, value, out, hides ? E1::own : E1::power>(divergence, r, z, v, n, g).value;
   }
 
-  // The label's column once more, with its own target: in float64, for of q_1 − 1 little is left where the label is sure.
+  // The label's column once more, with its own target, in float64.
   [[gnu::noinline]] A at_label(Terms<A> r, const Divergence& divergence, bool pull, E1 e_1) {
     A z[STEP], v[STEP], w[STEP], g[STEP];
     std::fill_n(z, STEP, z_y), std::fill_n(v, STEP, v_y);
@@ -356,9 +349,7 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
       this->template emit<measured && Divergence::centred, false>(r, z, w, STEP, g, true, E1::none);
     }
     if (e_1 == E1::none) return g[0];
-    const double l_1 = this->l_1(), q_1 = std::exp(double(z_y) - stats[CE_MAX]) / l_1;
-    const double less_one = z_y == stats[CE_MAX] ? -stats[CE_SUM] / l_1 : q_1 - 1;
-    return A(g[0] + r.b * (less_one + k.smoothing - k.smoothing / V));
+    return A(g[0] + r.ce.b * this->cross_entropy().gradient(z_y, true));
   }
 
   // The log odds of the label against the columns of m and l at stats[at].
@@ -377,7 +368,8 @@ template <class A, class Divergence, bool measured = Divergence::measured> struc
     const double rise_t = (double(this->top_t[j / BLOCK]) - r.m_t) * LOG2E / k.teacher_temperature;
     r.e_s = &this->e_s[j], r.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
     r.e_t = &this->e_t[j], r.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
-    if (e_1 == E1::power) r.inv_l_1 = A(std::exp2(std::ldexp(rise_s, r.squarings)) / this->l_1());
+    if (e_1 == E1::power)
+      r.ce.inv_l = A(this->cross_entropy().q_scale(std::exp2(std::ldexp(rise_s, r.ce.squarings))));
     return r;
   }
 };

@@ -23,6 +23,7 @@
 // float32, 2 + 2 in 16 bits; the teacher is never expanded to V.
 
 #include "logits.h"
+#include "cross_entropy.h"
 #include "divergences.h"
 #include "tails.h"
 
@@ -55,12 +56,10 @@ template <class A> void merge(Softmax<A>& s, const double* x, int64_t n) {
 // What the second sweep needs to know of a row.
 template <class A> struct Terms {
   A m_c, c_s, rest;              // KD: rest·exp2((z − m_c)·c_s)
-  A m_1, inv_l_1, target, b;     // CE: b·(e_1·inv_l_1 − target)
-  int squarings;                 // that make e_1 of the KD term's exponential, whose factor inv_l_1 then has
+  CrossEntropyTerms<A> ce;
   const char* next_z;            // the same columns of the next row, fetched while this one is computed
   int64_t z_bytes;
 };
-enum class E1 { none, power, own };
 
 template <class A, bool kd, E1 e_1> void emit(Terms<A> r, const A* z, int64_t n, A* g) {
   for (int64_t j = 0; j < n; j += STEP) {
@@ -73,11 +72,7 @@ template <class A, bool kd, E1 e_1> void emit(Terms<A> r, const A* z, int64_t n,
         e = exp2<A>((x - r.m_c) * r.c_s);
         slope = e * r.rest;
       }
-      if constexpr (e_1 == E1::own) e = exp2<A>((x - r.m_1) * A(LOG2E));
-      if constexpr (e_1 == E1::power)
-        for (int k = 0; k < r.squarings; k++) e *= e;
-      if constexpr (e_1 != E1::none) slope = fma(e * r.inv_l_1 - r.target, splat(r.b), slope);
-      store(g + at, slope);
+      store(g + at, r.ce.template add_to<e_1>(slope, x, e));
     }
   }
 }
@@ -203,9 +198,7 @@ template <class A> struct TopkRows {
     else if (ce) merge(one, x.data(), n);
     const A found[8] = {s.m, A(s.l), m_c, l_c, one.m, A(one.l - 1), A(s.l - A(s.l)), A(off - l_c)};
     std::copy_n(found, 8, stats);
-    if (one.l == 0) return INFINITE<double>;
-    const double hit = k.smoothing < 1 ? (1 - k.smoothing) * (double(one.m) - z_y) : 0;
-    return std::log(one.l) + hit + (k.smoothing != 0 ? k.smoothing * (one.m - z_sum / V) : 0);
+    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
   }
 
   // D, from the statistics as stored; leaves ∂D/∂s on the list in g, and `rest`.
@@ -289,14 +282,17 @@ template <class A> struct TopkRows {
     const bool pull = kd && legal && stats[STUDENT_SUM] != 0 && a != 0 && !(infinite && reverse());  // of KD and CE
     const bool push = ce && legal && stats[CE_SUM] != -1 && b != 0, dense = pull && rest != 0;
     const E1 e_1 = !push ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
-    const double m_c = stats[OTHER_MAX] == -INFINITE<A> ? 0 : stats[OTHER_MAX], m_1 = stats[CE_MAX], l_1 = 1 + double(stats[CE_SUM]);
+    const double m_c = stats[OTHER_MAX] == -INFINITE<A> ? 0 : stats[OTHER_MAX];
+    const CrossEntropy cross_entropy(k, stats[CE_MAX], 1 + double(stats[CE_SUM]), stats[CE_SUM]);
     Terms<A> r{.m_c = A(m_c), .c_s = A(LOG2E / k.temperature), .rest = dense ? A(a * rest) : 0};
-    r.m_1 = A(m_1), r.inv_l_1 = A((e_1 == E1::power ? std::exp(m_c - m_1) : 1) / l_1), r.b = A(b);
-    r.target = A(k.smoothing / V), r.squarings = squarings, r.z_bytes = size_of(k.student.type);
+    r.ce.m = A(cross_entropy.m), r.ce.target = A(cross_entropy.target()), r.ce.b = A(b), r.ce.squarings = squarings;
+    r.ce.inv_l = A(cross_entropy.q_scale(e_1 == E1::power ? std::exp(m_c - cross_entropy.m) : 1));
+    r.z_bytes = size_of(k.student.type);
     const int64_t next_row = i + 1 < k.student.count && k.weights[i + 1] != 0 ? i + 1 : i;
     const auto at = [&](int64_t j, double slope_of_d) {
-      const double target = k.smoothing / V + (id[j] == label ? 1 - k.smoothing : 0), z_j = id[j] == label ? z_y : x[j];
-      return A((a * slope_of_d + (push ? b * (std::exp(z_j - m_1) / l_1 - target) : 0)) * slope[j]);
+      const bool is_label = id[j] == label;
+      const double of_ce = push ? b * cross_entropy.gradient(is_label ? z_y : x[j], is_label) : 0;
+      return A((a * slope_of_d + of_ce) * slope[j]);
     };
     for (int64_t j = 0, size; j < V; j += size) {
       size = std::min(BLOCK, V - j), r.next_z = k.student[next_row] + j * r.z_bytes;

@@ -98,13 +98,24 @@ def case(
         weights[(labels < 0) | (labels >= y.shape[-1])] = 0
     weights[(y == -torch.inf).all(-1).flatten()] = 0
     packed = torch.zeros(OPTIONS, dtype=torch.float64)
-    smoothing, t_t = options.get("label_smoothing", 0.0), options.get("teacher_temperature") or t
-    head = [t, t_t, t**family.temperature_power, 0.7, 0.3 if ce else 0.0, smoothing, logit_softcap, logit_scale]
-    transform = (logit_softcap, logit_scale) != (0, 1)
-    head += [1.2 * logit_softcap, 0.9] if transform else [0, 1]
-    values = head + list(family.coefficients())
-    packed[: len(values)] = torch.tensor(values, dtype=torch.float64)
-    truth_options = options | {"kd_weight": 0.7 / NORMALIZERS[0], "ce_weight": packed[4].item() / NORMALIZERS[1]}
+    transform, ce_weight = (logit_softcap, logit_scale) != (0, 1), 0.3 if ce else 0.0
+    values = {
+        Option.TEMPERATURE: t,
+        Option.TEACHER_TEMPERATURE: options.get("teacher_temperature") or t,
+        Option.KD_SCALE: t**family.temperature_power,
+        Option.KD_WEIGHT: 0.7,
+        Option.CE_WEIGHT: ce_weight,
+        Option.LABEL_SMOOTHING: options.get("label_smoothing", 0.0),
+        Option.SOFTCAP: logit_softcap,
+        Option.SCALE: logit_scale,
+        Option.TEACHER_SOFTCAP: 1.2 * logit_softcap,
+        Option.TEACHER_SCALE: 0.9 if transform else 1.0,
+        Option.Z_LOSS_WEIGHT: options.get("z_loss_weight", 0.0),
+        **{Option.COEFFICIENTS + i: a for i, a in enumerate(family.coefficients())},
+    }
+    for option, value in values.items():
+        packed[option] = value
+    truth_options = options | {"kd_weight": 0.7 / NORMALIZERS[0], "ce_weight": ce_weight / NORMALIZERS[1]}
     truth_options |= {"kd_mask": WEIGHTS.view(2, 3)}
     if transform:
         truth_options |= {"logit_softcap": logit_softcap or None, "logit_scale": logit_scale}
