@@ -1,5 +1,5 @@
-"""csrc/cosine.cu run on the CPU, thread by thread (tests/cuda_on_host.h): its values, indexing, masks and reductions
-against float64, where there is no GPU. Inputs lie in NaN, so that a read past a row shows; misaligned wide loads trap.
+"""csrc/cuda/cosine.cu run on the CPU, thread by thread (tests/cuda_on_host.h): its values, indexing, masks and
+reductions against float64, where there is no GPU. Inputs lie in NaN, so that a read past a row shows; misaligned wide loads trap.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import on_host
 import pytest
 import torch
 from on_host import guarded
+from operators import Inputs, backward, forward, rescale_
 from torch import Tensor
 
 from fusedkd.backends.schema import SCHEMAS
@@ -50,6 +51,11 @@ def check(gradient: Tensor, expected: Tensor, student: Tensor, scale: Tensor) ->
     assert (gradient.flatten(0, 1)[scale == 0] == 0).all()
 
 
+def unweighted(student: Tensor, teacher: Tensor) -> Inputs:
+    one = torch.ones((), dtype=torch.float64)
+    return {"student": student, "teacher": teacher, "weights": None, "normalizer": one}
+
+
 # Sizes: one lane; odd (re-read); DistilBERT; a full warp and one pack more; usual models; the most that registers
 # hold, and one pack more (re-read).
 @pytest.mark.parametrize("h", [1, 7, 127, 768, 1024, 1032, 4096, 5120, 12288, 16384, 16392])
@@ -89,7 +95,8 @@ def run_case(ops, h, student_dtype, teacher_dtype, student=None, teacher=None):
     clean_x, clean_y = x.nan_to_num(1.0), y.nan_to_num(1.0)
     scale = weights.double() / normalizer
     distance, expected = truth(clean_x, clean_y, scale)
-    rows, stats, gradient = ops.cosine_forward(x, y, weights, normalizer, True)
+    inputs = {"student": x, "teacher": y, "weights": weights, "normalizer": normalizer}
+    rows, stats, gradient = forward(inputs, ops=ops)
     assert (rows.dtype, stats.dtype, gradient.dtype) == (accumulator, accumulator, student_dtype)
     assert (rows.shape, stats.shape) == ((6,), (6, 3))
     floor = 1e-15 if accumulator == torch.float64 else 1e-13  # both norms are rounded, which enters squared
@@ -100,38 +107,35 @@ def run_case(ops, h, student_dtype, teacher_dtype, student=None, teacher=None):
         check(gradient, expected, clean_x, scale)
         per_row = upstream.to(accumulator)
         check(
-            ops.cosine_backward(per_row, x, y, weights, normalizer, stats),
+            backward(per_row, inputs, stats, ops),
             truth(clean_x, clean_y, scale * upstream)[1],
             clean_x,
             scale * upstream,
         )
     one, other = torch.ones((), dtype=accumulator), torch.tensor(-0.7, dtype=accumulator)
-    backward = ops.cosine_backward(one, x, y, weights, normalizer, stats)
-    assert torch.equal(backward, gradient)
+    assert torch.equal(backward(one, inputs, stats, ops), gradient)
 
     # In place, into guarded memory: nothing at all for an upstream of 1, the gradient and no more for another.
     buffer = torch.full((gradient.numel() + 32,), 5.0, dtype=student_dtype)
     target = buffer[16:-16].view(gradient.shape)
-    ops.cosine_rescale_(target, one, x, y, weights, normalizer, stats)
+    rescale_(target, one, inputs, stats, ops)
     assert (buffer == 5).all()
-    ops.cosine_rescale_(target, other, x, y, weights, normalizer, stats)
-    assert torch.equal(target, ops.cosine_backward(other, x, y, weights, normalizer, stats))
+    rescale_(target, other, inputs, stats, ops)
+    assert torch.equal(target, backward(other, inputs, stats, ops))
     assert (buffer[:16] == 5).all()
     assert (buffer[-16:] == 5).all()
 
 
 def test_without_weights_or_gradient(ops):
     x, y = guarded(torch.randn(1, 5, 96), torch.float32), guarded(torch.randn(1, 5, 96), torch.float16)
-    one = torch.ones((), dtype=torch.float64)
-    rows, _, gradient = ops.cosine_forward(x, y, None, one, False)
-    assert gradient.shape == (0,)
+    rows, _, _ = forward(unweighted(x, y), gradient=False, ops=ops)
     torch.testing.assert_close(rows.double(), truth(x, y, torch.ones(5))[0], rtol=1e-6, atol=0)
-    assert ops.cosine_forward(x[:, :0], y[:, :0], None, one, True)[0].shape == (0,)
+    assert forward(unweighted(x[:, :0], y[:, :0]), ops=ops)[0].shape == (0,)
 
 
 def test_a_zero_row_follows_the_epsilon_rule(ops):
     x, y = torch.zeros(1, 1, 64), torch.randn(1, 1, 64)
-    rows, _, gradient = ops.cosine_forward(x, y, None, torch.ones((), dtype=torch.float64), True)
+    rows, _, gradient = forward(unweighted(x, y), ops=ops)
     distance, expected = truth(x, y, torch.ones(1))
     torch.testing.assert_close(rows.double(), distance)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=0)
@@ -153,14 +157,14 @@ def test_squares_out_of_range(ops, dtype, scale, h):
     x, y = (x.to(dtype) for x in torch.randn(2, 1, 3, h, generator=torch.Generator().manual_seed(h)).double())
     x[0, 0], y[0, 1] = scale * x[0, 0], scale * y[0, 1]
     x[0, 2], y[0, 2] = scale * x[0, 2], scale * y[0, 2]
-    rows, stats, gradient = ops.cosine_forward(x, y, None, torch.ones((), dtype=torch.float64), True)
+    rows, stats, gradient = forward(unweighted(x, y), ops=ops)
     distance = hidden.cosine_distance(x[0].double(), y[0].double())
     torch.testing.assert_close(rows.double(), distance, rtol=1e-5, atol=1e-12)
     expected = hidden.cosine_distance_gradient(x[0].double(), y[0].double())
     for upstream, found in ((1.0, gradient), (-3.0, None)):
         if found is None:
             up = torch.tensor(upstream, dtype=stats.dtype)
-            found = ops.cosine_backward(up, x, y, None, torch.ones((), dtype=torch.float64), stats)
+            found = backward(up, unweighted(x, y), stats, ops)
         error = (found[0].double() - upstream * expected).norm(dim=-1)
         rounding = (upstream * expected - (upstream * expected).to(dtype).double()).norm(dim=-1)
         assert (error <= 1.25 * rounding + 3e-6 * hidden.inverse_norm(x[0].double())[:, 0]).all()
@@ -170,19 +174,21 @@ def test_squares_out_of_range(ops, dtype, scale, h):
 def test_nan_and_infinity_show(ops):
     x = torch.randn(1, 4, 64)
     x[0, 1, 5], x[0, 2, 7] = torch.nan, torch.inf
-    rows, _, _ = ops.cosine_forward(x, torch.randn(1, 4, 64), None, torch.ones((), dtype=torch.float64), True)
+    rows, _, _ = forward(unweighted(x, torch.randn(1, 4, 64)), ops=ops)
     assert rows.isfinite().tolist() == [True, False, False, True]
 
 
 def test_bad_arguments(ops):
-    x, one = torch.randn(1, 4, 64), torch.ones((), dtype=torch.float64)
-    for arguments in [
-        (x[0], x, None, one, True),
-        (x, x[:, :, :32], None, one, True),
-        (x[:, :, ::2], x[:, :, ::2], None, one, True),
-        (x, x, torch.ones(3), one, True),
-        (x, x, None, one.float(), True),
-        (x.int(), x, None, one, True),
+    x = torch.randn(1, 4, 64)
+    good = unweighted(x, x)
+    for bad in [
+        {"student": x[0]},
+        {"teacher": x[:, :, :32]},
+        {"student": x[:, :, ::2], "teacher": x[:, :, ::2]},
+        {"weights": torch.ones(3)},
+        {"normalizer": good["normalizer"].float()},
+        {"student": x.int()},
     ]:
         with pytest.raises(RuntimeError):
-            ops.cosine_forward(*arguments)
+            ops.cosine_forward(**{**good, **bad}, gradient=torch.empty(x.shape))
+    assert forward(good, ops=ops)[0].shape == (4,)

@@ -1,8 +1,15 @@
 // The cross-entropy of a row of logits z, with label smoothing ε and a z-loss of weight ζ: its value, and its gradient
-// at vectors of columns and at single ones.
+// at vectors of columns and at single ones. Compiled once per instruction set (isa.h).
 //
 //   CE = log l + (1 − ε)·(m − z_y) + ε·mean(m − z) + ζ·(m + log l)²       m = max z, l = Σ exp(z − m), y the label
 //   ∂CE/∂z = (1 + 2ζ·(m + log l))·q − (1 − ε)·1_y − ε/V,  q = exp(z − m)/l                            on V columns
+#ifndef FUSEDKD_CROSS_ENTROPY
+#define FUSEDKD_CROSS_ENTROPY
+
+#include "call.h"
+#include "vec.h"
+
+namespace FUSEDKD_NAMESPACE {
 
 // What is the same for all columns of a row.
 struct CrossEntropy {
@@ -51,3 +58,6 @@ template <class A> struct CrossEntropyTerms {
     return slope;
   }
 };
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

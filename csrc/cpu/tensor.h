@@ -1,6 +1,9 @@
 // What the CPU kernels need of torch, through LibTorch's stable ABI: rows with free strides, fresh results, threads
 // over rows.
 #pragma once
+#ifdef FUSEDKD_VECTOR_BYTES
+#error "to be included before isa.h, for it is compiled for any processor"
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,6 +1,11 @@
-// What the kernels of logits share, for one instruction set: the running softmax, soft-cap and scale.
+// The statistics of a row of logits: m, the maximum, and l = Σ exp((x − m)/T), found block by block (Milakov and Gimelshein
+// 2018, arXiv:1805.02867). Compiled once per instruction set (isa.h).
+#ifndef FUSEDKD_SOFTMAX
+#define FUSEDKD_SOFTMAX
 
 #include "vec.h"
+
+namespace FUSEDKD_NAMESPACE {
 
 // Running Σ exp((x − m)/T). The reference m is the maximum of the first columns, and rises where a later one makes out
 // much of the sum; such a block is added once more, any other is read once. Where m is a block's maximum, the columns
@@ -32,6 +37,21 @@ template <class A> struct Softmax {
     top = std::max(top, of.most);
   }
   void settle() { rise(top); }
+
+  // As if the n columns x had been added: few, in float64, filled up with −∞ to whole steps. After settle().
+  void merge(const double* x, int64_t n) {
+    const A most = n == 0 ? -INFINITE<A> : A(*std::max_element(x, x + n));
+    if (most > m) rise(most);
+    const double from = m == -INFINITE<A> ? 0 : m;
+    D sum = {}, sum_1 = {};
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      D e = exp2<double>((load(x + j) - from) * c);
+      sum += e;
+      for (int k = 0; k < squarings; k++) e *= e;
+      sum_1 += e;
+    }
+    l += added(sum), l_1 += squarings > 0 ? added(sum_1) : 0;
+  }
 
  private:
   struct Sums {
@@ -89,20 +109,8 @@ template <class A> struct Softmax {
   }
 };
 
-// Soft-cap and scale in place: x' = cap·tanh(scale·x/cap), or scale·x without a cap; −∞ stays −∞. `slope` gets dx'/dx
-// if given.
-template <class A> void cap_and_scale(A* x, int64_t n, A cap, A scale, A* slope) {
-  const A inside = cap == 0 ? 0 : scale / cap;
-  for (int64_t j = 0; j < n; j += WIDTH<A>) {
-    const Vec<A> raw = load(x + j), u = raw * inside;
-    Vec<A> capped = raw * scale, derivative = splat(scale);
-    if (cap != 0) {
-      const Power<A> power(abs<A>(u) * A(-2 * LOG2E));
-      const Vec<A> e = power.value(), e_minus_one = power.minus_one();
-      capped = flip<A>(e_minus_one / (e_minus_one + 2) * -cap, sign<A>(u));
-      derivative = e / ((e + 1) * (e + 1)) * (4 * scale);
-    }
-    store(x + j, raw == -INFINITE<A> ? raw : capped);
-    if (slope) store(slope + j, derivative);
-  }
-}
+// How often exp(x/T) is to be squared to make exp(x): −1 if it cannot be made so.
+inline int squarings_at(double T) { return T == 1 ? 0 : T == 2 ? 1 : T == 4 ? 2 : -1; }
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

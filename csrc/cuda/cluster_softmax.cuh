@@ -1,6 +1,17 @@
-// Softmax statistics of rows, and sums, over the threads of a cluster. Included inside the namespace.
+// Softmax statistics of rows, and sums, over the threads of a cluster.
 #ifndef FUSEDKD_CLUSTER_SOFTMAX
 #define FUSEDKD_CLUSTER_SOFTMAX
+
+#include "cluster.cuh"
+#include "scalar.cuh"
+
+namespace fusedkd {
+
+#ifndef FUSEDKD_CLUSTER_THREADS  // the tests on the CPU take fewer
+#define FUSEDKD_CLUSTER_THREADS 192
+#endif
+constexpr int kThreads = FUSEDKD_CLUSTER_THREADS, kWarps = kThreads / 32;  // of a block
+constexpr int kMaxRanks = 16;  // blocks of a cluster; not every GPU has more than 8
 
 // Masks may be as low as float32 goes, which times k or 1/T would be −∞: maxima and δ take what is lower for this.
 constexpr float LOWEST = -1e37f;
@@ -36,7 +47,7 @@ INLINE void at_one(const float (&e)[W], const float (&x)[W], Exponent exponent, 
 }
 
 // The maximum m of the columns seen so far, l = Σ 2^(x·k − M), and l_1, the same at T = 1; at power 1 it is l.
-struct Softmax {
+struct ThreadSoftmax {
   float m = -INFINITE<float>, M = m, l = 0, l_1 = 0;
 
   template <int W>
@@ -113,4 +124,5 @@ INLINE void over_cluster(float (&values)[K], const float (&none)[K], const Merge
   merge(values);
 }
 
+}  // namespace fusedkd
 #endif
