@@ -34,7 +34,7 @@ struct CrossEntropy {
 
   // ∂CE/∂z at one column. Of q − 1 little is left where the label is sure, so that it is not taken as a difference.
   double gradient(double z, bool is_label) const {
-    const double q = std::exp(z - m) / l, grown = growth == 0 ? 0 : growth * q;
+    const double q = (z == m ? 1 : std::exp(z - m)) / l, grown = growth == 0 ? 0 : growth * q;
     if (!is_label) return q + grown - target();
     return (z == m ? -less_one / l : q - 1) + smoothing + grown - target();
   }
@@ -47,13 +47,15 @@ enum class E1 { none, power, own };
 // The same for the vectors of a pass: what it adds is b·(e·inv_l − target).
 template <class A> struct CrossEntropyTerms {
   A m, inv_l, target, b;
-  int squarings;  // that make e of the KD term's exponential
+  int squarings;  // that make e of the KD term's exponential, at most 2
 
   // z: logits; e: the KD term's exponential, if e_1 is a power of it; slope: the gradient of the KD term.
   template <E1 e_1> INLINE Vec<A> add_to(Vec<A> slope, Vec<A> z, Vec<A> e) const {
     if constexpr (e_1 == E1::own) e = exp2<A>((z - m) * A(LOG2E));
-    if constexpr (e_1 == E1::power)
-      for (int k = 0; k < squarings; k++) e *= e;
+    if constexpr (e_1 == E1::power) {
+      if (squarings > 0) e *= e;
+      if (squarings > 1) e *= e;
+    }
     if constexpr (e_1 != E1::none) slope = fma(e * inv_l - target, splat(b), slope);
     return slope;
   }

@@ -180,13 +180,14 @@ struct DivergenceRows : KdRows<A> {
   }
 
   // The pass before the gradient: D, W, and w, which takes the place of e_t where it is going to be needed.
-  Sums weight_sum(int64_t i, const Terms<A>& row, const Divergence& divergence, bool keep) {
+  Sums weight_sum(int64_t i, Terms<A> r, const Divergence& divergence, bool keep) {
     Sums sums;
     for (int64_t j = 0, n; j < C; j += n) {
       n = this->block_at(j);
       A* w = keep ? &this->e_t[j] : this->w_buffer;
-      sums += pass<Divergence, A, true, Out::grad_term>(divergence, here(row, i, j), student.block(j, n),
-                                                        teacher.block(j, n), whole_steps(n), w);
+      move_to(j, i, r, E1::none);
+      sums += pass<Divergence, A, true, Out::grad_term>(divergence, r, student.block(j, n), teacher.block(j, n),
+                                                        whole_steps(n), w);
     }
     return sums;
   }
@@ -195,6 +196,7 @@ struct DivergenceRows : KdRows<A> {
   double gradient(int64_t i, const Terms<A>& row, const Divergence& divergence, Wanted wanted, bool given, double value) {
     char* out = k.gradient ? (*k.gradient)[i] : nullptr;
     const E1 e_1 = !wanted.of_ce ? E1::none : this->squarings >= 0 && wanted.of_kd ? E1::power : E1::own;
+    Terms<A> r = row;
     for (int64_t j = 0, n; j < (wanted.of_ce ? V : wanted.of_kd || wanted.value ? C : 0); j += n) {
       n = this->block_at(j);
       const bool common = j < C;
@@ -202,7 +204,8 @@ struct DivergenceRows : KdRows<A> {
       const A* z = student.block(j, n, false, true);
       A* g = out ? place(k.student.type, out, j, n, this->g_buffer) : nullptr;
       const E1 from = common ? e_1 : E1::own;
-      const Terms<A> r = here(row, i, j, from);
+      if (common) move_to(j, i, r, from);
+      else r = row;
       if (given) {
         this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, wanted_here.of_kd, from);
       } else {
@@ -264,20 +267,22 @@ struct DivergenceRows : KdRows<A> {
   double odds_of_student() const { return log_odds<double>(z_y, stats[STUDENT_MAX], 1 / k.temperature, this->l_s()); }
   double odds_of_teacher() const { return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t()); }
 
-  // The row's terms at the block at j: with its kept exponentials, which were relative to another maximum.
-  Terms<A> here(Terms<A> r, int64_t i, int64_t j, E1 e_1 = E1::none) const {
-    if (j >= C) return r;
+  // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept exponentials,
+  // which were relative to another maximum.
+  void move_to(int64_t j, int64_t i, Terms<A>& r, E1 e_1) const {
     r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
     r.next_v = next_row(k.teacher, k.weights, i) + j * r.v_bytes;
-    if (!kd || !softmax || !k.forward) return r;
+    if (!kd || !softmax || !k.forward) return;
+    const int64_t block = j / BLOCK;
+    r.e_s = &this->e_s[j], r.e_t = &this->e_t[j];
+    if (j > 0 && this->top_s[block] == this->top_s[block - 1] && this->top_t[block] == this->top_t[block - 1]) return;
     const double l_s = this->l_s(), l_t = this->l_t();
-    const double rise_s = (double(this->top_s[j / BLOCK]) - r.m_s) * LOG2E / k.temperature;
-    const double rise_t = (double(this->top_t[j / BLOCK]) - r.m_t) * LOG2E / k.teacher_temperature;
-    r.e_s = &this->e_s[j], r.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
-    r.e_t = &this->e_t[j], r.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
+    const double rise_s = (double(this->top_s[block]) - r.m_s) * LOG2E / k.temperature;
+    const double rise_t = (double(this->top_t[block]) - r.m_t) * LOG2E / k.teacher_temperature;
+    r.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
+    r.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
     if (e_1 == E1::power)
       r.ce.inv_l = A(this->cross_entropy().q_scale(std::exp2(std::ldexp(rise_s, r.ce.squarings))));
-    return r;
   }
 };
 

@@ -21,20 +21,11 @@ template <class A> struct Softmax {
 
   // `kept` gets the exponentials, if given.
   void add(const A* x, int64_t n, A* kept = nullptr) {
-    Sums of;
-    if (m == -INFINITE<A>) {
-      m = maximum(x, n);
-      of = sums<true>(x, n, kept);
-    } else {
-      of = sums<false>(x, n, kept);
-      const double above = (double(of.most) - m) * c * (1 << squarings);
-      if (above > 0 && (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l))) {
-        rise(of.most);
-        of = sums<true>(x, n, kept);
-      }
+    switch (squarings) {
+      case 0: return add<0>(x, n, kept);
+      case 1: return add<1>(x, n, kept);
+      default: return add<2>(x, n, kept);
     }
-    l += of.l, l_1 += of.l_1;
-    top = std::max(top, of.most);
   }
   void settle() { rise(top); }
 
@@ -59,6 +50,23 @@ template <class A> struct Softmax {
     A most;  // the maximum of the columns
   };
 
+  template <int squarings_> void add(const A* x, int64_t n, A* kept) {
+    Sums of;
+    if (m == -INFINITE<A>) {
+      m = maximum(x, n);
+      of = sums<true, squarings_>(x, n, kept);
+    } else {
+      of = sums<false, squarings_>(x, n, kept);
+      const double above = (double(of.most) - m) * c * (1 << squarings);
+      if (above > 0 && (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l))) {
+        rise(of.most);
+        of = sums<true, squarings_>(x, n, kept);
+      }
+    }
+    l += of.l, l_1 += of.l_1;
+    top = std::max(top, of.most);
+  }
+
   void rise(A to) {
     if (to == m) return;
     const double lowered = (double(m) - to) * c;
@@ -80,7 +88,7 @@ template <class A> struct Softmax {
   }
 
   // `at_top`: m is the columns' maximum. Those that equal it are counted, the others summed.
-  template <bool at_top> Sums sums(const A* x, int64_t n, A* kept) const {
+  template <bool at_top, int squarings_> Sums sums(const A* x, int64_t n, A* kept) const {
     Vec<A> highest_of[PER_STEP<A>], sum[PER_STEP<A>] = {}, sum_1[PER_STEP<A>] = {};
     Int<A> minus_others = {};
     for (auto& of : highest_of) of = splat(at_top ? m : -INFINITE<A>);
@@ -95,17 +103,18 @@ template <class A> struct Softmax {
         Vec<A> e = exp2<A>(below * scale);
         if (kept) store(kept + at, e);
         sum[u] = at_top ? (other ? sum[u] + e : sum[u]) : sum[u] + e;
-        if (squarings > 0) {
-          for (int k = 0; k < squarings; k++) e *= e;
+        if (squarings_ > 0) {
+          for (int k = 0; k < squarings_; k++) e *= e;
           sum_1[u] = at_top ? (other ? sum_1[u] + e : sum_1[u]) : sum_1[u] + e;
         }
       }
     double tops = 0;
     if (at_top) {
-      tops = double(n);
-      for (int i = 0; i < WIDTH<A>; i++) tops += minus_others[i];
+      typename Types<A>::Lane others = 0;
+      for (int i = 0; i < WIDTH<A>; i++) others -= minus_others[i];
+      tops = double(n - others);
     }
-    return {tops + total<A>(sum), squarings > 0 ? tops + total<A>(sum_1) : 0, highest<A>(highest_of)};
+    return {tops + total<A>(sum), squarings_ > 0 ? tops + total<A>(sum_1) : 0, highest<A>(highest_of)};
   }
 };
 
