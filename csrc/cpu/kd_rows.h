@@ -180,12 +180,12 @@ struct DivergenceRows : KdRows<A> {
   }
 
   // The pass before the gradient: D, W, and w, which takes the place of e_t where it is going to be needed.
-  Sums weight_sum(int64_t i, Terms<A> r, const Divergence& divergence, bool keep) {
+  Sums weight_sum(int64_t i, Terms<A>& r, const Divergence& divergence, bool keep) {
     Sums sums;
     for (int64_t j = 0, n; j < C; j += n) {
       n = this->block_at(j);
       A* w = keep ? &this->e_t[j] : this->w_buffer;
-      move_to(j, i, r, E1::none);
+      move_to(j, i, r);
       sums += pass<Divergence, A, true, Out::grad_term>(divergence, r, student.block(j, n), teacher.block(j, n),
                                                         whole_steps(n), w);
     }
@@ -193,10 +193,9 @@ struct DivergenceRows : KdRows<A> {
   }
 
   // The last pass: the gradient; returns D, `value` and what the columns add to it.
-  double gradient(int64_t i, const Terms<A>& row, const Divergence& divergence, Wanted wanted, bool given, double value) {
+  double gradient(int64_t i, Terms<A>& r, const Divergence& divergence, Wanted wanted, bool given, double value) {
     char* out = k.gradient ? (*k.gradient)[i] : nullptr;
     const E1 e_1 = !wanted.of_ce ? E1::none : this->squarings >= 0 && wanted.of_kd ? E1::power : E1::own;
-    Terms<A> r = row;
     for (int64_t j = 0, n; j < (wanted.of_ce ? V : wanted.of_kd || wanted.value ? C : 0); j += n) {
       n = this->block_at(j);
       const bool common = j < C;
@@ -204,8 +203,7 @@ struct DivergenceRows : KdRows<A> {
       const A* z = student.block(j, n, false, true);
       A* g = out ? place(k.student.type, out, j, n, this->g_buffer) : nullptr;
       const E1 from = common ? e_1 : E1::own;
-      if (common) move_to(j, i, r, from);
-      else r = row;
+      if (common) move_to(j, i, r);
       if (given) {
         this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, wanted_here.of_kd, from);
       } else {
@@ -217,7 +215,7 @@ struct DivergenceRows : KdRows<A> {
         if (!wanted_here.of_kd && !wanted_here.of_ce) continue;
       }
       if (label >= j && label < j + n && (wanted.of_ce || (excludes_label && wanted.of_kd)))
-        g[label - j] = at_label(row, divergence, wanted_here.of_kd, from);
+        g[label - j] = at_label(r, divergence, wanted_here.of_kd, from);
       student.chain(g, n);
       write(k.student.type, out, j, n, g);
     }
@@ -250,7 +248,7 @@ struct DivergenceRows : KdRows<A> {
   }
 
   // The label's column once more, with its own target, in float64.
-  [[gnu::noinline]] A at_label(Terms<A> r, const Divergence& divergence, bool of_kd, E1 e_1) {
+  [[gnu::noinline]] A at_label(Terms<A>& r, const Divergence& divergence, bool of_kd, E1 e_1) {
     A z[STEP], v[STEP], w[STEP], g[STEP];
     std::fill_n(z, STEP, z_y), std::fill_n(v, STEP, v_y);
     r.next_z = student.row, r.next_v = teacher.row, g[0] = 0;
@@ -269,20 +267,20 @@ struct DivergenceRows : KdRows<A> {
 
   // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept exponentials,
   // which were relative to another maximum.
-  void move_to(int64_t j, int64_t i, Terms<A>& r, E1 e_1) const {
+  void move_to(int64_t j, int64_t i, Terms<A>& r) const {
     r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
     r.next_v = next_row(k.teacher, k.weights, i) + j * r.v_bytes;
     if (!kd || !softmax || !k.forward) return;
     const int64_t block = j / BLOCK;
-    r.e_s = &this->e_s[j], r.e_t = &this->e_t[j];
+    r.kept.e_s = &this->e_s[j], r.kept.e_t = &this->e_t[j];
     if (j > 0 && this->top_s[block] == this->top_s[block - 1] && this->top_t[block] == this->top_t[block - 1]) return;
     const double l_s = this->l_s(), l_t = this->l_t();
     const double rise_s = (double(this->top_s[block]) - r.m_s) * LOG2E / k.temperature;
     const double rise_t = (double(this->top_t[block]) - r.m_t) * LOG2E / k.teacher_temperature;
-    r.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
-    r.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
-    if (e_1 == E1::power)
-      r.ce.inv_l = A(this->cross_entropy().q_scale(std::exp2(std::ldexp(rise_s, r.ce.squarings))));
+    r.kept.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
+    r.kept.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
+    if (ce && this->squarings >= 0)
+      r.kept.inv_l_1 = A(this->cross_entropy().q_scale(std::exp2(std::ldexp(rise_s, r.ce.squarings))));
   }
 };
 

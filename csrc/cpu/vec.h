@@ -93,12 +93,14 @@ template <class V> INLINE V fma(V x, V y, V z) {
 INLINE double fma(double x, double y, double z) { return x * y + z; }
 
 // Σ over the partial sums of a loop, in float64 and in a fixed order; of one vector; and the highest of maxima.
+template <int width = 1, class T, class Combine> INLINE T combined(const T* x, const Combine& combine) {
+  if constexpr (width == STEP) return x[0];
+  else return combine(combined<2 * width>(x, combine), combined<2 * width>(x + width, combine));
+}
 template <class A> INLINE double total(const Vec<A> (&partial)[PER_STEP<A>]) {
   double sum[STEP];
   for (int i = 0; i < STEP; i++) sum[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
-  for (int half = STEP / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-  return sum[0];
+  return combined(sum, [](double x, double y) { return x + y; });
 }
 INLINE double added(D x) {
   double sum = 0;
@@ -108,9 +110,7 @@ INLINE double added(D x) {
 template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   A top[STEP];
   for (int i = 0; i < STEP; i++) top[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
-  for (int half = STEP / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) top[i] = top[i] > top[i + half] ? top[i] : top[i + half];
-  return top[0];
+  return combined(top, [](A x, A y) { return x > y ? x : y; });
 }
 
 // Σ_k c_k·x^k with c_k = c_(k−1)·ratio/(k + offset), Taylor series of exponentials, as a polynomial for |x| <= reach:
