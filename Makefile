@@ -112,7 +112,7 @@ check-wheel: wheel
 		.ci/wheel .wheel/$$(basename $$python)/bin/python dist/*.whl; \
 	done
 
-.venv/ready: pyproject.toml constraints.txt setup.py backend.py $(wildcard csrc/*)
+.venv/ready: pyproject.toml constraints.txt setup.py backend.py $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer: make PYTHON=/path/to/it")'
 	@echo "== .venv: the libraries of constraints.txt (minutes, once), then the C++ extension"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

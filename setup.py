@@ -1,7 +1,7 @@
 """Builds the two libraries of fusedkd; everything else about the package is in pyproject.toml.
 
-    fusedkd/_C.abi3.so        from csrc/*.cpp, the CPU kernels: by the C++ compiler
-    fusedkd/_C_cuda.abi3.so   from csrc/*.cu, the CUDA kernels: by nvcc, called directly, where there is one
+    fusedkd/_C.abi3.so        from csrc/cpu/*.cpp, the CPU kernels: by the C++ compiler
+    fusedkd/_C_cuda.abi3.so   from csrc/cuda/*.cu, the CUDA kernels: by nvcc, called directly, where there is one
 
 Both use the LibTorch stable ABI and nothing of Python's, so that one build serves every Python >= 3.10 and
 torch >= 2.11; a CPU build of torch is enough to compile them. Neither is required: the package works without them, more
@@ -35,7 +35,7 @@ NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror"] if os.environ.get("FUSEDKD_WERROR") == "1" else []
 CXX_FLAGS += WARNINGS
 NVCC_FLAGS += [f"-Xcompiler={','.join(WARNINGS)}", "--Werror=all-warnings"] if WARNINGS else []
-BUILT_FOR = "built for the compute capabilities "  # csrc/archs.h
+BUILT_FOR = "built for the compute capabilities "  # csrc/cuda/archs.h
 
 WITHOUT = {
     "FUSEDKD_CPU": "On a CPU it will be slow, PyTorch definitions answer instead of the fused kernels. Install a C++20 "
@@ -137,17 +137,22 @@ def library(
         return []
     macros = {"TORCH_TARGET_VERSION": TORCH_TARGET_VERSION, **macros}
     extension = Extension(
-        name, files, define_macros=[*macros.items()], depends=glob("csrc/*.h") + glob("csrc/*.cuh"), **options
+        name, files, define_macros=[*macros.items()], depends=glob("csrc/*/*.h") + glob("csrc/*/*.cuh"), **options
     )
     extension.py_limited_api, extension.optional, extension.variable = True, wish != "1" and not WARNINGS, variable
     return [extension]
 
 
 cpu = library(
-    "fusedkd._C", "csrc/*.cpp", "FUSEDKD_CPU", True, {}, extra_compile_args=CXX_FLAGS, libraries=["torch_cpu"]
+    "fusedkd._C", "csrc/cpu/*.cpp", "FUSEDKD_CPU", True, {}, extra_compile_args=CXX_FLAGS, libraries=["torch_cpu"]
 )
 cuda = library(
-    "fusedkd._C_cuda", "csrc/*.cu", "FUSEDKD_CUDA", nvcc() is not None, {"USE_CUDA": "1"}, extra_compile_args=NVCC_FLAGS
+    "fusedkd._C_cuda",
+    "csrc/cuda/*.cu",
+    "FUSEDKD_CUDA",
+    nvcc() is not None,
+    {"USE_CUDA": "1"},
+    extra_compile_args=NVCC_FLAGS,
 )
 setup(
     ext_modules=cpu + cuda,

@@ -110,6 +110,7 @@ def case(
         scale=logit_scale,
         teacher_softcap=1.2 * logit_softcap if transform else 0,
         teacher_scale=0.9 if transform else 1,
+        z_loss_weight=options.get("z_loss_weight", 0.0),
     )
     truth_options = options | {"kd_weight": 0.7 / NORMALIZERS[0], "ce_weight": ce_weight / NORMALIZERS[1]}
     truth_options |= {"kd_mask": WEIGHTS.view(2, 3)}

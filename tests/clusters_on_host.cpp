@@ -1,4 +1,4 @@
-// csrc/clusters.cuh on a GPU made of a few variables: what it sets, what it asks, and how often.
+// csrc/cuda/clusters.cuh on a GPU made of a few variables: what it sets, what it asks, and how often.
 #include "clusters.cuh"
 
 #include <cstdio>

@@ -1,7 +1,7 @@
-// Enough of CUDA to compile csrc/*.cu with a C++ compiler and run it on CPU tensors: the sources' own indexing, masks
+// Enough of CUDA to compile csrc/cuda/*.cu with a C++ compiler and run it on CPU tensors: the sources' own indexing, masks
 // and reductions, without a GPU. Every CUDA thread of a cluster of blocks is a fiber, run in turn from one barrier or
 // shuffle to the next. The operators are registered as `fusedkd_on_host`. Compile with `-include` this header, which
-// stands in for csrc/launch.cuh and csrc/cluster.cuh.
+// stands in for csrc/cuda/launch.cuh and csrc/cuda/cluster.cuh.
 #pragma once
 #define FUSEDKD_LAUNCH
 #define FUSEDKD_CLUSTER
@@ -135,7 +135,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const torch::s
   for (unsigned i = 0; i < grid.x; ++i) run_cluster(i);
 }
 
-// ------------------------------------------------------------------------------------------- csrc/cluster.cuh
+// ------------------------------------------------------------------------------------------- csrc/cuda/cluster.cuh
 
 struct Multiprocessors {
   int count, shared, shared_per_block, reserved;

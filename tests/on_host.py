@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def load(source: str, folder: Path, *options: str) -> None:
-    """The operators of csrc/`source` as ``torch.ops.fusedkd_on_host``, once they are defined."""
+    """The operators of csrc/cuda/`source` as ``torch.ops.fusedkd_on_host``, once they are defined."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -24,7 +24,8 @@ def load(source: str, folder: Path, *options: str) -> None:
     command += ["-fsanitize=alignment,bounds,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", '-DFUSEDKD_CUDA_ARCHS="90a"']
     command += [f"-isystem{path}" for path in include_paths()]
-    command += ["-include", str(ROOT / "tests/cuda_on_host.h"), "-x", "c++", str(ROOT / "csrc" / source), "-x", "none"]
+    command += ["-include", str(ROOT / "tests/cuda_on_host.h")]
+    command += ["-x", "c++", str(ROOT / "csrc/cuda" / source), "-x", "none"]
     command += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-o", str(library)]
     subprocess.run(command, check=True)
     torch.ops.load_library(library)

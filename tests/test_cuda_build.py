@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc").glob("*.cu"))
+SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 

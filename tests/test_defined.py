@@ -10,6 +10,7 @@ from typing import Any
 import linear_cases
 import pytest
 import torch
+from families import top_k
 from torch import Tensor
 from truth import check_kd, kd_truth, pair, targets
 
@@ -221,6 +222,9 @@ def test_z_loss(device: str, dtype: torch.dtype, weight: float) -> None:
         {"kd_weight": 0.5, "logit_softcap": 4.0},
     ):
         check_kd(student, teacher, labels, ce_weight=0.7, z_loss_weight=weight, **options)
+        if "divergence" not in options and "logit_softcap" not in options:
+            listed = top_k(teacher.double(), 5)
+            check_kd(student, listed, labels, ce_weight=0.7, z_loss_weight=weight, **options)
     leaf = student.double().requires_grad_()
     found = kd_loss(leaf, teacher, labels, kd_weight=0.0, ce_weight=1.0, z_loss_weight=weight)
     lse = leaf.logsumexp(-1)[labels != -100]

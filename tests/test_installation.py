@@ -184,5 +184,5 @@ def test_the_source_distribution_is_the_repository(checkout, tmp_path) -> None:
         tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
         expected = {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()}
         assert packed >= expected, sorted(expected - packed)
-    assert {"csrc/kd_rows.h", "tests/truth.py", "backend.py", "Makefile", "constraints.txt", ".ci/run"} <= packed
+    assert {"csrc/cpu/kd_rows.h", "tests/truth.py", "backend.py", "Makefile", "constraints.txt", ".ci/run"} <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]

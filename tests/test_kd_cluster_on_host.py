@@ -1,5 +1,5 @@
-"""csrc/kd_cluster.cu run on the CPU, thread by thread (tests/cuda_on_host.h): its values, gradients, indexing, copies
-and reductions over clusters by the rule of truth.py, where there is no GPU. Logits lie in NaN, and so does shared
+"""csrc/cuda/kd_cluster.cu run on the CPU, thread by thread (tests/cuda_on_host.h): its values, gradients, indexing,
+copies and reductions over clusters by the rule of truth.py, where there is no GPU. Logits lie in NaN, and so does shared
 memory, so that a read past a row or ahead of its copy shows; misaligned copies and wide accesses abort.
 """
 
@@ -16,7 +16,7 @@ from families import describe, divergences
 from truth import assert_gradient
 
 from fusedkd import DKD, JSD, SkewKL
-from fusedkd.backends.layout import STATS, KernelId
+from fusedkd.backends.layout import STATS, KernelId, Option
 from fusedkd.backends.schema import CLUSTER
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=describe)
@@ -177,6 +177,13 @@ def test_where_not_a_number_shows(divergence, bad):
     assert gradient[0, 2, :110].any()
 
 
+@pytest.mark.parametrize("weight", [1e-4, 0.1])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "dkd"])
+def test_z_loss(divergence, weight):
+    case(515, torch.bfloat16, 509, divergence, temperature=2.0, label_smoothing=0.1, z_loss_weight=weight).check()
+    case(259, torch.float32, 259, divergence, temperature=3.0, z_loss_weight=weight, offset=50).check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=describe)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
 @pytest.mark.parametrize(("t_s", "t_t"), [(1.0, 0.4), (0.4, 1.0)])
@@ -186,6 +193,22 @@ def test_masks_as_low_as_the_type_goes(divergence, dtype, t_s, t_t):
     c.inputs["teacher"][:, :, 50:60] = torch.finfo(dtype).min
     assert c.forward()[2].isfinite().all()
     c.student[:, :, 50:60] = torch.finfo(dtype).min
+    c.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=describe)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd", "alpha_beta"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_rows_as_low_as_the_type_goes(divergence, dtype, temperature):
+    """All columns are equal, on one side or on both, whatever is beside them at −inf."""
+    c = case(120, dtype, divergence=divergence, temperature=temperature, label_smoothing=0.1)
+    low = torch.finfo(dtype).min
+    c.student[0, 0] = c.inputs["teacher"][0, 2] = low
+    c.student[1, 0] = c.inputs["teacher"][1, 0] = low
+    c.check()
+    c.inputs["options"][Option.LABEL_SMOOTHING] = 0.0
+    c.truth_options.update(label_smoothing=0.0)
+    c.student[1, 0, 50:60] = c.inputs["teacher"][1, 0, 50:60] = -torch.inf
     c.check()
 
 

@@ -73,7 +73,7 @@ def test_kernels_for_hopper_need_90a(tmp_path: Path) -> None:
     checks = [f'static_assert({"" if a in yes else "!"}fusedkd::has_hopper("{a}"));' for a in (*yes, *no)]
     checks.append("static_assert(!fusedkd::has_hopper(FUSEDKD_CUDA_ARCHS));")  # not known
     source.write_text("\n".join(['#include "archs.h"', *checks]))
-    subprocess.run([compiler, "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc'}", str(source)], check=True)
+    subprocess.run([compiler, "-std=c++20", "-fsyntax-only", f"-I{ROOT / 'csrc/cuda'}", str(source)], check=True)
 
 
 def test_the_report_says_why_nobody_answers_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

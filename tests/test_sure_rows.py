@@ -51,6 +51,17 @@ def test_by_the_rule(device: str, divergence: Divergence, dtype: torch.dtype, te
     check_kd(student, teacher, (place + 1) % V, **options, kd_weight=0.5, ce_weight=0.7)
 
 
+@three_dtypes
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_z_loss(device: str, dtype: torch.dtype, temperature: float) -> None:
+    """Beside the loss of a sure label, whose gradient is next to nothing."""
+    student, teacher, place = sure(*MARGINS, device=device, dtype=dtype)
+    for known in (teacher, top_k(teacher.double(), 8, "renormalize")):
+        for weight in (1e-30, 1e-4):
+            options: dict[str, Any] = {"temperature": temperature, "reduction": "none", "z_loss_weight": weight}
+            check_kd(student, known, place, **options, kd_weight=0.5, ce_weight=0.7)
+
+
 @pytest.mark.parametrize("kind", ["renormalize", "bucket", "ignore", "samples"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_listed_teachers(device: str, kind: str, divergence: str) -> None:

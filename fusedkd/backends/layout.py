@@ -1,5 +1,5 @@
 """The one table of what Python, C++, Triton and CUDA tell each other by number: the options of a call, the statistics
-of a row, and the kernels that compute a divergence. ``csrc/layout.h`` repeats it, and a test compares the two.
+of a row, and the kernels that compute a divergence. ``csrc/common/layout.h`` repeats it, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""csrc/kd_cluster.cu on a Hopper GPU. tests/test_kd_cluster_on_host.py runs the same kernels on the CPU; what only a
-GPU shows is here: the real copies, barriers and clusters, their launch, today's vocabularies, streams and graphs.
+"""csrc/cuda/kd_cluster.cu on a Hopper GPU. tests/test_kd_cluster_on_host.py runs the same kernels on the CPU; what only
+a GPU shows is here: the real copies, barriers and clusters, their launch, today's vocabularies, streams and graphs.
 """
 
 from __future__ import annotations

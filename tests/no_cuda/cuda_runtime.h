@@ -1,4 +1,4 @@
-// The calls of CUDA's runtime that csrc/clusters.cuh makes, answered by tests/clusters_on_host.cpp.
+// The calls of CUDA's runtime that csrc/cuda/clusters.cuh makes, answered by tests/clusters_on_host.cpp.
 #pragma once
 #include <cstddef>
 

@@ -2,7 +2,7 @@
 // the CPU kernels (vectors of columns) and the CUDA kernels (one column at a time).
 //
 //   s = z/T_s, t = v/T_t, q = softmax(s) student, p = softmax(t) teacher, δ = log p − log q          C common columns
-//   D = Σ value,  ∂D/∂s = w − q·W,  w = pull, W = Σ w                         value and w are functions of one column
+//   D = Σ value,  ∂D/∂s = w − q·W,  w = grad_term, W = Σ w                        value and w are functions of one column
 //
 //   excess(p, m, x), x = log(p/m):  p·φ(x), φ(x) = e^−x − 1 + x >= 0, so that nothing cancels near convergence;
 //   Σ excess = KL(p‖m), since p and m both sum to 1; a column with p = 0 gives m
@@ -24,15 +24,25 @@
 // DistiLLM (2402.03898) and, detached, DistiLLM-2 (2503.07067); αβ: ABKD (2505.04560); TV: Wen et al. (2307.15190);
 // DKD: 2203.08679; excess: Schulman 2020, "Approximating KL divergence" (the estimator k3).
 //
-// The including file provides, for X a vector of columns or a scalar, inside the namespace it includes this in:
+// The arithmetic is that of cpu/vec.h or cuda/scalar.cuh. Both have, for X a vector of columns or a scalar:
 //   INLINE              what makes a function inline (and __device__)
 //   Scalar<X>           the type of its elements;  INFINITE<Scalar<X>>
 //   max(x, y), absolute(x), phi(x) = φ(x)/x² for |x| < 1: also of the scalars R that describe rows;  fma(x, y, z)
 //   Exp<X>(x)           for x <= 0: .value = e^x, .minus_one = e^x − 1 without cancellation
 //   exp2_any(x, grows)  2^x for any x: 0 below the range, +∞ above it; `grows` if x may be above 0
 //   log1p(x, u)         log u of u = 1 + x, normal and positive; x has the digits that u lacks near 1
-// and <cmath> before it. Conditions are X < X, for vectors a mask: write `c ? a : b`, which computes both sides.
+// Conditions are X < X, for vectors a mask: write `c ? a : b`, which computes both sides.
+#ifndef FUSEDKD_DIVERGENCES
+#define FUSEDKD_DIVERGENCES
 
+#include "layout.h"
+#ifdef FUSEDKD_VECTOR_BYTES  // once per instruction set of a CPU: cpu/isa.h
+#include "../cpu/vec.h"
+#else
+#include "../cuda/scalar.cuh"
+#endif
+
+namespace FUSEDKD_NAMESPACE {
 
 // What a form can use of one column. δ is NaN or infinite where a logit is −∞.
 template <class X> struct Column {
@@ -42,8 +52,8 @@ template <class X> struct Column {
   decltype(X{} < X{}) no_p, no_q;  // v = −∞, z = −∞
 };
 
-// And of its row. R: double or float. The log odds are those of the target y against all other columns, for forms that
-// hide the target's column; l then is without it.
+// And of its row. R: double or float. The log odds are those of the label y against all other columns, for forms that
+// exclude the label's column; l then is without it.
 template <class R> struct RowSums {
   R l_s, l_t;          // Σ exp(s − max), Σ exp(t − max)
   R columns;           // C
@@ -52,13 +62,13 @@ template <class R> struct RowSums {
 
 // A form is constructed once per row from a0 … a5 and the row's sums. The flags and what they default to:
 struct Defaults {
-  static constexpr bool softmax = true;       // has p and q; without them, w is the gradient with respect to z
-  static constexpr bool measured = true;      // W takes a sweep of its own, and the gradient is 0 where D = ∞
-  static constexpr bool centred = true;       // w − q·W, else w
-  static constexpr bool has_logs = false;     // value and pull may be given `logs` of the column
+  static constexpr bool softmax = true;           // has p and q; without them, w is the gradient with respect to z
+  static constexpr bool needs_weight_sum = true;  // W takes a pass of its own, and the gradient is 0 where D = ∞
+  static constexpr bool centred = true;           // w − q·W, else w
+  static constexpr bool has_logs = false;         // value and grad_term may be given `logs` of the column
   template <class X> struct Logs {};
-  static constexpr bool hides_target = false;  // p and q are without the target's column, which `target_value` and
-                                               // `centre` (both W and the pull of that column) account for
+  static constexpr bool excludes_label = false;  // p and q are without the label's column, which `label_value` and
+                                                 // `centre` (both W and the grad_term of that column) account for
 };
 
 template <class A> INLINE A infinite_if(bool condition) { return condition ? INFINITE<A> : A(0); }
@@ -68,13 +78,13 @@ template <class X> INLINE X excess(X p, X m, X x) {
 }
 
 template <class A> struct ForwardKL : Defaults {
-  static constexpr bool measured = false, centred = false;
+  static constexpr bool needs_weight_sum = false, centred = false;
   template <class R> INLINE ForwardKL(const double*, const RowSums<R>&) {}
   template <class X> INLINE X value(const Column<X>& c) const {
     const X term = excess(c.p, c.q, c.delta);
     return c.no_p ? c.q : (c.no_q ? X{} + INFINITE<A> : term);
   }
-  template <class X> INLINE X pull(const Column<X>& c) const { return c.q - c.p; }
+  template <class X> INLINE X grad_term(const Column<X>& c) const { return c.q - c.p; }
 };
 
 template <class A> struct Jeffreys : Defaults {
@@ -85,7 +95,7 @@ template <class A> struct Jeffreys : Defaults {
     const X term = a0 * excess(c.p, c.q, c.delta) + a1 * excess(c.q, c.p, -c.delta);
     return c.no_p ? (c.no_q ? X{} : a0 * c.q + alone_q) : (c.no_q ? a1 * c.p + alone_p : term);
   }
-  template <class X> INLINE X pull(const Column<X>& c) const {
+  template <class X> INLINE X grad_term(const Column<X>& c) const {
     const X log_part = c.no_p ? X{} : (c.no_q ? X{} : a1 * c.q * c.delta);
     return a0 * (c.q - c.p) - log_part;
   }
@@ -122,11 +132,11 @@ template <class A> struct Mixture : Defaults {
     const X alone = c.no_p ? (c.no_q ? X{} : X{} + alone_q) : (c.no_q ? X{} + alone_p : X{});
     return a0 * excess(c.p, m, k.p_over_m) + a1 * excess(c.q, m, k.q_over_m) + alone;
   }
-  template <class X> INLINE X pull(const Column<X>& c, const Logs<X>& k) const {
+  template <class X> INLINE X grad_term(const Column<X>& c, const Logs<X>& k) const {
     return a1 * c.q * k.q_over_m - slope * k.share * (c.p - c.q);
   }
   template <class X> INLINE X value(const Column<X>& c) const { return value(c, logs(c)); }
-  template <class X> INLINE X pull(const Column<X>& c) const { return pull(c, logs(c)); }
+  template <class X> INLINE X grad_term(const Column<X>& c) const { return grad_term(c, logs(c)); }
 };
 
 // With X = p^s, Y = q^s, Δ = s·δ, ρ = β/s, or the same with p and q exchanged, α for β and −δ, whichever makes ρ <= ½:
@@ -134,18 +144,18 @@ template <class A> struct Mixture : Defaults {
 // E = XΔ(1 − ρΔ·P(ρΔ)), and Y − X + E = XΔ²(P(Δ) − ρ·P(ρΔ)), both by series where nothing else has digits enough.
 template <class A> struct AlphaBeta : Defaults {
   bool exchanged, grows;  // X = q^s; an exponent is negative, so that a power may exceed 1
-  A alpha, beta, s, rho, inv_rho, value_scale, pull_scale, inv_rest, reach;
+  A alpha, beta, s, rho, inv_rho, value_scale, grad_scale, inv_rest, reach;
   A scale_p, scale_q, scale_g;  // l_t^−s, l_s^−s, l_t^−α·l_s^−β
-  A value_p, value_q, pull_q, alone_p, alone_q;
+  A value_p, value_q, grad_q, alone_p, alone_q;
   template <class R> INLINE AlphaBeta(const double* a, const RowSums<R>& row)
       : exchanged(a[0] < a[1]), grows(a[0] < 0 || a[1] < 0), alpha(a[0]), beta(a[1]), s(a[0] + a[1]),
         rho((exchanged ? a[0] : a[1]) / (a[0] + a[1])), inv_rho(rho == 0 ? A(0) : 1 / rho),
-        value_scale(1 / ((1 - rho) * s * s)), pull_scale(1 / s), inv_rest(1 / (1 - rho)),
+        value_scale(1 / ((1 - rho) * s * s)), grad_scale(1 / s), inv_rest(1 / (1 - rho)),
         reach(max(A(1), max(rho, -rho))),
         scale_p(std::pow(row.l_t, R(-s))), scale_q(std::pow(row.l_s, R(-s))),
         scale_g(std::pow(row.l_t, R(-alpha)) * std::pow(row.l_s, R(-beta))),
         value_p(beta > 0 ? 1 / (beta * s) : A(0)), value_q(alpha > 0 ? 1 / (alpha * s) : A(0)),
-        pull_q(alpha > 0 ? 1 / alpha : A(0)), alone_p(infinite_if<A>(beta <= 0)), alone_q(infinite_if<A>(alpha <= 0)) {}
+        grad_q(alpha > 0 ? 1 / alpha : A(0)), alone_p(infinite_if<A>(beta <= 0)), alone_q(infinite_if<A>(alpha <= 0)) {}
 
   template <class X> struct Parts {
     X p, q, x, delta, e, difference, p_delta, p_rho_delta;  // p^s, q^s, X, Δ, E, Y − X, P(Δ), P(ρΔ)
@@ -168,19 +178,19 @@ template <class A> struct AlphaBeta : Defaults {
     const X term = (absolute(k.delta) * reach < A(1) ? near : k.difference + k.e) * value_scale;
     return c.no_p ? (c.no_q ? X{} : k.q * value_q + alone_q) : (c.no_q ? k.p * value_p + alone_p : term);
   }
-  template <class X> INLINE X pull(const Column<X>& c) const {
+  template <class X> INLINE X grad_term(const Column<X>& c) const {
     const Parts<X> k = parts(c);
     const X near = -k.x * k.delta * (A(1) - k.delta * (k.p_delta - rho * rho * k.p_rho_delta) * inv_rest);
     const X plain = absolute(k.delta) * reach < A(1) ? near : (k.difference + rho * k.e) * inv_rest;
-    const X term = (exchanged ? k.e : plain) * pull_scale;
-    return c.no_p ? k.q * pull_q : (c.no_q ? X{} : term);
+    const X term = (exchanged ? k.e : plain) * grad_scale;
+    return c.no_p ? k.q * grad_q : (c.no_q ? X{} : term);
   }
 };
 
 template <class A> struct TotalVariation : Defaults {
   template <class R> INLINE TotalVariation(const double*, const RowSums<R>&) {}
   template <class X> INLINE X value(const Column<X>& c) const { return A(0.5) * absolute(c.p - c.q); }
-  template <class X> INLINE X pull(const Column<X>& c) const {
+  template <class X> INLINE X grad_term(const Column<X>& c) const {
     const X half = A(0.5) * c.q, known = c.delta < A(0) ? half : (c.delta > A(0) ? -half : X{});
     return c.no_p ? half : known;
   }
@@ -194,7 +204,7 @@ template <class A> struct LogitMSE : Defaults {
     const X difference = fma(X{} - a0, c.v, c.z), term = difference * difference * scale;
     return c.no_p ? (c.no_q ? X{} : X{} + INFINITE<A>) : term;  // of a student's −∞, it is +∞
   }
-  template <class X> INLINE X pull(const Column<X>& c) const {
+  template <class X> INLINE X grad_term(const Column<X>& c) const {
     const X term = fma(X{} - a0, c.v, c.z) * (2 * scale);
     return c.no_p ? X{} : (c.no_q ? X{} : term);
   }
@@ -203,8 +213,8 @@ template <class A> struct LogitMSE : Defaults {
 template <class R> INLINE R sigmoid(R x) { return 1 / (1 + std::exp(-x)); }
 template <class R> INLINE R softplus(R x) { return max(x, R(0)) + std::log1p(std::exp(-absolute(x))); }
 
-// log q_y/(1 − q_y) of the target's logit y against columns with maximum `top` and l = Σ exp((x − top)·c): +∞ where there
-// is no other column. A logit of +∞, which makes no distribution, is a NaN, lest it look like a sure target.
+// log q_y/(1 − q_y) of the label's logit y against columns with maximum `top` and l = Σ exp((x − top)·c): +∞ where there
+// is no other column. A logit of +∞, which makes no distribution, is a NaN, lest it look like a sure label.
 template <class R> INLINE R log_odds(R logit, R top, R c, R l) {
   if (!(logit < INFINITE<R>)) return logit - logit;
   return l == 0 ? INFINITE<R> : (logit - top) * c - std::log(l);
@@ -227,16 +237,29 @@ template <class R> INLINE R binary_kl(R t, R s) {
 template <class R> INLINE R weighted(R a, R x) { return a == 0 && x == INFINITE<R> ? R(0) : a * x; }
 
 template <class A> struct DKD : Defaults {
-  static constexpr bool measured = false, hides_target = true;
+  static constexpr bool needs_weight_sum = false, excludes_label = true;
   A a1, alone_p;
-  A target_value, centre;  // a0·KL(b_T‖b_S), a0·(q_y − p_y)
+  A label_value, centre;  // a0·KL(b_T‖b_S), a0·(q_y − p_y)
   template <class R> INLINE DKD(const double* a, const RowSums<R>& row)
       : a1(row.l_s == 0 || row.l_t == 0 ? 0 : a[1]), alone_p(infinite_if<A>(a1 != 0)),
-        target_value(weighted(R(a[0]), binary_kl(row.odds_t, row.odds_s))),
+        label_value(weighted(R(a[0]), binary_kl(row.odds_t, row.odds_s))),
         centre(R(a[0]) * (sigmoid(row.odds_s) - sigmoid(row.odds_t))) {}
   template <class X> INLINE X value(const Column<X>& c) const {
     const X term = a1 * excess(c.p, c.q, c.delta);
     return c.no_p ? a1 * c.q : (c.no_q ? X{} + alone_p : term);
   }
-  template <class X> INLINE X pull(const Column<X>& c) const { return a1 * (c.q - c.p); }
+  template <class X> INLINE X grad_term(const Column<X>& c) const { return a1 * (c.q - c.p); }
 };
+
+// use.operator()<F>() for the form F of a kernel.
+template <class A, class Use> auto with_divergence(KernelId kernel_id, const Use& use) {
+#define FUSEDKD_CASE(id, Class) \
+  case KernelId::id: return use.template operator()<Class<A>>();
+  switch (kernel_id) { FUSEDKD_KERNELS(FUSEDKD_CASE) }
+#undef FUSEDKD_CASE
+  STD_TORCH_CHECK(false, "fusedkd: unknown kernel ", int64_t(kernel_id));
+  return use.template operator()<ForwardKL<A>>();
+}
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

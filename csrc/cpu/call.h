@@ -1,16 +1,20 @@
-// What the kernels of kd_loss are called with, however the teacher is known.
+// What the kernels are called with.
 #pragma once
+#ifdef FUSEDKD_VECTOR_BYTES
+#error "to be included before isa.h, for it is compiled for any processor"
+#endif
 
-#include "layout.h"
+#include "../common/layout.h"
 #include "tensor.h"
 
 namespace fusedkd {
 
+// Of kd_loss, however the teacher is known.
 struct LogitsCall {
   Rows student, teacher;  // [B, L, V], [B, L, C]
   const int64_t* labels;  // [N] or null
   const float* weights;   // [N]
-  double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing;
+  double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing, z_loss_weight;
   double softcap, scale, teacher_softcap, teacher_scale;
   const double* coefficients;  // a0 … a5 of the form
   double n_kd, n_ce;
@@ -27,14 +31,15 @@ struct LogitsCall {
     STD_TORCH_CHECK(student.count == teacher.count && student.inner == teacher.inner && (y || !ce),
                     "fusedkd: student and teacher rows do not match, or labels are missing");
     const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
-    const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
+    const double* n = contiguous_data<double>(normalizers, ScalarType::Double, NORMALIZERS, "normalizers");
     labels = y ? contiguous_data<int64_t>(*y, ScalarType::Long, student.count, "labels") : nullptr;
     weights = contiguous_data<float>(w, ScalarType::Float, student.count, "weights");
     temperature = o[TEMPERATURE], teacher_temperature = o[TEACHER_TEMPERATURE], kd_scale = o[KD_SCALE];
     kd_weight = o[KD_WEIGHT], ce_weight = o[CE_WEIGHT], smoothing = o[LABEL_SMOOTHING];
+    z_loss_weight = o[Z_LOSS_WEIGHT];
     softcap = o[SOFTCAP], scale = o[SCALE], teacher_softcap = o[TEACHER_SOFTCAP], teacher_scale = o[TEACHER_SCALE];
     coefficients = o + COEFFICIENTS;
-    n_kd = n[0], n_ce = n[1];
+    n_kd = n[KD_NORMALIZER], n_ce = n[CE_NORMALIZER];
   }
 };
 
@@ -50,5 +55,16 @@ struct TopkCall : LogitsCall {
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);
 void run(const TopkCall& k);
+
+// Of cosine_hidden_loss.
+struct CosineCall {
+  Rows student, teacher;  // [B, L, H]
+  const float* weights;   // [N] or null: all 1
+  double normalizer;
+  bool forward = false;                    // rows and stats are results, else stats are given
+  void *rows = nullptr, *stats = nullptr;  // [N] and [N, 3] of the accumulation type
+  std::optional<Rows> gradient = {};       // [B, L, H] like the student
+  std::optional<PerRow> upstream = {};     // 1 if none
+};
 
 }  // namespace fusedkd

@@ -1,10 +1,15 @@
-// Includes FUSEDKD_BODY once per instruction set, each time inside its own namespace of fusedkd. A body includes vec.h
-// first. FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
+// Compiles FUSEDKD_BODY, a header, once per instruction set. Each time FUSEDKD_NAMESPACE is the namespace that it defines
+// its functions in, and FUSEDKD_VECTOR_BYTES the size of a vector; what the body includes is compiled with it.
+//
+// FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
 // FUSEDKD_ISA = avx512 | avx2 | plain asks for, if that is not beyond it.
+//
+// The headers that are compiled so, vec.h and all that include it, have guards as others do. each_isa.h undefines them
+// for the next instruction set; headers with #pragma once are compiled once, for any processor.
 #pragma once
 
-#include <cstdlib>
-#include <string_view>
+// What bodies include beside each other: here, it is not compiled for an instruction set.
+#include "tensor.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FUSEDKD_X86
@@ -54,26 +59,20 @@ inline Isa isa() {
   }
 
 FUSEDKD_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define FUSEDKD_NAMESPACE fusedkd::avx512
 #define FUSEDKD_VECTOR_BYTES 64
-namespace fusedkd { namespace avx512 {
-#include FUSEDKD_BODY
-} }
-#undef FUSEDKD_VECTOR_BYTES
+#include "each_isa.h"
 FUSEDKD_END_TARGET
 
 FUSEDKD_TARGET("avx2,fma,f16c")
+#define FUSEDKD_NAMESPACE fusedkd::avx2
 #define FUSEDKD_VECTOR_BYTES 32
-namespace fusedkd { namespace avx2 {
-#include FUSEDKD_BODY
-} }
-#undef FUSEDKD_VECTOR_BYTES
+#include "each_isa.h"
 FUSEDKD_END_TARGET
 #else
 #define FUSEDKD_CALL(function, ...) plain::function(__VA_ARGS__);
 #endif
 
+#define FUSEDKD_NAMESPACE fusedkd::plain
 #define FUSEDKD_VECTOR_BYTES 16
-namespace fusedkd { namespace plain {
-#include FUSEDKD_BODY
-} }
-#undef FUSEDKD_VECTOR_BYTES
+#include "each_isa.h"

@@ -1,20 +1,6 @@
 // The CPU operators of cosine_hidden_loss: their arguments become a CosineCall, and cosine_rows.h does the rest, once
 // per instruction set.
-#include "tensor.h"
-
-namespace fusedkd {
-
-struct CosineCall {
-  Rows student, teacher;           // [B, L, H]
-  const float* weights;            // [N] or null: all 1
-  double normalizer;
-  bool forward = false;                       // rows and stats are results, else stats are given
-  void *rows = nullptr, *stats = nullptr;     // [N] and [N, 3] of the accumulation type
-  std::optional<Rows> gradient = {};          // [B, L, H] like the student
-  std::optional<PerRow> upstream = {};        // 1 if none
-};
-
-}  // namespace fusedkd
+#include "call.h"
 
 #define FUSEDKD_BODY "cosine_rows.h"
 #include "isa.h"

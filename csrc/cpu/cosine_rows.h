@@ -6,18 +6,23 @@
 //
 // A row whose squares overflow is summed once more, scaled down: a·x and b·y are in range whatever x and y are.
 //
-// A row pair is read from memory once, 4 + 4 bytes per element in float32, and later sweeps find it in cache; the
-// gradient is 4 bytes more.
+// A row pair is read from memory once, 4 + 4 bytes per element in float32, and later passes find it in cache; the
+// gradient is 4 bytes more. Compiled once per instruction set (isa.h).
+#ifndef FUSEDKD_COSINE_ROWS
+#define FUSEDKD_COSINE_ROWS
 
+#include "call.h"
 #include "vec.h"
 
+namespace FUSEDKD_NAMESPACE {
+
 // The rows of one side in A, a block of columns at a time; the block that was read last is not converted again.
-template <class A> struct Side {
+template <class A> struct HiddenSide {
   const Rows& rows;
   alignas(64) A buffer[BLOCK];
   const A* block = nullptr;
   int64_t row = -1, column = -1;
-  explicit Side(const Rows& rows) : rows(rows) {}
+  explicit HiddenSide(const Rows& rows) : rows(rows) {}
 
   const A* operator()(int64_t i, int64_t j) {
     if (i != row || j != column) block = read<A>(rows.type, rows[row = i], column = j, length(j), buffer, 0);
@@ -36,7 +41,7 @@ template <class A> struct Side {
 template <class A> struct CosineRows {
   static constexpr double EPSILON = 1e-12;
   const CosineCall& k;
-  Side<A> student, teacher;
+  HiddenSide<A> student, teacher;
   alignas(64) A g_buffer[BLOCK];
   explicit CosineRows(const CosineCall& call) : k(call), student(call.student), teacher(call.teacher) {}
 
@@ -76,7 +81,7 @@ template <class A> struct CosineRows {
   int64_t steps(int64_t j) const { return whole_steps(student.length(j)); }
 
   // Of a row with Σx² as given.
-  A inverse_norm(double xx, Side<A>& side, int64_t i) const {
+  A inverse_norm(double xx, HiddenSide<A>& side, int64_t i) const {
     constexpr double far = std::is_same_v<A, double> ? 0x1p-700 : 0x1p-96;
     if (std::isfinite(xx)) return A(1 / std::sqrt(xx + EPSILON));
     double sum = 0;
@@ -130,3 +135,6 @@ inline void cosine_rows(const CosineCall& k, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) rows.row(i);
   }
 }
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

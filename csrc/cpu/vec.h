@@ -1,9 +1,19 @@
-// Vectors of the accumulation type A (float or double), their exponential and logarithm, and columns of a row in A, for
-// one instruction set: kernel bodies include this first, and isa.h includes each body once per instruction set. GCC's
-// vector extension carries the arithmetic; only what it lacks is spelled out. The compiler may reassociate and contract
-// nothing: no -ffast-math, and -ffp-contract=off.
+// Vectors of the accumulation type A (float or double), their exponential and logarithm, and columns of a row in A.
+// Compiled once per instruction set (isa.h). GCC's vector extension carries the arithmetic; only what it lacks is spelled
+// out. The compiler may reassociate and contract nothing: no -ffast-math, and -ffp-contract=off.
+#ifndef FUSEDKD_VEC
+#define FUSEDKD_VEC
 
+#ifndef FUSEDKD_VECTOR_BYTES
+#error "isa.h includes this"
+#endif
+
+#include "tensor.h"
+
+#undef INLINE
 #define INLINE inline __attribute__((always_inline))
+
+namespace FUSEDKD_NAMESPACE {
 
 template <class A> struct Types;
 template <> struct Types<float> {
@@ -82,20 +92,25 @@ template <class V> INLINE V fma(V x, V y, V z) {
 #endif
 INLINE double fma(double x, double y, double z) { return x * y + z; }
 
-// Σ over the partial sums of a loop, in float64 and in a fixed order; and the same of maxima.
+// Σ over the partial sums of a loop, in float64 and in a fixed order; of one vector; and the highest of maxima.
+template <int width = 1, class T, class Combine> INLINE T combined(const T* x, const Combine& combine) {
+  if constexpr (width == STEP) return x[0];
+  else return combine(combined<2 * width>(x, combine), combined<2 * width>(x + width, combine));
+}
 template <class A> INLINE double total(const Vec<A> (&partial)[PER_STEP<A>]) {
   double sum[STEP];
   for (int i = 0; i < STEP; i++) sum[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
-  for (int half = STEP / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-  return sum[0];
+  return combined(sum, [](double x, double y) { return x + y; });
+}
+INLINE double added(D x) {
+  double sum = 0;
+  for (int u = 0; u < WIDTH<double>; u++) sum += x[u];
+  return sum;
 }
 template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   A top[STEP];
   for (int i = 0; i < STEP; i++) top[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
-  for (int half = STEP / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) top[i] = top[i] > top[i + half] ? top[i] : top[i + half];
-  return top[0];
+  return combined(top, [](A x, A y) { return x > y ? x : y; });
 }
 
 // Σ_k c_k·x^k with c_k = c_(k−1)·ratio/(k + offset), Taylor series of exponentials, as a polynomial for |x| <= reach:
@@ -256,3 +271,6 @@ template <class A> INLINE void write(ScalarType type, char* row, int64_t j, int6
   } else if (type == ScalarType::BFloat16) convert(from, n, (BFloat16*)row + j);
   else convert(from, n, (Half*)row + j);
 }
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

@@ -1,6 +1,11 @@
-// What the kernels of logits share, for one instruction set: the running softmax, soft-cap and scale.
+// The statistics of a row of logits: m, the maximum, and l = Σ exp((x − m)/T), found block by block (Milakov and Gimelshein
+// 2018, arXiv:1805.02867). Compiled once per instruction set (isa.h).
+#ifndef FUSEDKD_SOFTMAX
+#define FUSEDKD_SOFTMAX
 
 #include "vec.h"
+
+namespace FUSEDKD_NAMESPACE {
 
 // Running Σ exp((x − m)/T). The reference m is the maximum of the first columns, and rises where a later one makes out
 // much of the sum; such a block is added once more, any other is read once. Where m is a block's maximum, the columns
@@ -16,28 +21,51 @@ template <class A> struct Softmax {
 
   // `kept` gets the exponentials, if given.
   void add(const A* x, int64_t n, A* kept = nullptr) {
-    Sums of;
-    if (m == -INFINITE<A>) {
-      m = maximum(x, n);
-      of = sums<true>(x, n, kept);
-    } else {
-      of = sums<false>(x, n, kept);
-      const double above = (double(of.most) - m) * c * (1 << squarings);
-      if (above > 0 && (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l))) {
-        rise(of.most);
-        of = sums<true>(x, n, kept);
-      }
+    switch (squarings) {
+      case 0: return add<0>(x, n, kept);
+      case 1: return add<1>(x, n, kept);
+      default: return add<2>(x, n, kept);
     }
-    l += of.l, l_1 += of.l_1;
-    top = std::max(top, of.most);
   }
   void settle() { rise(top); }
+
+  // As if the n columns x had been added: few, in float64, filled up with −∞ to whole steps. After settle().
+  void merge(const double* x, int64_t n) {
+    const A most = n == 0 ? -INFINITE<A> : A(*std::max_element(x, x + n));
+    if (most > m) rise(most);
+    const double from = m == -INFINITE<A> ? 0 : m;
+    D sum = {}, sum_1 = {};
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      D e = exp2<double>((load(x + j) - from) * c);
+      sum += e;
+      for (int k = 0; k < squarings; k++) e *= e;
+      sum_1 += e;
+    }
+    l += added(sum), l_1 += squarings > 0 ? added(sum_1) : 0;
+  }
 
  private:
   struct Sums {
     double l, l_1;
     A most;  // the maximum of the columns
   };
+
+  template <int squarings_> void add(const A* x, int64_t n, A* kept) {
+    Sums of;
+    if (m == -INFINITE<A>) {
+      m = maximum(x, n);
+      of = sums<true, squarings_>(x, n, kept);
+    } else {
+      of = sums<false, squarings_>(x, n, kept);
+      const double above = (double(of.most) - m) * c * (1 << squarings);
+      if (above > 0 && (above > REACH || std::exp2(above) > SHARE * (squarings > 0 ? l_1 + of.l_1 : l + of.l))) {
+        rise(of.most);
+        of = sums<true, squarings_>(x, n, kept);
+      }
+    }
+    l += of.l, l_1 += of.l_1;
+    top = std::max(top, of.most);
+  }
 
   void rise(A to) {
     if (to == m) return;
@@ -60,7 +88,7 @@ template <class A> struct Softmax {
   }
 
   // `at_top`: m is the columns' maximum. Those that equal it are counted, the others summed.
-  template <bool at_top> Sums sums(const A* x, int64_t n, A* kept) const {
+  template <bool at_top, int squarings_> Sums sums(const A* x, int64_t n, A* kept) const {
     Vec<A> highest_of[PER_STEP<A>], sum[PER_STEP<A>] = {}, sum_1[PER_STEP<A>] = {};
     Int<A> minus_others = {};
     for (auto& of : highest_of) of = splat(at_top ? m : -INFINITE<A>);
@@ -75,34 +103,23 @@ template <class A> struct Softmax {
         Vec<A> e = exp2<A>(below * scale);
         if (kept) store(kept + at, e);
         sum[u] = at_top ? (other ? sum[u] + e : sum[u]) : sum[u] + e;
-        if (squarings > 0) {
-          for (int k = 0; k < squarings; k++) e *= e;
+        if (squarings_ > 0) {
+          for (int k = 0; k < squarings_; k++) e *= e;
           sum_1[u] = at_top ? (other ? sum_1[u] + e : sum_1[u]) : sum_1[u] + e;
         }
       }
     double tops = 0;
     if (at_top) {
-      tops = double(n);
-      for (int i = 0; i < WIDTH<A>; i++) tops += minus_others[i];
+      typename Types<A>::Lane others = 0;
+      for (int i = 0; i < WIDTH<A>; i++) others -= minus_others[i];
+      tops = double(n - others);
     }
-    return {tops + total<A>(sum), squarings > 0 ? tops + total<A>(sum_1) : 0, highest<A>(highest_of)};
+    return {tops + total<A>(sum), squarings_ > 0 ? tops + total<A>(sum_1) : 0, highest<A>(highest_of)};
   }
 };
 
-// Soft-cap and scale in place: x' = cap·tanh(scale·x/cap), or scale·x without a cap; −∞ stays −∞. `slope` gets dx'/dx
-// if given.
-template <class A> void cap_and_scale(A* x, int64_t n, A cap, A scale, A* slope) {
-  const A inside = cap == 0 ? 0 : scale / cap;
-  for (int64_t j = 0; j < n; j += WIDTH<A>) {
-    const Vec<A> raw = load(x + j), u = raw * inside;
-    Vec<A> capped = raw * scale, derivative = splat(scale);
-    if (cap != 0) {
-      const Power<A> power(abs<A>(u) * A(-2 * LOG2E));
-      const Vec<A> e = power.value(), e_minus_one = power.minus_one();
-      capped = flip<A>(e_minus_one / (e_minus_one + 2) * -cap, sign<A>(u));
-      derivative = e / ((e + 1) * (e + 1)) * (4 * scale);
-    }
-    store(x + j, raw == -INFINITE<A> ? raw : capped);
-    if (slope) store(slope + j, derivative);
-  }
-}
+// How often exp(x/T) is to be squared to make exp(x): −1 if it cannot be made so.
+inline int squarings_at(double T) { return T == 1 ? 0 : T == 2 ? 1 : T == 4 ? 2 : -1; }
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

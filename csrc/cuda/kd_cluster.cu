@@ -1,54 +1,15 @@
 // The operator of kd_loss on Hopper GPUs: how many blocks share a row, and which kernel of kd_cluster_kernel.cuh runs.
 // Its arguments: fusedkd/backends/schema.py.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
-#include <optional>
-#include <type_traits>
 
 #include "archs.h"
-#include "cluster.cuh"
+#include "kd_cluster_kernel.cuh"
 #include "launch.cuh"
-#include "layout.h"
+#include "tensor.cuh"
 
 namespace fusedkd {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-#ifndef FUSEDKD_CLUSTER_THREADS  // the tests on the CPU take fewer
-#define FUSEDKD_CLUSTER_THREADS 192
-#endif
-constexpr int kThreads = FUSEDKD_CLUSTER_THREADS, kWarps = kThreads / 32;
-constexpr int kResident = 3;   // blocks of an SM, if their columns fit: one's copies hide behind the others' work
-constexpr int kMaxRanks = 16;  // blocks of a cluster; not every GPU has more than 8
-constexpr int kState = 7, kSums = 3;  // floats that blocks tell each other: softmax statistics; D, W, Σ (z − m)
-
-// In this order: each builds on those before it.
-#include "scalar.cuh"
-#include "divergences.h"
-#include "cluster_row.cuh"
-#include "cluster_softmax.cuh"
-#include "kd_cluster_kernel.cuh"
-
-template <typename T>
-T* data_of(const Tensor& tensor, const Tensor& student, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count && tensor.device() == student.device(),
-                  "fusedkd: ", name, " must be contiguous, of ", count, " elements, on the student's device");
-  return tensor.mutable_data_ptr<T>();
-}
 
 // Bytes that one block of `ranks` needs for rows of `columns`.
 template <typename S>
@@ -70,7 +31,7 @@ int choose_ranks(int columns, int64_t count, const Multiprocessors& sm) {
 
 // Fewer blocks where a device has no room for so many, as long as each can hold its share. False: nothing was launched.
 template <typename F, bool kTransform, typename S>
-bool run(const Arguments<S>& p, const Tensor& where) {
+bool run(const KdArguments<S>& p, const Tensor& where) {
   const Multiprocessors sm = multiprocessors(where);
   const auto kernel = kd_cluster_kernel<F, S, kTransform>;
   for (int ranks = choose_ranks<S>(p.columns, p.count, sm); ranks >= 1; ranks /= 2) {
@@ -86,31 +47,10 @@ bool run(const Arguments<S>& p, const Tensor& where) {
 
 // Soft-caps come with forward KL alone: twice as many kernels would compile for twice as long.
 template <typename S>
-bool run(KernelId kernel_id, bool transform, const Arguments<S>& p, const Tensor& where) {
+bool run(KernelId kernel_id, bool transform, const KdArguments<S>& p, const Tensor& where) {
   STD_TORCH_CHECK(!transform || kernel_id == KernelId::FORWARD_KL, "fusedkd: kd_cluster soft-caps for forward KL alone");
-  switch (kernel_id) {
-    case KernelId::FORWARD_KL:
-      return transform ? run<ForwardKL<float>, true>(p, where) : run<ForwardKL<float>, false>(p, where);
-    case KernelId::JEFFREYS: return run<Jeffreys<float>, false>(p, where);
-    case KernelId::MIXTURE: return run<Mixture<float>, false>(p, where);
-    case KernelId::ALPHA_BETA: return run<AlphaBeta<float>, false>(p, where);
-    case KernelId::TOTAL_VARIATION: return run<TotalVariation<float>, false>(p, where);
-    case KernelId::LOGIT_MSE: return run<LogitMSE<float>, false>(p, where);
-    case KernelId::DKD: return run<DKD<float>, false>(p, where);
-  }
-  STD_TORCH_CHECK(false, "fusedkd: unknown kernel ", int64_t(kernel_id));
-  return false;
-}
-
-template <typename Use>
-bool with_type(ScalarType type, const Use& use) {
-  switch (type) {
-    case ScalarType::BFloat16: return use(BFloat16{});
-    case ScalarType::Half: return use(Half{});
-    case ScalarType::Float: return use(float{});
-    default: STD_TORCH_CHECK(false, "fusedkd: kd_cluster takes bfloat16, float16 and float32");
-  }
-  return false;
+  if (transform) return run<ForwardKL<float>, true>(p, where);
+  return with_divergence<float>(kernel_id, [&]<typename F>() { return run<F, false>(p, where); });
 }
 
 // False where the device has no room for a cluster that holds a row, and nothing was written.
@@ -130,9 +70,9 @@ bool kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& la
   STD_TORCH_CHECK(student.size(2) < (1 << 24), "fusedkd: too many columns");
   STD_TORCH_CHECK(upstream.has_value() != rows.has_value(), "fusedkd: expected an upstream gradient, or rows to write");
   if (count == 0) return true;
-  return with_type(student.scalar_type(), [&](auto zero) {
+  return with_type<BFloat16, Half, float>(student.scalar_type(), [&](auto zero) {
     using S = decltype(zero);
-    Arguments<S> p{};
+    KdArguments<S> p{};
     p.student = student.const_data_ptr<S>(), p.teacher = teacher.const_data_ptr<S>();
     p.gradient = gradient ? gradient->mutable_data_ptr<S>() : nullptr;
     for (int d = 0; d < 2; ++d) {
@@ -142,10 +82,9 @@ bool kd_cluster(const Tensor& student, const Tensor& teacher, const Optional& la
     p.labels = labels ? data_of<int64_t>(*labels, student, count, "labels") : nullptr;
     p.weights = data_of<float>(row_weights, student, count, "row_weights");
     p.options = data_of<double>(options, student, OPTIONS, "options");
-    p.normalizers = data_of<double>(normalizers, student, 2, "normalizers");
+    p.normalizers = data_of<double>(normalizers, student, NORMALIZERS, "normalizers");
     if (upstream) {
-      p.upstream_stride = upstream->dim() == 0 ? 0 : 1;
-      p.upstream = data_of<float>(*upstream, student, p.upstream_stride ? count : 1, "upstream");
+      p.upstream = upstream_of<float>(*upstream, student, count, p.upstream_stride);
     }
     p.rows = rows ? data_of<float>(*rows, student, 2 * count, "rows") : nullptr;
     p.stats = data_of<float>(stats, student, STATS * count, "stats");

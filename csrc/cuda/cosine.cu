@@ -10,31 +10,20 @@
 // Moves 6 bytes per element of 16-bit input: x and y in, the gradient out. Up to 16384 elements, the row pair waits in
 // registers, in its own precision, through two reductions (norms, then v) until the gradient is written: one warp per
 // row to H = 1024, then one block of ⌈H / 1024⌉ warps. Longer rows, rows that 16-byte loads cannot serve and float64
-// are read again for each sweep, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex,
+// are read again for each pass, from L1 or L2. Keeping the row in registers is what fast layer-norm kernels do (Apex,
 // QuACK).
 // The operators and their arguments: fusedkd/backends/schema.py.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <tuple>
 #include <type_traits>
 
 #include "launch.cuh"
+#include "tensor.cuh"
 
 namespace fusedkd {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr double kEpsilon = 1e-12;
 template <typename A>
@@ -52,7 +41,7 @@ template <typename S, typename T>
 constexpr int kWidth = std::max(sizeof(S), sizeof(T)) > 4 ? 1 : 16 / std::min(sizeof(S), sizeof(T));
 
 template <typename S, typename T>
-struct Arguments {
+struct CosineArguments {
   using A = Accumulator<S>;
   const S* student;  // [B, L, H], as the teacher: row i is (i / L, i % L)
   const T* teacher;
@@ -68,11 +57,6 @@ struct Arguments {
   int64_t count, length, hidden;                   // N, L, H
 };
 
-template <typename T, int W>
-struct alignas(std::min<size_t>(16, W * sizeof(T))) Pack {
-  T value[W];
-};
-
 template <int W, typename T>
 __device__ Pack<T, W> load(const T* from) {
   return *reinterpret_cast<const Pack<T, W>*>(from);
@@ -83,7 +67,7 @@ __device__ void store(T* to, const Pack<T, W>& pack) {
   *reinterpret_cast<Pack<T, W>*>(to) = pack;
 }
 
-// Hides from the compiler that 16-bit elements are those of the sweep before. It would keep their conversions to float
+// Hides from the compiler that 16-bit elements are those of the pass before. It would keep their conversions to float
 // otherwise, in twice the registers, and halve the warps that an SM has in flight.
 template <typename T, int W>
 __device__ void forget(Pack<T, W>& pack) {
@@ -125,7 +109,7 @@ struct Held {
   }
 };
 
-// The same, read again at every sweep, element by element.
+// The same, read again at every pass, element by element.
 template <typename S, typename T>
 struct Reread {
   const S* student;
@@ -161,7 +145,7 @@ __device__ A sum_over_row(A value, A* scratch) {
 
 // Block (threads of a row, rows). W = 1 rereads, wider packs are held.
 template <typename S, typename T, int W>
-__global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Arguments<S, T> p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const CosineArguments<S, T> p) {
   using A = Accumulator<S>;
   using Row = std::conditional_t<W == 1, Reread<S, T>, Held<S, T, W>>;
   __shared__ A scratch[5][kMaxWarps];
@@ -238,13 +222,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const Argument
 
 // -------------------------------------------------- host
 
-template <typename T>
-T* data_of(const Tensor& tensor, const Tensor& student, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count && tensor.device() == student.device(),
-                  "fusedkd: ", name, " must be contiguous, of ", count, " elements, on the student's device");
-  return tensor.mutable_data_ptr<T>();
-}
-
 // 16-byte loads reach every row: the address of each is a multiple of 16.
 template <typename T>
 bool aligned(const T* data, const Tensor& tensor) {
@@ -253,21 +230,10 @@ bool aligned(const T* data, const Tensor& tensor) {
   return offsets % 16 == 0;
 }
 
-template <typename Use>
-void with_type(ScalarType type, const Use& use) {
-  switch (type) {
-    case ScalarType::Float: return use(float{});
-    case ScalarType::BFloat16: return use(BFloat16{});
-    case ScalarType::Half: return use(Half{});
-    case ScalarType::Double: return use(double{});
-    default: STD_TORCH_CHECK(false, "fusedkd: expected float16, bfloat16, float32 or float64");
-  }
-}
-
 struct Task {
   const Tensor& student;
   const Tensor& teacher;
-  const std::optional<Tensor>& weights;
+  const Optional& weights;
   const Tensor& normalizer;
   const Tensor& stats;
   const Tensor* rows = nullptr;
@@ -282,15 +248,14 @@ void run(const Task& task) {
   const Tensor &x = task.student, &y = task.teacher;
   const int64_t length = x.size(1), hidden = x.size(2), count = x.size(0) * length;
   if (count == 0) return;
-  Arguments<S, T> p{};
+  CosineArguments<S, T> p{};
   p.student = x.const_data_ptr<S>();
   p.teacher = y.const_data_ptr<T>();
   for (int d = 0; d < 2; ++d) p.student_strides[d] = x.stride(d), p.teacher_strides[d] = y.stride(d);
   p.weights = task.weights ? data_of<float>(*task.weights, x, count, "weights") : nullptr;
   p.normalizer = data_of<double>(task.normalizer, x, 1, "normalizer");
   if (task.upstream) {
-    p.upstream_stride = task.upstream->dim() == 0 ? 0 : 1;
-    p.upstream = data_of<A>(*task.upstream, x, p.upstream_stride ? count : 1, "upstream");
+    p.upstream = upstream_of<A>(*task.upstream, x, count, p.upstream_stride);
   }
   p.rows = task.rows ? data_of<A>(*task.rows, x, count, "rows") : nullptr;
   p.stats = data_of<A>(task.stats, x, 3 * count, "stats");
@@ -320,14 +285,14 @@ void run(const Task& task) {
     for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(hidden->size(d) == task.student.size(d), "fusedkd: the sizes differ");
   }
   STD_TORCH_CHECK(task.teacher.device() == task.student.device(), "fusedkd: the devices differ");
-  with_type(task.student.scalar_type(), [&](auto s) {
-    with_type(task.teacher.scalar_type(), [&](auto t) { run<decltype(s), decltype(t)>(task); });
+  with_type<float, BFloat16, Half, double>(task.student.scalar_type(), [&](auto s) {
+    with_type<float, BFloat16, Half, double>(task.teacher.scalar_type(), [&](auto t) { run<decltype(s), decltype(t)>(task); });
   });
 }
 
 std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& teacher,
-                                          const std::optional<Tensor>& weights, const Tensor& normalizer,
-                                          const std::optional<Tensor>& gradient) {
+                                          const Optional& weights, const Tensor& normalizer,
+                                          const Optional& gradient) {
   using torch::stable::new_empty;
   const int64_t count = student.size(0) * student.size(1), triples[] = {count, 3};
   const ScalarType type = student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -337,7 +302,7 @@ std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& t
 }
 
 void cosine_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                     const std::optional<Tensor>& weights, const Tensor& normalizer, const Tensor& stats,
+                     const Optional& weights, const Tensor& normalizer, const Tensor& stats,
                      const Tensor& gradient, bool skip_if_one) {
   run({student, teacher, weights, normalizer, stats, nullptr, &upstream, &gradient, skip_if_one});
 }

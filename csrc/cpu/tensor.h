@@ -1,6 +1,9 @@
 // What the CPU kernels need of torch, through LibTorch's stable ABI: rows with free strides, fresh results, threads
 // over rows.
 #pragma once
+#ifdef FUSEDKD_VECTOR_BYTES
+#error "to be included before isa.h, for it is compiled for any processor"
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -58,7 +61,10 @@ struct Rows {
     count = t.size(0) * t.size(1), columns = t.size(2), inner = t.size(1);
     outer_bytes = t.stride(0) * size_of(type), inner_bytes = t.stride(1) * size_of(type);
   }
-  char* operator[](int64_t i) const { return data + i / inner * outer_bytes + i % inner * inner_bytes; }
+  char* operator[](int64_t i) const {
+    const int64_t outer = i < inner ? 0 : i / inner;  // no division in the usual case, B = 1
+    return data + outer * outer_bytes + (i - outer * inner) * inner_bytes;
+  }
   bool like(const Rows& other) const {
     return type == other.type && count == other.count && inner == other.inner && columns == other.columns;
   }

@@ -1,7 +1,17 @@
-// The scalar mathematics of CUDA kernels over logits, in float32: what divergences.h asks of whoever includes it, and
-// soft-caps. exp2_of() and reciprocal_of(), the hardware's: cluster.cuh. Included inside the namespace.
+// The scalar mathematics of CUDA kernels over logits, in float32: the arithmetic of divergences.h, and soft-caps.
 #ifndef FUSEDKD_SCALAR
 #define FUSEDKD_SCALAR
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <limits>
+
+#include "cluster.cuh"
+
+#define FUSEDKD_NAMESPACE fusedkd  // of divergences.h
+
+namespace fusedkd {
 
 #define INLINE __device__ __forceinline__
 
@@ -77,4 +87,5 @@ INLINE void cap_and_scale(float& x, float cap, float scale, float& slope) {
   x = x == -INFINITE<float> ? x : y, slope = 4 * scale * e.value * r * r;
 }
 
+}  // namespace fusedkd
 #endif

@@ -1,14 +1,36 @@
-// Softmax statistics of rows, and sums, over the threads of a cluster. Included inside the namespace.
+// Softmax statistics of rows, and sums, over the threads of a cluster.
 #ifndef FUSEDKD_CLUSTER_SOFTMAX
 #define FUSEDKD_CLUSTER_SOFTMAX
 
-// Sums of exponentials are taken relative to 2^M, M = m·k rounded, k = log2(e)/T: exp2(x·k − M) is one FMA and one
-// exponential, and exact where x − m is.
+#include "cluster.cuh"
+#include "scalar.cuh"
+
+namespace fusedkd {
+
+#ifndef FUSEDKD_CLUSTER_THREADS  // the tests on the CPU take fewer
+#define FUSEDKD_CLUSTER_THREADS 192
+#endif
+constexpr int kThreads = FUSEDKD_CLUSTER_THREADS, kWarps = kThreads / 32;  // of a block
+constexpr int kMaxRanks = 16;  // blocks of a cluster; not every GPU has more than 8
+
+// Masks may be as low as float32 goes, which times k or 1/T would be −∞: maxima and δ take what is lower for this.
+constexpr float LOWEST = -1e37f;
+INLINE float not_too_low(float x) { return x < LOWEST && x != -INFINITE<float> ? LOWEST : x; }
+
+// Sums of exponentials are taken relative to 2^M, M = m·k rounded, k = log2(e)/T: 2^(x·k − M) is one FMA and one
+// exponential, and exact where x − m is. In a row whose maximum is LOWEST all columns but −∞
+// count as equal: k is next to nothing.
+struct Exponent {
+  float k, M;
+
+  INLINE Exponent(float k, float m) : k(m == LOWEST ? 1e-44f : k), M(product(finite_or_zero(m), this->k)) {}
+  INLINE float operator()(float x) const { return fma(x, k, -M); }
+};
 
 // add(i, e^x) for W columns, given e = 2^(x·k) and `power`, which is T where T is 1, 2 or 4. The branches are uniform,
 // and each does all that there is to do, lest it be computed and thrown away.
 template <int W, typename Add>
-INLINE void at_one(const float (&e)[W], const float (&x)[W], float M_1, int power, const Add& add) {
+INLINE void at_one(const float (&e)[W], const float (&x)[W], Exponent exponent, int power, const Add& add) {
   if (power == 1) {
 #pragma unroll
     for (int i = 0; i < W; ++i) add(i, e[i]);
@@ -20,15 +42,12 @@ INLINE void at_one(const float (&e)[W], const float (&x)[W], float M_1, int powe
     for (int i = 0; i < W; ++i) add(i, (e[i] * e[i]) * (e[i] * e[i]));
   } else {
 #pragma unroll
-    for (int i = 0; i < W; ++i) add(i, exp2_of(fma(x[i], LOG2E, -M_1)));
+    for (int i = 0; i < W; ++i) add(i, exp2_of(exponent(x[i])));
   }
 }
 
-// Masks may be as low as float32 goes, which times k or 1/T would be −∞: maxima and δ take what is lower for this.
-constexpr float LOWEST = -1e37f;
-
 // The maximum m of the columns seen so far, l = Σ 2^(x·k − M), and l_1, the same at T = 1; at power 1 it is l.
-struct Softmax {
+struct ThreadSoftmax {
   float m = -INFINITE<float>, M = m, l = 0, l_1 = 0;
 
   template <int W>
@@ -42,20 +61,20 @@ struct Softmax {
       l *= exp2_of(M - risen), l_1 *= exp2_of(product(m, LOG2E) - product(top, LOG2E));
       m = top, M = risen;
     }
-    const float from = finite_or_zero(M);
+    const Exponent exponent(k, m);
     float e[W];
 #pragma unroll
-    for (int i = 0; i < W; ++i) e[i] = exp2_of(fma(x[i], k, -from)), l += e[i];
+    for (int i = 0; i < W; ++i) e[i] = exp2_of(exponent(x[i])), l += e[i];
     if (with_one && power != 1) {
-      at_one(e, x, product(finite_or_zero(m), LOG2E), power, [&](int, float one) { l_1 += one; });
+      at_one(e, x, Exponent(LOG2E, m), power, [&](int, float one) { l_1 += one; });
     }
   }
 };
 
 // 2^(±(m·k − M)): from sums relative to e^(m/T), as they are stored, to sums relative to 2^M, or back.
 INLINE float beyond(float m, float k, float sign) {
-  const float base = finite_or_zero(m);
-  return exp2_of(sign * fma(base, k, -product(base, k)));
+  const Exponent exponent(k, m);
+  return exp2_of(sign * exponent(finite_or_zero(m)));
 }
 
 // Over the lanes of a warp, the same bits in all of them.
@@ -105,4 +124,5 @@ INLINE void over_cluster(float (&values)[K], const float (&none)[K], const Merge
   merge(values);
 }
 
+}  // namespace fusedkd
 #endif

@@ -12,11 +12,11 @@ void with_call(const Tensor& student, const Tensor& teacher, const Optional& ids
                int64_t kernel_id, bool transform, bool ce, const Use& use) {
   const LogitsCall k(student, teacher, labels, row_weights, options, normalizers, ignore_index, transform, ce);
   if (ids) {
-    STD_TORCH_CHECK(kernel_id >= 0 && kernel_id <= int64_t(TopkKernelId::SAMPLES), "fusedkd: unknown kernel ", kernel_id);
+    STD_TORCH_CHECK(kernel_id >= 0 && kernel_id < TOPK_KERNELS, "fusedkd: unknown kernel ", kernel_id);
     const int64_t listed = k.student.count * k.teacher.columns;
     use(TopkCall{k, contiguous_data<int64_t>(*ids, ScalarType::Long, listed, "ids"), TopkKernelId(kernel_id)});
   } else {
-    STD_TORCH_CHECK(kernel_id >= 0 && kernel_id <= int64_t(KernelId::DKD), "fusedkd: unknown kernel ", kernel_id);
+    STD_TORCH_CHECK(kernel_id >= 0 && kernel_id < KERNELS, "fusedkd: unknown kernel ", kernel_id);
     STD_TORCH_CHECK(k.teacher.columns <= k.student.columns, "fusedkd: student and teacher rows do not match");
     use(KdCall{k, KernelId(kernel_id)});
   }
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional
                                           int64_t ignore_index, bool kd) {
   const Rows v(teacher);
   Tensor weights = torch::stable::new_empty(teacher, {v.count}, ScalarType::Float);
-  Tensor counts = torch::stable::new_empty(teacher, {2}, ScalarType::Double);
+  Tensor counts = torch::stable::new_empty(teacher, {NORMALIZERS}, ScalarType::Double);
   float* w = static_cast<float*>(weights.data_ptr());
   const ScalarType type = kd_mask ? kd_mask->scalar_type() : ScalarType::Bool;
   const void* mask = kd_mask ? contiguous_data<char>(*kd_mask, type, v.count, "kd_mask") : nullptr;
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional
     selected += summed ? w[i] : w[i] != 0, labelled += has_label;
   }
   double* n = static_cast<double*>(counts.data_ptr());
-  n[0] = selected <= 0 ? 1 : selected, n[1] = labelled <= 0 ? 1 : labelled;
+  n[KD_NORMALIZER] = selected <= 0 ? 1 : selected, n[CE_NORMALIZER] = labelled <= 0 ? 1 : labelled;
   return {weights, counts};
 }
 
@@ -126,7 +126,7 @@ void terms(const Tensor& rows, const double* options, const double* normalizers,
     if (per_row) put(i, x[i], x[n + i]);
     kd += x[i], ce += x[n + i];
   }
-  if (!per_row) put(0, kd / normalizers[0], ce / normalizers[1]);
+  if (!per_row) put(0, kd / normalizers[KD_NORMALIZER], ce / normalizers[CE_NORMALIZER]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor row_losses, Tensor options, Tensor normalizers, bool per_row) {
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor row_losses, Tensor options, T
   STD_TORCH_CHECK(row_losses.dim() == 2 && row_losses.size(0) == 2, "fusedkd: row_losses must be [2, N]");
   contiguous_data<char>(row_losses, type, row_losses.numel(), "row_losses");
   const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
-  const double* n = contiguous_data<double>(normalizers, ScalarType::Double, 2, "normalizers");
+  const double* n = contiguous_data<double>(normalizers, ScalarType::Double, NORMALIZERS, "normalizers");
   const int64_t size = row_losses.size(1);
   const auto fresh = [&] { return torch::stable::new_empty(row_losses, {&size, size_t(per_row)}); };
   Tensor out[3] = {fresh(), fresh(), fresh()};

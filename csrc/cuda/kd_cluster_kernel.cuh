@@ -13,20 +13,31 @@
 //
 // One row per cluster, held on chip between reduction and gradient, is the design of QuACK's cross_entropy; the merge
 // of partial softmaxes Milakov and Gimelshein's (2018, arXiv:1805.02867).
-// Included inside the namespace, after divergences.h and the cluster_*.cuh. The operator: kd_cluster.cu.
+// The operator: kd_cluster.cu.
 #ifndef FUSEDKD_KD_CLUSTER_KERNEL
 #define FUSEDKD_KD_CLUSTER_KERNEL
 
+#include "../common/divergences.h"
+#include "../common/layout.h"
+#include "cluster.cuh"
+#include "cluster_row.cuh"
+#include "cluster_softmax.cuh"
+
+namespace fusedkd {
+
+constexpr int kResident = 3;          // blocks of an SM, if their columns fit: one's copies hide behind the others' work
+constexpr int kState = 7, kSums = 3;  // floats that blocks tell each other: softmax statistics; D, W, Σ (z − m)
+
 template <typename S>
-struct Arguments {
+struct KdArguments {
   const S* student;                                         // [B, L, V]: row i is (i / L, i % L)
   const S* teacher;                                         // [B, L, C], C <= V
   S* gradient;                                              // [B, L, V] or null; may be the student
   int64_t z_strides[2], v_strides[2], gradient_strides[2];  // of B and L
   const int64_t* labels;                                    // [N] or null
   const float* weights;                                     // [N]
-  const double* options;                                    // [16]
-  const double* normalizers;                                // [2]
+  const double* options;                                    // [OPTIONS]
+  const double* normalizers;                                // [NORMALIZERS]
   const float* upstream;                                    // [] or [N]; null in the forward call
   int64_t upstream_stride;                                  // 0 or 1
   float* rows;                                              // [2, N], written in the forward call
@@ -58,7 +69,7 @@ constexpr int kCompiledThreads = 1;  // what the host can ask of a loaded kernel
 
 template <typename F, typename S, bool kTransform>
 __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 : kResident)
-    kd_cluster_kernel(const Arguments<S> p) {
+    kd_cluster_kernel(const KdArguments<S> p) {
 #ifdef FUSEDKD_HOPPER
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int64_t i = blockIdx.x / ranks;
@@ -107,10 +118,10 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const int power = c_s == 1 ? 1 : c_s == 0.5f ? 2 : c_s == 0.25f ? 4 : 0;
   const float smoothing = option(LABEL_SMOOTHING);
   row.cap_z = option(SOFTCAP), row.scale_z = option(SCALE), row.cap_v = option(TEACHER_SOFTCAP), row.scale_v = option(TEACHER_SCALE);
-  const int target = has_ce || (F::hides_target && has_kd && has_target) ? static_cast<int>(label) : -1;
-  const bool hides = F::hides_target && has_kd && has_target;
+  const int target = has_ce || (F::excludes_label && has_kd && has_target) ? static_cast<int>(label) : -1;
+  const bool hides = F::excludes_label && has_kd && has_target;
 
-  Logits<1> at_label{{-INFINITE<float>}, {-INFINITE<float>}, {1}};
+  LogitPack<1> at_label{{-INFINITE<float>}, {-INFINITE<float>}, {1}};
   if (target >= 0) {
     at_label.z[0] = static_cast<float>(row.z.row[target]);
     if (target < row.v.columns) at_label.v[0] = static_cast<float>(row.v.row[target]);
@@ -120,11 +131,11 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   // Sweep 1
   float m_s, l_s, m_t, l_t, m_1, l_1;
   if (forward) {
-    Softmax s, t, x;  // of the common columns, and of the student's others for CE
+    ThreadSoftmax s, t, x;  // of the common columns, and of the student's others for CE
     row.each([&](int c, auto& at) {
       constexpr int W = sizeof(at.z) / sizeof(float);
       if (W == 1 && c >= common) return x.add(at.z, LOG2E, 1, false);
-      if (F::hides_target && hides && static_cast<unsigned>(target - c) < W) {
+      if (F::excludes_label && hides && static_cast<unsigned>(target - c) < W) {
 #pragma unroll
         for (int e = 0; e < W; ++e) {
           if (c + e == target) at.z[e] = at.v[e] = -INFINITE<float>;
@@ -159,48 +170,50 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   }
 
   // The row's constants
-  const float base_s = finite_or_zero(m_s), base_t = finite_or_zero(m_t), base_1 = finite_or_zero(m_1);
-  const float M_s = product(base_s, k_s), M_t = product(base_t, k_t), M_1 = product(base_1, LOG2E);
+  const Exponent of_s(k_s, m_s), of_t(k_t, m_t), of_1(LOG2E, m_1), of_s_at_1(LOG2E, m_s), from_1(1, m_1);
   const float sum_s = l_s * beyond(m_s, k_s, 1), sum_t = l_t * beyond(m_t, k_t, 1);
   const float r_s = reciprocal_or_zero(sum_s), r_t = reciprocal_or_zero(sum_t);
   const float r_1 = reciprocal_or_zero(l_1 * beyond(m_1, LOG2E, 1));
-  const float M_1s = product(base_s, LOG2E), s_to_1 = r_1 * exp2_of(product(m_s, LOG2E) - M_1);  // e to q_1
+  const float s_to_1 = r_1 * exp2_of(product(m_s, LOG2E) - product(finite_or_zero(m_1), LOG2E));  // e to q_1
 
   // δ = c_s·((v − z) − gap) + (c_t − c_s)·(v − m_t) − log(l_t/l_s), gap = m_t − m_s. What is the same for all columns
   // moves D in second order only. Sides that are far apart are first reduced by their maxima; differences of 16-bit
-  // logits are exact as they are.
+  // logits are exact as they are. A side whose columns all count as LOWEST is one of zeros.
   constexpr bool kExact = sizeof(S) == 2 && !kTransform;
+  const float low_s = m_s == LOWEST ? 0 : LOWEST, low_t = m_t == LOWEST ? 0 : LOWEST;
+  const float base_s = m_s == LOWEST ? 0 : finite_or_zero(m_s), base_t = m_t == LOWEST ? 0 : finite_or_zero(m_t);
   const bool far = std::fabs(base_t - base_s) > 16;
   const float near_s = far ? base_s : 0, near_t = far ? base_t : 0, gap = far ? 0 : base_t - base_s;
   const float c_rest = c_t - c_s, log_ratio = l_s == 0 || l_t == 0 ? 0 : std::log(l_t / l_s);
   const float offset = -fma(c_s, base_t - base_s, fma(c_rest, base_t, log_ratio));
-  using R = std::conditional_t<F::hides_target, double, float>;
-  const auto sum_of = [](float l) { return R(!F::hides_target && l == 0 ? 1 : l); };  // no 1/0 in rows without a term
+  using R = std::conditional_t<F::excludes_label, double, float>;
+  const auto sum_of = [](float l) { return R(!F::excludes_label && l == 0 ? 1 : l); };  // no 1/0 in rows without a term
   RowSums<R> sums{sum_of(sum_s), sum_of(sum_t), R(p.common), 0, 0};
-  if constexpr (F::hides_target) {
-    sums.odds_s = log_odds<R>(at_label.z[0], base_s, c_s, l_s);
-    sums.odds_t = log_odds<R>(at_label.v[0], base_t, c_t, l_t);
+  if constexpr (F::excludes_label) {
+    sums.odds_s = log_odds<R>(not_too_low(at_label.z[0]), finite_or_zero(m_s), c_s, l_s);
+    sums.odds_t = log_odds<R>(not_too_low(at_label.v[0]), finite_or_zero(m_t), c_t, l_t);
   }
   const F form(p.options + COEFFICIENTS, sums);
   const bool dead = F::softmax && l_s == 0 && !(hides && at_label.z[0] != -INFINITE<float>);
 
   // Coefficients of the gradient: 0 for a term that the row does not have
   const bool broken = counted && !legal;
-  const float a_kd = !has_kd || broken || dead || (F::hides_target && !hides)
+  const float a_kd = !has_kd || broken || dead || (F::excludes_label && !hides)
                          ? 0.0f
-                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * c_s / static_cast<float>(p.normalizers[0]);
-  const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[1]) : 0.0f;
+                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * c_s / static_cast<float>(p.normalizers[KD_NORMALIZER]);
+  const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[CE_NORMALIZER]) : 0.0f;
   const float a_other = a_ce * smoothing / p.columns, a_label = a_ce * (1 - smoothing);
   const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
-  const float a_common = with_ce ? a_ce * s_to_1 : 0, a_surplus = with_ce ? a_ce * r_1 : 0;  // times e
+  const float z_loss = option(Z_LOSS_WEIGHT), log_sum = m_1 + std::log(l_1), log_growth = z_loss == 0 ? 0 : 2 * z_loss * log_sum;
+  const float a_q = with_ce ? a_ce * (1 + log_growth) : 0, a_common = with_ce ? a_q * s_to_1 : 0, a_surplus = with_ce ? a_q * r_1 : 0;  // times e
   float W = 0, hidden = 0;  // the gradient of a hidden target
-  if constexpr (F::hides_target) {
+  if constexpr (F::excludes_label) {
     W = a_kd == 0 ? 0 : form.centre;
-    hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(fma(at_label.z[0], LOG2E, -M_1)) : 0);
+    hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(of_1(at_label.z[0])) : 0);
   }
   if (forward && first && has_ce) {
-    const float hit = smoothing < 1 ? (1 - smoothing) * (m_1 - at_label.z[0]) : 0;
-    p.rows[p.count + i] = l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit;
+    const float hit = smoothing < 1 ? (1 - smoothing) * -from_1(at_label.z[0]) : 0;
+    p.rows[p.count + i] = l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit + (z_loss == 0 ? 0 : z_loss * log_sum * log_sum);
   }
 
   // Sweeps 2 and 3 over the columns, in one or apart.
@@ -212,10 +225,10 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
       float out[N], e_s[N];
       if (kMeasures && has_ce && smoothing != 0) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) shifted += at.z[e] - base_1;
+        for (int e = 0; e < N; ++e) shifted += from_1(at.z[e]);
       }
       const bool is_common = N > 1 || c < common, here = static_cast<unsigned>(target - c) < N;
-      if (F::hides_target && hides && here) {
+      if (F::excludes_label && hides && here) {
 #pragma unroll
         for (int e = 0; e < N; ++e) {
           if (c + e == target) at.z[e] = at.v[e] = -INFINITE<float>;
@@ -228,24 +241,24 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
         const float z = at.z[e], v = at.v[e];
         Column<float> column;
         column.z = z, column.v = v, column.no_p = v == -INFINITE<float>, column.no_q = z == -INFINITE<float>;
-        column.log2_e_q = fma(z, k_s, -M_s), column.log2_e_p = fma(v, k_t, -M_t);
+        column.log2_e_q = of_s(z), column.log2_e_p = of_t(v);
         e_s[e] = exp2_of(column.log2_e_q);
         column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
-        const float low_v = max(v, LOWEST), low_z = max(z, LOWEST);
+        const float low_v = max(v, low_t), low_z = max(z, low_s);
         column.delta = kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
                               : c_s * ((low_v - near_t) - (low_z - near_s) - gap) +
                                     (c_rest * (low_v - base_t) - log_ratio);
-        const float w = form.pull(column);
+        const float w = form.grad_term(column);
         if constexpr (kMeasures) divergence += form.value(column);
-        if constexpr (kMeasures && F::measured && F::centred) pull += w;
+        if constexpr (kMeasures && F::needs_weight_sum && F::centred) pull += w;
         if constexpr (kPulls) out[e] += kd == 0 ? 0 : kd * (F::centred ? w - column.q * center : w);
       }
       if constexpr (!kPulls) return;
       if (with_ce) {
         if (is_common) {
-          at_one(e_s, at.z, M_1s, power, [&](int e, float one) { out[e] += a_common * one; });
+          at_one(e_s, at.z, of_s_at_1, power, [&](int e, float one) { out[e] += a_common * one; });
         } else {
-          out[0] += a_surplus * exp2_of(fma(at.z[0], LOG2E, -M_1));
+          out[0] += a_surplus * exp2_of(of_1(at.z[0]));
         }
       }
       if (here) {
@@ -269,20 +282,20 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
     };
     over_cluster(values, {0, 0, 0}, merge, shared.scratch, totals, met);
     divergence = values[0], pull = values[1], shifted = values[2];
-    if constexpr (F::hides_target) divergence = hides ? divergence + form.target_value : NAN;
+    if constexpr (F::excludes_label) divergence = hides ? divergence + form.label_value : NAN;
     if (dead) divergence = INFINITE<float>;
   };
 
   using Yes = std::true_type;
   using No = std::false_type;
-  if (forward && F::measured) {
+  if (forward && F::needs_weight_sum) {
     sweep(Yes{}, No{}, 0, 0);
     total();
     W = std::isfinite(divergence) ? pull : divergence;  // NaN too: the gradient shows what the value does
-  } else if (F::measured) {
+  } else if (F::needs_weight_sum) {
     W = stats[WEIGHT_SUM];
   }
-  if (!forward || F::measured) {
+  if (!forward || F::needs_weight_sum) {
     const bool infinite = W == INFINITE<float>;
     if (gradient) sweep(No{}, Yes{}, infinite ? 0 : a_kd, infinite ? 0 : W);
   } else {
@@ -298,4 +311,5 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
 #endif
 }
 
+}  // namespace fusedkd
 #endif

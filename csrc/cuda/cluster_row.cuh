@@ -1,23 +1,26 @@
-// A pair of rows of logits, student and teacher, spread over the shared memories of a cluster. Included inside the
-// namespace.
+// A pair of rows of logits, student and teacher, spread over the shared memories of a cluster.
 //
 // A row starts where it likes. Packs of 16 bytes are counted from where the gradient's addresses are multiples of 16,
 // so that stores are always wide; a side out of phase with it is read element by element, from shared memory. Bulk
 // copies take whole 16 bytes of a row and nothing beyond it: the few columns at its ends that no copy or no whole pack
-// reaches, and the student's columns without a teacher, are read from global memory at each sweep.
+// reaches, and the student's columns without a teacher, are read from global memory at each pass.
 #ifndef FUSEDKD_CLUSTER_ROW
 #define FUSEDKD_CLUSTER_ROW
 
-constexpr int kStages = 4;  // of a block's copies
+#include <cstring>
+#include <type_traits>
 
-template <typename T, int W>
-struct alignas(W * sizeof(T)) Pack {
-  T value[W];
-};
+#include "cluster.cuh"
+#include "scalar.cuh"
+#include "tensor.cuh"
+
+namespace fusedkd {
+
+constexpr int kStages = 4;  // of a block's copies
 
 // Logits of W columns; the slope is that of the student's soft-cap and scale.
 template <int W>
-struct Logits {
+struct LogitPack {
   float z[W], v[W], slope[W];
 };
 
@@ -78,7 +81,7 @@ __host__ __device__ constexpr int held_bytes(int bytes) { return bytes + 16; }
 
 // One side of the row: where it is in global memory, and where `held[c]` is column c in the block's shared memory.
 template <typename T>
-struct Side {
+struct HeldRow {
   const T *row, *held;
   int columns;  // 0: not to be read
   bool wide;    // packs are aligned in shared memory
@@ -112,7 +115,7 @@ struct Side {
 template <typename S, bool kTransform>
 struct RowPair {
   static constexpr int W = 16 / sizeof(S);
-  Side<S> z, v;
+  HeldRow<S> z, v;
   int first, last;        // columns [first, last) are packs
   int begin, end, stage;  // those of this block; a stage's columns
   int ends;               // columns outside [first, last)
@@ -147,7 +150,7 @@ struct RowPair {
 #pragma unroll 1
     for (int i = place; i < ends; i += places) {
       const int c = i < first ? i : i - first + last;
-      Logits<1> x{{static_cast<float>(z.row[c])}, {-INFINITE<float>}, {1}};
+      LogitPack<1> x{{static_cast<float>(z.row[c])}, {-INFINITE<float>}, {1}};
       if (c < v.columns) x.v[0] = static_cast<float>(v.row[c]);
       transform(x);
       visit(c, x);
@@ -158,7 +161,7 @@ struct RowPair {
       const int stop = ::min(end, begin + (k + 1) * stage);
 #pragma unroll 1
       for (int c = begin + k * stage + thread * W; c < stop; c += threads * W) {
-        Logits<W> x;
+        LogitPack<W> x;
         z.get(c, x.z), v.get(c, x.v);
         transform(x);
         visit(c, x);
@@ -167,7 +170,7 @@ struct RowPair {
   }
 
   template <int N>
-  INLINE void transform(Logits<N>& x) const {
+  INLINE void transform(LogitPack<N>& x) const {
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       x.slope[e] = 1;
@@ -179,4 +182,5 @@ struct RowPair {
   }
 };
 
+}  // namespace fusedkd
 #endif

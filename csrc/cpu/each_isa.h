@@ -1,0 +1,18 @@
+// isa.h includes this once per instruction set.
+#include FUSEDKD_BODY
+
+// The guards of all headers that belong to an instruction set. One that is missing here does not compile: its functions
+// would be missing in the second namespace.
+#undef FUSEDKD_COSINE_ROWS
+#undef FUSEDKD_CROSS_ENTROPY
+#undef FUSEDKD_DIVERGENCES
+#undef FUSEDKD_KD_PASS
+#undef FUSEDKD_KD_ROWS
+#undef FUSEDKD_LOGITS
+#undef FUSEDKD_SOFTMAX
+#undef FUSEDKD_TOPK_DIVERGENCES
+#undef FUSEDKD_TOPK_ROWS
+#undef FUSEDKD_VEC
+
+#undef FUSEDKD_NAMESPACE
+#undef FUSEDKD_VECTOR_BYTES

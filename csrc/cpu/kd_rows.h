@@ -1,0 +1,306 @@
+// The row mathematics of kd_loss on the CPU: value and gradient of a divergence and of the cross-entropy, one row at a
+// time, in the accumulation type A. The divergences themselves are in divergences.h.
+//
+//   z student, v teacher, C common columns, V >= C columns of the student; T_s, T_t temperatures
+//   m the maximum, l = Σ exp((x − m)/T): of z, v on the C columns (m_s, l_s, m_t, l_t), of z on V at T = 1 (m_1, l_1)
+//   q = exp((z − m_s)/T_s)/l_s, p = exp((v − m_t)/T_t)/l_t, q_1 = exp(z − m_1)/l_1
+//   δ = log p − log q = ((v − z) − (m_t − m_s))/T_s + (v − m_t)·(1/T_t − 1/T_s) − log(l_t/l_s)
+//   D = Σ value, W = Σ w, both functions of a column's p, q and δ
+//   gradient = a·(w − q·W) + b·∂CE/∂z (cross_entropy.h), times the upstream,
+//              a = kd_weight·kd_scale·weight/(n_kd·T_s), b = ce_weight/n_ce
+//
+// Two passes over a row pair where W is known beforehand, as for forward KL. The first, statistics(), reads it from memory,
+// finds m and l block by block (softmax.h) and keeps the exponentials; the second, gradient(), finds all of it in L2 and
+// computes value and gradient. Where W is needed first, weight_sum() between them leaves w in the place of the teacher's
+// exponentials, and the last pass computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32,
+// 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of e_s = exp((z − m_s)/T_s)
+// at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics and W, is one pass for
+// every divergence, and computes the exponentials anew. Compiled once per instruction set (isa.h).
+#ifndef FUSEDKD_KD_ROWS
+#define FUSEDKD_KD_ROWS
+
+#include "call.h"
+#include "kd_pass.h"
+#include "logits.h"
+#include "softmax.h"
+
+namespace FUSEDKD_NAMESPACE {
+
+// One thread's rows. The members after the buffers describe the current one.
+template <class A> struct KdRows {
+  const KdCall& k;
+  const int64_t V = k.student.columns, C = k.teacher.columns;
+  Logits<A> student{k.student, k.transform, k.softcap, k.scale};
+  Logits<A> teacher{k.teacher, k.transform, k.teacher_softcap, k.teacher_scale};
+  alignas(64) A g_buffer[BLOCK], w_buffer[BLOCK];
+  std::vector<A> e_s, e_t;      // exponentials of the C columns,
+  std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
+  int64_t label, excluded;  // excluded: the column that the divergence does without, −1 if none
+  bool kd, ce;              // the terms that the row has
+  A z_y, v_y, *stats;       // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
+                            // near 1, of the three softmaxes; W
+  int squarings;            // that make e_1 of e_s, −1 if none do
+
+  explicit KdRows(const KdCall& call) : k(call) {}
+
+  // How many columns the block at j has: blocks end where the common columns do.
+  int64_t block_at(int64_t j) const { return std::min(BLOCK, (j < C ? C : V) - j); }
+
+  // First pass: the statistics, of the KD term's softmaxes if `tempered`; returns CE, if the row has it.
+  [[gnu::noinline]] double statistics(bool tempered) {
+    Softmax<A> s{.c = LOG2E / k.temperature}, t{.c = LOG2E / k.teacher_temperature}, one{.c = LOG2E};
+    const bool shared = ce && squarings >= 0;
+    s.squarings = shared ? squarings : 0;
+    double z_sum = 0;
+    for (int64_t j = 0, n; j < (ce ? V : tempered ? C : 0); j += n) {
+      n = block_at(j);
+      const A* z = student.block(j, n);
+      if (ce && !shared) one.add(z, whole_steps(n));
+      if (ce && k.smoothing != 0) z_sum += sum_of(z, n);
+      if (!tempered || j >= C) continue;
+      s.add(student.without(excluded, z, j, n), whole_steps(n), &e_s[j]);
+      t.add(teacher.without(excluded, teacher.block(j, n), j, n), whole_steps(n), &e_t[j]);
+      top_s[j / BLOCK] = s.m, top_t[j / BLOCK] = t.m;
+    }
+    s.settle(), t.settle(), one.settle();
+    if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
+    std::fill_n(stats, STATS, A(0));
+    stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l - 1), stats[OTHER_MAX] = t.m, stats[OTHER_SUM] = A(t.l - 1);
+    stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
+    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
+  }
+
+  double l_s() const { return 1 + double(stats[STUDENT_SUM]); }
+  double l_t() const { return 1 + double(stats[OTHER_SUM]); }
+  double l_1() const { return 1 + double(stats[CE_SUM]); }
+  CrossEntropy cross_entropy() const { return {k, stats[CE_MAX], l_1(), stats[CE_SUM]}; }
+
+  // What the later passes need, from the statistics as stored.
+  Terms<A> terms(double a, double b) const {
+    const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = this->l_s(), l_t = this->l_t();
+    const double m_s = l_s == 0 ? A(0) : stats[STUDENT_MAX], m_t = l_t == 0 ? A(0) : stats[OTHER_MAX];
+    const double shift = m_t - m_s, b_shift = shift - m_t, lost = (m_t - (shift - b_shift)) - (m_s + b_shift);
+    const double excess = (double(stats[OTHER_SUM]) - stats[STUDENT_SUM]) / l_s;
+    Terms<A> r{};
+    r.m_s = A(m_s), r.inv_l_s = l_s == 0 ? 0 : A(1 / l_s), r.c_s = A(LOG2E / T_s);
+    r.m_t = A(m_t), r.inv_l_t = l_t == 0 ? 0 : A(1 / l_t), r.c_t = A(LOG2E / T_t);
+    r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s);
+    r.rate_excess = A((1 - T_t / T_s) / LOG2E);
+    r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
+    r.a = A(a), r.ce.b = A(b), r.ce.squarings = squarings;
+    if (ce) {
+      const CrossEntropy cross_entropy = this->cross_entropy();
+      r.ce.m = stats[CE_MAX], r.ce.inv_l = A(cross_entropy.q_scale()), r.ce.target = A(cross_entropy.target());
+    }
+    r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);
+    return r;
+  }
+
+  // The gradient of n columns from their w, or of the cross-entropy alone.
+  template <bool centred, bool kept>
+  [[gnu::noinline]] static void emit(const Terms<A>& r, const A* z, const A* w, int64_t n, A* g, bool kd, E1 e_1) {
+    using Given = GivenTerms<centred>;
+    n = whole_steps(n);
+    if (!kd) pass<NoDivergence, A, false, Out::gradient, E1::own>({}, r, z, nullptr, n, g);
+    else if (e_1 == E1::none) pass<Given, A, kept, Out::gradient, E1::none>({}, r, z, w, n, g);
+    else if (e_1 == E1::power) pass<Given, A, kept, Out::gradient, E1::power>({}, r, z, w, n, g);
+    else pass<Given, A, kept, Out::gradient, E1::own>({}, r, z, w, n, g);
+  }
+};
+
+// Those of one divergence. `needs_weight_sum`: D and W take a pass of their own before the gradient. A form that needs D
+// alone, for the gradient to be 0 where it is infinite, can do without: such a row is then written twice.
+template <class A, class Divergence, bool needs_weight_sum = Divergence::needs_weight_sum>
+struct DivergenceRows : KdRows<A> {
+  using Base = KdRows<A>;
+  using Base::k, Base::V, Base::C, Base::kd, Base::ce, Base::label, Base::excluded, Base::stats, Base::z_y, Base::v_y;
+  using Base::student, Base::teacher;
+  static constexpr bool softmax = Divergence::softmax, twice = Divergence::needs_weight_sum && !needs_weight_sum;
+  static constexpr bool excludes_label = Divergence::excludes_label;
+
+  // What the last pass does: D, and the gradients of either term.
+  struct Wanted {
+    bool value, of_kd, of_ce;
+  };
+
+  explicit DivergenceRows(const KdCall& call) : Base(call) {
+    if (!k.forward || (!softmax && !needs_weight_sum)) return;
+    this->e_s.resize(whole_steps(C)), this->e_t.resize(whole_steps(C));
+    this->top_s.resize(C / BLOCK + 1), this->top_t.resize(C / BLOCK + 1);
+  }
+
+  void row(int64_t i) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    student.row = k.student[i], teacher.row = k.teacher[i], stats = static_cast<A*>(k.stats) + STATS * i, excluded = -1;
+    label = k.labels ? k.labels[i] : k.ignore_index;
+    const bool labelled = k.labels && k.ce && label != k.ignore_index, legal = label >= 0 && label < V;
+    const bool common = k.labels && label >= 0 && label < C;  // the label's column
+    kd = k.weights[i] != 0 && C > 0 && (!excludes_label || common), ce = labelled && legal;
+    this->squarings = kd && C == V && softmax && !excludes_label ? squarings_at(k.temperature) : -1;
+    z_y = ce || (excludes_label && kd) ? *student.block(label, 1) : 0;
+    v_y = kd && common ? *teacher.block(label, 1) : 0;
+    if (excludes_label && kd) excluded = label;
+    const double cross_entropy = k.forward ? this->statistics(kd && softmax) : 0;
+    const double value = value_and_gradient(i, !labelled || legal);
+    if (twice && std::isinf(A(value))) stats[WEIGHT_SUM] = A(value), value_and_gradient(i, !labelled || legal);
+    if (!k.forward) return;
+    A* rows = static_cast<A*>(k.rows);
+    rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : excludes_label && k.weights[i] != 0 ? nan : 0);
+    rows[k.student.count + i] = A(ce ? cross_entropy : labelled ? nan : 0);
+  }
+
+  // The later passes; returns D. All but the kept exponentials follows from the statistics as stored.
+  double value_and_gradient(int64_t i, bool legal) {
+    const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
+    const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
+    Terms<A> row = this->terms(a, b);
+    const double l_s = this->l_s(), l_t = this->l_t();
+    const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()});
+    const bool no_student = softmax && l_s == 0 && (!excludes_label || z_y == -INFINITE<A>);
+    const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
+    const bool alive = kd && !no_student && has_teacher;
+    double value = kd && no_student && has_teacher ? INFINITE<double> : 0;
+    Wanted wanted{k.forward && alive, k.gradient && alive && legal && a != 0,
+                  k.gradient && ce && this->l_1() != 0 && b != 0};
+    if (twice) wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
+    if constexpr (excludes_label) {
+      if (alive) value = divergence.label_value, row.centre = divergence.centre;
+    }
+    bool given = false;  // w, in the place of e_t
+    if constexpr (needs_weight_sum) {
+      if (wanted.value) {
+        const Sums sums = weight_sum(i, row, divergence, wanted.of_kd);
+        value = sums.value, wanted.value = false, given = true;
+        stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.weight) : 0;
+      }
+      row.centre = stats[WEIGHT_SUM];
+      wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
+    }
+    return gradient(i, row, divergence, wanted, given, value);
+  }
+
+  // The pass before the gradient: D, W, and w, which takes the place of e_t where it is going to be needed.
+  Sums weight_sum(int64_t i, Terms<A>& r, const Divergence& divergence, bool keep) {
+    Sums sums;
+    for (int64_t j = 0, n; j < C; j += n) {
+      n = this->block_at(j);
+      A* w = keep ? &this->e_t[j] : this->w_buffer;
+      move_to(j, i, r);
+      sums += pass<Divergence, A, true, Out::grad_term>(divergence, r, student.block(j, n), teacher.block(j, n),
+                                                        whole_steps(n), w);
+    }
+    return sums;
+  }
+
+  // The last pass: the gradient; returns D, `value` and what the columns add to it.
+  double gradient(int64_t i, Terms<A>& r, const Divergence& divergence, Wanted wanted, bool given, double value) {
+    char* out = k.gradient ? (*k.gradient)[i] : nullptr;
+    const E1 e_1 = !wanted.of_ce ? E1::none : this->squarings >= 0 && wanted.of_kd ? E1::power : E1::own;
+    for (int64_t j = 0, n; j < (wanted.of_ce ? V : wanted.of_kd || wanted.value ? C : 0); j += n) {
+      n = this->block_at(j);
+      const bool common = j < C;
+      const Wanted wanted_here{wanted.value && common, wanted.of_kd && common, wanted.of_ce};
+      const A* z = student.block(j, n, false, true);
+      A* g = out ? place(k.student.type, out, j, n, this->g_buffer) : nullptr;
+      const E1 from = common ? e_1 : E1::own;
+      if (common) move_to(j, i, r);
+      if (given) {
+        this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, wanted_here.of_kd, from);
+      } else {
+        const A* v = nullptr;
+        if (wanted_here.of_kd || wanted_here.value) {
+          v = teacher.without(excluded, teacher.block(j, n), j, n), z = student.without(excluded, z, j, n);
+        }
+        value += in_one_pass(r, divergence, z, v, n, g, wanted_here, from);
+        if (!wanted_here.of_kd && !wanted_here.of_ce) continue;
+      }
+      if (label >= j && label < j + n && (wanted.of_ce || (excludes_label && wanted.of_kd)))
+        g[label - j] = at_label(r, divergence, wanted_here.of_kd, from);
+      student.chain(g, n);
+      write(k.student.type, out, j, n, g);
+    }
+    const int64_t bytes = size_of(k.student.type), written = wanted.of_ce ? V : wanted.of_kd ? C : 0;
+    if (out && written < V) std::memset(out + written * bytes, 0, (V - written) * bytes);
+    return value;
+  }
+
+  // Value (returned) and gradient of a block.
+  static double in_one_pass(const Terms<A>& r, const Divergence& divergence, const A* z, const A* v, int64_t n, A* g,
+                            Wanted wanted, E1 e_1) {
+    n = whole_steps(n);
+    double sum = 0;
+    if constexpr (!needs_weight_sum) {
+      if (wanted.value && !wanted.of_kd) sum = pass<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
+      if (wanted.value && wanted.of_kd) sum = fused<true>(r, divergence, z, v, n, g, e_1);
+    }
+    if (!wanted.of_kd && wanted.of_ce) Base::template emit<false, false>(r, z, nullptr, n, g, false, e_1);
+    if (wanted.of_kd && !wanted.value) fused<false>(r, divergence, z, v, n, g, e_1);
+    return sum;
+  }
+  template <bool value>
+  static double fused(const Terms<A>& r, const Divergence& divergence, const A* z, const A* v, int64_t n, A* g,
+                      E1 e_1) {
+    constexpr Out out = Out::gradient;
+    constexpr E1 power = excludes_label ? E1::own : E1::power;  // no exponential of the label's column is kept
+    if (e_1 == E1::none) return pass<Divergence, A, value, out, E1::none>(divergence, r, z, v, n, g).value;
+    if (e_1 == E1::own) return pass<Divergence, A, value, out, E1::own>(divergence, r, z, v, n, g).value;
+    return pass<Divergence, A, value, out, power>(divergence, r, z, v, n, g).value;
+  }
+
+  // The label's column once more, with its own target, in float64.
+  [[gnu::noinline]] A at_label(Terms<A>& r, const Divergence& divergence, bool of_kd, E1 e_1) {
+    A z[STEP], v[STEP], w[STEP], g[STEP];
+    std::fill_n(z, STEP, z_y), std::fill_n(v, STEP, v_y);
+    r.next_z = student.row, r.next_v = teacher.row, g[0] = 0;
+    if (of_kd) {
+      pass<Divergence, A, false, Out::grad_term>(divergence, r, z, v, STEP, w);
+      if constexpr (excludes_label) std::fill_n(w, STEP, A(divergence.centre));
+      this->template emit<needs_weight_sum && Divergence::centred, false>(r, z, w, STEP, g, true, E1::none);
+    }
+    if (e_1 == E1::none) return g[0];
+    return A(g[0] + r.ce.b * this->cross_entropy().gradient(z_y, true));
+  }
+
+  // The log odds of the label against all other columns.
+  double odds_of_student() const { return log_odds<double>(z_y, stats[STUDENT_MAX], 1 / k.temperature, this->l_s()); }
+  double odds_of_teacher() const { return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t()); }
+
+  // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept exponentials,
+  // which were relative to another maximum.
+  void move_to(int64_t j, int64_t i, Terms<A>& r) const {
+    r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
+    r.next_v = next_row(k.teacher, k.weights, i) + j * r.v_bytes;
+    if (!kd || !softmax || !k.forward) return;
+    const int64_t block = j / BLOCK;
+    r.kept.e_s = &this->e_s[j], r.kept.e_t = &this->e_t[j];
+    if (j > 0 && this->top_s[block] == this->top_s[block - 1] && this->top_t[block] == this->top_t[block - 1]) return;
+    const double l_s = this->l_s(), l_t = this->l_t();
+    const double rise_s = (double(this->top_s[block]) - r.m_s) * LOG2E / k.temperature;
+    const double rise_t = (double(this->top_t[block]) - r.m_t) * LOG2E / k.teacher_temperature;
+    r.kept.inv_l_s = l_s == 0 ? 0 : A(std::exp2(rise_s) / l_s);
+    r.kept.inv_l_t = l_t == 0 ? 0 : A(std::exp2(rise_t) / l_t);
+    if (ce && this->squarings >= 0)
+      r.kept.inv_l_1 = A(this->cross_entropy().q_scale(std::exp2(std::ldexp(rise_s, r.ce.squarings))));
+  }
+};
+
+template <class A> void kd_rows_in(const KdCall& k, int64_t begin, int64_t end) {
+  const auto walk = [&](auto rows) {
+    for (int64_t i = begin; i < end; i++) rows.row(i);
+  };
+  const bool in_place = k.gradient && k.gradient->data == k.student.data;  // no row can be written twice
+  with_divergence<A>(k.kernel_id, [&]<class Divergence>() {
+    if constexpr (Divergence::needs_weight_sum && !Divergence::centred) {
+      if (!in_place) return walk(DivergenceRows<A, Divergence, false>(k));
+    }
+    walk(DivergenceRows<A, Divergence>(k));
+  });
+}
+
+inline void kd_rows(const KdCall& k, int64_t begin, int64_t end) {
+  if (k.student.type == ScalarType::Double) kd_rows_in<double>(k, begin, end);
+  else kd_rows_in<float>(k, begin, end);
+}
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif

@@ -1,0 +1,260 @@
+// The row mathematics of kd_loss on the CPU for a teacher known at K columns, one row at a time, in the accumulation
+// type A; what concerns the K columns alone is in float64. The divergences: topk_divergences.h.
+//
+//   z student on V columns, q = exp((z − m)/T)/l; on the list of ids y the teacher's log-probabilities, or its weights
+//   p = exp(y), or exp(y·T_lp/T) over its sum on the list
+//   m_c, l_c: m and l of the columns off the list, where Σq = r_s = l_c·exp((m_c − m)/T)/l
+//
+// Two passes over the student's row. The first, statistics(), takes the maximum and sum of the columns off the list, whose
+// values are replaced by −∞ in a copy of the block; the list's own are merged after it. divergence() needs nothing but
+// these. The second, gradient(), writes rest·exp((z − m_c)/T) and the cross-entropy's part (cross_entropy.h); the columns
+// of the list, and the label's, are then overwritten. RENORMALIZE_REVERSE alone needs neither. Per column 4 bytes read
+// and 4 written in float32, 2 + 2 in 16 bits; the teacher is never expanded to V. Compiled once per instruction set
+// (isa.h).
+#ifndef FUSEDKD_TOPK_ROWS
+#define FUSEDKD_TOPK_ROWS
+
+#include "call.h"
+#include "cross_entropy.h"
+#include "logits.h"
+#include "softmax.h"
+#include "topk_divergences.h"
+#include "vec.h"
+
+namespace FUSEDKD_NAMESPACE {
+
+// What the second pass needs to know of a row.
+template <class A> struct TopkTerms {
+  A m_c, c_s, rest;  // KD: rest·exp2((z − m_c)·c_s)
+  CrossEntropyTerms<A> ce;
+  const char* next_z;  // the same columns of the next row, fetched while this one is computed
+  int64_t z_bytes;
+};
+
+template <class A, bool kd, E1 e_1> void topk_pass(TopkTerms<A> r, const A* z, int64_t n, A* g) {
+  for (int64_t j = 0; j < n; j += STEP) {
+    __builtin_prefetch(r.next_z + j * r.z_bytes, 0, 2);
+    for (int u = 0; u < PER_STEP<A>; u++) {
+      const int64_t at = j + u * WIDTH<A>;
+      const Vec<A> x = load(z + at);
+      Vec<A> e = {}, slope = {};
+      if constexpr (kd) {
+        e = exp2<A>((x - r.m_c) * r.c_s);
+        slope = e * r.rest;
+      }
+      store(g + at, r.ce.template add_to<e_1>(slope, x, e));
+    }
+  }
+}
+
+// One thread's rows. The members after the buffers describe the current one.
+template <class A> struct TopkRows {
+  const TopkCall& k;
+  const int64_t V = k.student.columns, K = k.teacher.columns, K_padded = whole_steps(K + 1);
+  const bool sampled = with_topk_divergence(k.kernel_id, []<class F>() { return F::sampled; });
+  const bool off_list = with_topk_divergence(k.kernel_id, []<class F>() { return F::off_list; });
+  const bool reverse = with_topk_divergence(k.kernel_id, []<class F>() { return F::reverse; });
+  Logits<A> student{k.student, k.transform, k.softcap, k.scale};
+  alignas(64) A g_buffer[BLOCK];
+  // The list: n columns, the label's after them; of each block of the row the first of its columns, then the next, −1.
+  std::vector<int64_t> id = std::vector<int64_t>(K_padded);
+  std::vector<int32_t> first = std::vector<int32_t>(V / BLOCK + 1), next = std::vector<int32_t>(K_padded);
+  std::vector<A> z = std::vector<A>(K_padded), slope = z;
+  std::vector<double> x = std::vector<double>(K_padded), y = x, p = x, q = x, g = x;  // z; teacher; ∂D/∂s
+  int64_t n = 0, label = 0;
+  bool kd = false, ce = false, label_listed = false;  // the terms that the row has
+  double z_y = 0;
+  A* stats = nullptr;  // m, l, m_c, l_c, m_1, l_1 − 1 (kd_rows.h), and what A rounds off l and l_c
+  const int squarings = squarings_at(k.temperature);  // that make exp(z) of exp(z/T), −1 if none do
+  double rest = 0;                                    // ∂D/∂s off the list, over exp((z − m_c)/T)
+
+  explicit TopkRows(const TopkCall& call) : k(call) {}
+
+  void row(int64_t i) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    student.row = k.student[i], stats = static_cast<A*>(k.stats) + STATS * i;
+    label = k.ce ? k.labels[i] : k.ignore_index;
+    const bool labelled = k.ce && label != k.ignore_index, legal = !labelled || (label >= 0 && label < V);
+    const bool selected = k.weights[i] != 0, listed = list(selected ? i : -1);
+    kd = selected && listed, ce = labelled && legal;
+    gather();
+    const double cross_entropy = k.forward ? statistics() : 0;
+    const auto its_divergence = [&]<class F>() { return divergence<F>(); };
+    const double value = kd ? with_topk_divergence(k.kernel_id, its_divergence) : listed ? 0 : nan;
+    if (k.gradient) gradient(i, legal && listed, value == INFINITE<double>);
+    if (!k.forward) return;
+    A* rows = static_cast<A*>(k.rows);
+    rows[i] = A(selected ? k.kd_scale * k.weights[i] * value : 0);
+    rows[k.student.count + i] = A(ce ? cross_entropy : legal ? 0 : nan);
+  }
+
+  // The list of row i, y with it, or an empty one; false, and an empty one, if an id is no column.
+  bool list(int64_t i) {
+    std::fill(first.begin(), first.end(), -1);
+    label_listed = false, n = 0;
+    for (int64_t j = 0; j < (i < 0 ? 0 : K); j++) {
+      const int64_t column = k.ids[i * K + j];
+      if (column == -1) continue;
+      if (column < 0 || column >= V) return list(-1), false;
+      id[n] = column, y[n] = element(k.teacher.type, k.teacher[i], j), label_listed |= column == label;
+      next[n] = first[column / BLOCK], first[column / BLOCK] = int32_t(n++);
+    }
+    if (sampled) add_up();
+    std::fill(y.begin() + n, y.end(), nothing());
+    return true;
+  }
+  double nothing() const { return sampled ? 0 : -INFINITE<double>; }  // y where the teacher has none
+
+  // One of equal ids keeps the sum of their weights; the others leave the list, −1.
+  void add_up() {
+    int32_t kept[BLOCK];
+    for (int32_t& head : first) {
+      for (int32_t j = head; j >= 0; j = next[j]) kept[id[j] % BLOCK] = -1;
+      for (int32_t* at = &head; *at >= 0;) {
+        const int32_t j = *at;
+        int32_t& keeper = kept[id[j] % BLOCK];
+        if (keeper < 0) keeper = j, at = &next[j];
+        else y[keeper] += y[j], y[j] = 0, id[j] = -1, *at = next[j];
+      }
+    }
+  }
+
+  // The student's values at the ids and at the label, before anything is written.
+  void gather() {
+    id[n] = ce ? label : -1;
+    for (int64_t j = 0; j < K_padded; j++)
+      z[j] = j <= n && id[j] >= 0 ? A(element(k.student.type, student.row, id[j])) : -INFINITE<A>;
+    std::fill(slope.begin(), slope.end(), A(1));
+    if (k.transform) cap_and_scale<A>(z.data(), K_padded, student.cap, student.scale, slope.data());
+    std::copy(z.begin(), z.end(), x.begin());
+    z_y = x[n], x[n] = -INFINITE<double>;
+  }
+  static double element(ScalarType type, const char* row, int64_t j) {
+    switch (type) {
+      case ScalarType::Double: return ((const double*)row)[j];
+      case ScalarType::Float: return ((const float*)row)[j];
+      case ScalarType::BFloat16: return float(((const BFloat16*)row)[j]);
+      default: return float(((const Half*)row)[j]);
+    }
+  }
+
+  // First pass: the statistics; returns CE, if the row has it.
+  double statistics() {
+    Softmax<A> s{.c = LOG2E / k.temperature}, one{.c = LOG2E};
+    const bool tempered = kd && off_list, shared = ce && tempered && squarings >= 0;
+    s.squarings = shared ? squarings : 0;
+    double z_sum = 0;
+    for (int64_t j = 0, size; j < (ce || tempered ? V : 0); j += size) {
+      size = std::min(BLOCK, V - j);
+      const int32_t head = first[j / BLOCK];
+      const A* block = student.block(j, size, head >= 0);
+      if (ce && k.smoothing != 0) z_sum += sum_of(block, size);
+      for (int32_t c = head; c >= 0; c = next[c]) student.buffer[id[c] - j] = -INFINITE<A>;
+      if (tempered) s.add(block, whole_steps(size));
+      if (ce && !shared) one.add(block, whole_steps(size));
+    }
+    s.settle(), one.settle();
+    const A m_c = s.m, l_c = A(s.l);
+    const double off = s.l;
+    s.merge(x.data(), n);
+    if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
+    else if (ce) one.merge(x.data(), n);
+    stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l), stats[OTHER_MAX] = m_c, stats[OTHER_SUM] = l_c;
+    stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
+    stats[WEIGHT_SUM] = A(s.l - stats[STUDENT_SUM]), stats[OWN] = A(off - l_c);
+    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
+  }
+
+  // D, from the statistics as stored; leaves ∂D/∂s on the list in g, and `rest`.
+  template <class F> double divergence() {
+    const double m = stats[STUDENT_MAX], l = double(stats[STUDENT_SUM]) + stats[WEIGHT_SUM], rate = 1 / k.temperature;
+    const double m_c = stats[OTHER_MAX], l_c = double(stats[OTHER_SUM]) + stats[OWN];
+    if (l == 0) return INFINITE<double>;
+    const double log_l = std::log(l), q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
+    const double r_s = l_c * q_c, log_r_s = (m_c - m) * rate + std::log(l_c) - log_l;
+
+    // On the list q and p, its sum, and log p = (y − top)·tau − log_total
+    const double top = F::renormalized ? *std::max_element(y.begin(), y.begin() + n) : 0;
+    const double tau = F::renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
+    D p_sum = {};
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      const D t = load(&y[j]), p_j = F::sampled ? t : exp2<double>((t - top) * (tau * LOG2E));
+      store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) / l);
+      p_sum += p_j;
+    }
+    const double mass = added(p_sum);
+    const double left = F::bucket ? teachers_tail(k.teacher.type, p.data(), y.data(), n, mass, l_c != 0) : 0;
+    const double total = F::renormalized || F::bucket ? mass + left : 1, log_total = std::log(total);
+    const double r_t = left / total, log_r_t = std::log(r_t);
+
+    D value_sum = {}, w_sum = {};
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      const D t = load(&y[j]), s = load(&x[j]), log_q = (s - m) * rate - log_l;
+      const D delta = F::sampled ? -log_q : (t - top) * tau - log_total - log_q;
+      const TopkColumns c{load(&p[j]) / total, load(&q[j]), delta, t == nothing(), s == -INFINITE<double>};
+      const D value = F::value(c), w = F::grad_term(c, value, mass);
+      store(&g[j], w);
+      value_sum += value, w_sum += w;
+    }
+    const TopkSums sums = F::complete({added(value_sum), added(w_sum)}, {mass, r_s, r_t, log_r_s, log_r_t, q_c, l_c});
+    for (int64_t j = 0; j < n; j++) g[j] -= q[j] * sums.W;
+    rest = sums.rest;
+    return sums.value;
+  }
+
+  // Second pass.
+  void gradient(int64_t i, bool legal, bool infinite) {
+    char* out = (*k.gradient)[i];
+    const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
+    const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
+    const bool of_kd = kd && legal && stats[STUDENT_SUM] != 0 && a != 0 && !(infinite && reverse);
+    const bool of_ce = ce && legal && stats[CE_SUM] != -1 && b != 0, dense = of_kd && rest != 0;
+    const E1 e_1 = !of_ce ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
+    const double m_c = stats[OTHER_MAX] == -INFINITE<A> ? 0 : stats[OTHER_MAX];
+    const CrossEntropy cross_entropy(k, stats[CE_MAX], 1 + double(stats[CE_SUM]), stats[CE_SUM]);
+    TopkTerms<A> r{};
+    r.m_c = A(m_c), r.c_s = A(LOG2E / k.temperature), r.rest = dense ? A(a * rest) : 0;
+    r.ce.m = A(cross_entropy.m), r.ce.target = A(cross_entropy.target()), r.ce.b = A(b), r.ce.squarings = squarings;
+    r.ce.inv_l = A(cross_entropy.q_scale(e_1 == E1::power ? std::exp(m_c - cross_entropy.m) : 1));
+    r.z_bytes = size_of(k.student.type);
+    const auto at = [&](int64_t j, double slope_of_d) {
+      const bool is_label = id[j] == label;
+      const double of_label = of_ce ? b * cross_entropy.gradient(is_label ? z_y : x[j], is_label) : 0;
+      return A((a * slope_of_d + of_label) * slope[j]);
+    };
+    for (int64_t j = 0, size; j < V; j += size) {
+      size = std::min(BLOCK, V - j), r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
+      A* to = place(k.student.type, out, j, size, g_buffer);
+      if (dense || of_ce) {
+        emit(r, student.block(j, size, false, true), whole_steps(size), to, dense, e_1);
+        student.chain(to, size);
+      } else {
+        std::fill_n(to, size, A(0));
+      }
+      if (of_kd || of_ce)
+        for (int32_t c = first[j / BLOCK]; c >= 0; c = next[c]) to[id[c] - j] = at(c, of_kd ? g[c] : 0);
+      if (of_ce && !label_listed && label >= j && label < j + size)
+        to[label - j] = at(n, dense ? rest * std::exp((z_y - m_c) / k.temperature) : 0);
+      write(k.student.type, out, j, size, to);
+    }
+  }
+  static void emit(const TopkTerms<A>& r, const A* block, int64_t size, A* to, bool dense, E1 e_1) {
+    if (!dense) topk_pass<A, false, E1::own>(r, block, size, to);
+    else if (e_1 == E1::none) topk_pass<A, true, E1::none>(r, block, size, to);
+    else if (e_1 == E1::power) topk_pass<A, true, E1::power>(r, block, size, to);
+    else topk_pass<A, true, E1::own>(r, block, size, to);
+  }
+};
+
+template <class A> void topk_rows_in(const TopkCall& k, int64_t begin, int64_t end) {
+  TopkRows<A> rows(k);
+  for (int64_t i = begin; i < end; i++) rows.row(i);
+}
+
+inline void topk_rows(const TopkCall& k, int64_t begin, int64_t end) {
+  if (k.student.type == ScalarType::Double) topk_rows_in<double>(k, begin, end);
+  else topk_rows_in<float>(k, begin, end);
+}
+
+}  // namespace FUSEDKD_NAMESPACE
+#endif
