@@ -55,7 +55,7 @@ inline std::vector<Fiber> fibers(2048);  // block by block
 inline ucontext_t scheduler;
 inline Fiber* fiber;
 inline std::function<void()> body;
-inline unsigned ranks = 1;                         // blocks of a cluster
+inline unsigned ranks = 1;                          // blocks of a cluster
 inline std::vector<std::vector<char>> memories{1};  // their dynamic shared memory
 
 // Lets every other thread of the cluster reach its next barrier or shuffle.

@@ -13,13 +13,14 @@ namespace FUSEDKD_NAMESPACE {
 
 // What is the same for all columns of a row.
 struct CrossEntropy {
-  double m, l, less_one;                    // less_one: l − 1, which has the digits that l lacks near 1
+  double m, l, less_one;  // less_one: l − 1, which has the digits that l lacks near 1
   double smoothing, columns, z_loss_weight;
-  double growth;                            // 2ζ·(m + log l)
+  double growth;  // 2ζ·(m + log l)
 
   CrossEntropy(const LogitsCall& k, double m, double l, double less_one)
       : m(m), l(l), less_one(less_one), smoothing(k.smoothing), columns(double(k.student.columns)),
-        z_loss_weight(k.z_loss_weight), growth(z_loss_weight == 0 || l == 0 ? 0 : 2 * z_loss_weight * (m + std::log(l))) {}
+        z_loss_weight(k.z_loss_weight),
+        growth(z_loss_weight == 0 || l == 0 ? 0 : 2 * z_loss_weight * (m + std::log(l))) {}
 
   // `sum`: of all logits, used if there is smoothing.
   double value(double z_y, double sum) const {

@@ -67,7 +67,8 @@ double mask_value(const void* data, ScalarType type, int64_t i) {
     case ScalarType::Double: return static_cast<const double*>(data)[i];
     case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
     case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
-    case ScalarType::Bool: case ScalarType::Byte:
+    case ScalarType::Bool:
+    case ScalarType::Byte:
     case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
     case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
     case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
@@ -138,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor row_losses, Tensor options, T
   const int64_t size = row_losses.size(1);
   const auto fresh = [&] { return torch::stable::new_empty(row_losses, {&size, size_t(per_row)}); };
   Tensor out[3] = {fresh(), fresh(), fresh()};
-  type == ScalarType::Double ? terms<double>(row_losses, o, n, per_row, out) : terms<float>(row_losses, o, n, per_row, out);
+  type == ScalarType::Double ? terms<double>(row_losses, o, n, per_row, out)
+                             : terms<float>(row_losses, o, n, per_row, out);
   return {out[0], out[1], out[2]};
 }
 

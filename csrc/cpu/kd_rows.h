@@ -35,11 +35,11 @@ template <class A> struct KdRows {
   alignas(64) A g_buffer[BLOCK], w_buffer[BLOCK];
   std::vector<A> e_s, e_t;      // exponentials of the C columns,
   std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
-  int64_t label, excluded;  // excluded: the column that the divergence does without, −1 if none
-  bool kd, ce;              // the terms that the row has
-  A z_y, v_y, *stats;       // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
-                            // near 1, of the three softmaxes; W
-  int squarings;            // that make e_1 of e_s, −1 if none do
+  int64_t label, excluded;      // excluded: the column that the divergence does without, −1 if none
+  bool kd, ce;                  // the terms that the row has
+  A z_y, v_y, *stats;  // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
+                       // near 1, of the three softmaxes; W
+  int squarings;       // that make e_1 of e_s, −1 if none do
 
   explicit KdRows(const KdCall& call) : k(call) {}
 
@@ -155,7 +155,8 @@ struct DivergenceRows : KdRows<A> {
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     Terms<A> row = this->terms(a, b);
     const double l_s = this->l_s(), l_t = this->l_t();
-    const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()});
+    const Divergence divergence(k.coefficients,
+                                RowSums<double>{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()});
     const bool no_student = softmax && l_s == 0 && (!excludes_label || z_y == -INFINITE<A>);
     const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
     const bool alive = kd && !no_student && has_teacher;
@@ -230,7 +231,8 @@ struct DivergenceRows : KdRows<A> {
     n = whole_steps(n);
     double sum = 0;
     if constexpr (!needs_weight_sum) {
-      if (wanted.value && !wanted.of_kd) sum = pass<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
+      if (wanted.value && !wanted.of_kd)
+        sum = pass<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
       if (wanted.value && wanted.of_kd) sum = fused<true>(r, divergence, z, v, n, g, e_1);
     }
     if (!wanted.of_kd && wanted.of_ce) Base::template emit<false, false>(r, z, nullptr, n, g, false, e_1);
@@ -263,7 +265,9 @@ struct DivergenceRows : KdRows<A> {
 
   // The log odds of the label against all other columns.
   double odds_of_student() const { return log_odds<double>(z_y, stats[STUDENT_MAX], 1 / k.temperature, this->l_s()); }
-  double odds_of_teacher() const { return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t()); }
+  double odds_of_teacher() const {
+    return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t());
+  }
 
   // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept exponentials,
   // which were relative to another maximum.

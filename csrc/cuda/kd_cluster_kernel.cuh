@@ -25,7 +25,7 @@
 
 namespace fusedkd {
 
-constexpr int kResident = 3;          // blocks of an SM, if their columns fit: one's copies hide behind the others' work
+constexpr int kResident = 3;  // blocks of an SM, if their columns fit: one's copies hide behind the others' work
 constexpr int kState = 7, kSums = 3;  // floats that blocks tell each other: softmax statistics; D, W, Σ (z − m)
 
 template <typename S>
@@ -114,10 +114,12 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
 
   // Options. k turns a difference of logits into an exponent of 2.
   const auto option = [&](Option k) { return static_cast<float>(p.options[k]); };
-  const float c_s = has_kd ? 1 / option(TEMPERATURE) : 1, c_t = 1 / option(TEACHER_TEMPERATURE), k_s = c_s * LOG2E, k_t = c_t * LOG2E;
+  const float c_s = has_kd ? 1 / option(TEMPERATURE) : 1, c_t = 1 / option(TEACHER_TEMPERATURE), k_s = c_s * LOG2E,
+              k_t = c_t * LOG2E;
   const int power = c_s == 1 ? 1 : c_s == 0.5f ? 2 : c_s == 0.25f ? 4 : 0;
   const float smoothing = option(LABEL_SMOOTHING);
-  row.cap_z = option(SOFTCAP), row.scale_z = option(SCALE), row.cap_v = option(TEACHER_SOFTCAP), row.scale_v = option(TEACHER_SCALE);
+  row.cap_z = option(SOFTCAP), row.scale_z = option(SCALE), row.cap_v = option(TEACHER_SOFTCAP),
+  row.scale_v = option(TEACHER_SCALE);
   const int target = has_ce || (F::excludes_label && has_kd && has_target) ? static_cast<int>(label) : -1;
   const bool hides = F::excludes_label && has_kd && has_target;
 
@@ -200,20 +202,25 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const bool broken = counted && !legal;
   const float a_kd = !has_kd || broken || dead || (F::excludes_label && !hides)
                          ? 0.0f
-                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * c_s / static_cast<float>(p.normalizers[KD_NORMALIZER]);
-  const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[CE_NORMALIZER]) : 0.0f;
+                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * c_s /
+                               static_cast<float>(p.normalizers[KD_NORMALIZER]);
+  const float a_ce =
+      has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[CE_NORMALIZER]) : 0.0f;
   const float a_other = a_ce * smoothing / p.columns, a_label = a_ce * (1 - smoothing);
   const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
-  const float z_loss = option(Z_LOSS_WEIGHT), log_sum = m_1 + std::log(l_1), log_growth = z_loss == 0 ? 0 : 2 * z_loss * log_sum;
-  const float a_q = with_ce ? a_ce * (1 + log_growth) : 0, a_common = with_ce ? a_q * s_to_1 : 0, a_surplus = with_ce ? a_q * r_1 : 0;  // times e
-  float W = 0, hidden = 0;  // the gradient of a hidden target
+  const float z_loss = option(Z_LOSS_WEIGHT), log_sum = m_1 + std::log(l_1),
+              log_growth = z_loss == 0 ? 0 : 2 * z_loss * log_sum;
+  const float a_q = with_ce ? a_ce * (1 + log_growth) : 0, a_common = with_ce ? a_q * s_to_1 : 0,
+              a_surplus = with_ce ? a_q * r_1 : 0;  // times e
+  float W = 0, hidden = 0;                          // the gradient of a hidden target
   if constexpr (F::excludes_label) {
     W = a_kd == 0 ? 0 : form.centre;
     hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(of_1(at_label.z[0])) : 0);
   }
   if (forward && first && has_ce) {
     const float hit = smoothing < 1 ? (1 - smoothing) * -from_1(at_label.z[0]) : 0;
-    p.rows[p.count + i] = l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit + (z_loss == 0 ? 0 : z_loss * log_sum * log_sum);
+    p.rows[p.count + i] =
+        l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit + (z_loss == 0 ? 0 : z_loss * log_sum * log_sum);
   }
 
   // Sweeps 2 and 3 over the columns, in one or apart.
@@ -245,9 +252,9 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
         e_s[e] = exp2_of(column.log2_e_q);
         column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
         const float low_v = max(v, low_t), low_z = max(z, low_s);
-        column.delta = kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
-                              : c_s * ((low_v - near_t) - (low_z - near_s) - gap) +
-                                    (c_rest * (low_v - base_t) - log_ratio);
+        column.delta =
+            kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
+                   : c_s * ((low_v - near_t) - (low_z - near_s) - gap) + (c_rest * (low_v - base_t) - log_ratio);
         const float w = form.grad_term(column);
         if constexpr (kMeasures) divergence += form.value(column);
         if constexpr (kMeasures && F::needs_weight_sum && F::centred) pull += w;
