@@ -1,5 +1,6 @@
 """csrc/cuda/cosine.cu run on the CPU, thread by thread (tests/cuda_on_host.h): its values, indexing, masks and
-reductions against float64, where there is no GPU. Inputs lie in NaN, so that a read past a row shows; misaligned wide loads trap.
+reductions against float64, where there is no GPU. Inputs lie in NaN, so that a read past a row shows; misaligned wide
+loads trap.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """csrc/cuda/kd_cluster.cu run on the CPU, thread by thread (tests/cuda_on_host.h): its values, gradients, indexing,
-copies and reductions over clusters by the rule of truth.py, where there is no GPU. Logits lie in NaN, and so does shared
-memory, so that a read past a row or ahead of its copy shows; misaligned copies and wide accesses abort.
+copies and reductions over clusters by the rule of truth.py, where there is no GPU. Logits lie in NaN, and so does
+shared memory, so that a read past a row or ahead of its copy shows; misaligned copies and wide accesses abort.
 """
 
 from __future__ import annotations
