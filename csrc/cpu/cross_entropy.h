@@ -19,7 +19,8 @@ struct CrossEntropy {
 
   CrossEntropy(const LogitsCall& k, double m, double l, double less_one)
       : m(m), l(l), less_one(less_one), smoothing(k.smoothing), columns(double(k.student.columns)),
-        z_loss_weight(k.z_loss_weight), growth(z_loss_weight == 0 || l == 0 ? 0 : 2 * z_loss_weight * (m + std::log(l))) {}
+        z_loss_weight(k.z_loss_weight),
+        growth(z_loss_weight == 0 || l == 0 ? 0 : 2 * z_loss_weight * (m + std::log(l))) {}
 
   // `sum`: of all logits, used if there is smoothing.
   double value(double z_y, double sum) const {

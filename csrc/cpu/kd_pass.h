@@ -58,7 +58,8 @@ struct Sums {
 // exponentials are kept. Logarithms are taken in a loop of their own, GROUP columns ahead: with them, the dependent
 // operations of one column would be too many for a processor to have several columns under way.
 template <class Divergence, class A, bool kept, Out out, E1 e_1 = E1::none>
-[[gnu::noinline]] Sums pass(const Divergence& given_divergence, const Terms<A>& given_terms, const A* z, const A* v, int64_t n, A* to) {
+[[gnu::noinline]] Sums pass(const Divergence& given_divergence, const Terms<A>& given_terms, const A* z, const A* v,
+                            int64_t n, A* to) {
   const Divergence divergence = given_divergence;  // copies, which nothing that is written can change
   Terms<A> r = given_terms;
   const A inv_l_s = kept ? r.kept.inv_l_s : r.inv_l_s;

@@ -9,13 +9,13 @@
 //   gradient = a·(w − q·W) + b·∂CE/∂z (cross_entropy.h), times the upstream,
 //              a = kd_weight·kd_scale·weight/(n_kd·T_s), b = ce_weight/n_ce
 //
-// Two passes over a row pair where W is known beforehand, as for forward KL. The first, statistics(), reads it from memory,
-// finds m and l block by block (softmax.h) and keeps the exponentials; the second, gradient(), finds all of it in L2 and
-// computes value and gradient. Where W is needed first, weight_sum() between them leaves w in the place of the teacher's
-// exponentials, and the last pass computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32,
-// 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of e_s = exp((z − m_s)/T_s)
-// at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics and W, is one pass for
-// every divergence, and computes the exponentials anew. Compiled once per instruction set (isa.h).
+// Two passes over a row pair where W is known beforehand, as for forward KL. The first, statistics(), reads it from
+// memory, finds m and l block by block (softmax.h) and keeps the exponentials; the second, gradient(), finds all of it
+// in L2 and computes value and gradient. Where W is needed first, weight_sum() between them leaves w in the place of
+// the teacher's exponentials, and the last pass computes the gradient of it. Per column 4 + 4 bytes read and 4 written
+// in float32, 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of
+// e_s = exp((z − m_s)/T_s) at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics
+// and W, is one pass for every divergence, and computes the exponentials anew. Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_KD_ROWS
 #define FUSEDKD_KD_ROWS
 
@@ -37,8 +37,8 @@ template <class A> struct KdRows {
   std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
   int64_t label, excluded;  // excluded: the column that the divergence does without, −1 if none
   bool kd, ce;              // the terms that the row has
-  A z_y, v_y, *stats;       // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
-                            // near 1, of the three softmaxes; W
+  A z_y, v_y;               // logits of the label, 0 where there is none
+  A* stats;                 // of the three softmaxes m and l − 1, which has the digits that l lacks near 1; W
   int squarings;            // that make e_1 of e_s, −1 if none do
 
   explicit KdRows(const KdCall& call) : k(call) {}
@@ -108,8 +108,8 @@ template <class A> struct KdRows {
   }
 };
 
-// Those of one divergence. `needs_weight_sum`: D and W take a pass of their own before the gradient. A form that needs D
-// alone, for the gradient to be 0 where it is infinite, can do without: such a row is then written twice.
+// Those of one divergence. `needs_weight_sum`: D and W take a pass of their own before the gradient. A form that needs
+// D alone, for the gradient to be 0 where it is infinite, can do without: such a row is then written twice.
 template <class A, class Divergence, bool needs_weight_sum = Divergence::needs_weight_sum>
 struct DivergenceRows : KdRows<A> {
   using Base = KdRows<A>;
@@ -155,7 +155,8 @@ struct DivergenceRows : KdRows<A> {
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     Terms<A> row = this->terms(a, b);
     const double l_s = this->l_s(), l_t = this->l_t();
-    const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()});
+    const RowSums<double> sums{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()};
+    const Divergence divergence(k.coefficients, sums);
     const bool no_student = softmax && l_s == 0 && (!excludes_label || z_y == -INFINITE<A>);
     const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
     const bool alive = kd && !no_student && has_teacher;
@@ -169,9 +170,9 @@ struct DivergenceRows : KdRows<A> {
     bool given = false;  // w, in the place of e_t
     if constexpr (needs_weight_sum) {
       if (wanted.value) {
-        const Sums sums = weight_sum(i, row, divergence, wanted.of_kd);
-        value = sums.value, wanted.value = false, given = true;
-        stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.weight) : 0;
+        const Sums found = weight_sum(i, row, divergence, wanted.of_kd);
+        value = found.value, wanted.value = false, given = true;
+        stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(found.weight) : 0;
       }
       row.centre = stats[WEIGHT_SUM];
       wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
@@ -230,7 +231,8 @@ struct DivergenceRows : KdRows<A> {
     n = whole_steps(n);
     double sum = 0;
     if constexpr (!needs_weight_sum) {
-      if (wanted.value && !wanted.of_kd) sum = pass<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
+      if (wanted.value && !wanted.of_kd)
+        sum = pass<Divergence, A, true, Out::none>(divergence, r, z, v, n, nullptr).value;
       if (wanted.value && wanted.of_kd) sum = fused<true>(r, divergence, z, v, n, g, e_1);
     }
     if (!wanted.of_kd && wanted.of_ce) Base::template emit<false, false>(r, z, nullptr, n, g, false, e_1);
@@ -263,10 +265,12 @@ struct DivergenceRows : KdRows<A> {
 
   // The log odds of the label against all other columns.
   double odds_of_student() const { return log_odds<double>(z_y, stats[STUDENT_MAX], 1 / k.temperature, this->l_s()); }
-  double odds_of_teacher() const { return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t()); }
+  double odds_of_teacher() const {
+    return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t());
+  }
 
-  // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept exponentials,
-  // which were relative to another maximum.
+  // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept
+  // exponentials, which were relative to another maximum.
   void move_to(int64_t j, int64_t i, Terms<A>& r) const {
     r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
     r.next_v = next_row(k.teacher, k.weights, i) + j * r.v_bytes;

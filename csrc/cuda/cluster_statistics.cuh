@@ -97,9 +97,9 @@ INLINE Statistics merged(float (&state)[kState], const Temperatures& t, float* s
 
 // What the statistics make of logits: p, q and δ of a column.
 //
-// δ = c_s·((v − z) − gap) + (c_t − c_s)·(v − m_t) − log(l_t/l_s), gap = m_t − m_s. What is the same for all columns moves
-// D in second order only. Sides that are far apart are first reduced by their maxima; differences of 16-bit logits, for
-// which kExact is, are exact as they are. A side whose columns all count as LOWEST is one of zeros.
+// δ = c_s·((v − z) − gap) + (c_t − c_s)·(v − m_t) − log(l_t/l_s), gap = m_t − m_s. What is the same for all columns
+// moves D in second order only. Sides that are far apart are first reduced by their maxima; differences of 16-bit
+// logits, for which kExact is, are exact as they are. A side whose columns all count as LOWEST is one of zeros.
 template <bool kExact>
 struct Columns {
   Exponent of_s, of_t;

@@ -286,7 +286,8 @@ void run(const Task& task) {
   }
   STD_TORCH_CHECK(task.teacher.device() == task.student.device(), "fusedkd: the devices differ");
   with_type<float, BFloat16, Half, double>(task.student.scalar_type(), [&](auto s) {
-    with_type<float, BFloat16, Half, double>(task.teacher.scalar_type(), [&](auto t) { run<decltype(s), decltype(t)>(task); });
+    with_type<float, BFloat16, Half, double>(task.teacher.scalar_type(),
+                                             [&](auto t) { run<decltype(s), decltype(t)>(task); });
   });
 }
 

@@ -1,5 +1,5 @@
-// The cross-entropy of a row of logits z, with label smoothing ε and a z-loss of weight ζ: its value, and the coefficients
-// of its gradient.
+// The cross-entropy of a row of logits z, with label smoothing ε and a z-loss of weight ζ: its value, and the
+// coefficients of its gradient.
 //
 //   CE = log l + (1 − ε)·(m − z_y) + ε·mean(m − z) + ζ·(m + log l)²       m = max z, l = Σ exp(z − m), y the label
 //   ∂CE/∂z = (1 + 2ζ·(m + log l))·q − (1 − ε)·1_y − ε/V,  q = exp(z − m)/l                            on V columns

@@ -48,7 +48,8 @@ bool run(const KdArguments<S>& p, const Tensor& where) {
 // Soft-caps come with forward KL alone: twice as many kernels would compile for twice as long.
 template <typename S>
 bool run(KernelId kernel_id, bool transform, const KdArguments<S>& p, const Tensor& where) {
-  STD_TORCH_CHECK(!transform || kernel_id == KernelId::FORWARD_KL, "fusedkd: kd_cluster soft-caps for forward KL alone");
+  STD_TORCH_CHECK(!transform || kernel_id == KernelId::FORWARD_KL,
+                  "fusedkd: kd_cluster soft-caps for forward KL alone");
   if (transform) return run<ForwardKL<float>, true>(p, where);
   return with_divergence<float>(kernel_id, [&]<typename F>() { return run<F, false>(p, where); });
 }

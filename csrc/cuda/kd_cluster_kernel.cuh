@@ -7,9 +7,9 @@
 //   pass 2    D and W, where the gradient needs W or needs to know whether D is finite
 //   pass 3    the gradient, and D where there was no pass 2
 //
-// Moves 6 bytes per 16-bit logit: z and v in, the gradient out; 4 without a gradient. From given statistics pass 3 alone
-// runs, and blocks need not meet. Exponentials per column: two a pass; at T = 1, 2, 4 that of CE is a power of the
-// student's, else a third.
+// Moves 6 bytes per 16-bit logit: z and v in, the gradient out; 4 without a gradient. From given statistics pass 3
+// alone runs, and blocks need not meet. Exponentials per column: two a pass; at T = 1, 2, 4 that of CE is a power of
+// the student's, else a third.
 //
 // One row per cluster, held on chip between reduction and gradient, is the design of QuACK's cross_entropy; the merge
 // of partial softmaxes Milakov and Gimelshein's (2018, arXiv:1805.02867).
@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   } else {
     of_row.load(stats);
   }
-  const float m_s = of_row.m_s, l_s = of_row.l_s, m_t = of_row.m_t, l_t = of_row.l_t, m_1 = of_row.m_1, l_1 = of_row.l_1;
+  const float m_s = of_row.m_s, l_s = of_row.l_s, m_t = of_row.m_t, l_t = of_row.l_t;
+  const float m_1 = of_row.m_1, l_1 = of_row.l_1;
   const Columns<sizeof(S) == 2 && !kTransform> columns(of_row, t);
   const Exponent of_1(LOG2E, m_1), of_s_at_1(LOG2E, m_s);
   const float r_1 = reciprocal_or_zero(l_1 * beyond(m_1, LOG2E, 1));
