@@ -46,7 +46,7 @@ namespace FUSEDKD_NAMESPACE {
 
 // What a form can use of one column. δ is NaN or infinite where a logit is −∞.
 template <class X> struct Column {
-  X z, v;                          // logits
+  X z, v;  // logits
   X p, q, delta;
   X log2_e_p, log2_e_q;            // log2 of p·l_t and of q·l_s, both <= 0
   decltype(X{} < X{}) no_p, no_q;  // v = −∞, z = −∞
@@ -55,9 +55,9 @@ template <class X> struct Column {
 // And of its row. R: double or float. The log odds are those of the label y against all other columns, for forms that
 // exclude the label's column; l then is without it.
 template <class R> struct RowSums {
-  R l_s, l_t;          // Σ exp(s − max), Σ exp(t − max)
-  R columns;           // C
-  R odds_s, odds_t;    // log q_y/(1 − q_y), log p_y/(1 − p_y)
+  R l_s, l_t;        // Σ exp(s − max), Σ exp(t − max)
+  R columns;         // C
+  R odds_s, odds_t;  // log q_y/(1 − q_y), log p_y/(1 − p_y)
 };
 
 // A form is constructed once per row from a0 … a5 and the row's sums. The flags and what they default to:
@@ -151,11 +151,10 @@ template <class A> struct AlphaBeta : Defaults {
       : exchanged(a[0] < a[1]), grows(a[0] < 0 || a[1] < 0), alpha(a[0]), beta(a[1]), s(a[0] + a[1]),
         rho((exchanged ? a[0] : a[1]) / (a[0] + a[1])), inv_rho(rho == 0 ? A(0) : 1 / rho),
         value_scale(1 / ((1 - rho) * s * s)), grad_scale(1 / s), inv_rest(1 / (1 - rho)),
-        reach(max(A(1), max(rho, -rho))),
-        scale_p(std::pow(row.l_t, R(-s))), scale_q(std::pow(row.l_s, R(-s))),
-        scale_g(std::pow(row.l_t, R(-alpha)) * std::pow(row.l_s, R(-beta))),
-        value_p(beta > 0 ? 1 / (beta * s) : A(0)), value_q(alpha > 0 ? 1 / (alpha * s) : A(0)),
-        grad_q(alpha > 0 ? 1 / alpha : A(0)), alone_p(infinite_if<A>(beta <= 0)), alone_q(infinite_if<A>(alpha <= 0)) {}
+        reach(max(A(1), max(rho, -rho))), scale_p(std::pow(row.l_t, R(-s))), scale_q(std::pow(row.l_s, R(-s))),
+        scale_g(std::pow(row.l_t, R(-alpha)) * std::pow(row.l_s, R(-beta))), value_p(beta > 0 ? 1 / (beta * s) : A(0)),
+        value_q(alpha > 0 ? 1 / (alpha * s) : A(0)), grad_q(alpha > 0 ? 1 / alpha : A(0)),
+        alone_p(infinite_if<A>(beta <= 0)), alone_q(infinite_if<A>(alpha <= 0)) {}
 
   template <class X> struct Parts {
     X p, q, x, delta, e, difference, p_delta, p_rho_delta;  // p^s, q^s, X, Δ, E, Y − X, P(Δ), P(ρΔ)

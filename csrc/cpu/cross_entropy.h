@@ -13,9 +13,9 @@ namespace FUSEDKD_NAMESPACE {
 
 // What is the same for all columns of a row.
 struct CrossEntropy {
-  double m, l, less_one;                    // less_one: l − 1, which has the digits that l lacks near 1
+  double m, l, less_one;  // less_one: l − 1, which has the digits that l lacks near 1
   double smoothing, columns, z_loss_weight;
-  double growth;                            // 2ζ·(m + log l)
+  double growth;  // 2ζ·(m + log l)
 
   CrossEntropy(const LogitsCall& k, double m, double l, double less_one)
       : m(m), l(l), less_one(less_one), smoothing(k.smoothing), columns(double(k.student.columns)),

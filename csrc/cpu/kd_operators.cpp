@@ -67,7 +67,8 @@ double mask_value(const void* data, ScalarType type, int64_t i) {
     case ScalarType::Double: return static_cast<const double*>(data)[i];
     case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
     case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
-    case ScalarType::Bool: case ScalarType::Byte:
+    case ScalarType::Bool:
+    case ScalarType::Byte:
     case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
     case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
     case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;

@@ -11,22 +11,24 @@ namespace FUSEDKD_NAMESPACE {
 
 // What the later passes need to know of a row.
 template <class A> struct Terms {
-  A m_s, inv_l_s, c_s, m_t, inv_l_t, c_t;             // KD softmaxes, c = log2(e)/T
+  A m_s, inv_l_s, c_s, m_t, inv_l_t, c_t;  // KD softmaxes, c = log2(e)/T
   struct {
-    const A *e_s, *e_t;            // exponentials from the first pass
-    A inv_l_s, inv_l_t, inv_l_1;   // 1/l to their scale; the last for the power of e_s
+    const A *e_s, *e_t;           // exponentials from the first pass
+    A inv_l_s, inv_l_t, inv_l_1;  // 1/l to their scale; the last for the power of e_s
   } kept;
   A shift, shift_rest, rate, rate_excess, log_ratio;  // of δ: m_t − m_s in two parts, 1/T_s, 1/T_t − 1/T_s, log l_t/l_s
   A a, centre;                                        // coefficient of the gradient, W
   CrossEntropyTerms<A> ce;
-  const char *next_z, *next_v;                        // the same columns of the next row, fetched meanwhile
+  const char *next_z, *next_v;  // the same columns of the next row, fetched meanwhile
   int64_t z_bytes, v_bytes;
 };
 enum class Out { none, grad_term, gradient };  // what a pass writes: nothing, w, the gradient
 
 // In place of a divergence: none, for columns without a KD term; its w, which a pass is given instead of v.
 struct NoDivergence : Defaults {};
-template <bool centred_> struct GivenTerms : Defaults { static constexpr bool centred = centred_; };
+template <bool centred_> struct GivenTerms : Defaults {
+  static constexpr bool centred = centred_;
+};
 template <class Divergence> constexpr bool is_given = false;
 template <bool centred> constexpr bool is_given<GivenTerms<centred>> = true;
 
@@ -45,8 +47,8 @@ template <bool kept, class A> INLINE Column<Vec<A>> columns(const Terms<A>& r, c
   const Vec<A> d = y - x, b = d - y, lost = (y - (d - b)) - (x + b);  // d + lost = y − x exactly (Knuth)
   Vec<A> delta = fma((d - r.shift) + (lost - r.shift_rest), splat(r.rate), splat(-r.log_ratio));
   if (r.rate_excess != 0) delta = fma(max(splat(A(-1e30)), log2_e_p), splat(r.rate_excess), delta);
-  return {x, y, e_t * inv_l_t, e_s * inv_l_s, bounded<A>(delta), log2_e_p, log2_e_q,
-          y == -INFINITE<A>, x == -INFINITE<A>};
+  return {x,        y,        e_t * inv_l_t,     e_s * inv_l_s,    bounded<A>(delta),
+          log2_e_p, log2_e_q, y == -INFINITE<A>, x == -INFINITE<A>};
 }
 
 struct Sums {

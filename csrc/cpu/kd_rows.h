@@ -35,11 +35,11 @@ template <class A> struct KdRows {
   alignas(64) A g_buffer[BLOCK], w_buffer[BLOCK];
   std::vector<A> e_s, e_t;      // exponentials of the C columns,
   std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
-  int64_t label, excluded;  // excluded: the column that the divergence does without, −1 if none
-  bool kd, ce;              // the terms that the row has
-  A z_y, v_y;               // logits of the label, 0 where there is none
-  A* stats;                 // of the three softmaxes m and l − 1, which has the digits that l lacks near 1; W
-  int squarings;            // that make e_1 of e_s, −1 if none do
+  int64_t label, excluded;      // excluded: the column that the divergence does without, −1 if none
+  bool kd, ce;                  // the terms that the row has
+  A z_y, v_y;                   // logits of the label, 0 where there is none
+  A* stats;                     // of the three softmaxes m and l − 1, which has the digits that l lacks near 1; W
+  int squarings;                // that make e_1 of e_s, −1 if none do
 
   explicit KdRows(const KdCall& call) : k(call) {}
 

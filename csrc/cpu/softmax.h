@@ -12,8 +12,8 @@ namespace FUSEDKD_NAMESPACE {
 // that equal it are counted, not summed: the others, all that there is to the entropy of a sure row, would drop out of
 // float32 sums that have a 1 in them. settle() makes m the maximum of all.
 template <class A> struct Softmax {
-  static constexpr double REACH = 4;    // powers of two that an exponential may reach,
-  static constexpr double SHARE = 0.5;  // and the part of the sum that one may have
+  static constexpr double REACH = 4;       // powers of two that an exponential may reach,
+  static constexpr double SHARE = 0.5;     // and the part of the sum that one may have
   A m = -INFINITE<A>, top = -INFINITE<A>;  // −∞ also of nothing but −∞; then l is 0
   double l = 0, l_1 = 0;  // l_1: at temperature 1, kept if `squarings` say how its exponential comes from that at T
   double c;               // log2(e)/T

@@ -39,7 +39,8 @@ inline int64_t size_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double: return 8;
     case ScalarType::Float: return 4;
-    case ScalarType::Half: case ScalarType::BFloat16: return 2;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
     default: STD_TORCH_CHECK(false, "fusedkd: expected float16, bfloat16, float32 or float64"); return 0;
   }
 }
@@ -78,9 +79,8 @@ inline ScalarType accumulation_type(ScalarType student) {
 
 template <class T>
 const T* contiguous_data(const Tensor& t, ScalarType type, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.numel() == count,
-                  "fusedkd: ", name, " must be a contiguous CPU tensor of ", count, " elements of ",
-                  torch::headeronly::toString(type));
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.numel() == count, "fusedkd: ", name,
+                  " must be a contiguous CPU tensor of ", count, " elements of ", torch::headeronly::toString(type));
   return static_cast<const T*>(t.data_ptr());
 }
 

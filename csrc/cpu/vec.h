@@ -35,9 +35,15 @@ template <class A> using Int = typename Types<A>::Int;
 using F = Vec<float>;
 using D = Vec<double>;
 
-template <class X> struct Element { using Type = X; };  // what X is a vector of, X itself if it is a scalar
-template <> struct Element<F> { using Type = float; };
-template <> struct Element<D> { using Type = double; };
+template <class X> struct Element {
+  using Type = X;
+};  // what X is a vector of, X itself if it is a scalar
+template <> struct Element<F> {
+  using Type = float;
+};
+template <> struct Element<D> {
+  using Type = double;
+};
 template <class X> using Scalar = typename Element<X>::Type;
 
 constexpr double LOG2E = 1.44269504088896340735992;

@@ -38,8 +38,10 @@ struct Temperatures {
   int power;
 
   INLINE Temperatures(float c_s, float c_t)
-      : c_s(c_s), c_t(c_t), k_s(c_s * LOG2E), k_t(c_t * LOG2E),
-        power(c_s == 1 ? 1 : c_s == 0.5f ? 2 : c_s == 0.25f ? 4 : 0) {}
+      : c_s(c_s), c_t(c_t), k_s(c_s * LOG2E), k_t(c_t * LOG2E), power(c_s == 1       ? 1
+                                                                      : c_s == 0.5f  ? 2
+                                                                      : c_s == 0.25f ? 4
+                                                                                     : 0) {}
 };
 
 // m and l of student and teacher in the KD term, and of the student at T = 1 over all of its columns.
@@ -103,7 +105,7 @@ INLINE Statistics merged(float (&state)[kState], const Temperatures& t, float* s
 template <bool kExact>
 struct Columns {
   Exponent of_s, of_t;
-  float sum_s, sum_t, r_s, r_t;                                // Σ 2^(x·k − M) and its inverse
+  float sum_s, sum_t, r_s, r_t;  // Σ 2^(x·k − M) and its inverse
   float c_s, c_rest, low_s, low_t, base_t, near_s, near_t, gap, log_ratio, offset;
 
   INLINE Columns(const Statistics& s, const Temperatures& t)
@@ -126,8 +128,7 @@ struct Columns {
     column.q = product(e_s, r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
     const float low_v = max(v, low_t), low_z = max(z, low_s);
     column.delta = kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
-                          : c_s * ((low_v - near_t) - (low_z - near_s) - gap) +
-                                (c_rest * (low_v - base_t) - log_ratio);
+                          : c_s * ((low_v - near_t) - (low_z - near_s) - gap) + (c_rest * (low_v - base_t) - log_ratio);
     return column;
   }
 };

@@ -291,9 +291,8 @@ void run(const Task& task) {
   });
 }
 
-std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& teacher,
-                                          const Optional& weights, const Tensor& normalizer,
-                                          const Optional& gradient) {
+std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& teacher, const Optional& weights,
+                                          const Tensor& normalizer, const Optional& gradient) {
   using torch::stable::new_empty;
   const int64_t count = student.size(0) * student.size(1), triples[] = {count, 3};
   const ScalarType type = student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -302,9 +301,8 @@ std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& t
   return {rows, stats};
 }
 
-void cosine_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
-                     const Optional& weights, const Tensor& normalizer, const Tensor& stats,
-                     const Tensor& gradient, bool skip_if_one) {
+void cosine_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher, const Optional& weights,
+                     const Tensor& normalizer, const Tensor& stats, const Tensor& gradient, bool skip_if_one) {
   run({student, teacher, weights, normalizer, stats, nullptr, &upstream, &gradient, skip_if_one});
 }
 
