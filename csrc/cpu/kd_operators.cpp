@@ -139,8 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor row_losses, Tensor options, T
   const int64_t size = row_losses.size(1);
   const auto fresh = [&] { return torch::stable::new_empty(row_losses, {&size, size_t(per_row)}); };
   Tensor out[3] = {fresh(), fresh(), fresh()};
-  if (type == ScalarType::Double) terms<double>(row_losses, o, n, per_row, out);
-  else terms<float>(row_losses, o, n, per_row, out);
+  type == ScalarType::Double ? terms<double>(row_losses, o, n, per_row, out)
+                             : terms<float>(row_losses, o, n, per_row, out);
   return {out[0], out[1], out[2]};
 }
 

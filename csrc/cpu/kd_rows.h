@@ -37,9 +37,9 @@ template <class A> struct KdRows {
   std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
   int64_t label, excluded;      // excluded: the column that the divergence does without, −1 if none
   bool kd, ce;                  // the terms that the row has
-  A z_y, v_y;                   // logits of the label, 0 where there is none
-  A* stats;                     // of the three softmaxes m and l − 1, which has the digits that l lacks near 1; W
-  int squarings;                // that make e_1 of e_s, −1 if none do
+  A z_y, v_y, *stats;  // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
+                       // near 1, of the three softmaxes; W
+  int squarings;       // that make e_1 of e_s, −1 if none do
 
   explicit KdRows(const KdCall& call) : k(call) {}
 
@@ -155,8 +155,8 @@ struct DivergenceRows : KdRows<A> {
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     Terms<A> row = this->terms(a, b);
     const double l_s = this->l_s(), l_t = this->l_t();
-    const RowSums<double> sums{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()};
-    const Divergence divergence(k.coefficients, sums);
+    const Divergence divergence(k.coefficients,
+                                RowSums<double>{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()});
     const bool no_student = softmax && l_s == 0 && (!excludes_label || z_y == -INFINITE<A>);
     const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
     const bool alive = kd && !no_student && has_teacher;
@@ -170,9 +170,9 @@ struct DivergenceRows : KdRows<A> {
     bool given = false;  // w, in the place of e_t
     if constexpr (needs_weight_sum) {
       if (wanted.value) {
-        const Sums found = weight_sum(i, row, divergence, wanted.of_kd);
-        value = found.value, wanted.value = false, given = true;
-        stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(found.weight) : 0;
+        const Sums sums = weight_sum(i, row, divergence, wanted.of_kd);
+        value = sums.value, wanted.value = false, given = true;
+        stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.weight) : 0;
       }
       row.centre = stats[WEIGHT_SUM];
       wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
