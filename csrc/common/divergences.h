@@ -2,7 +2,7 @@
 // the CPU kernels (vectors of columns) and the CUDA kernels (one column at a time).
 //
 //   s = z/T_s, t = v/T_t, q = softmax(s) student, p = softmax(t) teacher, δ = log p − log q          C common columns
-//   D = Σ value,  ∂D/∂s = w − q·W,  w = grad_term, W = Σ w                        value and w are functions of one column
+//   D = Σ value,  ∂D/∂s = w − q·W,  w = grad_term, W = Σ w            value and w are functions of one column
 //
 //   excess(p, m, x), x = log(p/m):  p·φ(x), φ(x) = e^−x − 1 + x >= 0, so that nothing cancels near convergence;
 //   Σ excess = KL(p‖m), since p and m both sum to 1; a column with p = 0 gives m
@@ -212,8 +212,8 @@ template <class A> struct LogitMSE : Defaults {
 template <class R> INLINE R sigmoid(R x) { return 1 / (1 + std::exp(-x)); }
 template <class R> INLINE R softplus(R x) { return max(x, R(0)) + std::log1p(std::exp(-absolute(x))); }
 
-// log q_y/(1 − q_y) of the label's logit y against columns with maximum `top` and l = Σ exp((x − top)·c): +∞ where there
-// is no other column. A logit of +∞, which makes no distribution, is a NaN, lest it look like a sure label.
+// log q_y/(1 − q_y) of the label's logit y against columns with maximum `top` and l = Σ exp((x − top)·c): +∞ where
+// there is no other column. A logit of +∞, which makes no distribution, is a NaN, lest it look like a sure label.
 template <class R> INLINE R log_odds(R logit, R top, R c, R l) {
   if (!(logit < INFINITE<R>)) return logit - logit;
   return l == 0 ? INFINITE<R> : (logit - top) * c - std::log(l);

@@ -39,8 +39,8 @@ enum Stat : int64_t {
 // Positions in the normalizers tensor, float64 [NORMALIZERS].
 constexpr int64_t KD_NORMALIZER = 0, CE_NORMALIZER = 1, NORMALIZERS = 2;
 
-// The kernels: each has a kernel_id, and a class with its formulas. The enums, the switches over them and what counts as
-// a kernel_id are made of these lists, which call X(id, class) in the order of the numbers.
+// The kernels: each has a kernel_id, and a class with its formulas. The enums, the switches over them and what counts
+// as a kernel_id are made of these lists, which call X(id, class) in the order of the numbers.
 
 // Of the operators without ids; classes: divergences.h.
 #define FUSEDKD_KERNELS(X)             \

@@ -1,5 +1,5 @@
-// Compiles FUSEDKD_BODY, a header, once per instruction set. Each time FUSEDKD_NAMESPACE is the namespace that it defines
-// its functions in, and FUSEDKD_VECTOR_BYTES the size of a vector; what the body includes is compiled with it.
+// Compiles FUSEDKD_BODY, a header, once per instruction set. Each time FUSEDKD_NAMESPACE is the namespace that it
+// defines its functions in, and FUSEDKD_VECTOR_BYTES the size of a vector; what the body includes is compiled with it.
 //
 // FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
 // FUSEDKD_ISA = avx512 | avx2 | plain asks for, if that is not beyond it.

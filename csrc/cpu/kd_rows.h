@@ -9,13 +9,13 @@
 //   gradient = a·(w − q·W) + b·∂CE/∂z (cross_entropy.h), times the upstream,
 //              a = kd_weight·kd_scale·weight/(n_kd·T_s), b = ce_weight/n_ce
 //
-// Two passes over a row pair where W is known beforehand, as for forward KL. The first, statistics(), reads it from memory,
-// finds m and l block by block (softmax.h) and keeps the exponentials; the second, gradient(), finds all of it in L2 and
-// computes value and gradient. Where W is needed first, weight_sum() between them leaves w in the place of the teacher's
-// exponentials, and the last pass computes the gradient of it. Per column 4 + 4 bytes read and 4 written in float32,
-// 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of e_s = exp((z − m_s)/T_s)
-// at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics and W, is one pass for
-// every divergence, and computes the exponentials anew. Compiled once per instruction set (isa.h).
+// Two passes over a row pair where W is known beforehand, as for forward KL. The first, statistics(), reads it from
+// memory, finds m and l block by block (softmax.h) and keeps the exponentials; the second, gradient(), finds all of it
+// in L2 and computes value and gradient. Where W is needed first, weight_sum() between them leaves w in the place of
+// the teacher's exponentials, and the last pass computes the gradient of it. Per column 4 + 4 bytes read and 4 written
+// in float32, 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of
+// e_s = exp((z − m_s)/T_s) at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics
+// and W, is one pass for every divergence, and computes the exponentials anew. Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_KD_ROWS
 #define FUSEDKD_KD_ROWS
 
@@ -108,8 +108,8 @@ template <class A> struct KdRows {
   }
 };
 
-// Those of one divergence. `needs_weight_sum`: D and W take a pass of their own before the gradient. A form that needs D
-// alone, for the gradient to be 0 where it is infinite, can do without: such a row is then written twice.
+// Those of one divergence. `needs_weight_sum`: D and W take a pass of their own before the gradient. A form that needs
+// D alone, for the gradient to be 0 where it is infinite, can do without: such a row is then written twice.
 template <class A, class Divergence, bool needs_weight_sum = Divergence::needs_weight_sum>
 struct DivergenceRows : KdRows<A> {
   using Base = KdRows<A>;
@@ -269,8 +269,8 @@ struct DivergenceRows : KdRows<A> {
     return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t());
   }
 
-  // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept exponentials,
-  // which were relative to another maximum.
+  // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept
+  // exponentials, which were relative to another maximum.
   void move_to(int64_t j, int64_t i, Terms<A>& r) const {
     r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
     r.next_v = next_row(k.teacher, k.weights, i) + j * r.v_bytes;

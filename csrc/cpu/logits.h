@@ -1,5 +1,5 @@
-// A row of logits as the loss sees it: in the accumulation type, soft-capped and scaled. Compiled once per instruction set
-// (isa.h).
+// A row of logits as the loss sees it: in the accumulation type, soft-capped and scaled. Compiled once per instruction
+// set (isa.h).
 #ifndef FUSEDKD_LOGITS
 #define FUSEDKD_LOGITS
 
@@ -36,8 +36,8 @@ template <class A> struct Logits {
   Logits(const Rows& rows, bool transform, double cap, double scale)
       : rows(rows), transform(transform), cap(A(cap)), scale(A(scale)) {}
 
-  // Columns [j, j + n), n <= BLOCK, filled up with −∞ to whole steps; in `buffer` if `copy`. `slope` gets the derivative
-  // of soft-cap and scale there, if there is any and it is wanted.
+  // Columns [j, j + n), n <= BLOCK, filled up with −∞ to whole steps; in `buffer` if `copy`. `slope` gets the
+  // derivative of soft-cap and scale there, if there is any and it is wanted.
   const A* block(int64_t j, int64_t n, bool copy = false, bool with_slope = false) {
     const A* x = read(rows.type, row, j, n, buffer, -INFINITE<A>, copy || transform);
     if (transform) cap_and_scale<A>(buffer, whole_steps(n), cap, scale, with_slope ? slope : nullptr);

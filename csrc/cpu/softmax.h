@@ -1,5 +1,5 @@
-// The statistics of a row of logits: m, the maximum, and l = Σ exp((x − m)/T), found block by block (Milakov and Gimelshein
-// 2018, arXiv:1805.02867). Compiled once per instruction set (isa.h).
+// The statistics of a row of logits: m, the maximum, and l = Σ exp((x − m)/T), found block by block (Milakov and
+// Gimelshein 2018, arXiv:1805.02867). Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_SOFTMAX
 #define FUSEDKD_SOFTMAX
 

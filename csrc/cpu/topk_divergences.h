@@ -1,19 +1,19 @@
-// The divergences between a student's row and a teacher known at n of its columns, the list: value and gradient, in float64,
-// for a tail 1 − Σp keeps no other digits. Compiled once per instruction set (isa.h).
+// The divergences between a student's row and a teacher known at n of its columns, the list: value and gradient, in
+// float64, for a tail 1 − Σp keeps no other digits. Compiled once per instruction set (isa.h).
 //
-//   q = exp((z − m)/T)/l student, on the list p teacher, or its weights ω;  δ = log p − log q;  q' = q over its sum there
-//   r_s the student's tail: Σq off the list; r_t the teacher's, |1 − Σp| or what rounding leaves open of it; with it p is
-//   over Σp + r_t (fusedkd/reference/sparse.py)
+//   q = exp((z − m)/T)/l student, on the list p teacher, or its weights ω;  δ = log p − log q;  q' = q over its sum
+//   there; r_s the student's tail: Σq off the list; r_t the teacher's, |1 − Σp| or what rounding leaves open of it;
+//   with it p is over Σp + r_t (fusedkd/reference/sparse.py)
 //   excess(p, q, δ) = p·δ + q − p >= 0, so that nothing cancels (common/divergences.h)
 //
-//                        D                                                    ∂D/∂s on the list         off it, over q
-//   Renormalize          Σ excess(p, q, δ) + r_s                              q − p                     1
-//   RenormalizeReverse   Σ excess(q', p, −δ)                                  q'·(−δ − D)               0
-//   Bucket               Σ excess(p, q, δ) + excess(r_t, r_s, ·)              q − p                     1 − r_t/r_s
-//   BucketReverse        Σ excess(q, p, −δ) + excess(r_s, r_t, ·)             q·(−δ − D)                log(r_s/r_t) − D
-//   Ignore               Σ p·δ                                                (Σp)·q − p                Σp
-//   IgnoreReverse        Σ −q·δ, with W = Σ q·(1 − δ)                         q·(1 − δ − W)             −W
-//   Samples              Σ −ω·log q                                           (Σω)·q − ω                Σω
+//                        D                                                ∂D/∂s on the list         off it, over q
+//   Renormalize          Σ excess(p, q, δ) + r_s                          q − p                     1
+//   RenormalizeReverse   Σ excess(q', p, −δ)                              q'·(−δ − D)               0
+//   Bucket               Σ excess(p, q, δ) + excess(r_t, r_s, ·)          q − p                     1 − r_t/r_s
+//   BucketReverse        Σ excess(q, p, −δ) + excess(r_s, r_t, ·)         q·(−δ − D)                log(r_s/r_t) − D
+//   Ignore               Σ p·δ                                            (Σp)·q − p                Σp
+//   IgnoreReverse        Σ −q·δ, with W = Σ q·(1 − δ)                     q·(1 − δ − W)             −W
+//   Samples              Σ −ω·log q                                       (Σω)·q − ω                Σω
 #ifndef FUSEDKD_TOPK_DIVERGENCES
 #define FUSEDKD_TOPK_DIVERGENCES
 

@@ -5,12 +5,12 @@
 //   p = exp(y), or exp(y·T_lp/T) over its sum on the list
 //   m_c, l_c: m and l of the columns off the list, where Σq = r_s = l_c·exp((m_c − m)/T)/l
 //
-// Two passes over the student's row. The first, statistics(), takes the maximum and sum of the columns off the list, whose
-// values are replaced by −∞ in a copy of the block; the list's own are merged after it. divergence() needs nothing but
-// these. The second, gradient(), writes rest·exp((z − m_c)/T) and the cross-entropy's part (cross_entropy.h); the columns
-// of the list, and the label's, are then overwritten. RENORMALIZE_REVERSE alone needs neither. Per column 4 bytes read
-// and 4 written in float32, 2 + 2 in 16 bits; the teacher is never expanded to V. Compiled once per instruction set
-// (isa.h).
+// Two passes over the student's row. The first, statistics(), takes the maximum and sum of the columns off the list,
+// whose values are replaced by −∞ in a copy of the block; the list's own are merged after it. divergence() needs
+// nothing but these. The second, gradient(), writes rest·exp((z − m_c)/T) and the cross-entropy's part
+// (cross_entropy.h); the columns of the list, and the label's, are then overwritten. RENORMALIZE_REVERSE alone needs
+// neither. Per column 4 bytes read and 4 written in float32, 2 + 2 in 16 bits; the teacher is never expanded to V.
+// Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_TOPK_ROWS
 #define FUSEDKD_TOPK_ROWS
 

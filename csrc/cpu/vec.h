@@ -1,6 +1,6 @@
 // Vectors of the accumulation type A (float or double), their exponential and logarithm, and columns of a row in A.
-// Compiled once per instruction set (isa.h). GCC's vector extension carries the arithmetic; only what it lacks is spelled
-// out. The compiler may reassociate and contract nothing: no -ffast-math, and -ffp-contract=off.
+// Compiled once per instruction set (isa.h). GCC's vector extension carries the arithmetic; only what it lacks is
+// spelled out. The compiler may reassociate and contract nothing: no -ffast-math, and -ffp-contract=off.
 #ifndef FUSEDKD_VEC
 #define FUSEDKD_VEC
 

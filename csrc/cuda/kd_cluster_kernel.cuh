@@ -2,13 +2,13 @@
 // there. The formulas are those of divergences.h; m, l, W of a row as in kd_rows.h.
 //
 //   copies    a cluster of 1 … 16 blocks shares a row; each gets its columns by bulk copies, in stages
-//   sweep 1   m and l = Σ exp((x − m)/T) of both sides, and of the student at T = 1, as the stages arrive; merged over
-//             threads, warps and, through distributed shared memory, blocks
-//   sweep 2   D and W, where the gradient needs W or needs to know whether D is finite
-//   sweep 3   the gradient, and D where there was no sweep 2
+//   pass 1    m and l = Σ exp((x − m)/T) of both sides, and of the student at T = 1, as the stages arrive; merged over
+//             threads, warps and, through distributed shared memory, blocks (cluster_statistics.cuh)
+//   pass 2    D and W, where the gradient needs W or needs to know whether D is finite
+//   pass 3    the gradient, and D where there was no pass 2
 //
-// Moves 6 bytes per 16-bit logit: z and v in, the gradient out; 4 without a gradient. From given statistics sweep 3
-// alone runs, and blocks need not meet. Exponentials per column: two a sweep; at T = 1, 2, 4 that of CE is a power of
+// Moves 6 bytes per 16-bit logit: z and v in, the gradient out; 4 without a gradient. From given statistics pass 3
+// alone runs, and blocks need not meet. Exponentials per column: two a pass; at T = 1, 2, 4 that of CE is a power of
 // the student's, else a third.
 //
 // One row per cluster, held on chip between reduction and gradient, is the design of QuACK's cross_entropy; the merge
@@ -22,11 +22,13 @@
 #include "cluster.cuh"
 #include "cluster_row.cuh"
 #include "cluster_softmax.cuh"
+#include "cluster_statistics.cuh"
+#include "cross_entropy.cuh"
 
 namespace fusedkd {
 
 constexpr int kResident = 3;  // blocks of an SM, if their columns fit: one's copies hide behind the others' work
-constexpr int kState = 7, kSums = 3;  // floats that blocks tell each other: softmax statistics; D, W, Σ (z − m)
+constexpr int kSums = 3;      // floats that blocks tell each other: D, W, Σ (z − m)
 
 template <typename S>
 struct KdArguments {
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   const int64_t label = p.labels ? p.labels[i] : p.ignore_index;
   const bool counted = p.ce && p.labels && label != p.ignore_index, legal = label >= 0 && label < p.columns;
   const bool has_kd = weight != 0 && p.common > 0, has_ce = counted && legal;
-  const bool has_target = p.labels && label >= 0 && label < p.common;  // for forms that hide it
+  const bool has_target = p.labels && label >= 0 && label < p.common;  // for forms that exclude it
   float* const stats = p.stats + STATS * i;
   S* gradient = nullptr;
   const int64_t b = i / p.length, l = i % p.length;
@@ -112,158 +114,95 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   if (forward) cluster_arrive();
   bool met = false;
 
-  // Options. k turns a difference of logits into an exponent of 2.
   const auto option = [&](Option k) { return static_cast<float>(p.options[k]); };
-  const float c_s = has_kd ? 1 / option(TEMPERATURE) : 1, c_t = 1 / option(TEACHER_TEMPERATURE), k_s = c_s * LOG2E,
-              k_t = c_t * LOG2E;
-  const int power = c_s == 1 ? 1 : c_s == 0.5f ? 2 : c_s == 0.25f ? 4 : 0;
-  const float smoothing = option(LABEL_SMOOTHING);
-  row.cap_z = option(SOFTCAP), row.scale_z = option(SCALE), row.cap_v = option(TEACHER_SOFTCAP),
-  row.scale_v = option(TEACHER_SCALE);
-  const int target = has_ce || (F::excludes_label && has_kd && has_target) ? static_cast<int>(label) : -1;
-  const bool hides = F::excludes_label && has_kd && has_target;
-
-  LogitPack<1> at_label{{-INFINITE<float>}, {-INFINITE<float>}, {1}};
-  if (target >= 0) {
-    at_label.z[0] = static_cast<float>(row.z.row[target]);
-    if (target < row.v.columns) at_label.v[0] = static_cast<float>(row.v.row[target]);
-    row.transform(at_label);
+  const Temperatures t(has_kd ? 1 / option(TEMPERATURE) : 1, 1 / option(TEACHER_TEMPERATURE));
+  row.cap_z = option(SOFTCAP), row.scale_z = option(SCALE);
+  row.cap_v = option(TEACHER_SOFTCAP), row.scale_v = option(TEACHER_SCALE);
+  constexpr bool kExcludes = F::excludes_label;
+  Label target{-1, kExcludes && has_kd && has_target, {{-INFINITE<float>}, {-INFINITE<float>}, {1}}};
+  if (has_ce || target.excluded) {
+    target.column = static_cast<int>(label);
+    target.at.z[0] = static_cast<float>(row.z.row[label]);
+    if (label < row.v.columns) target.at.v[0] = static_cast<float>(row.v.row[label]);
+    row.transform(target.at);
   }
+  const float z_y = target.at.z[0], v_y = target.at.v[0];
 
-  // Sweep 1
-  float m_s, l_s, m_t, l_t, m_1, l_1;
+  // Pass 1: the statistics
+  Statistics of_row;
   if (forward) {
-    ThreadSoftmax s, t, x;  // of the common columns, and of the student's others for CE
-    row.each([&](int c, auto& at) {
-      constexpr int W = sizeof(at.z) / sizeof(float);
-      if (W == 1 && c >= common) return x.add(at.z, LOG2E, 1, false);
-      if (F::excludes_label && hides && static_cast<unsigned>(target - c) < W) {
-#pragma unroll
-        for (int e = 0; e < W; ++e) {
-          if (c + e == target) at.z[e] = at.v[e] = -INFINITE<float>;
-        }
-        x.add(at_label.z, LOG2E, 1, false);
-      }
-      s.add(at.z, k_s, power, has_ce);
-      if (has_kd) t.add(at.v, k_t, 1, false);
-    });
-    constexpr float kNone = -INFINITE<float>;
-    float state[kState] = {s.m, s.l, power == 1 ? s.l : s.l_1, t.m, t.l, x.m, x.l};
-    const auto merge = [&](float (&of)[kState]) {
-      float m = of[0];
-      of[1] = merge_over_lanes(m, of[1], k_s);
-      of[2] = merge_over_lanes(of[0], of[2], LOG2E);
-      of[4] = merge_over_lanes(of[3], of[4], k_t);
-      of[6] = merge_over_lanes(of[5], of[6], LOG2E);
-    };
-    over_cluster(state, {kNone, 0, 0, kNone, 0, kNone, 0}, merge, shared.scratch, states, met);
-    m_s = state[0], m_t = state[3], m_1 = max(m_s, state[5]);
-    l_s = state[1] * beyond(m_s, k_s, -1), l_t = state[4] * beyond(m_t, k_t, -1);
-    const float M_1 = product(finite_or_zero(m_1), LOG2E);
-    l_1 = state[2] * exp2_of(product(m_s, LOG2E) - M_1) + state[6] * exp2_of(product(state[5], LOG2E) - M_1);
-    l_1 *= beyond(m_1, LOG2E, -1);
-    if (first) {
-      stats[STUDENT_MAX] = m_s, stats[STUDENT_SUM] = l_s, stats[OTHER_MAX] = m_t, stats[OTHER_SUM] = l_t;
-      stats[CE_MAX] = m_1, stats[CE_SUM] = l_1;
-    }
+    float state[kState];
+    statistics_of_thread<kExcludes>(row, t, target, common, has_kd, has_ce, state);
+    of_row = merged(state, t, shared.scratch, states, met);
+    if (first) of_row.store(stats);
   } else {
-    m_s = stats[STUDENT_MAX], l_s = stats[STUDENT_SUM], m_t = stats[OTHER_MAX], l_t = stats[OTHER_SUM];
-    m_1 = stats[CE_MAX], l_1 = stats[CE_SUM];
+    of_row.load(stats);
   }
-
-  // The row's constants
-  const Exponent of_s(k_s, m_s), of_t(k_t, m_t), of_1(LOG2E, m_1), of_s_at_1(LOG2E, m_s), from_1(1, m_1);
-  const float sum_s = l_s * beyond(m_s, k_s, 1), sum_t = l_t * beyond(m_t, k_t, 1);
-  const float r_s = reciprocal_or_zero(sum_s), r_t = reciprocal_or_zero(sum_t);
+  const float m_s = of_row.m_s, l_s = of_row.l_s, m_t = of_row.m_t, l_t = of_row.l_t;
+  const float m_1 = of_row.m_1, l_1 = of_row.l_1;
+  const Columns<sizeof(S) == 2 && !kTransform> columns(of_row, t);
+  const Exponent of_1(LOG2E, m_1), of_s_at_1(LOG2E, m_s);
   const float r_1 = reciprocal_or_zero(l_1 * beyond(m_1, LOG2E, 1));
   const float s_to_1 = r_1 * exp2_of(product(m_s, LOG2E) - product(finite_or_zero(m_1), LOG2E));  // e to q_1
 
-  // δ = c_s·((v − z) − gap) + (c_t − c_s)·(v − m_t) − log(l_t/l_s), gap = m_t − m_s. What is the same for all columns
-  // moves D in second order only. Sides that are far apart are first reduced by their maxima; differences of 16-bit
-  // logits are exact as they are. A side whose columns all count as LOWEST is one of zeros.
-  constexpr bool kExact = sizeof(S) == 2 && !kTransform;
-  const float low_s = m_s == LOWEST ? 0 : LOWEST, low_t = m_t == LOWEST ? 0 : LOWEST;
-  const float base_s = m_s == LOWEST ? 0 : finite_or_zero(m_s), base_t = m_t == LOWEST ? 0 : finite_or_zero(m_t);
-  const bool far = std::fabs(base_t - base_s) > 16;
-  const float near_s = far ? base_s : 0, near_t = far ? base_t : 0, gap = far ? 0 : base_t - base_s;
-  const float c_rest = c_t - c_s, log_ratio = l_s == 0 || l_t == 0 ? 0 : std::log(l_t / l_s);
-  const float offset = -fma(c_s, base_t - base_s, fma(c_rest, base_t, log_ratio));
-  using R = std::conditional_t<F::excludes_label, double, float>;
-  const auto sum_of = [](float l) { return R(!F::excludes_label && l == 0 ? 1 : l); };  // no 1/0 in rows without a term
-  RowSums<R> sums{sum_of(sum_s), sum_of(sum_t), R(p.common), 0, 0};
-  if constexpr (F::excludes_label) {
-    sums.odds_s = log_odds<R>(not_too_low(at_label.z[0]), finite_or_zero(m_s), c_s, l_s);
-    sums.odds_t = log_odds<R>(not_too_low(at_label.v[0]), finite_or_zero(m_t), c_t, l_t);
+  using R = std::conditional_t<kExcludes, double, float>;
+  const auto sum_of = [](float l) { return R(!kExcludes && l == 0 ? 1 : l); };  // no 1/0 in rows without a term
+  RowSums<R> sums{sum_of(columns.sum_s), sum_of(columns.sum_t), R(p.common), 0, 0};
+  if constexpr (kExcludes) {
+    sums.odds_s = log_odds<R>(not_too_low(z_y), finite_or_zero(m_s), t.c_s, l_s);
+    sums.odds_t = log_odds<R>(not_too_low(v_y), finite_or_zero(m_t), t.c_t, l_t);
   }
   const F form(p.options + COEFFICIENTS, sums);
-  const bool dead = F::softmax && l_s == 0 && !(hides && at_label.z[0] != -INFINITE<float>);
+  const bool dead = F::softmax && l_s == 0 && !(target.excluded && z_y != -INFINITE<float>);
+  const CrossEntropy cross_entropy{m_1, l_1, option(LABEL_SMOOTHING), option(Z_LOSS_WEIGHT)};
 
   // Coefficients of the gradient: 0 for a term that the row does not have
   const bool broken = counted && !legal;
-  const float a_kd = !has_kd || broken || dead || (F::excludes_label && !hides)
+  const float n_kd = static_cast<float>(p.normalizers[KD_NORMALIZER]);
+  const float n_ce = static_cast<float>(p.normalizers[CE_NORMALIZER]);
+  const float a_kd = !has_kd || broken || dead || (kExcludes && !target.excluded)
                          ? 0.0f
-                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * c_s /
-                               static_cast<float>(p.normalizers[KD_NORMALIZER]);
-  const float a_ce =
-      has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / static_cast<float>(p.normalizers[CE_NORMALIZER]) : 0.0f;
-  const float a_other = a_ce * smoothing / p.columns, a_label = a_ce * (1 - smoothing);
+                         : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * t.c_s / n_kd;
+  const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / n_ce : 0.0f;
+  const float a_other = a_ce * cross_entropy.smoothing / p.columns, a_label = a_ce * (1 - cross_entropy.smoothing);
   const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
-  const float z_loss = option(Z_LOSS_WEIGHT), log_sum = m_1 + std::log(l_1),
-              log_growth = z_loss == 0 ? 0 : 2 * z_loss * log_sum;
-  const float a_q = with_ce ? a_ce * (1 + log_growth) : 0, a_common = with_ce ? a_q * s_to_1 : 0,
-              a_surplus = with_ce ? a_q * r_1 : 0;  // times e
-  float W = 0, hidden = 0;                          // the gradient of a hidden target
-  if constexpr (F::excludes_label) {
+  const float a_q = with_ce ? a_ce * cross_entropy.q_factor() : 0;
+  const float a_common = with_ce ? a_q * s_to_1 : 0, a_surplus = with_ce ? a_q * r_1 : 0;  // times e
+  float W = 0, of_label = 0;  // the gradient of an excluded label
+  if constexpr (kExcludes) {
     W = a_kd == 0 ? 0 : form.centre;
-    hidden = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(of_1(at_label.z[0])) : 0);
+    of_label = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(of_1(z_y)) : 0);
   }
-  if (forward && first && has_ce) {
-    const float hit = smoothing < 1 ? (1 - smoothing) * -from_1(at_label.z[0]) : 0;
-    p.rows[p.count + i] =
-        l_1 == 0 ? INFINITE<float> : std::log(l_1) + hit + (z_loss == 0 ? 0 : z_loss * log_sum * log_sum);
-  }
+  if (forward && first && has_ce) p.rows[p.count + i] = cross_entropy.value(z_y);
 
-  // Sweeps 2 and 3 over the columns, in one or apart.
-  float divergence = 0, pull = 0, shifted = 0;
-  const auto sweep = [&](auto measures, auto pulls, float kd, float center) {
-    constexpr bool kMeasures = decltype(measures)::value, kPulls = decltype(pulls)::value;
+  // Passes 2 and 3 over the columns, in one or apart.
+  const bool smooth = has_ce && cross_entropy.smoothing != 0;
+  float divergence = 0, weights = 0, shifted = 0;
+  const auto pass = [&](auto with_value, auto with_gradient, float kd, float center) {
+    constexpr bool kValue = decltype(with_value)::value, kGradient = decltype(with_gradient)::value;
     row.each([&](int c, auto& at) {
       constexpr int N = sizeof(at.z) / sizeof(float);
       float out[N], e_s[N];
-      if (kMeasures && has_ce && smoothing != 0) {
+      if (kValue && smooth) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) shifted += from_1(at.z[e]);
+        for (int e = 0; e < N; ++e) shifted += cross_entropy.from_m(at.z[e]);
       }
-      const bool is_common = N > 1 || c < common, here = static_cast<unsigned>(target - c) < N;
-      if (F::excludes_label && hides && here) {
-#pragma unroll
-        for (int e = 0; e < N; ++e) {
-          if (c + e == target) at.z[e] = at.v[e] = -INFINITE<float>;
-        }
-      }
+      const bool is_common = N > 1 || c < common, here = target.within<N>(c);
+      if (kExcludes && target.excluded && here) target.hide(c, at);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         out[e] = -a_other;
         if (!is_common) continue;
-        const float z = at.z[e], v = at.v[e];
-        Column<float> column;
-        column.z = z, column.v = v, column.no_p = v == -INFINITE<float>, column.no_q = z == -INFINITE<float>;
-        column.log2_e_q = of_s(z), column.log2_e_p = of_t(v);
-        e_s[e] = exp2_of(column.log2_e_q);
-        column.q = product(e_s[e], r_s), column.p = product(exp2_of(column.log2_e_p), r_t);
-        const float low_v = max(v, low_t), low_z = max(z, low_s);
-        column.delta =
-            kExact ? fma(c_s, low_v - low_z, fma(c_rest, low_v, offset))
-                   : c_s * ((low_v - near_t) - (low_z - near_s) - gap) + (c_rest * (low_v - base_t) - log_ratio);
+        const Column<float> column = columns(at.z[e], at.v[e], e_s[e]);
         const float w = form.grad_term(column);
-        if constexpr (kMeasures) divergence += form.value(column);
-        if constexpr (kMeasures && F::needs_weight_sum && F::centred) pull += w;
-        if constexpr (kPulls) out[e] += kd == 0 ? 0 : kd * (F::centred ? w - column.q * center : w);
+        if constexpr (kValue) divergence += form.value(column);
+        if constexpr (kValue && F::needs_weight_sum && F::centred) weights += w;
+        if constexpr (kGradient) out[e] += kd == 0 ? 0 : kd * (F::centred ? w - column.q * center : w);
       }
-      if constexpr (!kPulls) return;
+      if constexpr (!kGradient) return;
       if (with_ce) {
         if (is_common) {
-          at_one(e_s, at.z, of_s_at_1, power, [&](int e, float one) { out[e] += a_common * one; });
+          at_one(e_s, at.z, of_s_at_1, t.power, [&](int e, float one) { out[e] += a_common * one; });
         } else {
           out[0] += a_surplus * exp2_of(of_1(at.z[0]));
         }
@@ -271,7 +210,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
       if (here) {
 #pragma unroll
         for (int e = 0; e < N; ++e) {
-          if (c + e == target) out[e] = (hides ? hidden : out[e]) - a_label;
+          if (c + e == target.column) out[e] = (target.excluded ? of_label : out[e]) - a_label;
         }
       }
       if constexpr (kTransform) {
@@ -282,37 +221,37 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
     });
   };
   const auto total = [&] {
-    float values[kSums] = {divergence, pull, shifted};
+    float values[kSums] = {divergence, weights, shifted};
     const auto merge = [](float (&of)[kSums]) {
 #pragma unroll
       for (int k = 0; k < kSums; ++k) of[k] = sum_over_lanes(of[k]);
     };
     over_cluster(values, {0, 0, 0}, merge, shared.scratch, totals, met);
-    divergence = values[0], pull = values[1], shifted = values[2];
-    if constexpr (F::excludes_label) divergence = hides ? divergence + form.label_value : NAN;
+    divergence = values[0], weights = values[1], shifted = values[2];
+    if constexpr (kExcludes) divergence = target.excluded ? divergence + form.label_value : NAN;
     if (dead) divergence = INFINITE<float>;
   };
 
   using Yes = std::true_type;
   using No = std::false_type;
   if (forward && F::needs_weight_sum) {
-    sweep(Yes{}, No{}, 0, 0);
+    pass(Yes{}, No{}, 0, 0);
     total();
-    W = std::isfinite(divergence) ? pull : divergence;  // NaN too: the gradient shows what the value does
+    W = std::isfinite(divergence) ? weights : divergence;  // NaN too: the gradient shows what the value does
   } else if (F::needs_weight_sum) {
     W = stats[WEIGHT_SUM];
   }
   if (!forward || F::needs_weight_sum) {
     const bool infinite = W == INFINITE<float>;
-    if (gradient) sweep(No{}, Yes{}, infinite ? 0 : a_kd, infinite ? 0 : W);
+    if (gradient) pass(No{}, Yes{}, infinite ? 0 : a_kd, infinite ? 0 : W);
   } else {
-    sweep(Yes{}, Yes{}, a_kd, W);
+    pass(Yes{}, Yes{}, a_kd, W);
     total();
   }
   if (!forward || !first) return;
   stats[WEIGHT_SUM] = W, stats[OWN] = 0;
   if (has_kd) p.rows[i] = option(KD_SCALE) * p.weights[i] * (divergence < 0 ? 0 : divergence);
-  if (has_ce && smoothing != 0) p.rows[p.count + i] -= smoothing * (shifted / p.columns);
+  if (smooth) p.rows[p.count + i] += cross_entropy.of_mean(shifted / p.columns);
 #else
   __trap();  // a build without sm_90a: nobody may take what was not computed for a gradient
 #endif

@@ -1,5 +1,5 @@
-// What the CUDA operators need of torch, through LibTorch's stable ABI: tensors' memory, their element types, 16 bytes of
-// their elements.
+// What the CUDA operators need of torch, through LibTorch's stable ABI: tensors' memory, their element types, 16 bytes
+// of their elements.
 #ifndef FUSEDKD_TENSOR
 #define FUSEDKD_TENSOR
 
