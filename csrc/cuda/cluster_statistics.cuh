@@ -37,8 +37,7 @@ struct Temperatures {
   float c_s, c_t, k_s, k_t;
   int power;
 
-  INLINE Temperatures(float c_s, float c_t)
-      : c_s(c_s), c_t(c_t), k_s(c_s * LOG2E), k_t(c_t * LOG2E) {
+  INLINE Temperatures(float c_s, float c_t) : c_s(c_s), c_t(c_t), k_s(c_s * LOG2E), k_t(c_t * LOG2E) {
     power = c_s == 1 ? 1 : c_s == 0.5f ? 2 : c_s == 0.25f ? 4 : 0;
   }
 };
