@@ -34,7 +34,7 @@ inline double epsilon(ScalarType type) {
 }
 
 // The teacher's tail before it is divided by the sum: |1 − Σp|, at least what rounding leaves open of it. 0 up to
-// MOST_LOST if it is not `possible`, for the student has nothing off the list (fusedkd/sparse.py). `type`: of the
+// MOST_LOST if it is not `possible`, for the student has nothing off the list (fusedkd/reference/sparse.py). `type`: of the
 // log-probabilities y; p = exp(y), `mass` its sum.
 constexpr double MOST_LOST = 1. / 16;
 
