@@ -63,10 +63,10 @@ def test_cpp_has_the_numbers_of_python() -> None:
 
 def test_triton_has_the_numbers_of_python() -> None:
     pytest.importorskip("triton")
-    from fusedkd.backends.triton import divergences, topk_kernel
+    from fusedkd.backends.triton import layout as numbers
 
-    for module, enum in ((divergences, KernelId), (topk_kernel, TopkKernelId)):
-        assert {name: getattr(module, name).value for name in enum.__members__} == members(enum)
+    for enum in (Option, Stat, KernelId, TopkKernelId):
+        assert {name: getattr(numbers, name).value for name in enum.__members__} == members(enum)
 
 
 def test_coefficients_fit() -> None:
