@@ -77,6 +77,12 @@ def cross_entropy_gradient(a, z_y, top, rest, weights, V):
 
 
 @triton.jit
-def add_cross_entropy(b_g, b_q1, o, o_label, ce):
-    """b_g and the gradient of the cross-entropy in a block, whose q₁ is b_q1."""
-    return b_g + tl.where(o == o_label, ce.label, tl.where(ce.q == 0, 0.0, ce.q * b_q1) - ce.other)
+def add_cross_entropy(b_g, b_q, o, o_label, ce):
+    """b_g and the gradient of the cross-entropy in a block, where b_q is q·q₁."""
+    return b_g + tl.where(o == o_label, ce.label, b_q - ce.other)
+
+
+@triton.jit
+def scaled(a, x):
+    """a·x, and 0 where a is, whatever x holds."""
+    return tl.where(a == 0, 0.0, a * x)

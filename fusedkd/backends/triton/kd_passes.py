@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.cross_entropy import add_cross_entropy
+from fusedkd.backends.triton.cross_entropy import add_cross_entropy, scaled
 from fusedkd.backends.triton.divergences import divergence
 from fusedkd.backends.triton.kd_row import LOWEST, delta_of
 from fusedkd.backends.triton.layout import DKD, LOGIT_MSE
@@ -163,6 +163,9 @@ def columns_pass(
     WEIGHS: tl.constexpr = NEEDS_WEIGHT_SUM and KERNEL_ID != LOGIT_MSE
     POLICY: tl.constexpr = "evict_first" if GRADIENT or not NEEDS_WEIGHT_SUM else "evict_last"
     common = row.phase + row.C  # offset at which the common columns end
+    if GRADIENT and CE:  # from e^z less the maximum of the common columns, or of all, to q·q₁
+        of_common = scaled(gradient.ce.q, s.from_student)
+        of_surplus = scaled(gradient.ce.q, s.r_1)
     D = tl.full((), 0, A)
     W = D
     for ENDS in tl.static_range(1, -1, -1):
@@ -182,7 +185,7 @@ def columns_pass(
                 b_v = tl.where(b.o == target.excluded, -INFINITY, b_v)
                 b_z = tl.where(b.o == target.excluded, -INFINITY, b_z)
             if SURPLUS and ENDS:
-                b_surplus = tl.exp2((tl.where(b.o < common, -INFINITY, b_z) - s.base_1) * LOG2E) * s.r_1
+                b_surplus = tl.exp2((tl.where(b.o < common, -INFINITY, b_z) - s.base_1) * LOG2E)
                 b_z = tl.where(b.o < common, b_z, -INFINITY)
             b_x = b_z - s.base_s
             b_y = b_v - s.base_t
@@ -206,9 +209,9 @@ def columns_pass(
                 if SURPLUS and ENDS:
                     b_g = tl.where(b.o < common, b_g, 0.0)
                 if CE:
-                    b_q1 = exp_at_one(b_e, b_x, s.power) * s.from_student
+                    b_q1 = scaled(of_common, exp_at_one(b_e, b_x, s.power))
                     if SURPLUS and ENDS:
-                        b_q1 += b_surplus
+                        b_q1 += scaled(of_surplus, b_surplus)
                     b_g = add_cross_entropy(b_g, b_q1, b.o, target.column, gradient.ce)
                 if EXCLUDES_LABEL:
                     b_g += tl.where(b.o == target.excluded, gradient.kd * gradient.centre, 0.0)

@@ -68,23 +68,20 @@ def accumulate(seen, b, k, power, AT_ONE: tl.constexpr):
     """Take a block b [G, n] into `seen`; k = log2(e)/T; AT_ONE: with Σ e^{x − top}."""
     top = tl.maximum(seen.top, tl.max(b, 1))
     base = finite_or_zero(top)
-    at_top = b == base[:, None]
-    n = tl.sum(tl.where(at_top, 1.0, 0.0), 1)
-    x = tl.where(at_top, -INFINITY, b - base[:, None])
-    e = tl.exp2(x * k)
-    rises = seen.top != base
+    x = b - base[:, None]
+    at_top = x == 0
     shift = seen.top - base
+    rises = shift != 0
+    more = tl.sum(tl.where(at_top, 1.0, 0.0), 1) - tl.where(rises, 1.0, 0.0)
+    x = tl.where(at_top, -INFINITY, x)
+    e = tl.exp2(x * k)
     decay = tl.exp2(shift * k)
     rest_1 = seen.rest_1
     if AT_ONE:
-        rest_1 = lowered(rest_1, exp_at_one(decay, shift, power), rises, n) + tl.sum(exp_at_one(e, x, power), 1)
-    return Running(top=top, rest=lowered(seen.rest, decay, rises, n) + tl.sum(e, 1), rest_1=rest_1)
-
-
-@triton.jit
-def lowered(rest, decay, rises, n):
-    """The rest of a sum, where the maximum rises by −log(decay), and n columns equal the new one."""
-    return tl.where(rises, (rest + 1.0) * decay + (n - 1.0), rest + n)
+        decay_1 = exp_at_one(decay, shift, power)
+        rest_1 = rest_1 * decay_1 + tl.where(rises, decay_1, 0.0) + (tl.sum(exp_at_one(e, x, power), 1) + more)
+    rest = seen.rest * decay + tl.where(rises, decay, 0.0) + (tl.sum(e, 1) + more)
+    return Running(top=top, rest=rest, rest_1=rest_1)
 
 
 @triton.jit

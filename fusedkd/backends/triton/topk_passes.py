@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.cross_entropy import CEGradient, add_cross_entropy, cross_entropy_gradient
+from fusedkd.backends.triton.cross_entropy import CEGradient, add_cross_entropy, cross_entropy_gradient, scaled
 from fusedkd.backends.triton.layout import BUCKET_REVERSE, IGNORE_REVERSE, RENORMALIZE_REVERSE, TEMPERATURE
 from fusedkd.backends.triton.math import INFINITY, LOG2E, exp_at_one, finite_or_zero, reciprocal_or_zero
 from fusedkd.backends.triton.options import load_weights, power_of
@@ -132,7 +132,8 @@ def gradient_pass(
         ce_max = found.ce_max.to(R)
         ce_rest = found.ce_rest.to(R)
         ce = cross_entropy_gradient(a_ce, z_y.to(R), ce_max, ce_rest, term_weights, V=row.V)
-        b_q1 = tl.exp(b_z.to(R) - finite_or_zero(ce_max)) * reciprocal_or_zero(ce_rest)
+        b_e1 = tl.exp(b_z.to(R) - finite_or_zero(ce_max))
+        b_q1 = scaled(scaled(ce.q, reciprocal_or_zero(ce_rest)), b_e1)
         b_d = add_cross_entropy(b_d, b_q1, listed.ids, tl.where(has_ce, label.column, -1), ce)
     b_d = b_d.to(A)
     if TRANSFORM:
@@ -144,8 +145,8 @@ def gradient_pass(
     base_c = finite_or_zero(found.other_max)
     if CE:
         of_row = CEGradient(q=ce.q.to(A), other=ce.other.to(A), label=ce.label.to(A))
-        from_c = reciprocal_or_zero(found.ce_rest)
-        from_c *= tl.exp2((base_c - finite_or_zero(found.ce_max)) * LOG2E)  # from e^(z − top_c) to q₁
+        from_c = reciprocal_or_zero(found.ce_rest) * tl.exp2((base_c - finite_or_zero(found.ce_max)) * LOG2E)
+        from_c = scaled(of_row.q, from_c)  # from e^(z − top_c) to q·q₁
         o_label = tl.where(has_ce, row.phase + label.column, -1).to(tl.int32)
     for ENDS in tl.static_range(1, -1, -1):
         n_blocks = row.n_ends if ENDS else row.n_body
@@ -158,7 +159,7 @@ def gradient_pass(
                 b_e = tl.exp2(b * k)
                 b_g = tl.where(rest == 0, 0.0, rest * b_e)  # 0, whatever the column holds
                 if CE:
-                    b_g = add_cross_entropy(b_g, exp_at_one(b_e, b, power) * from_c, o, o_label, of_row)
+                    b_g = add_cross_entropy(b_g, scaled(from_c, exp_at_one(b_e, b, power)), o, o_label, of_row)
                 if TRANSFORM:
                     b_g *= b_slope
             tl.store(p_gradient + o, b_g.to(p_gradient.dtype.element_ty), m, eviction_policy="evict_first")
