@@ -5,11 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedkd.checks import Real
+
+
+class Call(NamedTuple):
+    """What both KD operators are given: see :mod:`fusedkd.backends.schema`."""
+
+    student: Tensor
+    teacher: Tensor
+    ids: Tensor | None
+    labels: Tensor | None
+    row_weights: Tensor
+    options: Tensor
+    normalizers: Tensor
+    ignore_index: int
+    kernel_id: int
+    transform: bool
+    ce: bool
 
 
 def pack(values: Sequence[Real], device: torch.device) -> Tensor:

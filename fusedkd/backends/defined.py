@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedkd.backends import eager
 from fusedkd.backends.call import rows_of
-from fusedkd.backends.eager import Call
+from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.reference.softmax import log_softmax
@@ -63,7 +63,7 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
         to[part] = call.gradient(upstream[part] if upstream.dim() else upstream, divergence(call)[1]).flatten(0, 1)
 
 
-def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, Call]]:
+def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
     """(rows, what is given of them), TILE logits at a time."""
     student, teacher, labels = inputs["student"], inputs["teacher"], inputs["labels"]
     rows, step = student.shape[0] * student.shape[1], max(1, TILE // student.shape[2])
@@ -75,10 +75,10 @@ def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, Call]]:
             "labels": None if labels is None else labels[part],
             "row_weights": inputs["row_weights"][part],
         }
-        yield part, Call(**{**inputs, **of_rows})
+        yield part, EagerCall(**{**inputs, **of_rows})
 
 
-def divergence(call: Call) -> tuple[Tensor, Tensor]:
+def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     """D and ∂D/∂z per row."""
     family = _defined[call.kernel_id]
     z, v = call.logits()

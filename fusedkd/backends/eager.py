@@ -5,11 +5,12 @@ extension, and the truth the kernels are tested with. Memory and time are those 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedkd.backends.call import Call
 from fusedkd.backends.layout import (
     FINITE_GRADIENT,
     REVERSE,
@@ -74,20 +75,8 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, per_row: 
     return loss.to(row_losses.dtype), kd.to(row_losses.dtype), ce.to(row_losses.dtype)
 
 
-class Call(NamedTuple):
-    """What both KD operators are given."""
-
-    student: Tensor
-    teacher: Tensor
-    ids: Tensor | None
-    labels: Tensor | None
-    row_weights: Tensor
-    options: Tensor
-    normalizers: Tensor
-    ignore_index: int
-    kernel_id: int
-    transform: bool
-    ce: bool
+class EagerCall(Call):
+    """Its loss and gradient."""
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Student and teacher in float64, ``(N, V)`` and ``(N, C)``, as the loss sees them."""
@@ -175,7 +164,7 @@ def skipped(upstream: Tensor, skip_if_one: bool) -> bool:
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
-    call = Call(**inputs)
+    call = EagerCall(**inputs)
     dtype = _accumulation_dtype(call.student)
     value, slope = call.divergence()
     row_losses = call.row_losses(value).to(dtype)
@@ -186,7 +175,7 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
 
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     if not skipped(upstream, skip_if_one):
-        call = Call(**inputs)
+        call = EagerCall(**inputs)
         gradient.copy_(call.gradient(upstream, call.divergence()[1]))
 
 

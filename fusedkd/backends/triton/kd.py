@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd.backends.call import Call
 from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId
-from fusedkd.backends.triton.call import Call
 from fusedkd.backends.triton.choice import Case, choose, describe, layout
 from fusedkd.backends.triton.kd_kernel import (
     FINISH,

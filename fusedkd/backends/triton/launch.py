@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedkd.backends.call import Call
 from fusedkd.backends.layout import Stat
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.backends.triton import kd, topk
-from fusedkd.backends.triton.call import Call
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.row_kernels import kd_counts_kernel, kd_row_weights_kernel, kd_terms_kernel
 

@@ -7,8 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fusedkd.backends.call import Call
 from fusedkd.backends.layout import TopkKernelId
-from fusedkd.backends.triton.call import Call
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.row import UNIT, aligned, in_phase
 from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
