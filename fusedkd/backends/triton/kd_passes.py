@@ -104,13 +104,13 @@ def statistics_pass(
             if EXCLUDES_LABEL:
                 b_v = tl.where(b.o == target.excluded, -INFINITY, b_v)
                 b_z = tl.where(b.o == target.excluded, -INFINITY, b_z)
-            of_teacher = accumulate(of_teacher, b_v, k_t, power, False)
+            of_teacher = accumulate(of_teacher, b_v, k_t, power, False, FIRST=resident is not None and not ENDS)
             if SURPLUS and ENDS:
                 if CE:
                     b_x = tl.where(b.o < common, -INFINITY, b_z)
                     of_surplus = accumulate(of_surplus, b_x, LOG2E, power, False)
                 b_z = tl.where(b.o < common, b_z, -INFINITY)
-            of_student = accumulate(of_student, b_z, k_s, power, CE)
+            of_student = accumulate(of_student, b_z, k_s, power, CE, FIRST=resident is not None and not ENDS)
         of_teacher = merge(of_teacher, k_t)
         of_student = merge(of_student, k_s)
         shifted += tl.sum(b_shifted)

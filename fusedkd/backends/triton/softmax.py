@@ -64,23 +64,28 @@ def no_stats(A: tl.constexpr):
 
 
 @triton.jit
-def accumulate(seen, b, k, power, AT_ONE: tl.constexpr):
-    """Take a block b [G, n] into `seen`; k = log2(e)/T; AT_ONE: with Σ e^{x − top}."""
-    top = tl.maximum(seen.top, tl.max(b, 1))
+def accumulate(seen, b, k, power, AT_ONE: tl.constexpr, FIRST: tl.constexpr = False):
+    """Take a block b [G, n] into `seen`; k = log2(e)/T; AT_ONE: with Σ e^{x − top}; FIRST: `seen` has
+    nothing."""
+    top = tl.max(b, 1) if FIRST else tl.maximum(seen.top, tl.max(b, 1))
     base = finite_or_zero(top)
     x = b - base[:, None]
     at_top = x == 0
     shift = seen.top - base
     rises = shift != 0
-    more = tl.sum(tl.where(at_top, 1.0, 0.0), 1) - tl.where(rises, 1.0, 0.0)
+    more = tl.sum(tl.where(at_top, 1.0, 0.0), 1) - (1.0 if FIRST else tl.where(rises, 1.0, 0.0))
     x = tl.where(at_top, -INFINITY, x)
     e = tl.exp2(x * k)
     decay = tl.exp2(shift * k)
     rest_1 = seen.rest_1
     if AT_ONE:
         decay_1 = exp_at_one(decay, shift, power)
-        rest_1 = rest_1 * decay_1 + tl.where(rises, decay_1, 0.0) + (tl.sum(exp_at_one(e, x, power), 1) + more)
-    rest = seen.rest * decay + tl.where(rises, decay, 0.0) + (tl.sum(e, 1) + more)
+        rest_1 = tl.sum(exp_at_one(e, x, power), 1) + more
+        if not FIRST:
+            rest_1 += seen.rest_1 * decay_1 + tl.where(rises, decay_1, 0.0)
+    rest = tl.sum(e, 1) + more
+    if not FIRST:
+        rest += seen.rest * decay + tl.where(rises, decay, 0.0)
     return Running(top=top, rest=rest, rest_1=rest_1)
 
 
