@@ -65,8 +65,7 @@ def no_stats(A: tl.constexpr):
 
 @triton.jit
 def accumulate(seen, b, k, power, AT_ONE: tl.constexpr, FIRST: tl.constexpr = False):
-    """Take a block b [G, n] into `seen`; k = log2(e)/T; AT_ONE: with Σ e^{x − top}; FIRST: `seen` has
-    nothing."""
+    """Take a block b [G, n] into `seen`; k = log2(e)/T; AT_ONE: with Σ e^{x − top}; FIRST: `seen` is `nothing`."""
     top = tl.max(b, 1) if FIRST else tl.maximum(seen.top, tl.max(b, 1))
     base = finite_or_zero(top)
     x = b - base[:, None]
