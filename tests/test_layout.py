@@ -19,6 +19,7 @@ import fusedkd
 from fusedkd.backends import eager, layout
 from fusedkd.backends.layout import KernelId, Option, Stat, TopkKernelId
 from fusedkd.divergences import FAMILIES, Divergence, DivergenceName
+from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
 from fusedkd.nn import KDLossOptions, LinearKDLossOptions
 
@@ -99,3 +100,13 @@ def test_options_of_the_modules_are_those_of_the_losses(name: str) -> None:
     keywords = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
     typed = get_type_hints({"kd_loss": KDLossOptions, "linear_kd_loss": LinearKDLossOptions}[name])
     assert keywords - {"return_terms"} == set(typed)
+
+
+def test_options_of_the_trainer_are_those_of_the_loss() -> None:
+    """And have its types, or narrower ones: a command line takes numbers, no tensors."""
+    own = {"kd_on", "tail", "logprobs_temperature"}
+    losses = get_type_hints(LinearKDLossOptions)
+    for name, kind in get_type_hints(KDConfig).items():
+        if name not in own:
+            assert name in losses
+            assert set(get_args(kind) or (kind,)) <= set(get_args(losses[name]) or (losses[name],)), name

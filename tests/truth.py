@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, cosine_hidden_loss, kd_loss
 from fusedkd.backends.layout import KernelId
-from fusedkd.divergences import Divergence, resolve
+from fusedkd.divergences import resolve
 from fusedkd.losses.kd import Teacher
+from fusedkd.losses.options import DEFAULTS
 from fusedkd.reference import hidden, softmax
 from fusedkd.reference.divergences import Rows
 
@@ -66,37 +67,24 @@ def kd_truth(
     teacher: Teacher | list[Teacher],
     labels: Tensor | None = None,
     *,
-    temperature: Any = 1.0,
-    teacher_temperature: Any = None,
-    divergence: str | Divergence = "forward_kl",
-    kd_weight: Any = 1.0,
-    ce_weight: Any = 0.0,
-    scale_by_t2: bool = True,
-    kd_mask: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: Any = 0.0,
-    z_loss_weight: Any = 0.0,
-    reduction: str = "mean",
-    kd_normalizer: Any = None,
-    ce_normalizer: Any = None,
-    logit_softcap: Any = None,
-    logit_scale: Any = None,
-    vocab_mismatch: str = "error",
-    teacher_weights: list[Any] | None = None,
     upstream: Any = 1.0,
+    **options: Any,
 ) -> Truth:
-    """:func:`fusedkd.kd_loss` with these arguments, its terms, and its gradient times `upstream`."""
+    """:func:`fusedkd.kd_loss` with these options, its terms, and its gradient times `upstream`."""
+    given = {**DEFAULTS, **options}
     if isinstance(teacher, list):
-        options = {k: v for k, v in locals().items() if k not in ("student", "teacher", "labels", "teacher_weights")}
-        return _several(student, teacher, labels, teacher_weights, options)
-    family = resolve(divergence)
-    kd_weight, ce_weight = float(kd_weight), float(ce_weight)
-    t_s = float(temperature)
-    t_t = t_s if teacher_temperature is None else float(teacher_temperature)
-    t_k = t_s**family.temperature_power if scale_by_t2 else 1.0
+        return _several(student, teacher, labels, given, upstream)
+    assert given.keys() == DEFAULTS.keys()
+    reduction, ignore_index, kd_mask = given["reduction"], given["ignore_index"], given["kd_mask"]
+    smoothing, z_loss = float(given["label_smoothing"]), float(given["z_loss_weight"])
+    family = resolve(given["divergence"])
+    kd_weight, ce_weight = float(given["kd_weight"]), float(given["ce_weight"])
+    t_s = float(given["temperature"])
+    t_t = t_s if given["teacher_temperature"] is None else float(given["teacher_temperature"])
+    t_k = t_s**family.temperature_power if given["scale_by_t2"] else 1.0
     exact = student.dtype == torch.float64
 
-    z, slope = _capped(student, logit_softcap, logit_scale)
+    z, slope = _capped(student, given["logit_softcap"], given["logit_scale"])
     y = None if labels is None else labels.cpu().flatten()
     sparse = isinstance(teacher, TeacherTopK | TeacherSamples)
     if sparse:
@@ -121,8 +109,8 @@ def kd_truth(
     if family.kernel_id == KernelId.DKD and not sparse:
         w = torch.where((y != ignore_index) & (y < columns), w, 0)
     w = torch.where(known.any(-1), w, 0)
-    n_kd = _divisor(reduction, kd_normalizer, w.sum() if summed else (w != 0).sum())
-    n_ce = _divisor(reduction, ce_normalizer, labelled.sum())
+    n_kd = _divisor(reduction, given["kd_normalizer"], w.sum() if summed else (w != 0).sum())
+    n_ce = _divisor(reduction, given["ce_normalizer"], labelled.sum())
 
     gradient, free, subtracted = torch.zeros_like(z), torch.zeros_like(z), torch.zeros_like(w)
     kd = ce = Term(subtracted, subtracted)
@@ -140,12 +128,12 @@ def kd_truth(
             free[:, :columns] = torch.where(column(on), factor * part.free, 0)
     if ce_weight:
         on, factor = labelled != 0, column(ce_weight / n_ce * labelled) * slope
-        nll = torch.where(on, softmax.cross_entropy(z, y, float(label_smoothing), float(z_loss_weight)), 0)
+        nll = torch.where(on, softmax.cross_entropy(z, y, smoothing, z_loss), 0)
         ce = Term(nll, labelled * (1e-11 * nll + 1e-14 if exact else 1e-5 * nll + 2e-7))
-        full = softmax.cross_entropy_gradient(z, y, float(label_smoothing), float(z_loss_weight))
+        full = softmax.cross_entropy_gradient(z, y, smoothing, z_loss)
         gradient += torch.where(column(on), factor * full, 0)
         target = torch.zeros_like(z).scatter_(1, column(y.clamp(0, z.shape[1] - 1)), 1)
-        share = 1 + 2 * float(z_loss_weight) * z.logsumexp(-1, keepdim=True).abs().nan_to_num(0, 0, 0)
+        share = 1 + 2 * z_loss * z.logsumexp(-1, keepdim=True).abs().nan_to_num(0, 0, 0)
         for x in (share * softmax.log_softmax(z).exp(), target):
             subtracted = subtracted + torch.where(on, (factor * x).norm(dim=-1), 0)
 
@@ -155,13 +143,14 @@ def kd_truth(
 
 
 def _several(
-    student: Tensor, teachers: list[Teacher], labels: Tensor | None, weights: list[Any] | None, options: dict[str, Any]
+    student: Tensor, teachers: list[Teacher], labels: Tensor | None, options: dict[str, Any], upstream: Any
 ) -> Truth:
     """Σ w_m·D(p_m, q) + CE once."""
-    kd_weight, ce_weight = float(options.pop("kd_weight")), options.pop("ce_weight")
+    weights, kd_weight, ce_weight = options["teacher_weights"], float(options["kd_weight"]), options["ce_weight"]
     given = [1 / len(teachers)] * len(teachers) if weights is None else [float(w) for w in weights]
+    shared = {**options, "teacher_weights": None, "upstream": upstream}
     first, *rest = (
-        kd_truth(student, t, labels, kd_weight=kd_weight * w, ce_weight=0.0 if i else ce_weight, **options)
+        kd_truth(student, t, labels, **{**shared, "kd_weight": kd_weight * w, "ce_weight": 0.0 if i else ce_weight})
         for i, (t, w) in enumerate(zip(teachers, given, strict=True))
     )
     total = first._replace(kd=first.kd * given[0])

@@ -148,7 +148,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     models.add_section()
     for name, stages in students.items():
         models.add_row(*model_row(ARMS[name].title, stages))
-    return [models, task_table(results)] if "tasks" in teacher[0] else [models]
+    return [models, task_table(results)] if teacher[0].get("tasks") else [models]
 
 
 def grid(title: str, *columns: str) -> Table:

@@ -130,3 +130,15 @@ def test_what_the_report_says():
     for score, said in ((0.9, "83.3% of the teacher's mean score, 40% fewer"), (0.0, "has 40% fewer")):  # 0: collapsed
         results = {"teacher": [{**teacher, "tasks": {"cola": {"metrics": {"matthews": score}}}}], "students": students}
         assert said in report.retention(results, full)[0]
+
+
+def test_ablation_without_tasks(tmp_path, text_files, capsys):
+    """The form of `make demo`: two arms on text, compared in a table and a picture."""
+    out = tmp_path / "out"
+    arguments = ["--train_files", text_files[0], "--eval_files", text_files[1], *SHORT, *SMALL, "--vocab_size", "60"]
+    assert main([*arguments, "--arms", "full", "mlm_alone", "--seeds", "1", "--output_dir", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "Teacher and students" in text
+    assert "Fine-tuned" not in text
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert set(json.loads((out / "results.json").read_text())["students"]) == {"full", "mlm_alone"}
