@@ -1,4 +1,4 @@
-"""Which kernel answers a KD call, by shape, dtype, form and device; and how its blocks are laid out.
+"""Which kernel answers a KD call, by shape, dtype, divergence and device; and how its blocks are laid out.
 
 cluster   row pair in the shared memory of a thread-block cluster (CUDA C++ for Hopper): 6 bytes per 16-bit logit
 resident  row pair in the registers of one program: 6 bytes
@@ -64,7 +64,7 @@ class Case(NamedTuple):
     C: int
     student: torch.dtype
     teacher: torch.dtype
-    form: int
+    kernel_id: int
     transform: bool
     forward: bool
     """Statistics are to be taken. Otherwise one pass is left, which nothing has to be kept for."""
@@ -72,10 +72,10 @@ class Case(NamedTuple):
 
 def choose(case: Case, device: Device) -> tuple[str, int]:
     """A kernel, the first line that fits, and the number of parts into which it splits a row."""
-    rows, V, C, dtype, teacher, form, transform, forward = case
+    rows, V, C, dtype, teacher, kernel_id, transform, forward = case
     wide = dtype == torch.float64
-    cluster = device.cluster and not wide and dtype == teacher and (form == KernelId.FORWARD_KL or not transform)
-    resident = forward and not wide and resident_columns(form, transform) >= C
+    cluster = device.cluster and not wide and dtype == teacher and (kernel_id == KernelId.FORWARD_KL or not transform)
+    resident = forward and not wide and resident_columns(kernel_id, transform) >= C
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)
 
@@ -88,11 +88,11 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
     return "whole", 1
 
 
-def resident_columns(form: int, transform: bool) -> int:
+def resident_columns(kernel_id: int, transform: bool) -> int:
     """The longest row that stays in registers. The soft-capped mixture does not."""
-    if form == KernelId.MIXTURE:
+    if kernel_id == KernelId.MIXTURE:
         return 0 if transform else FEWER_COLUMNS
-    return FEWER_COLUMNS if form == KernelId.ALPHA_BETA and transform else RESIDENT_COLUMNS
+    return FEWER_COLUMNS if kernel_id == KernelId.ALPHA_BETA and transform else RESIDENT_COLUMNS
 
 
 REGISTERS = 64, 80, 128, 168
@@ -116,7 +116,7 @@ FUSED = {"enable_fp_fusion": True}
 def layout(
     dtype: torch.dtype,
     columns: int,
-    form: int,
+    kernel_id: int,
     *,
     teacher: torch.dtype = torch.bfloat16,
     resident: bool = False,
@@ -132,7 +132,7 @@ def layout(
     rows have 16 bits; others have what the table says, twice as many where accesses are narrow.
     """
     wide = dtype == torch.float64
-    step = STEP.get(KernelId(form), 0) + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
+    step = STEP.get(KernelId(kernel_id), 0) + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
     step = min(step + (resident and (ce or step > 0)), len(REGISTERS) - 1)
     largest = RESIDENT_COLUMNS if resident else min(COLUMNS[step], 2048 if wide else 4096)
     threads = min(_columns(columns), largest) // 8

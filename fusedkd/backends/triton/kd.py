@@ -38,7 +38,7 @@ def launch(
         C=call.teacher.shape[2],
         student=call.student.dtype,
         teacher=call.teacher.dtype,
-        form=call.kernel_id,
+        kernel_id=call.kernel_id,
         transform=call.transform,
         forward=row_losses is not None,
     )
