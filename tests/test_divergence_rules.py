@@ -65,6 +65,21 @@ def test_not_a_number_shows(device: str, divergence: Divergence, bad: float) -> 
 
 
 # kd_weight and ce_weight as tensors: no backend may take a weight of 0 for a constant.
+@pytest.mark.parametrize("sides", ["s", "t"])
+@families
+def test_a_row_of_nan_is_no_masked_row(device: str, divergence: Divergence, sides: str) -> None:
+    """Its maximum may be that of no column at all, but not its loss."""
+    student, teacher = pair(3, V, device=device)
+    (student if sides == "s" else teacher)[1] = torch.nan
+    labels = torch.full((3,), 7, device=device)
+    for ce_weight in (0.0, 0.7):
+        leaf = student.clone().requires_grad_()
+        rows = kd_loss(leaf, teacher, labels, ce_weight=ce_weight, **at(divergence, 2.0, reduction="none"))
+        assert rows.isnan().tolist() == [False, True, False]
+        (gradient,) = torch.autograd.grad(rows.sum(), leaf)
+        assert gradient.isnan().any(-1).tolist() == [False, True, False]
+
+
 @families
 @pytest.mark.parametrize("weights", [(0.5, 0.7), (0.5, 0.0), (0.0, 0.7)], ids=str)
 def test_where_not_a_number_shows(device: str, divergence: Divergence, weights: tuple[float, float]) -> None:

@@ -55,14 +55,14 @@ def cross_entropy(label, z_y, shifted, top, rest, weights, V):
     if weights.z_loss_weight != 0:
         log_sum = top + log_total
         ce += weights.z_loss_weight * log_sum * log_sum
-    ce = tl.where(top == -INFINITY, INFINITY, ce)
+    ce = tl.where(rest == -1, INFINITY, ce)  # all logits are −∞
     return tl.where(label.counted, tl.where(label.legal, ce, float("nan")), 0.0)
 
 
 @triton.jit
 def cross_entropy_gradient(a, z_y, top, rest, weights, V):
     """a: the weight of the row's cross-entropy in the loss, 0 for none. An infinite cross-entropy has gradient 0."""
-    a = tl.where(top == -INFINITY, 0.0, a)
+    a = tl.where(rest == -1, 0.0, a)
     z_loss = tl.where(weights.z_loss_weight == 0, 0.0, 2.0 * weights.z_loss_weight * (top + log1p(rest)))
     x = z_y - finite_or_zero(top)
     q_y = tl.exp2(x * LOG2E) / (1.0 + rest)

@@ -149,8 +149,8 @@ def delta_of(v, z, low, s):
 
 @triton.jit
 def all_masked(stats, target):
-    """Whether the student's logits of the KD term are all −∞."""
-    return (stats.student_max == -INFINITY) & ((target.excluded < 0) | (target.z == -INFINITY))
+    """Whether the student's logits of the KD term are all −∞: their sum is empty. (The maximum of NaN alone is −∞ too.)"""
+    return (stats.student_rest == -1) & ((target.excluded < 0) | (target.z == -INFINITY))
 
 
 @triton.jit
