@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-RULES = "where_not_a_number or (far_from_zero and 0.0) or not_selected"
+RULES = "where_not_a_number or row_of_nan or (far_from_zero and 0.0) or not_selected"
 
 
 def interpreted(*arguments: str, **environment: str) -> None:
