@@ -114,7 +114,7 @@ def join(top_a, rest_a, top_b, rest_b, k):
     base = finite_or_zero(top)
     a = tl.where(top_a == base, rest_a + 1.0, (rest_a + 1.0) * tl.exp2((top_a - base) * k))
     b = tl.where(top_b == base, rest_b + 1.0, (rest_b + 1.0) * tl.exp2((top_b - base) * k))
-    # The one with the maximum keeps its rest, and the other is added to it. Where neither has it, both are empty, or one
+    # The one with the maximum keeps its rest, and the other is added to it. If neither has it, both are empty, or one
     # is NaN.
     rest = tl.where(top_a == base, rest_a + b, tl.where(top_b == base, rest_b + a, a + b - 1.0))
     return top, rest
