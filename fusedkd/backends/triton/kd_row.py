@@ -149,7 +149,7 @@ def delta_of(v, z, low, s):
 
 @triton.jit
 def all_masked(stats, target):
-    """Whether the student's logits of the KD term are all −∞, so that their sum is empty. (NaN has that maximum too.)"""
+    """Whether the student's logits of the KD term are all −∞: their sum is empty. (NaN has that maximum too.)"""
     return (stats.student_rest == -1) & ((target.excluded < 0) | (target.z == -INFINITY))
 
 
