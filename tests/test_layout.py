@@ -17,7 +17,7 @@ import pytest
 
 import fusedkd
 from fusedkd.backends import eager, layout
-from fusedkd.backends.layout import KernelId, Option, Stat, TopkKernelId
+from fusedkd.backends.layout import CosineStat, KernelId, Option, Stat, TopkKernelId
 from fusedkd.divergences import FAMILIES, Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
@@ -52,6 +52,7 @@ def members(enum: type[IntEnum]) -> dict[str, int]:
 def test_cpp_has_the_numbers_of_python() -> None:
     assert enumerators("Option") == members(Option)
     assert enumerators("Stat") == {**members(Stat), "STATS": len(Stat)}
+    assert enumerators("CosineStat") == {**members(CosineStat), "COSINE_STATS": len(CosineStat)}
     assert enumerators("KernelId") == members(KernelId)
     assert enumerators("TopkKernelId") == members(TopkKernelId)
     ours = header()[header().index("namespace fusedkd") :]

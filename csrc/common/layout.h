@@ -36,6 +36,14 @@ enum Stat : int64_t {
   STATS,
 };
 
+// Columns of the statistics [N, COSINE_STATS] of the cosine operators.
+enum CosineStat : int64_t {
+  STUDENT_INVERSE_NORM,
+  TEACHER_INVERSE_NORM,
+  DISTANCE,
+  COSINE_STATS,
+};
+
 // Positions in the normalizers tensor, float64 [NORMALIZERS].
 constexpr int64_t KD_NORMALIZER = 0, CE_NORMALIZER = 1, NORMALIZERS = 2;
 

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher, Option
   CosineCall k = call(student, teacher, weights, normalizer);
   const ScalarType type = accumulation_type(k.student.type);
   Tensor row_losses = torch::stable::new_empty(student, {k.student.count}, type);
-  Tensor stats = torch::stable::new_empty(student, {k.student.count, 3}, type);
+  Tensor stats = torch::stable::new_empty(student, {k.student.count, COSINE_STATS}, type);
   k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
   if (gradient) write_gradient(k, *gradient);
   run(k);
@@ -48,7 +48,7 @@ void cosine_backward(Tensor upstream, Tensor student, Tensor teacher, Optional w
   const ScalarType type = accumulation_type(k.student.type);
   const PerRow up(upstream, type, k.student.count);
   if (skip_if_one && up.scalar && up[0] == 1) return;
-  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, 3 * k.student.count, "stats"));
+  k.stats = const_cast<char*>(contiguous_data<char>(stats, type, COSINE_STATS * k.student.count, "stats"));
   k.upstream = up;
   write_gradient(k, gradient);
   run(k);

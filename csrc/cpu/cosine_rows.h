@@ -49,9 +49,12 @@ template <class A> struct CosineRows {
     const double weight = k.weights ? k.weights[i] : 1;
     const int64_t H = k.student.columns;
     char* out = k.gradient ? (*k.gradient)[i] : nullptr;
-    A* stats = static_cast<A*>(k.stats) + 3 * i;
+    A* stats = static_cast<A*>(k.stats) + COSINE_STATS * i;
     if (weight == 0) {  // not read
-      if (k.forward) static_cast<A*>(k.rows)[i] = stats[0] = stats[1] = stats[2] = 0;
+      if (k.forward) {
+        static_cast<A*>(k.rows)[i] = 0;
+        stats[STUDENT_INVERSE_NORM] = stats[TEACHER_INVERSE_NORM] = stats[DISTANCE] = 0;
+      }
       if (out) std::memset(out, 0, k.gradient->row_bytes());
       return;
     }
@@ -64,12 +67,13 @@ template <class A> struct CosineRows {
         sum += difference(student(i, j), teacher(i, j), steps(j), a, b);
       }
       const double distance = 0.5 * sum + 0.5 * EPSILON * (double(a) * a + double(b) * b);
-      stats[0] = a, stats[1] = b, stats[2] = A(distance);
+      stats[STUDENT_INVERSE_NORM] = a, stats[TEACHER_INVERSE_NORM] = b, stats[DISTANCE] = A(distance);
       static_cast<A*>(k.rows)[i] = A(weight * distance);
     }
     if (!out) return;
     const double upstream = k.upstream ? (*k.upstream)[i] : 1;
-    const A a = stats[0], b = stats[1], distance = stats[2], c = A(a * (weight / k.normalizer * upstream));
+    const A a = stats[STUDENT_INVERSE_NORM], b = stats[TEACHER_INVERSE_NORM], distance = stats[DISTANCE];
+    const A c = A(a * (weight / k.normalizer * upstream));
     for (int64_t j = 0; j < H; j += BLOCK) {
       const int64_t n = student.length(j);
       A* g = place(k.student.type, out, j, n, g_buffer);

@@ -20,6 +20,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../common/layout.h"
 #include "launch.cuh"
 #include "tensor.cuh"
 
@@ -51,7 +52,7 @@ struct CosineArguments {
   const A* upstream;                               // [] or [N]; null in the forward call
   int64_t upstream_stride;                         // 0 or 1
   A* rows;                                         // [N], written in the forward call
-  A* stats;                                        // [N, 3]: a, b, D; written in the forward call, read afterwards
+  A* stats;                                        // [N, COSINE_STATS]; written in the forward call, read afterwards
   S* gradient;                                     // [N, H] or null
   bool skip_if_one;                                // the gradient is already right for an upstream of 1
   int64_t count, length, hidden;                   // N, L, H
@@ -157,10 +158,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const CosineAr
   const A weight = p.weights ? p.weights[i] : A(1), upstream = forward ? A(1) : p.upstream[i * p.upstream_stride];
   const A factor = upstream * weight / static_cast<A>(*p.normalizer);  // read now, not between the row and its write
   S* const gradient = p.gradient ? p.gradient + i * p.hidden : nullptr;
-  A* const stats = p.stats + 3 * i;
+  A* const stats = p.stats + COSINE_STATS * i;
 
   if (weight == 0) {  // not selected: the row is not read
-    if (forward && first) p.rows[i] = stats[0] = stats[1] = stats[2] = 0;
+    if (forward && first) p.rows[i] = stats[STUDENT_INVERSE_NORM] = stats[TEACHER_INVERSE_NORM] = stats[DISTANCE] = 0;
     if (gradient) {
       for (int64_t j = threadIdx.x * W; j < p.hidden; j += blockDim.x * W) store(gradient + j, Pack<S, W>{});
     }
@@ -201,10 +202,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) cosine_kernel(const CosineAr
     distance = (sum_over_row(vv, scratch[4]) + A(kEpsilon) * (a * a + b * b)) / 2;
     if (first) {
       p.rows[i] = weight * distance;
-      stats[0] = a, stats[1] = b, stats[2] = distance;
+      stats[STUDENT_INVERSE_NORM] = a, stats[TEACHER_INVERSE_NORM] = b, stats[DISTANCE] = distance;
     }
   } else {
-    a = stats[0], b = stats[1], distance = stats[2];
+    a = stats[STUDENT_INVERSE_NORM], b = stats[TEACHER_INVERSE_NORM], distance = stats[DISTANCE];
   }
   if (!gradient) return;
 
@@ -258,7 +259,7 @@ void run(const Task& task) {
     p.upstream = upstream_of<A>(*task.upstream, x, count, p.upstream_stride);
   }
   p.rows = task.rows ? data_of<A>(*task.rows, x, count, "rows") : nullptr;
-  p.stats = data_of<A>(task.stats, x, 3 * count, "stats");
+  p.stats = data_of<A>(task.stats, x, COSINE_STATS * count, "stats");
   p.gradient = task.gradient ? data_of<S>(*task.gradient, x, count * hidden, "gradient") : nullptr;
   p.skip_if_one = task.skip_if_one;
   p.count = count, p.length = length, p.hidden = hidden;
@@ -294,9 +295,9 @@ void run(const Task& task) {
 std::tuple<Tensor, Tensor> cosine_forward(const Tensor& student, const Tensor& teacher, const Optional& weights,
                                           const Tensor& normalizer, const Optional& gradient) {
   using torch::stable::new_empty;
-  const int64_t count = student.size(0) * student.size(1), triples[] = {count, 3};
+  const int64_t count = student.size(0) * student.size(1), stats_size[] = {count, COSINE_STATS};
   const ScalarType type = student.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor rows = new_empty(student, {&count, 1}, type), stats = new_empty(student, {triples, 2}, type);
+  const Tensor rows = new_empty(student, {&count, 1}, type), stats = new_empty(student, {stats_size, 2}, type);
   run({student, teacher, weights, normalizer, stats, &rows, nullptr, gradient ? &*gradient : nullptr});
   return {rows, stats};
 }

@@ -68,6 +68,16 @@ class Stat(IntEnum):
 STATS = len(Stat)
 
 
+class CosineStat(IntEnum):
+    """Columns of the statistics ``(N, len(CosineStat))`` of the cosine operators."""
+
+    STUDENT_INVERSE_NORM = 0
+    """1/√(Σx² + ε)."""
+    TEACHER_INVERSE_NORM = 1
+    DISTANCE = 2
+    """1 − cos."""
+
+
 class KernelId(IntEnum):
     """How kernels compute a divergence of a teacher with logits: the ``kernel_id`` of the KD operators without ids.
     Several divergences of :mod:`fusedkd.divergences` may share one, with other coefficients.

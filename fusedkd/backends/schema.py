@@ -29,7 +29,7 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
                     wanted.
 ``cosine_*``        kd_forward and kd_backward for hidden states ``(B, L, H)``: row losses ``(N,)``: w·(1 − cos);
-                    statistics ``(N, 3)``: both inverse norms, 1 − cos.
+                    statistics ``(N, 3)``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import Stat
+from fusedkd.backends.layout import CosineStat, Stat
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -116,7 +116,7 @@ def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("fusedkd::cosine_forward")
 def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    return losses_and_stats(student, None, 3)
+    return losses_and_stats(student, None, len(CosineStat))
 
 
 @torch.library.register_fake("fusedkd::kd_backward")
