@@ -66,6 +66,16 @@ class Case(NamedTuple):
         self.call(upstream=torch.ones((), device=again.device), stats=stats, gradient=again)
         assert_gradient(again, expected, vacuous=vacuous)
 
+    def check_sure_rows(self) -> None:
+        """One column far above the others: what these leave of the sums is all that the loss is made of."""
+        for row, margins in enumerate([(10, 10), (24, 30), (30, 24), (60, 60), (0, 20)]):
+            column = LABELS[row] if row < 4 else 200
+            for side, margin in zip(("student", "teacher"), margins, strict=True):
+                self.inputs[side][row // 3, row % 3, column] = margin
+        self.check()
+        ce, truth = self.forward()[0][1].double().cpu(), self.truth().ce.value.flatten().cpu()
+        torch.testing.assert_close(ce, truth, rtol=0.1, atol=1e-14)
+
 
 def case(
     operator: Any,

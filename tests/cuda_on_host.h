@@ -15,6 +15,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -94,6 +95,14 @@ T __shfl_xor_sync(unsigned mask, T value, int lane) {
   yield();
   return value;
 }
+
+inline unsigned __ballot_sync(unsigned mask, bool yes) {
+  unsigned found = unsigned(yes) << (fiber - fibers.data()) % 32;
+  for (int lane = 16; lane > 0; lane /= 2) found |= __shfl_xor_sync(mask, found, lane);
+  return found;
+}
+
+inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }
 
 inline void run_fiber() {
   body();

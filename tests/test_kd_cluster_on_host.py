@@ -212,6 +212,20 @@ def test_rows_as_low_as_the_type_goes(divergence, dtype, temperature):
     c.check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=describe)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd", "alpha_beta"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_sure_rows(divergence, dtype, temperature):
+    """One column far above the others: what these leave of the sums is all that the loss is made of."""
+    case(259, dtype, divergence=divergence, temperature=temperature).check_sure_rows()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_sure_rows_over_a_cluster(temperature, monkeypatch):
+    monkeypatch.setenv("FUSEDKD_ON_HOST_SHARED", "12000")
+    case(4099, torch.bfloat16, temperature=temperature).check_sure_rows()
+
+
 def test_bad_arguments():
     c = case(64)
     rows, stats, _ = c.forward()

@@ -46,27 +46,33 @@ INLINE void at_one(const float (&e)[W], const float (&x)[W], Exponent exponent, 
   }
 }
 
-// The maximum m of the columns seen so far, l = Σ 2^(x·k − M), and l_1, the same at T = 1; at power 1 it is l.
+// The maximum m of the columns seen so far; rest = Σ 2^(x·k − M) over all of them but one at the maximum, and rest_1, the
+// same at T = 1, which is not kept at power 1. In a sure row, whose maximum is far above the others, a float32 sum would
+// have a 1 and no digits left for the others, which are all its loss.
 struct ThreadSoftmax {
-  float m = -INFINITE<float>, M = m, l = 0, l_1 = 0;
+  float m = -INFINITE<float>, M = m, rest = 0, rest_1 = 0;
 
   template <int W>
   INLINE void add(const float (&x)[W], float k, int power, bool with_one) {
     float top = x[0];
 #pragma unroll
     for (int i = 1; i < W; ++i) top = max(top, x[i]);
+    int at_top = W;
     if (top > m) {
+#pragma unroll
+      for (int i = W - 1; i >= 0; --i) at_top = x[i] == top ? i : at_top;
       top = max(top, LOWEST);
-      const float risen = product(top, k);
-      l *= exp2_of(M - risen), l_1 *= exp2_of(product(m, LOG2E) - product(top, LOG2E));
+      const float risen = product(top, k);  // and what was the maximum joins the rest
+      rest = fma(rest, exp2_of(M - risen), exp2_of(Exponent(k, top)(m)));
+      rest_1 = fma(rest_1, exp2_of(product(m, LOG2E) - product(top, LOG2E)), exp2_of(Exponent(LOG2E, top)(m)));
       m = top, M = risen;
     }
     const Exponent exponent(k, m);
     float e[W];
 #pragma unroll
-    for (int i = 0; i < W; ++i) e[i] = exp2_of(exponent(x[i])), l += e[i];
+    for (int i = 0; i < W; ++i) e[i] = exp2_of(exponent(x[i])), rest += i == at_top ? 0 : e[i];
     if (with_one && power != 1) {
-      at_one(e, x, Exponent(LOG2E, m), power, [&](int, float one) { l_1 += one; });
+      at_one(e, x, Exponent(LOG2E, m), power, [&](int i, float one) { rest_1 += i == at_top ? 0 : one; });
     }
   }
 };
@@ -87,11 +93,18 @@ INLINE float over_lanes(float x, const Combine& combine) {
 INLINE float sum_over_lanes(float x) {
   return over_lanes(x, [](float a, float b) { return a + b; });
 }
-// Brings sums relative to maxima of their own to the maximum of all lanes, and adds them.
-INLINE float merge_over_lanes(float& m, float l, float k) {
+// The rest of the columns of all lanes, from those of each, relative to maxima of their own; and m becomes the maximum of
+// all: its column is left out in one lane, and the maxima of the other lanes join the rest.
+INLINE float merge_over_lanes(float& m, float rest, float k) {
   const float own = m;
   m = over_lanes(m, [](float a, float b) { return max(a, b); });
-  return sum_over_lanes(l * exp2_of(product(own, k) - product(finite_or_zero(m), k)));
+  const bool leaves_out = __ffs(__ballot_sync(~0u, own == m)) - 1 == static_cast<int>(threadIdx.x % 32);
+  const float joins = leaves_out ? 0 : exp2_of(Exponent(k, m)(own));
+  return sum_over_lanes(fma(rest, exp2_of(product(own, k) - product(finite_or_zero(m), k)), joins));
+}
+// The rest of two sets of columns, the first of which has the maximum.
+INLINE float join(float m, float rest, float m_b, float rest_b, float k) {
+  return rest + fma(rest_b, exp2_of(product(m_b, k) - product(finite_or_zero(m), k)), exp2_of(Exponent(k, m)(m_b)));
 }
 
 // What a thread knows of all threads of the cluster after merge(), called on each K values by whole warps, first over

@@ -42,18 +42,22 @@ struct Temperatures {
   }
 };
 
-// m and l of student and teacher in the KD term, and of the student at T = 1 over all of its columns.
+// m and l − 1 of student and teacher in the KD term, and of the student at T = 1 over all of its columns. l is 0 where
+// all columns are −∞.
 struct Statistics {
-  float m_s, l_s, m_t, l_t, m_1, l_1;
+  float m_s, rest_s, m_t, rest_t, m_1, rest_1;
 
   INLINE void load(const float* stats) {
-    m_s = stats[STUDENT_MAX], l_s = stats[STUDENT_SUM], m_t = stats[OTHER_MAX], l_t = stats[OTHER_SUM];
-    m_1 = stats[CE_MAX], l_1 = stats[CE_SUM];
+    m_s = stats[STUDENT_MAX], rest_s = stats[STUDENT_SUM], m_t = stats[OTHER_MAX], rest_t = stats[OTHER_SUM];
+    m_1 = stats[CE_MAX], rest_1 = stats[CE_SUM];
   }
   INLINE void store(float* stats) const {
-    stats[STUDENT_MAX] = m_s, stats[STUDENT_SUM] = l_s, stats[OTHER_MAX] = m_t, stats[OTHER_SUM] = l_t;
-    stats[CE_MAX] = m_1, stats[CE_SUM] = l_1;
+    stats[STUDENT_MAX] = m_s, stats[STUDENT_SUM] = rest_s, stats[OTHER_MAX] = m_t, stats[OTHER_SUM] = rest_t;
+    stats[CE_MAX] = m_1, stats[CE_SUM] = rest_1;
   }
+  INLINE float l_s() const { return 1 + rest_s; }
+  INLINE float l_t() const { return 1 + rest_t; }
+  INLINE float l_1() const { return 1 + rest_1; }
 };
 
 // Those of the thread's columns: of the first `common` both sides', of the others the student's at T = 1.
@@ -71,8 +75,8 @@ INLINE void statistics_of_thread(const Row& row, const Temperatures& t, const La
     student.add(x.z, t.k_s, t.power, has_ce);
     if (has_kd) teacher.add(x.v, t.k_t, 1, false);
   });
-  state[0] = student.m, state[1] = student.l, state[2] = t.power == 1 ? student.l : student.l_1;
-  state[3] = teacher.m, state[4] = teacher.l, state[5] = others.m, state[6] = others.l;
+  state[0] = student.m, state[1] = student.rest, state[2] = t.power == 1 ? student.rest : student.rest_1;
+  state[3] = teacher.m, state[4] = teacher.rest, state[5] = others.m, state[6] = others.rest;
 }
 
 // Those of the row, of what its threads have.
@@ -87,11 +91,13 @@ INLINE Statistics merged(float (&state)[kState], const Temperatures& t, float* s
   };
   over_cluster(state, {kNone, 0, 0, kNone, 0, kNone, 0}, merge, scratch, inbox, met);
   Statistics s;
+  // A row of nothing but −∞ has no maximum to leave out; one of NaN stays NaN.
+  const auto less_one = [](float m, float rest, float k) { return rest * beyond(m, k, -1) - (m == kNone ? 1 : 0); };
   s.m_s = state[0], s.m_t = state[3], s.m_1 = max(s.m_s, state[5]);
-  s.l_s = state[1] * beyond(s.m_s, t.k_s, -1), s.l_t = state[4] * beyond(s.m_t, t.k_t, -1);
-  const float M_1 = product(finite_or_zero(s.m_1), LOG2E);
-  s.l_1 = state[2] * exp2_of(product(s.m_s, LOG2E) - M_1) + state[6] * exp2_of(product(state[5], LOG2E) - M_1);
-  s.l_1 *= beyond(s.m_1, LOG2E, -1);
+  s.rest_s = less_one(s.m_s, state[1], t.k_s), s.rest_t = less_one(s.m_t, state[4], t.k_t);
+  s.rest_1 =
+      s.m_s == s.m_1 ? join(s.m_1, state[2], state[5], state[6], LOG2E) : join(s.m_1, state[6], s.m_s, state[2], LOG2E);
+  s.rest_1 = less_one(s.m_1, s.rest_1, LOG2E);
   return s;
 }
 
@@ -107,14 +113,16 @@ struct Columns {
   float c_s, c_rest, low_s, low_t, base_t, near_s, near_t, gap, log_ratio, offset;
 
   INLINE Columns(const Statistics& s, const Temperatures& t)
-      : of_s(t.k_s, s.m_s), of_t(t.k_t, s.m_t), sum_s(s.l_s * beyond(s.m_s, t.k_s, 1)),
-        sum_t(s.l_t * beyond(s.m_t, t.k_t, 1)), r_s(reciprocal_or_zero(sum_s)), r_t(reciprocal_or_zero(sum_t)),
+      : of_s(t.k_s, s.m_s), of_t(t.k_t, s.m_t), sum_s(s.l_s() * beyond(s.m_s, t.k_s, 1)),
+        sum_t(s.l_t() * beyond(s.m_t, t.k_t, 1)), r_s(reciprocal_or_zero(sum_s)), r_t(reciprocal_or_zero(sum_t)),
         c_s(t.c_s), c_rest(t.c_t - t.c_s), low_s(s.m_s == LOWEST ? 0 : LOWEST), low_t(s.m_t == LOWEST ? 0 : LOWEST) {
     const float base_s = s.m_s == LOWEST ? 0 : finite_or_zero(s.m_s);
     base_t = s.m_t == LOWEST ? 0 : finite_or_zero(s.m_t);
     const bool far = std::fabs(base_t - base_s) > 16;
     near_s = far ? base_s : 0, near_t = far ? base_t : 0, gap = far ? 0 : base_t - base_s;
-    log_ratio = s.l_s == 0 || s.l_t == 0 ? 0 : std::log(s.l_t / s.l_s);
+    const float l_s = s.l_s(), l_t = s.l_t();
+    const float ratio = l_t / l_s, beside_1 = (s.rest_t - s.rest_s) / l_s;  // ratio − 1, with all its digits near 0
+    log_ratio = l_s == 0 || l_t == 0 ? 0 : std::fabs(beside_1) < 0.5f ? std::log1p(beside_1) : std::log(ratio);
     offset = -fma(c_s, base_t - base_s, fma(c_rest, base_t, log_ratio));
   }
   // e_s: 2^(z·k_s − M_s).

@@ -43,7 +43,7 @@ struct KdArguments {
   const float* upstream;                                    // [] or [N]; null in the forward call
   int64_t upstream_stride;                                  // 0 or 1
   float* rows;                                              // [2, N], written in the forward call
-  float* stats;                         // [N, 8]: m_s, l_s, m_t, l_t, m_1, l_1, W; written forward, read afterwards
+  float* stats;                         // [N, STATS], the sums less 1; written forward, read afterwards
   int64_t ignore_index, count, length;  // N, L
   int columns, common;                  // V, C
   bool ce, skip_if_one;                 // the gradient is already right for an upstream of 1
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   } else {
     of_row.load(stats);
   }
-  const float m_s = of_row.m_s, l_s = of_row.l_s, m_t = of_row.m_t, l_t = of_row.l_t;
-  const float m_1 = of_row.m_1, l_1 = of_row.l_1;
+  const float m_s = of_row.m_s, l_s = of_row.l_s(), m_t = of_row.m_t, l_t = of_row.l_t();
+  const float m_1 = of_row.m_1, l_1 = of_row.l_1();
   const Columns<sizeof(S) == 2 && !kTransform> columns(of_row, t);
   const Exponent of_1(LOG2E, m_1), of_s_at_1(LOG2E, m_s);
   const float r_1 = reciprocal_or_zero(l_1 * beyond(m_1, LOG2E, 1));
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
   }
   const F form(p.options + COEFFICIENTS, sums);
   const bool dead = F::softmax && l_s == 0 && !(target.excluded && z_y != -INFINITE<float>);
-  const CrossEntropy cross_entropy{m_1, l_1, option(LABEL_SMOOTHING), option(Z_LOSS_WEIGHT)};
+  const CrossEntropy cross_entropy{m_1, of_row.rest_1, option(LABEL_SMOOTHING), option(Z_LOSS_WEIGHT)};
 
   // Coefficients of the gradient: 0 for a term that the row does not have
   const bool broken = counted && !legal;
@@ -164,15 +164,13 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
                          ? 0.0f
                          : upstream * option(KD_WEIGHT) * option(KD_SCALE) * weight * t.c_s / n_kd;
   const float a_ce = has_ce && l_1 != 0 ? upstream * option(CE_WEIGHT) / n_ce : 0.0f;
-  const float a_other = a_ce * cross_entropy.smoothing / p.columns, a_label = a_ce * (1 - cross_entropy.smoothing);
   const bool with_ce = a_ce != 0;  // else 0, whatever the columns hold
+  const float a_other = a_ce * cross_entropy.smoothing / p.columns;
+  const float ce_at_label = with_ce ? a_ce * cross_entropy.at_label(z_y, p.columns) : 0;
   const float a_q = with_ce ? a_ce * cross_entropy.q_factor() : 0;
   const float a_common = with_ce ? a_q * s_to_1 : 0, a_surplus = with_ce ? a_q * r_1 : 0;  // times e
-  float W = 0, of_label = 0;  // the gradient of an excluded label
-  if constexpr (kExcludes) {
-    W = a_kd == 0 ? 0 : form.centre;
-    of_label = a_kd * W - a_other + (with_ce ? a_surplus * exp2_of(of_1(z_y)) : 0);
-  }
+  float W = 0;
+  if constexpr (kExcludes) W = a_kd == 0 ? 0 : form.centre;
   if (forward && first && has_ce) p.rows[p.count + i] = cross_entropy.value(z_y);
 
   // Passes 2 and 3 over the columns, in one or apart.
@@ -191,7 +189,7 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
       if (kExcludes && target.excluded && here) target.hide(c, at);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        out[e] = -a_other;
+        out[e] = 0;
         if (!is_common) continue;
         const Column<float> column = columns(at.z[e], at.v[e], e_s[e]);
         const float w = form.grad_term(column);
@@ -200,18 +198,21 @@ __global__ void __launch_bounds__(kCompiledThreads, kCrowded<F, kTransform> ? 2 
         if constexpr (kGradient) out[e] += kd == 0 ? 0 : kd * (F::centred ? w - column.q * center : w);
       }
       if constexpr (!kGradient) return;
+      float at_label = ce_at_label + (target.excluded ? a_kd * W : 0);
+      if (here && !target.excluded) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) at_label += c + e == target.column ? out[e] : 0;
+      }
       if (with_ce) {
         if (is_common) {
-          at_one(e_s, at.z, of_s_at_1, t.power, [&](int e, float one) { out[e] += a_common * one; });
+          at_one(e_s, at.z, of_s_at_1, t.power, [&](int e, float one) { out[e] += a_common * one - a_other; });
         } else {
-          out[0] += a_surplus * exp2_of(of_1(at.z[0]));
+          out[0] += a_surplus * exp2_of(of_1(at.z[0])) - a_other;
         }
       }
       if (here) {
 #pragma unroll
-        for (int e = 0; e < N; ++e) {
-          if (c + e == target.column) out[e] = (target.excluded ? of_label : out[e]) - a_label;
-        }
+        for (int e = 0; e < N; ++e) out[e] = c + e == target.column ? at_label : out[e];
       }
       if constexpr (kTransform) {
 #pragma unroll

@@ -42,8 +42,8 @@ class Option(IntEnum):
 class Stat(IntEnum):
     """Columns of the statistics ``(N, len(Stat))`` that the forward operator leaves for the backward one.
 
-    A sum is Σ exp((x − max)/T) over the columns of its maximum. In which form it is kept is the backend's business: C++
-    and Triton keep the sum less 1, which has the digits that the sum lacks, the Hopper kernel the sum itself.
+    A sum is Σ exp((x − max)/T) over the columns of its maximum, kept less 1: near 1 it has no digits left for what is
+    beside the maximum. (C++ keeps those of listed teachers whole, and what rounding took in OWN and WEIGHT_SUM.)
     """
 
     STUDENT_MAX = 0

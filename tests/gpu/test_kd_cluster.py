@@ -62,6 +62,13 @@ def test_rows_start_anywhere(dtype, starts, v):
 
 
 @DTYPES
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_sure_rows(divergence, dtype, temperature):
+    case(50257, dtype, divergence=divergence, temperature=temperature).check_sure_rows()
+
+
+@DTYPES
 def test_soft_cap_and_scale(dtype):
     case(50257, dtype, 50250, logit_softcap=8.0, logit_scale=1.3, masked=0.1).check()
 
