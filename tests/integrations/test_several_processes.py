@@ -1,0 +1,84 @@
+"""Sharded and several teachers on two processes, which `accelerate launch` starts as it starts a user's: one run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from fusedkd.integrations.transformers import KDConfig
+
+from . import several_step
+from .distil_step import llamas, rows
+from .test_several import KD, teachers, truth
+from .test_transformers import assert_equal
+from .test_transformers import truth as truth_of_rows
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    path = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARED_FOLDER": str(folder)}
+    command = [sys.executable, *LAUNCH, several_step.__file__, str(folder / "result.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "result.pt")
+
+
+def of_one():
+    return truth(llamas()[0], {"wide": teachers()["wide"]}, KD, [1.0])
+
+
+def test_a_sharded_teacher_is_the_whole_one(result):
+    assert_equal(result["one"], of_one())
+    assert result["given back"] == (True, True)
+    assert_equal(result["resharded"], of_one())
+    several_units, found = result["loaded"]
+    assert several_units
+    assert_equal(found, of_one())
+
+
+def test_a_sharded_teacher_of_a_sharded_student(result):
+    gradients, loss = result["both"]
+    expected = truth_of_rows(*llamas(), KDConfig())
+    assert_equal((gradients, {"loss": loss}), (expected[0], {"loss": expected[1]["loss"]}))
+
+
+def test_several_teachers_of_which_some_are_sharded(result):
+    each = teachers()
+    assert_equal(result["list"], truth(llamas()[0], each, KD, [0.8, 0.5]))
+    assert_equal(result["dict"], truth(llamas()[0], each, KD, names=several_step.ROUTES))
+
+
+def test_an_evaluation_counts_no_row_twice(result):
+    """The last batch is filled with rows of the first."""
+    each, plain = teachers(), KDConfig(temperature=1.0)
+    expected = {"kl": several_step.ROUTES}
+    expected |= {f"kl_{name}": [n if n == name else None for n in expected["kl"]] for name in each}
+    for name, names in expected.items():
+        found = truth(llamas()[0], each, plain, names=names)[1]["kd"]
+        assert result["eval"][f"eval_{name}"] == pytest.approx(found, rel=1e-5), name
+    loss = truth(llamas()[0], each, KD, names=several_step.ROUTES)[1]["loss"]
+    assert result["eval"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_resumed_run_is_the_same_run(result):
+    assert result["resumed"]
+
+
+def test_ranks_with_more_micro_batches_do_not_wait_for_the_others(result):
+    assert_equal(result["uneven"], truth_of_rows(*llamas(), KDConfig(), list(rows())[:5]))
+
+
+def test_what_follows_a_sharded_head_is_found(result):
+    assert "FSDPBiased does something to its logits that is not known here" in result["refusal"]
