@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
+from fusedkd.integrations import refusals
 from fusedkd.integrations.offline import Batch
 from fusedkd.integrations.pair import Pair, Routed
 
@@ -57,6 +59,9 @@ class EvaluatingTrainer(Trainer):
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> Any:
         self._bind()
+        if self.args.world_size > 1 and has_length(dataloader):
+            length = torch.tensor([len(dataloader)], device=self.args.device)
+            refusals.uneven_evaluation(self.accelerator.gather(length).tolist())
         self.eval_sums = {}
         options["metric_key_prefix"] = metric_key_prefix
         output: Any = super().evaluation_loop(dataloader, description, *args, **options)

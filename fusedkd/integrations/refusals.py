@@ -189,6 +189,15 @@ def batch(inputs: Mapping[str, Any]) -> None:
         raise ValueError(f"the batch must have both or none of the columns {' and '.join(COLUMNS)}")
 
 
+def uneven_evaluation(batches: list[int]) -> None:
+    """Where the ranks would wait for each other for ever: they gather after every batch."""
+    if len(set(batches)) > 1:
+        raise ValueError(
+            f"the processes have {' and '.join(map(str, batches))} batches to evaluate, and must have equally many: "
+            "leave even_batches of accelerator_config as it is, True"
+        )
+
+
 def warn_of_blank(terms: set[str]) -> None:
     """Of the terms that had no row in a whole batch."""
     if terms:

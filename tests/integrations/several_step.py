@@ -77,6 +77,11 @@ def main(out: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(folder / "teacher", distributed_config=DistributedConfig(fsdp_size=2))
     result["loaded"] = len(units(loaded)) > 1, gradient(llamas()[0], loaded, KD, **cut)
     result["both"] = sharded_gradient(4, own_unit=False, teacher=shard(llamas()[1]))
+    options = {"eval_dataset": list(rows())[:5], "per_device_eval_batch_size": 1}
+    try:
+        trainer(llamas()[0], wide, KD, accelerator_config={"even_batches": False}, **options).evaluate()
+    except ValueError as error:
+        result["uneven evaluation"] = str(error)
     try:
         Head.of(shard(Biased(LlamaConfig(vocab_size=VOCAB, **SIZE))))
     except ValueError as error:

@@ -80,5 +80,9 @@ def test_ranks_with_more_micro_batches_do_not_wait_for_the_others(result):
     assert_equal(result["uneven"], truth_of_rows(*llamas(), KDConfig(), list(rows())[:5]))
 
 
+def test_an_evaluation_that_would_hang_is_refused(result):
+    assert "the processes have 3 and 2 batches to evaluate, and must have equally many" in result["uneven evaluation"]
+
+
 def test_what_follows_a_sharded_head_is_found(result):
     assert "FSDPBiased does something to its logits that is not known here" in result["refusal"]
