@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 NONE = -1
-"""In a batch: of a sequence that has no teacher. Its other values are indices."""
+"""In a batch: of a sequence that has no teacher. The other values are indices of teachers."""
 
 Batch = dict[str, Any]
 
@@ -31,8 +31,8 @@ class TeacherColumnCollator:
         self.keys = {key: index for index, key in enumerate(keys)}
 
     def __call__(self, examples: list[Any]) -> Batch:
-        if isinstance(examples[0], Mapping) and self.column in examples[0]:
-            named = [example[self.column] for example in examples]
+        if any(isinstance(example, Mapping) and self.column in example for example in examples):
+            named = [example.get(self.column) for example in examples]
             examples = [{k: v for k, v in example.items() if k != self.column} for example in examples]
             batch = self.base_collator(examples)
         else:  # a collator of one's own may make the column, and data without it passes
@@ -50,8 +50,8 @@ class TeacherColumnCollator:
         return batch
 
     def _index(self, value: Any) -> int:
-        key = value.item() if hasattr(value, "item") else value
-        if key in self.keys:
+        key = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(key, Hashable) and key in self.keys:
             return self.keys[key]
         if key is None or key == NONE or key != key:
             return NONE

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd.integrations.pair import Form, Group, Routed, part
-from fusedkd.integrations.routed import NONE
 from fusedkd.integrations.teacher import TeacherModel, load
 
 
@@ -34,8 +33,16 @@ class Teachers:
     def __init__(self, given: Any, student: nn.Module, causal: bool, device: torch.device | None):
         self.routed, self.listed = isinstance(given, Mapping), isinstance(given, list)
         named = given if self.routed else dict(enumerate(given if self.listed else [given]))
-        self.models = {key: TeacherModel(model, student, causal, device) for key, model in named.items()}
+        once = {id(model): TeacherModel(model, student, causal, device) for model in named.values()}
+        self.models = {key: once[id(model)] for key, model in named.items()}
+        self.distinct = list(once.values())
+        """A model that stands under two keys runs once."""
         self.left = self.behind = 0
+
+    def bind(self) -> None:
+        """To the models as they are now."""
+        for model in self.distinct:
+            model.bind()
 
     @property
     def several(self) -> bool:
@@ -44,7 +51,7 @@ class Teachers:
     @property
     def sharded(self) -> list[TeacherModel]:
         """Those that all ranks must run together."""
-        return [model for model in self.models.values() if model.sharded]
+        return [model for model in self.distinct if model.sharded]
 
     def __call__(
         self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor | None = None
@@ -57,15 +64,16 @@ class Teachers:
         """
         if self.routed:
             return (None if routes is None else self._groups(batch, attended, routes)), None
-        found = [model(batch, attended) for model in self.models.values()]
-        heads, outputs = zip(*found, strict=True)
-        return (list(heads), list(outputs)) if self.listed else found[0]
+        found = {model: model(batch, attended) for model in self.distinct}
+        heads, outputs = zip(*(found[model] for model in self.models.values()), strict=True)
+        return (list(heads), list(outputs)) if self.listed else (heads[0], outputs[0])
 
     def _groups(self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor) -> Routed:
         """Waits for the device: which rows a model runs on is decided on the host."""
-        named, groups = routes.tolist(), []
-        for index, model in [*enumerate(self.models.values()), (NONE, None)]:
-            own = [i for i, route in enumerate(named) if route == index]
+        models: list[TeacherModel | None] = [*self.models.values(), None]  # the last: NONE
+        named, groups = [models[route] for route in routes.tolist()], []
+        for model in (*self.distinct, None):
+            own = [i for i, each in enumerate(named) if each is model]
             rows = torch.tensor(own, device=attended.device)
             if own:
                 teacher = None if model is None else model(part(batch, rows), attended[rows])[0]

@@ -34,6 +34,8 @@ class TeacherModel:
 
     def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device | None):
         self.model, self.adapted = model, None
+        self.sharded = bool(sharded.units(model))
+        """Whether each rank holds a share: then all must call it together. The head's weight lasts until `release`."""
         self.known: Head | None = None
         self.placed = device is None or getattr(model, "hf_device_map", None) is not None
         self.copies: dict[str, tuple[Any, Any, Tensor]] = {}
@@ -68,10 +70,9 @@ class TeacherModel:
         """Where its tokens go."""
         return base_model(self.model).get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each rank holds a share: then all must call it together. The head's weight lasts until `release`."""
-        return bool(sharded.units(self.model))
+    def bind(self) -> None:
+        """To the model as it is now: resized, or sharded."""
+        self.sharded, _ = bool(sharded.units(self.model)), self.head
 
     def release(self) -> None:
         sharded.release(self.model)
@@ -123,7 +124,9 @@ class TeacherModel:
 
 
 def across(value: Any, device: torch.device) -> Any:
-    """The one way from the student's device to the teacher's, and back. What is offloaded (meta) fetches for itself."""
+    """The one place where something goes from the student's device to the teacher's, or back. A model whose embeddings
+    are offloaded (meta) fetches what it is given by itself.
+    """
     return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
 

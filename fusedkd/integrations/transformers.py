@@ -160,9 +160,10 @@ class DistillationTrainer(EvaluatingTrainer):
     def _bind(self) -> None:
         """To the models as they are now, before anything wraps them."""
         with self.accelerator.autocast():
-            teachers = list(self.teachers.models.values()) if self.teachers else []
-            _ = self.head, [each.head for each in teachers]
-        for each in teachers if self.model_init is not None else ():
+            _ = self.head
+            if self.teachers:
+                self.teachers.bind()
+        for each in self.teachers.distinct if self.teachers and self.model_init is not None else ():
             refusals.shared_parameters(self.student, each.model)
 
     def _set_signature_columns_if_needed(self) -> None:

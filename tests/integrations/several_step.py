@@ -20,7 +20,7 @@ from integrations.distil_step import SIZE, VOCAB, gradient, llamas, rows, sharde
 from integrations.test_heads import Biased
 from integrations.test_several import KD, named, teachers, weighted
 
-ROUTES = ["wide", None, "wide", "deep", "wide", None, "wide", None]
+ROUTES = ["wide", None, "also", "deep", "wide", None, "wide", None]
 """Whichever way they are dealt out, a batch has none of one teacher's rows, or of any."""
 
 
@@ -63,6 +63,7 @@ def main(out: Path, folder: Path) -> None:
     cut = {"batch": 2, "accumulation": 2}
     each = {name: shard(teacher) for name, teacher in teachers().items()}
     wide, result = each["wide"], {}
+    each["also"] = wide
     result["one"] = gradient(llamas()[0], wide, KD, **cut)
     result["given back"] = not whole(wide), all(p.grad is None and not p.requires_grad for p in wide.parameters())
     result["list"] = gradient(llamas()[0], [wide, teachers()["deep"]], weighted([0.8, 0.5]), **cut)

@@ -151,20 +151,20 @@ def test_heads_of_several_kinds(name):
     assert_equal(gradient(student, each, kd, data=named(names=names), batch=4, accumulation=2), expected)
 
 
-def test_a_teacher_runs_on_its_own_rows_alone(monkeypatch):
+def test_a_teacher_runs_on_its_own_rows_alone():
+    """And a model of two names once."""
     each, seen = teachers(), []
     for name, teacher in each.items():
-        teacher.register_forward_pre_hook(
-            lambda module, args, given, name=name: seen.append((name, given["input_ids"])), with_kwargs=True
-        )
-    run = trainer(llamas()[0], each, KD, named())
+        keep = lambda module, args, given, name=name: seen.append((name, given["input_ids"]))  # noqa: E731
+        teacher.register_forward_pre_hook(keep, with_kwargs=True)
+    names = ["wide", "again", None, "wide", "deep", "again", "wide", "deep"]
+    run = trainer(llamas()[0], each | {"again": each["wide"]}, KD, named(names=names))
     seen.clear()
     run.train()
     ids = torch.stack([row["input_ids"] for row in rows()])
     assert [name for name, _ in seen] == ["wide", "deep"]
-    for name, given in seen:
-        own = ids[[n == name for n in NAMES]]
-        assert sorted(given.tolist()) == sorted(own.tolist())
+    for (_, given), own in zip(seen, (("wide", "again"), ("deep",)), strict=True):
+        assert sorted(given.tolist()) == sorted(ids[[n in own for n in names]].tolist())
 
 
 def test_the_divergence_from_each_is_over_its_own_rows():

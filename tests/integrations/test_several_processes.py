@@ -39,6 +39,12 @@ def of_one():
     return truth(llamas()[0], {"wide": teachers()["wide"]}, KD, [1.0])
 
 
+def named_thrice():
+    """One model under two names."""
+    each = teachers()
+    return each | {"also": each["wide"]}
+
+
 def test_a_sharded_teacher_is_the_whole_one(result):
     assert_equal(result["one"], of_one())
     assert result["given back"] == (True, True)
@@ -55,14 +61,14 @@ def test_a_sharded_teacher_of_a_sharded_student(result):
 
 
 def test_several_teachers_of_which_some_are_sharded(result):
-    each = teachers()
-    assert_equal(result["list"], truth(llamas()[0], each, KD, [0.8, 0.5]))
+    assert_equal(result["list"], truth(llamas()[0], teachers(), KD, [0.8, 0.5]))
+    each = named_thrice()
     assert_equal(result["dict"], truth(llamas()[0], each, KD, names=several_step.ROUTES))
 
 
 def test_an_evaluation_counts_no_row_twice(result):
     """The last batch is filled with rows of the first."""
-    each, plain = teachers(), KDConfig(temperature=1.0)
+    each, plain = named_thrice(), KDConfig(temperature=1.0)
     expected = {"kl": several_step.ROUTES}
     expected |= {f"kl_{name}": [n if n == name else None for n in expected["kl"]] for name in each}
     for name, names in expected.items():
