@@ -44,11 +44,12 @@ def options(kd: Any, teacher: Any) -> None:
 
 
 def other_shares(model: nn.Module) -> None:
-    """A teacher of which a rank holds a part in another way than by FSDP2."""
+    """A teacher of which a rank holds a part in a way that is not known here."""
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise ValueError("teacher must be a model, not a DeepSpeedEngine: pass engine.module")
     parameters = list(model.parameters())
     tensor_parallel = (getattr(model, "_tp_size", None) or 1) > 1
     for found, what in (
-        (any(hasattr(p, "ds_id") for p in parameters), "DeepSpeed ZeRO-3"),
         (any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()), "FSDP1"),
         (tensor_parallel, "tensor parallelism"),
         (not units(model) and any(hasattr(p, "full_tensor") for p in parameters), "a DTensor plan of its own"),

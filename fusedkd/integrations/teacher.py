@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fusedkd import checks as check
-from fusedkd.integrations import refusals, sharded
+from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, base_model, checked
 from fusedkd.integrations.offline import COLUMNS
+from fusedkd.integrations.sharded import Shares, is_sharded
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
 
@@ -34,7 +35,7 @@ class TeacherModel:
 
     def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device | None):
         self.model, self.adapted = model, None
-        self.sharded = bool(sharded.units(model))
+        self.shares, self.sharded = Shares(model), is_sharded(model)
         """Whether each rank holds a share: then all must call it together. The head's weight lasts until `release`."""
         self.known: Head | None = None
         self.placed = device is None or getattr(model, "hf_device_map", None) is not None
@@ -72,10 +73,10 @@ class TeacherModel:
 
     def bind(self) -> None:
         """To the model as it is now: resized, or sharded."""
-        self.sharded, _ = bool(sharded.units(self.model)), self.head
+        self.sharded, _ = is_sharded(self.model), self.head
 
     def release(self) -> None:
-        sharded.release(self.model)
+        self.shares.release()
 
     def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[TeacherHead, Any]:
         """Its hidden states at the head, and its outputs.
@@ -97,7 +98,8 @@ class TeacherModel:
             own = {name: across(value, self.entry) for name, value in own.items()}
         with _evaluating(self.model), _without_adapters(self.adapted):
             hidden, outputs = self.head.hidden_states(self.model, own)
-            sharded.gather(self.model, self.head.linear)
+            if self.sharded:
+                self.shares.gather(self.head.linear)
         hidden = across(hidden, ids.device)
         if lost is not None:
             hidden = hidden.masked_fill(lost[:, None, None], torch.nan)

@@ -43,8 +43,8 @@ class DistillationTrainer(EvaluatingTrainer):
     row in the whole data set is absent (`loss`: NaN).
 
     Runs alone, under DistributedDataParallel and under FSDP, with PEFT adapters anywhere but on the output head. Every
-    rank holds the whole teacher, or its share of one that :func:`torch.distributed.fsdp.fully_shard` has sharded. Text
-    alone: vision–language models are distilled by their tokens.
+    rank holds the whole teacher, or its share, of FSDP2 (:func:`torch.distributed.fsdp.fully_shard`) or of DeepSpeed
+    ZeRO-3 (``engine.module``). Text alone: vision–language models are distilled by their tokens.
 
     Args:
         model: the student.

@@ -361,18 +361,8 @@ def test_the_triple_loss_has_one_teacher():
         DistilBertTrainer(student, [make("bert", 1)], trainer(student, make("bert", 1)).args, default_data_collator)
 
 
-class Zero3(torch.Tensor):
-    """As DeepSpeed makes of a parameter."""
-
-    ds_id, ds_status = 7, "NOT_AVAILABLE"
-
-
 def test_teachers_that_are_sharded_otherwise_are_refused_by_name():
     message = r"a teacher under {} is not supported: shard it by FSDP2, torch.distributed.fsdp.fully_shard"
-    student, teacher = llamas()
-    teacher.model.norm.weight.ds_id = 7
-    with pytest.raises(ValueError, match=message.format("DeepSpeed ZeRO-3")):
-        trainer(student, teacher)
     student, teacher = llamas()
     teacher._tp_size = 2
     with pytest.raises(ValueError, match=message.format("tensor parallelism")):
@@ -382,6 +372,9 @@ def test_teachers_that_are_sharded_otherwise_are_refused_by_name():
     teacher.model.layers[0].add_module("unit", kind())
     with pytest.raises(ValueError, match=message.format("FSDP1")):
         trainer(student, teacher)
+    engine = type("DeepSpeedEngine", (torch.nn.Module,), {})
+    with pytest.raises(ValueError, match=r"teacher must be a model, not a DeepSpeedEngine: pass engine\.module"):
+        trainer(student, engine())
 
 
 def test_a_teacher_of_a_device_map_is_left_to_it(tmp_path):

@@ -1,5 +1,7 @@
 """Sharded and several teachers on two processes, which `accelerate launch` starts as it starts a user's: one run."""
 
+import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,15 +26,25 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"
 LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
 
 
+NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+both = pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
+
+
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("several")
-    path = os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARED_FOLDER": str(folder)}
-    command = [sys.executable, *LAUNCH, several_step.__file__, str(folder / "result.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(folder / "result.pt")
+def run(tmp_path_factory):
+    """Of a kind, once."""
+
+    @functools.cache
+    def launch(kind: str):
+        folder = tmp_path_factory.mktemp(kind)
+        path = os.pathsep.join([*(str(folder) for folder in Path(__file__).parents[1:3]), *sys.path])
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, *LAUNCH, several_step.__file__, kind, str(folder / "result.pt")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return torch.load(folder / "result.pt")
+
+    return launch
 
 
 def of_one():
@@ -45,50 +57,60 @@ def named_thrice():
     return each | {"also": each["wide"]}
 
 
-def test_a_sharded_teacher_is_the_whole_one(result):
-    assert_equal(result["one"], of_one())
-    assert result["given back"] == (True, True)
-    assert_equal(result["resharded"], of_one())
-    several_units, found = result["loaded"]
+@both
+def test_a_sharded_teacher_is_the_whole_one(run, kind):
+    assert_equal(run(kind)["one"], of_one())
+    assert run(kind)["given back"] == (True, True)
+
+
+def test_other_ways_to_shard(run):
+    """The root given back by PyTorch after its forward; transformers' own, with norm and head in one unit."""
+    assert_equal(run("fsdp2")["resharded"], of_one())
+    several_units, found = run("fsdp2")["loaded"]
     assert several_units
     assert_equal(found, of_one())
 
 
-def test_a_sharded_teacher_of_a_sharded_student(result):
-    gradients, loss = result["both"]
+def test_a_sharded_teacher_of_a_sharded_student(run):
+    gradients, loss = run("fsdp2")["both"]
     expected = truth_of_rows(*llamas(), KDConfig())
     assert_equal((gradients, {"loss": loss}), (expected[0], {"loss": expected[1]["loss"]}))
 
 
-def test_several_teachers_of_which_some_are_sharded(result):
-    assert_equal(result["list"], truth(llamas()[0], teachers(), KD, [0.8, 0.5]))
-    each = named_thrice()
-    assert_equal(result["dict"], truth(llamas()[0], each, KD, names=several_step.ROUTES))
+@both
+def test_several_teachers_of_which_some_are_sharded(run, kind):
+    assert_equal(run(kind)["list"], truth(llamas()[0], teachers(), KD, [0.8, 0.5]))
+    assert_equal(run(kind)["dict"], truth(llamas()[0], named_thrice(), KD, names=several_step.ROUTES))
 
 
-def test_an_evaluation_counts_no_row_twice(result):
+@both
+def test_an_evaluation_counts_no_row_twice(run, kind):
     """The last batch is filled with rows of the first."""
-    each, plain = named_thrice(), KDConfig(temperature=1.0)
+    each, plain, metrics = named_thrice(), KDConfig(temperature=1.0), run(kind)["eval"]
     expected = {"kl": several_step.ROUTES}
     expected |= {f"kl_{name}": [n if n == name else None for n in expected["kl"]] for name in each}
     for name, names in expected.items():
         found = truth(llamas()[0], each, plain, names=names)[1]["kd"]
-        assert result["eval"][f"eval_{name}"] == pytest.approx(found, rel=1e-5), name
+        assert metrics[f"eval_{name}"] == pytest.approx(found, rel=1e-5), name
     loss = truth(llamas()[0], each, KD, names=several_step.ROUTES)[1]["loss"]
-    assert result["eval"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_resumed_run_is_the_same_run(result):
-    assert result["resumed"]
+@both
+def test_a_resumed_run_is_the_same_run(run, kind):
+    assert run(kind)["resumed"]
 
 
-def test_ranks_with_more_micro_batches_do_not_wait_for_the_others(result):
-    assert_equal(result["uneven"], truth_of_rows(*llamas(), KDConfig(), list(rows())[:5]))
+@both
+def test_ranks_with_more_micro_batches_do_not_wait_for_the_others(run, kind):
+    assert_equal(run(kind)["uneven"], truth_of_rows(*llamas(), KDConfig(), list(rows())[:5]))
 
 
-def test_an_evaluation_that_would_hang_is_refused(result):
-    assert "the processes have 3 and 2 batches to evaluate, and must have equally many" in result["uneven evaluation"]
+@both
+def test_an_evaluation_that_would_hang_is_refused(run, kind):
+    assert "the processes have 3 and 2 batches to evaluate, and must have equally" in run(kind)["uneven evaluation"]
 
 
-def test_what_follows_a_sharded_head_is_found(result):
-    assert "FSDPBiased does something to its logits that is not known here" in result["refusal"]
+@both
+def test_what_follows_a_sharded_head_is_found(run, kind):
+    assert "Biased does something to its logits that is not known here" in run(kind)["refusal"]
