@@ -271,7 +271,7 @@ class DistillationTrainer(EvaluatingTrainer):
         counts = num_items_in_batch
         if counts is None:
             counts = self._get_num_items_in_batch([inputs], self.args.device)
-        if self.teachers and self.needs_teacher:
+        if self.needs_teacher and self.teachers and self.teachers.sharded:
             with torch.no_grad(), self.accelerator.autocast():
                 self.teachers.keep_up(self._given(inputs), self.attended(inputs))
 
