@@ -35,7 +35,7 @@ class TeacherModel:
 
     def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device | None):
         self.model, self.adapted = model, None
-        self.shares, self.sharded = Shares(model), is_sharded(model)
+        self.shares, self.sharded = Shares(model), False
         """Whether each rank holds a share: then all must call it together. The head's weight lasts until `release`."""
         self.known: Head | None = None
         self.placed = device is None or getattr(model, "hf_device_map", None) is not None
@@ -44,6 +44,7 @@ class TeacherModel:
             self.adapted = student
             _refuse_moving_base(student)
         else:
+            self.sharded = is_sharded(model)
             refusals.other_shares(model)
             refusals.shared_parameters(student, model)
             checked(base_model(model))
@@ -73,7 +74,7 @@ class TeacherModel:
 
     def bind(self) -> None:
         """To the model as it is now: resized, or sharded."""
-        self.sharded, _ = is_sharded(self.model), self.head
+        self.sharded, _ = self.adapted is None and is_sharded(self.model), self.head
 
     def release(self) -> None:
         self.shares.release()
