@@ -89,7 +89,7 @@ def given(name: str, names: dict[str, Any]) -> Any:
         "ids": lambda: normal(ROWS, VOCABULARY).topk(5).indices,
         "logprobs": lambda: normal(ROWS, VOCABULARY).log_softmax(-1)[:, :5],
         **dict.fromkeys(("model", "student"), lambda: gpt2(0)),
-        **dict.fromkeys(("teacher", "teacher_model"), lambda: gpt2(1)),
+        **dict.fromkeys(("teacher", "teacher_model", "maths_model", "code_model"), lambda: gpt2(1)),
         "training_arguments": lambda: TrainingArguments("run", report_to=[], use_cpu=True),
         "blocks": lambda: [{"input_ids": [(i * j) % 47 + 1 for j in range(9)], "labels": [1] * 9} for i in range(8)],
         "GKDTrainer": lambda: type("GKDTrainer", (), {"generalized_jsd_loss": None}),

@@ -26,6 +26,7 @@ from fusedkd.distilbert.student import (
     tokenizer_for,
 )
 from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.integrations import blocks
 from fusedkd.integrations.interrupt import STATE, claim, is_finished, is_kept
 from fusedkd.nn import DistilBertLoss
 
@@ -49,9 +50,9 @@ class Run:
 
     def collator(self, seed: int) -> Any:
         if self.tokenizer.mask_token_id is None:
-            return data.CausalCollator(self.tokenizer)
+            return blocks.CausalCollator(self.tokenizer)
         text = self.config.text
-        return data.MaskingCollator(self.tokenizer, self.counts, text.mlm_probability, text.mask_smoothing, seed)
+        return blocks.MaskingCollator(self.tokenizer, self.counts, text.mlm_probability, text.mask_smoothing, seed)
 
     def say(self, text: str) -> None:
         if self.config.training.process_index == 0:
@@ -87,7 +88,7 @@ def prepare(config: Config) -> Run:
             tokenizer = data.train_tokenizer(train_text, text.vocab_size)
         if teacher is None:
             tokenizer.model_max_length = text.block_size
-        cut = data.by_length if text.sequences == "by_length" else data.pack
+        cut = blocks.by_length if text.sequences == "by_length" else blocks.pack
         train = cut(train_text, tokenizer, text.block_size, "training", text.num_proc)
         held_out = cut(eval_text, tokenizer, text.block_size, "held-out", text.num_proc)
         if 0 < text.eval_blocks < len(held_out):

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from fusedkd.divergences import Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.interrupt import Interruptible
-from fusedkd.integrations.transformers import Batch, DistillationTrainer, Pair
+from fusedkd.integrations.pair import Pair
+from fusedkd.integrations.transformers import Batch, DistillationTrainer
 from fusedkd.nn import DistilBertLoss
 
 
@@ -60,6 +61,8 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
             kd_on="labels" if loss.kd_on == "masked" else "attended",
         )
         super().__init__(*args, kd=kd, **options)
+        if self.teachers and self.teachers.several:
+            raise ValueError(f"teacher must be one model for the triple loss, not a {type(self.teacher).__name__}")
         self.add_callback(EpochSetter(self.data_collator))
 
     @property

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.data import MaskingCollator, pack
+from fusedkd.integrations.blocks import MaskingCollator, pack
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.offline import restarts
 

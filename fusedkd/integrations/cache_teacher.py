@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    import fusedkd.distilbert.data  # noqa: F401 (it needs all that the extra installs)
+    import fusedkd.integrations.cache_data  # noqa: F401 (it needs all that the extra installs)
 except ModuleNotFoundError as error:
     if __name__ != "__main__" or (error.name or "").startswith("fusedkd"):
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ class KDConfig:
     kd_on                       the rows of the KD term: "labels", those whose label is not −100 (so not the prompt's),
                                 or "attended", all that the attention mask selects
     tail, logprobs_temperature  of an offline teacher, as for :class:`fusedkd.TeacherTopK`
+    teacher_column              of a data set, which names the teacher of each example: for a dict of teachers
 
     Raises:
         ValueError, TypeError: naming the option, what it was and what it must be.
@@ -39,6 +41,8 @@ class KDConfig:
     max_rows: int | None = None
     tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
     logprobs_temperature: float = 1.0
+    teacher_weights: Sequence[float] | None = None
+    teacher_column: str = "teacher"
 
     def __post_init__(self) -> None:
         if self.kd_on not in ("labels", "attended"):
@@ -47,10 +51,12 @@ class KDConfig:
         if self.tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {self.tail!r}")
         check.real("logprobs_temperature", self.logprobs_temperature, open_low=True)
+        if not isinstance(self.teacher_column, str):
+            raise TypeError(f"teacher_column must be the name of a column, not {type(self.teacher_column).__name__}")
 
     def options(self) -> dict[str, Any]:
         """Those of :func:`fusedkd.linear_kd_loss`."""
-        own = ("kd_on", "tail", "logprobs_temperature")
+        own = ("kd_on", "tail", "logprobs_temperature", "teacher_column")
         return {f.name: getattr(self, f.name) for f in fields(KDConfig) if f.name not in own}
 
     @property

@@ -172,8 +172,10 @@ def _is_causal(model: Any) -> bool:
 def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[float | None, float | None]:
     """The soft-cap and scale with which the model turns the output of `linear` into its logits."""
     given: list[Tensor] = []
+    trained: list[Tensor] = []
 
     def project(hidden: Tensor) -> Tensor:
+        trained.extend(p for p in model.parameters() if p.requires_grad)  # here those of the head's FSDP unit are whole
         shape = torch.Size((*hidden.shape[:-1], linear.weight.shape[0]))
         z = torch.linspace(-PROBE, PROBE, shape.numel(), device=hidden.device)
         given.append(z.view(shape).requires_grad_())
@@ -196,7 +198,6 @@ def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[flo
     )
     if len(given) != 1 or logits.shape != given[0].shape or logits.shape[1] != tokens.shape[1]:
         raise refusal
-    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad():
         total = logits.sum()
     if any(g is not None for g in torch.autograd.grad(total, [given[0], *trained], allow_unused=True)[1:]):

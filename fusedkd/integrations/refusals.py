@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fusedkd import checks as check
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
+from fusedkd.integrations.sharded import units
 from fusedkd.losses.linear_kd import checked_linear_options
 from fusedkd.teachers import TeacherTopK
 
@@ -22,13 +23,41 @@ def options(kd: Any, teacher: Any) -> None:
     if not isinstance(kd, KDConfig):
         wish = "KDConfig(**kd)" if isinstance(kd, Mapping) else "KDConfig(…)"
         raise TypeError(f"kd must be a KDConfig, not {type(kd).__name__}: pass {wish}")
-    if isinstance(teacher, list | tuple):
-        raise TypeError(
-            f"teacher must be one model, not a {type(teacher).__name__} of {len(teacher)}: several teachers are for "
-            "fusedkd.linear_kd_loss in a Trainer of your own"
-        )
-    if not isinstance(teacher, str | Path | nn.Module | None):
-        raise TypeError(f"teacher must be a model, its name or folder, or None, not {type(teacher).__name__}")
+    several = isinstance(teacher, list | tuple | Mapping)
+    models = list(teacher.values() if isinstance(teacher, Mapping) else teacher) if several else [teacher]
+    for each in models:
+        if not isinstance(each, str | Path | nn.Module) and (several or each is not None):
+            raise TypeError(
+                "teacher must be a model, its name or folder, a list or dict of these, or None, not "
+                f"{type(each).__name__}{f' in a {type(teacher).__name__}' if several else ''}"
+            )
+    if not models:
+        raise ValueError(f"teacher is an empty {type(teacher).__name__}: it must hold at least one model")
+    weights = kd.teacher_weights
+    if weights is None or (teacher is None and not kd.needs_teacher):
+        return
+    if not isinstance(teacher, list | tuple):
+        found = "a dict" if several else "None" if teacher is None else "a single model"
+        raise ValueError(f"teacher_weights is for a list of teachers, which all teach every row, not for {found}")
+    if len(weights) != len(models):
+        raise ValueError(f"teacher_weights must hold one weight per teacher: {len(models)}, not {len(weights)}")
+
+
+def other_shares(model: nn.Module) -> None:
+    """A teacher of which a rank holds a part in a way that is not known here."""
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise ValueError("teacher must be a model, not a DeepSpeedEngine: pass engine.module")
+    parameters = list(model.parameters())
+    tensor_parallel = (getattr(model, "_tp_size", None) or 1) > 1
+    for found, what in (
+        (any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()), "FSDP1"),
+        (tensor_parallel, "tensor parallelism"),
+        (not units(model) and any(hasattr(p, "full_tensor") for p in parameters), "a DTensor plan of its own"),
+    ):
+        if found:
+            raise ValueError(
+                f"a teacher under {what} is not supported: shard it by FSDP2, torch.distributed.fsdp.fully_shard"
+            )
 
 
 def training_arguments(trainer: Any) -> None:
@@ -91,8 +120,21 @@ def shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def adapters_off(trainer: Any) -> None:
-    """Where a teacher that is the student with adapters off is not known to be right."""
+def teachers(trainer: Any) -> None:
+    """Where a teacher that is the student with adapters off is not known to be right, and a column that names teachers
+    where it is missing, or would not be read.
+    """
+    column, data = trainer.kd.teacher_column, trainer.train_dataset
+    if trainer.routed and trainer.needs_teacher:
+        base = trainer.data_collator.base_collator
+        has_columns(data, base, [column], "with a dict of teachers", "it names the teacher of each row")
+    if isinstance(trainer.teacher, list) and column in (known_columns(data) or ()):
+        raise ValueError(
+            f"train_dataset has a column {column}, but a list of teachers teaches every row: pass a dict for a teacher "
+            "per row, or remove the column"
+        )
+    if all(each.adapted is None for each in trainer.teachers.models.values()):
+        return
     for wrong, message in (
         (trainer.is_fsdp_enabled, "FSDP, which shards the weights of both"),
         (trainer.model_init is not None, "model_init, which makes other students"),
@@ -113,16 +155,27 @@ def offline_data(kd: KDConfig, data: Any, collator: Any) -> None:
     like = {"tail": kd.tail, "logprobs_temperature": kd.logprobs_temperature}
     listed = TeacherTopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), **like)  # type: ignore[arg-type]
     checked_linear_options(kd.options(), listed)
+    has_columns(data, collator, COLUMNS, "without a teacher model", "pass teacher=, or kd=KDConfig(kd_weight=0)")
+
+
+def has_columns(data: Any, collator: Any, names: Sequence[str], why: str, advice: str) -> None:
+    """Training data that is known to be without these columns."""
     base = collator.base_collator if isinstance(collator, OfflineTeacherCollator) else collator
     if not getattr(base, "__module__", "").startswith("transformers."):
         return  # a collator of one's own may make the columns
-    first = data[0] if isinstance(data, list | tuple) and data else None
-    columns = getattr(data, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
-    if columns is not None and any(name not in columns for name in COLUMNS):
+    columns = known_columns(data)
+    if columns is not None and any(name not in columns for name in names):
+        several = "s" if len(names) > 1 else ""
         raise ValueError(
-            f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}, but train_dataset "
-            f"has {', '.join(map(str, columns))}: pass teacher=, or kd=KDConfig(kd_weight=0)"
+            f"{why} the data set must have the column{several} {' and '.join(names)}, but train_dataset has "
+            f"{', '.join(map(str, columns))}: {advice}"
         )
+
+
+def known_columns(data: Any) -> list[str] | None:
+    """Of a data set, as far as can be told without reading it."""
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    return getattr(data, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
 
 
 def batch(inputs: Mapping[str, Any]) -> None:
@@ -135,6 +188,15 @@ def batch(inputs: Mapping[str, Any]) -> None:
             raise ValueError(f"the batch has {name}: text alone is supported, by its input_ids")
     if sum(name in inputs for name in COLUMNS) == 1:
         raise ValueError(f"the batch must have both or none of the columns {' and '.join(COLUMNS)}")
+
+
+def uneven_evaluation(batches: list[int]) -> None:
+    """Where the ranks would wait for each other for ever: they gather after every batch."""
+    if len(set(batches)) > 1:
+        raise ValueError(
+            f"the processes have {' and '.join(map(str, batches))} batches to evaluate, and must have equally many: "
+            "leave even_batches of accelerator_config as it is, True"
+        )
 
 
 def warn_of_blank(terms: set[str]) -> None:

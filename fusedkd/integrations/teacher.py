@@ -16,6 +16,7 @@ from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, base_model, checked
 from fusedkd.integrations.offline import COLUMNS
+from fusedkd.integrations.sharded import Shares, is_sharded
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
 
@@ -27,20 +28,27 @@ class TeacherModel:
             with adapters off.
         student: the student.
         causal: whether the student is a causal LM.
-        device: where the teacher goes, unless `device_map` has placed it.
+        device: where the teacher goes, unless a `device_map` of several devices has placed it, or :func:`fully_shard`
+            its shares. None: it stays where it lies. Its hidden states come to the student's device, to which its head
+            is copied once.
     """
 
-    def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device):
+    def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device | None):
         self.model, self.adapted = model, None
+        self.shares, self.sharded = Shares(model), False
+        """Whether each rank holds a share: then all must call it together. The head's weight lasts until `release`."""
         self.known: Head | None = None
+        self.placed = device is None or getattr(model, "hf_device_map", None) is not None
+        self.copies: dict[str, tuple[Any, Any, Tensor]] = {}
         if model is not student and model is base_model(student):
             self.adapted = student
             _refuse_moving_base(student)
         else:
+            self.sharded = is_sharded(model)
+            refusals.other_shares(model)
             refusals.shared_parameters(student, model)
             checked(base_model(model))
-            placed = getattr(model, "hf_device_map", None) is not None or any(p.is_meta for p in model.parameters())
-            if not placed:
+            if not (self.placed or self.sharded or any(p.is_meta for p in model.parameters())):
                 model.to(device)
             _ = self.head  # while it is not frozen: what it adds to its logits shows by its gradient
             model.eval().requires_grad_(False)
@@ -59,6 +67,18 @@ class TeacherModel:
         self.known = Head.current(self.known, self.model)
         return self.known
 
+    @property
+    def entry(self) -> torch.device:
+        """Where its tokens go."""
+        return base_model(self.model).get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def bind(self) -> None:
+        """To the model as it is now: resized, or sharded."""
+        self.sharded, _ = self.adapted is None and is_sharded(self.model), self.head
+
+    def release(self) -> None:
+        self.shares.release()
+
     def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[TeacherHead, Any]:
         """Its hidden states at the head, and its outputs.
 
@@ -75,20 +95,42 @@ class TeacherModel:
             refusals.unknown_ids(ids, beyond & attended, "input_ids", vocabulary)
             own["input_ids"] = ids.masked_fill(beyond, 0)
             lost = None if ids.is_cpu else (beyond & attended).any(1)
+        if self.placed:
+            own = {name: across(value, self.entry) for name, value in own.items()}
         with _evaluating(self.model), _without_adapters(self.adapted):
             hidden, outputs = self.head.hidden_states(self.model, own)
+            if self.sharded:
+                self.shares.gather(self.head.linear)
+        hidden = across(hidden, ids.device)
         if lost is not None:
-            hidden = hidden.masked_fill(lost.to(hidden.device)[:, None, None], torch.nan)
+            hidden = hidden.masked_fill(lost[:, None, None], torch.nan)
         head = self.head
         weight, bias = head.parameters()  # which a resize makes anew, and not frozen
-        bias = None if bias is None else bias.detach()
-        return TeacherHead(hidden, weight.detach(), bias, softcap=head.softcap, scale=head.scale), outputs
+        here = [self._copied(name, x, ids.device) for name, x in (("weight", weight), ("bias", bias))]
+        return TeacherHead(hidden, here[0], here[1], softcap=head.softcap, scale=head.scale), outputs
+
+    def _copied(self, name: str, parameter: Any, device: torch.device) -> Any:
+        """Of the head, on the student's device: a copy is kept until the parameter changes or is another."""
+        if parameter is None or parameter.device == device:
+            return None if parameter is None else parameter.detach()
+        state = parameter._version, device
+        known = self.copies.get(name)
+        if known is None or known[0] is not parameter or known[1] != state:
+            self.copies[name] = known = (parameter, state, across(parameter.detach(), device))
+        return known[2]
 
     def _tell(self, dropped: set[str]) -> None:
         if dropped - self.dropped:
             self.dropped |= dropped
             name, names = type(base_model(self.model)).__name__, ", ".join(sorted(dropped))
             check.warn(f"{name}, the teacher, does not take {names}, which the student is given")
+
+
+def across(value: Any, device: torch.device) -> Any:
+    """The one place where something goes from the student's device to the teacher's, or back. A model whose embeddings
+    are offloaded (meta) fetches what it is given by itself.
+    """
+    return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
 
 def _tokens(model: nn.Module) -> int:

@@ -7,22 +7,24 @@ step, all micro-batches and all ranks, so that one step has one gradient however
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from fusedkd.divergences import resolve
 from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.evaluation import EvaluatingTrainer
 from fusedkd.integrations.heads import Head, replaced_forward
 from fusedkd.integrations.offline import COLUMNS, Batch, OfflineTeacherCollator
-from fusedkd.integrations.teacher import Takes, TeacherModel, listed, load
+from fusedkd.integrations.pair import Form, Pair, Routed, joined
+from fusedkd.integrations.routed import NONE, TeacherColumnCollator
+from fusedkd.integrations.several import Teachers, loaded
+from fusedkd.integrations.teacher import Takes, listed
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDTerms
 from fusedkd.teachers import TeacherHead, TeacherTopK
@@ -30,31 +32,19 @@ from fusedkd.teachers import TeacherHead, TeacherTopK
 IGNORE = -100
 
 
-class Pair(NamedTuple):
-    """Student and teacher on one batch ``(B, L)``, at the ends of their backbones."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    outputs: Any
-    teacher: TeacherHead | TeacherTopK | None
-    teacher_outputs: Any
-    labels: Tensor | None
-    masks: list[Tensor]
-    """The rows that :meth:`DistillationTrainer.masks` names."""
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(EvaluatingTrainer):
     """A Trainer whose loss is the distillation of a teacher, for causal and masked LMs of transformers.
 
     Scales, soft-caps and biases of either model's logits are honoured (:class:`fusedkd.integrations.heads.Head`). Logs
     `kd` and `ce` without their weights beside `loss`, means over optimiser steps. Evaluates `loss`, and at temperature
     1 the cross-entropy `ce`, its `perplexity`, and `kl`, the divergence from the teacher; an offline teacher's is
     called `kl_top_k`, for it is that from the listed columns, with KDConfig's `tail` and at the temperature of their
-    log-probabilities. What has no row in the whole data set is absent (`loss`: NaN).
+    log-probabilities. Of several teachers also `kl_0`, `kl_1`, … or `kl_name`, the divergence from each. What has no
+    row in the whole data set is absent (`loss`: NaN).
 
     Runs alone, under DistributedDataParallel and under FSDP, with PEFT adapters anywhere but on the output head. Every
-    rank holds the whole teacher. Text alone: vision–language models are distilled by their tokens.
+    rank holds the whole teacher, or its share, of FSDP2 (:func:`torch.distributed.fsdp.fully_shard`) or of DeepSpeed
+    ZeRO-3 (``engine.module``). Text alone: vision–language models are distilled by their tokens.
 
     Args:
         model: the student.
@@ -66,7 +56,14 @@ class DistillationTrainer(Trainer):
             (L, K) and ``teacher_logprobs`` (L, K), in whose row i is the teacher's distribution at position i: of a
             causal LM that of token i + 1. Id −1 is padding. Data without these columns is evaluated by cross-entropy
             alone. With a kd_weight of 0 a teacher is asked in evaluation only, and None is no teacher at all.
+
+            A list of these: all teach every row, with KDConfig's `teacher_weights`. A dict of these: each example has
+            one teacher, whose key stands in the data set's column `teacher` (KDConfig's `teacher_column`); None or −1
+            there is no teacher, and the example has its cross-entropy alone. So has evaluation data without the column.
+            A teacher runs on its own rows only.
         kd: the loss's options.
+        move_teacher: False leaves teachers on the devices on which they are. Their hidden states come to the student's
+            device, to which their heads are copied once.
         args, data_collator, …: as for :class:`transformers.Trainer`. For an offline teacher the collator is wrapped in
             :class:`OfflineTeacherCollator`.
 
@@ -88,11 +85,12 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
-        teacher: PreTrainedModel | nn.Module | str | Path | None = None,
+        teacher: Any = None,
         args: Any = None,
         data_collator: Callable[[list[Any]], Batch] | None = None,
         *more: Any,
         kd: KDConfig | None = None,
+        move_teacher: bool = True,
         **options: Any,
     ):
         self.kd = KDConfig() if kd is None else kd
@@ -102,17 +100,18 @@ class DistillationTrainer(Trainer):
         refusals.training_arguments(self)
         self.known_head: Head | None = None
         causal = self.head.causal  # refuses a student that is neither, with a teacher or without
-        self.teacher: Any = load(teacher, causal) if isinstance(teacher, str | Path) else teacher
-        self.teacher_model: Any = None
+        self.teacher: Any = loaded(teacher, causal)
+        self.teachers: Teachers | None = None
         if self.offline:
             self.use_columns()
+        elif self.routed:
+            self.data_collator = TeacherColumnCollator(self.data_collator, self.kd.teacher_column, self.teacher)
         if self.teacher is not None:
+            device = self.args.device if move_teacher else None
             with self.accelerator.autocast():
-                self.teacher_model = TeacherModel(self.teacher, self.student, causal, self.args.device)
-            if self.teacher_model.adapted is not None:
-                refusals.adapters_off(self)
+                self.teachers = Teachers(self.teacher, self.student, causal, device)
+            refusals.teachers(self)
         self._start_sums()
-        self.eval_sums: list[Tensor] = []
         self.warned: set[str] = set()  # names of terms
 
     def use_columns(self) -> None:
@@ -124,6 +123,16 @@ class DistillationTrainer(Trainer):
     def needs_teacher(self) -> bool:
         """Whether a term of the loss compares student and teacher."""
         return self.kd.needs_teacher
+
+    @property
+    def routed(self) -> bool:
+        """Whether a column of the data names the teacher of each row."""
+        return isinstance(self.teacher, dict)
+
+    @property
+    def teacher_keys(self) -> list[Any]:
+        """What tells several teachers apart: of a list the index, of a dict the name."""
+        return list(self.teachers.models) if self.teachers and self.teachers.several else []
 
     @property
     def student(self) -> Any:
@@ -151,15 +160,17 @@ class DistillationTrainer(Trainer):
     def _bind(self) -> None:
         """To the models as they are now, before anything wraps them."""
         with self.accelerator.autocast():
-            _ = self.head, self.teacher_model and self.teacher_model.head
-        if self.teacher_model and self.model_init is not None:
-            refusals.shared_parameters(self.student, self.teacher)
+            _ = self.head
+            if self.teachers:
+                self.teachers.bind()
+        for each in self.teachers.distinct if self.teachers and self.model_init is not None else ():
+            refusals.shared_parameters(self.student, each.model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         kept: Any = self._signature_columns
-        if self.offline:
-            kept += [name for name in COLUMNS if name not in kept]
+        ours = COLUMNS if self.offline else (self.kd.teacher_column,) if self.routed else ()
+        kept += [name for name in ours if name not in kept]
 
     @staticmethod
     def attended(batch: Batch) -> Tensor:
@@ -187,6 +198,9 @@ class DistillationTrainer(Trainer):
         if self.offline:
             teacher = self._listed(batch)
             mask = torch.zeros_like(mask) if teacher is None else mask & (teacher.ids >= 0).any(-1)
+        if self.routed:
+            routes = batch.get(self.kd.teacher_column)
+            mask = torch.zeros_like(mask) if routes is None else mask & (routes != NONE)[:, None]
         return labels, mask
 
     def _listed(self, batch: Batch) -> TeacherTopK | None:
@@ -215,8 +229,12 @@ class DistillationTrainer(Trainer):
 
     def linear(self, pair: Pair, **options: Any) -> tuple[Tensor, KDTerms]:
         """`linear_kd_loss` of the pair, with the options of KDConfig where none are given."""
+        if isinstance(pair.teacher, Routed):
+            return joined(pair, pair.teacher.groups, self.linear, options)
         if pair.teacher is None:
             options["kd_weight"] = 0.0
+        if not isinstance(pair.teacher, list):
+            options["teacher_weights"] = None
         return linear_kd_loss(  # type: ignore[no-any-return]
             pair.hidden,
             pair.weight,
@@ -235,16 +253,27 @@ class DistillationTrainer(Trainer):
         counts = torch.stack([torch.stack([mask.sum() for mask in self.masks(batch)]) for batch in batch_samples])
         self.blank = self.blank + (counts == 0).sum(0)
         total = counts.sum(0).to(device)
-        return self.accelerator.gather(total).view(-1, len(total)).sum(0) if self.args.world_size > 1 else total
+        if self.args.world_size == 1:
+            return total
+        mine = len(batch_samples)
+        of_ranks = self.accelerator.gather(F.pad(total, (0, 1), value=mine)).view(-1, len(total) + 1)
+        if self.teachers and self.teachers.sharded:
+            self.teachers.begin_step(mine, int(of_ranks[:, -1].max()))
+        return of_ranks[:, :-1].sum(0)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.offline and COLUMNS[0] not in inputs:
             raise ValueError(f"without a teacher model the data set must have the columns {' and '.join(COLUMNS)}")
+        if self.routed and self.needs_teacher and self.kd.teacher_column not in inputs:
+            raise ValueError(f"with a dict of teachers the data set must have the column {self.kd.teacher_column}")
         counts = num_items_in_batch
         if counts is None:
             counts = self._get_num_items_in_batch([inputs], self.args.device)
+        if self.needs_teacher and self.teachers and self.teachers.sharded:
+            with torch.no_grad(), self.accelerator.autocast():
+                self.teachers.keep_up(self._given(inputs), self.attended(inputs))
 
         def compute(pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
             return self.losses(pair, counts)
@@ -263,7 +292,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Any, Any]:
         """What `compute` makes of the batch, and the student's outputs."""
         (labels, _), masks = self.rows(inputs), self.masks(inputs)
-        given = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", *COLUMNS)} | self.wanted()
+        given = self._given(inputs)
         teacher, teacher_outputs = self._teacher(inputs, given) if with_teacher else (None, None)
         inner = self.accelerator.unwrap_model(model)
         given |= Takes(inner).cache
@@ -277,21 +306,29 @@ class DistillationTrainer(Trainer):
 
         # Called through the wrapper, whose hooks gather sharded weights and prepare the reduction of gradients.
         with replaced_forward(inner, computation):
-            return model(**given)  # type: ignore[no-any-return]
+            found: tuple[Any, Any] = model(**given)
+        if self.teachers and with_teacher:
+            self.teachers.release()
+        return found
+
+    def _given(self, batch: Batch) -> Batch:
+        """What of a batch the models are given."""
+        ours = ("labels", "shift_labels", *COLUMNS, *((self.kd.teacher_column,) if self.routed else ()))
+        return {name: value for name, value in batch.items() if name not in ours} | self.wanted()
 
     def wanted(self) -> dict[str, Any]:
         """Further arguments of both models."""
         return {}
 
     @torch.no_grad()
-    def _teacher(self, inputs: Batch, given: Batch) -> tuple[TeacherHead | TeacherTopK | None, Any]:
+    def _teacher(self, inputs: Batch, given: Batch) -> tuple[Form | TeacherTopK | None, Any]:
         """Of the batch, of which the student is `given` a part."""
         if self.offline:
             return self._listed(inputs), None
-        if self.teacher_model is None:
+        if self.teachers is None:
             return None, None
         with self.accelerator.autocast():
-            return self.teacher_model(given, self.attended(inputs))  # type: ignore[no-any-return]
+            return self.teachers(given, self.attended(inputs), inputs.get(self.kd.teacher_column))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the terms beside the loss: means over the optimiser steps since the last time."""
@@ -305,57 +342,3 @@ class DistillationTrainer(Trainer):
             logs |= dict(zip(self.parts(), means, strict=True))
             self.terms, self.steps = 0, 0
         super().log(logs, start_time)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Adds the batch to the sums of the evaluation, one row per sequence so that none is counted twice."""
-        inputs = self._prepare_inputs(inputs)
-        plain: dict[str, Any] = {
-            "temperature": self.kd.logprobs_temperature if self.offline else 1.0,
-            "teacher_temperature": None,
-            "divergence": "forward_kl",
-            "scale_by_t2": False,
-            "kd_weight": 1.0,
-            "label_smoothing": 0.0,
-        }
-
-        def compute(pair: Pair) -> list[Tensor]:
-            _, terms = self.losses(pair, None)
-            _, at_one = self.linear(pair, reduction="none", **plain, ce_weight=float(pair.labels is not None))
-            rows = [*(terms[name] for name in self.parts()), *at_one, *pair.masks]
-            return [each.double().sum(1) for each in rows]
-
-        with torch.no_grad(), self.compute_loss_context_manager():
-            columns, outputs = self._run(model, inputs, compute, not prediction_loss_only, True)
-        sums = torch.stack(columns, 1)
-        self.eval_sums.append(self.accelerator.gather_for_metrics(sums).sum(0))
-        loss = torch.tensor(self._means(sums.sum(0))["loss"], device=self.args.device)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, inputs.get("labels"))
-
-    def _means(self, sums: Tensor) -> dict[str, float]:
-        """Of the sums of [the terms, kl, plain ce, the rows of `masks`], those that have rows."""
-        parts = self.parts()
-        *terms, kl, ce = sums[: len(parts) + 2].tolist()
-        counts = sums[len(parts) + 2 :].tolist()
-        of_parts = zip(terms, parts.values(), strict=True)
-        found = [weight * term / counts[i] for term, (weight, i) in of_parts if weight != 0 and counts[i]]
-        means = {"loss": float(sum(found)) if found else math.nan}
-        if counts[1]:
-            ce /= counts[1]
-            means |= {"ce": ce, "perplexity": float(torch.tensor(ce, dtype=torch.float64).exp())}
-        if counts[0] and (self.offline or self.teacher is not None):
-            means["kl_top_k" if self.offline else "kl"] = kl / counts[0]
-        return means
-
-    def evaluation_loop(  # type: ignore[override]
-        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **options: Any
-    ) -> Any:
-        self._bind()
-        self.eval_sums.clear()
-        options["metric_key_prefix"] = metric_key_prefix
-        output: Any = super().evaluation_loop(dataloader, description, *args, **options)
-        if self.eval_sums:
-            means = self._means(torch.stack(self.eval_sums).sum(0))
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output

@@ -15,21 +15,10 @@ datasets = pytest.importorskip("datasets")
 
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from fusedkd.distilbert import data
 from fusedkd.distilbert.config import TextOptions
-from fusedkd.distilbert.data import (
-    CausalCollator,
-    MaskingCollator,
-    by_length,
-    in_order,
-    load_vocab,
-    pack,
-    read_text,
-    token_counts,
-    train_tokenizer,
-    unescape,
-)
+from fusedkd.distilbert.data import in_order, load_vocab, read_text, token_counts, train_tokenizer, unescape
 from fusedkd.distilbert.documentation import documentation
+from fusedkd.integrations.blocks import CausalCollator, Cut, MaskingCollator, by_length, pack
 from fusedkd.integrations.command import UsageError
 
 
@@ -182,8 +171,8 @@ def test_several_processes_make_the_same_blocks(tokenizer, text_files):
 
 def test_text_is_tokenized_once(tmp_path, text_files, monkeypatch):
     """Also with the tokenizer read from a folder, and not with another block size."""
-    tokenized, call = [], data.Cut.__call__
-    monkeypatch.setattr(data.Cut, "__call__", lambda self, batch: tokenized.append(1) or call(self, batch))
+    tokenized, call = [], Cut.__call__
+    monkeypatch.setattr(Cut, "__call__", lambda self, batch: tokenized.append(1) or call(self, batch))
     train, _ = read_text(TextOptions(train_files=text_files[:1]))
     tokenizer = train_tokenizer(train, 60)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -15,8 +15,9 @@ datasets = pytest.importorskip("datasets")
 from transformers import TrainingArguments
 
 from fusedkd.distilbert.config import TextOptions
-from fusedkd.distilbert.data import MaskingCollator, in_order, pack, read_text, token_counts
+from fusedkd.distilbert.data import in_order, read_text, token_counts
 from fusedkd.distilbert.trainer import DistilBertTrainer
+from fusedkd.integrations.blocks import MaskingCollator, pack
 from fusedkd.nn import DistilBertLoss
 
 

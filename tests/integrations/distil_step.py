@@ -23,7 +23,7 @@ from transformers import (
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
 
 VOCAB, ROWS, LENGTH = 61, 8, 10
-TRAINERS = ("eval_dataset", "compute_metrics", "model_init")
+TRAINERS = ("eval_dataset", "compute_metrics", "model_init", "move_teacher")
 """Arguments of a Trainer; the others are those of TrainingArguments."""
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -122,10 +122,10 @@ def gradient(student, teacher, kd=None, **options):
     return catch.gradient, {k: logs[k] for k in ("loss", "kd", "ce")}
 
 
-def sharded_gradient(batch: int, own_unit: bool):
+def sharded_gradient(batch: int, own_unit: bool, teacher=None):
     """Under FSDP2 of all ranks, with the head in the root's unit or in one of its own."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found = trainer(*llamas(), batch=batch)
+    found = trainer(llamas()[0], teacher or llamas()[1], batch=batch)
     model = found.model.train()
     units = [*model.model.layers, *([model.lm_head] if own_unit else []), model]
     mesh = init_device_mesh("cpu", (ranks,))

@@ -116,12 +116,11 @@ def test_vision_language_models_are_distilled_on_text(name):
 # -------------------------------------------------- arguments
 
 
-def test_a_list_of_teachers_and_other_types():
+def test_other_types():
     student, teacher = llamas()
-    with pytest.raises(TypeError, match="teacher must be one model, not a list of 2"):
-        trainer(student, [teacher, teacher])
-    with pytest.raises(TypeError, match="teacher must be a model, its name or folder, or None, not dict"):
-        trainer(student, {})
+    for wrong, name in ((3, "int"), ([teacher, 3], "int in a list"), ({"one": None}, "NoneType in a dict")):
+        with pytest.raises(TypeError, match=f"teacher must be a model, .*a list or dict of these, or None, not {name}"):
+            trainer(student, wrong)
     with pytest.raises(TypeError, match=r"kd must be a KDConfig, not dict: pass KDConfig\(\*\*kd\)"):
         trainer(student, teacher, {"temperature": 2.0})
 

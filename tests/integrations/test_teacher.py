@@ -131,7 +131,7 @@ def test_adapters_off_is_in_evaluation_mode_and_frozen_adapters_stay_frozen():
     batch = {k: v for k, v in collated(list(rows())).items() if k != "labels"}
     training = {name for name, module in student.train().named_modules() if module.training}
     with torch.no_grad():
-        found, _ = run.teacher_model(batch, batch["attention_mask"] != 0)
+        found, _ = run.teachers(batch, batch["attention_mask"] != 0)
         expected = teacher.transformer(**batch).last_hidden_state
     assert torch.allclose(found.hidden, expected, atol=1e-6)
     assert {name for name, module in student.named_modules() if module.training} == training
@@ -237,7 +237,7 @@ def test_on_a_gpu_unknown_ids_show_as_nan():
     batch["input_ids"][6, 3] = VOCAB
     given = {"input_ids": batch["input_ids"].as_subclass(Elsewhere), "attention_mask": batch["attention_mask"]}
     with torch.no_grad():
-        hidden = run.teacher_model(given, given["attention_mask"] != 0)[0].hidden
+        hidden = run.teachers(given, given["attention_mask"] != 0)[0].hidden
     assert hidden.isnan().all(-1).all(-1).tolist() == [False] * 6 + [True, False]
     assert not hidden[:6].isnan().any()
     ids = torch.tensor([[3, VOCAB], [VOCAB, VOCAB + 1], [4, VOCAB + 5000], [-1, -1]]).as_subclass(Elsewhere)

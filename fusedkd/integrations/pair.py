@@ -1,0 +1,89 @@
+"""Student and teachers on one batch, and the parts of it that have a teacher each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fusedkd.losses.options import KDTerms
+from fusedkd.teachers import TeacherHead, TeacherTopK
+
+
+class Group(NamedTuple):
+    """Sequences of a batch that have one teacher."""
+
+    rows: Tensor
+    """Their indices, ``(B',)``, in order."""
+    teacher: TeacherHead | None
+
+
+class Routed(NamedTuple):
+    """The teachers of a batch: each sequence is in one group, that of its route ``(B,)``."""
+
+    groups: list[Group]
+    routes: Tensor
+
+
+Form: TypeAlias = TeacherHead | list[TeacherHead] | Routed
+"""Of the teachers of a batch: one, several for every row, or one for each."""
+
+
+def part(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """These sequences of a batch; what has not one entry per sequence stays."""
+    size = len(batch["input_ids"])
+
+    def of(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    return {name: of(value) for name, value in batch.items()}
+
+
+class Pair(NamedTuple):
+    """Student and teacher on one batch ``(B, L)``, at the ends of their backbones."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    outputs: Any
+    teacher: Form | TeacherTopK | None
+    teacher_outputs: Any
+    labels: Tensor | None
+    masks: list[Tensor]
+    """The rows that :meth:`DistillationTrainer.masks` names."""
+
+    def of(self, group: Group) -> Pair:
+        """These sequences alone, with their teacher."""
+        rows = group.rows
+        if len(rows) == len(self.hidden):
+            return self._replace(teacher=group.teacher)
+        return self._replace(
+            hidden=self.hidden[rows],
+            teacher=group.teacher,
+            labels=None if self.labels is None else self.labels[rows],
+            masks=[mask[rows] for mask in self.masks],
+        )
+
+
+def joined(
+    pair: Pair, groups: Sequence[Group], loss: Callable[..., tuple[Tensor, KDTerms]], options: dict[str, Any]
+) -> tuple[Tensor, KDTerms]:
+    """The losses of groups as that of the batch: their sum or, where they are per row, each row in its place.
+
+    `loss` of a pair and these options.
+    """
+    if options.get("reduction", "mean") == "mean":  # of the batch, not of each group
+        counts = zip(("kd_normalizer", "ce_normalizer"), pair.masks, strict=False)
+        options = options | {name: mask.sum() for name, mask in counts if options.get(name) is None}
+    found = [loss(pair.of(group), **options) for group in groups]
+
+    def together(values: Sequence[Tensor]) -> Tensor:
+        if values[0].dim() == 0:
+            return torch.stack(list(values)).sum()
+        places = torch.cat([group.rows for group in groups])
+        return torch.cat(list(values))[places.argsort()]
+
+    losses, terms = zip(*found, strict=True)
+    return together(losses), KDTerms(*(together(each) for each in zip(*terms, strict=True)))
