@@ -65,6 +65,7 @@ BENCHMARK := -m pytest benchmarks --disable-warnings --benchmark-columns=median,
 bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu.json
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-small.json --cases cpu-small
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)

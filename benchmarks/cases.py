@@ -209,6 +209,21 @@ CASES = {
         cosine(8192, 1024),
         cosine(8192, 1024, backward=False),
     ],
+    # Classifiers and taggers, whose vocabulary is a few classes; a few hundred columns; hidden states alone.
+    "cpu-small": [
+        kd(8, 2),
+        kd(32, 2),
+        kd(512, 2),
+        kd(4096, 9),
+        kd(16384, 2),
+        kd(1_000_000, 2),
+        kd(512, 100),
+        kd(128, 1000),
+        listed("bucket", 4096, 256),
+        cosine(4096, 768, "bfloat16", backward=False),
+        cosine(4096, 768, backward=False),
+        cosine(32, 768, backward=False),
+    ],
     # Six minutes on an H200, of which half is torch.compile. So temperature, cross-entropy, upstream and the other
     # divergences vary at one shape, Llama 3's, in bfloat16; forward alone and float32 are measured at two vocabularies,
     # one below and one above what the L2 cache holds.

@@ -98,7 +98,8 @@ def _time(entry: Entry | None) -> str:
         return "–"
     if entry["provider"] == "fusedkd" or entry["ratio"] is None:
         return f"**{duration(entry['median'])}**"
-    return f"{duration(entry['median'])} ({entry['ratio']:.1f}×)"
+    marked = " ▼" if entry["ratio"] < 1 and entry["provider"] != PRODUCTS else ""
+    return f"{duration(entry['median'])} ({entry['ratio']:.{1 if entry['ratio'] >= 1 else 2}f}×{marked})"
 
 
 def _legend(data: dict[str, Any]) -> str:
@@ -114,7 +115,7 @@ def _legend(data: dict[str, Any]) -> str:
         )
     return MEMORY.get(data["machine_info"].get("memory"), "") + (
         f"Medians of {min(rounds)} to {max(rounds)} rounds in which the providers took turns; in brackets the time "
-        f"relative to fusedkd's, its median over the rounds. {bound} "
+        f"relative to fusedkd's, its median over the rounds; ▼: faster than fusedkd. {bound} "
         "Temporaries: peak memory beyond the inputs and the gradient. Error: relative L2 distance to the float64 "
         "gradient."
     )
