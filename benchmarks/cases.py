@@ -34,6 +34,7 @@ class Case:
     dtype: str = "float32"
     temperature: float = 1.0
     ce: bool = False
+    kd: bool = True  # else cross-entropy alone
     backward: bool = True
     divergence: str = "forward_kl"  # with the family's default parameters
     teacher: str = "logits"  # or what is known of it at `listed` columns per row: a tail of TeacherTopK, or samples
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def ce_weight(self) -> float:
-        return 0.5 if self.ce else 0.0
+        return 1.0 if not self.kd else 0.5 if self.ce else 0.0
 
     @property
     def kd_scale(self) -> float:
@@ -72,8 +73,8 @@ class Case:
         kd = [
             "" if self.divergence == "forward_kl" else self.divergence,
             f"{'' if self.teacher == 'samples' else 'top '}{self.listed} {self.teacher}" if self.listed else "",
-            f"T = {self.temperature:g}",
-            "with CE" if self.ce else "",
+            f"T = {self.temperature:g}" if self.kd else "",
+            "CE alone" if not self.kd else "with CE" if self.ce else "",
             "sure rows" if self.sure else "",
         ]
         mode = [
@@ -88,8 +89,8 @@ class Case:
         kd = [
             "" if self.divergence == "forward_kl" else self.divergence,
             f"{self.teacher}{self.listed}" if self.listed else "",
-            f"T{self.temperature:g}",
-            "ce" if self.ce else "",
+            f"T{self.temperature:g}" if self.kd else "",
+            "ce" if self.ce and self.kd else "" if self.kd else "ce-alone",
             "sure" if self.sure else "",
         ]
         mode = [

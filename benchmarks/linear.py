@@ -42,7 +42,7 @@ class LinearCase(Case):
     def operations(self) -> int:
         """Of the matrix products: 6·N·V·H_s + 2·N·V·H_t, a third of the first forward."""
         student = (3 if self.backward else 1) * self.hidden
-        return 2 * self.rows * self.columns * (student + self.teacher_hidden)
+        return 2 * self.rows * self.columns * (student + (self.teacher_hidden if self.kd else 0))
 
     @property
     def label(self) -> str:
@@ -70,7 +70,7 @@ class LinearCase(Case):
             z, v = x @ w.t(), teacher.hidden[rows].double() @ w_t.t()
             divergence, slope = self._divergence(z, v, y, slice(None))
             value += self.kd_scale * divergence.sum().item()
-            slope = self.kd_scale * slope
+            slope *= self.kd_scale
             if self.ce:
                 value += self.ce_weight * softmax.cross_entropy(z, y).sum().item()
                 slope += self.ce_weight * softmax.cross_entropy_gradient(z, y)
@@ -123,6 +123,9 @@ CASES = {
         linear(1024, 256, 512, 32000, "float32"),
         linear(1024, 256, 512, 32000, "bfloat16"),
         linear(1024, 256, 512, 32000, "float32", backward=False),
+        linear(1024, 256, 512, 32000, "float32", ce=False),
+        linear(1024, 256, 512, 32000, "float32", kd=False),
+        linear(1024, 256, 512, 32000, "bfloat16", kd=False),
         *(linear(4096, 128, 256, 32000, "float32", tile=tile) for tile in (256, 512, 1024, 2048, 4096)),
     ],
     "cuda-linear": [  # performance of the products bounds all of them
@@ -139,6 +142,7 @@ CASES = {
     "smoke-linear": [
         linear(6, 5, 7, 33, "float32"),
         linear(6, 5, 7, 33, "float32", backward=False),
+        linear(6, 5, 7, 33, "float32", kd=False),
         linear(6, 5, 7, 33, "bfloat16", tile=4),
     ],
 }

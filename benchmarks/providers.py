@@ -49,6 +49,8 @@ def in_float32(case: Case, divergence: Callable[[Tensor, Any, Tensor], Tensor]) 
 
     def loss(student: Tensor, teacher: Any, labels: Tensor) -> Tensor:
         z = student.float()
+        if not case.kd:
+            return F.cross_entropy(z, labels)
         result = scale * divergence(z, teacher if listed else teacher.float(), labels)
         return result + ce_weight * F.cross_entropy(z, labels) if ce_weight else result
 
@@ -131,7 +133,7 @@ def eager_linear(case: LinearCase) -> Loss:
 
     def loss(student: Head, teacher: Head, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            v = F.linear(*teacher)
+            v = F.linear(*teacher) if case.kd else None
         return from_logits(F.linear(*student), v, labels)
 
     return loss
@@ -141,8 +143,8 @@ class _Products(torch.autograd.Function):
     """The matrix products of value and gradient, and nothing else: no loss takes less."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, t: Tensor, w_t: Tensor) -> Tensor:
-        z, _ = x @ w.t(), t @ w_t.t()
+    def forward(ctx: Any, x: Tensor, w: Tensor, t: Tensor | None, w_t: Tensor | None) -> Tensor:
+        z, _ = x @ w.t(), None if t is None or w_t is None else t @ w_t.t()
         ctx.save_for_backward(x, w, z)
         return x.new_zeros(())
 
@@ -153,7 +155,8 @@ class _Products(torch.autograd.Function):
 
 
 def products(case: LinearCase) -> Loss:
-    return lambda student, teacher, labels: _Products.apply(*student, *teacher)
+    nobody = None, None
+    return lambda student, teacher, labels: _Products.apply(*student, *(teacher if case.kd else nobody))
 
 
 # -------------------------------------------------- peers from hidden states: forward KL, which is their JSD at β = 0
@@ -200,6 +203,12 @@ def trl_linear(case: LinearCase) -> Loss:
     return loss
 
 
+def torch_linear_ce(case: LinearCase) -> Loss:
+    """PyTorch's own, in chunks, since 2.13."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda student, teacher, labels: F.linear_cross_entropy(*student, labels, options=options)
+
+
 def fla_linear(case: LinearCase) -> Loss:
     kernel = import_module("fla.modules").FusedKLDivLoss()
     return lambda student, teacher, labels: (
@@ -241,19 +250,21 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "trl": trl_linear,
         "fla": fla_linear,
         "orda": orda_linear,
+        "torch linear CE": torch_linear_ce,
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
 }
 
 
 class Peer(NamedTuple):
-    """Measured on a GPU, where installed, in the cases it knows."""
+    """Measured where installed, in the cases it knows."""
 
     package: str
     module: str
     divergences: tuple[str, ...] = ("forward_kl",)
     ce: bool = True  # has a cross-entropy too, or takes logits, which have one
     temperature: bool = True  # or T = 1 alone
+    cpu: bool = False  # runs there too
 
 
 # Most wait for the device in forward or backward, so they cannot be captured in a graph.
@@ -261,10 +272,10 @@ PEERS = {
     "liger": Peer("liger-kernel", "liger_kernel.transformers", ("forward_kl", "reverse_kl", "jsd")),
     "torchtune": Peer("torchtune", "torchtune.modules.loss", ("forward_kl", "reverse_kl")),
     "speculators": Peer("speculators", "speculators.losses.fused", ("forward_kl", "reverse_kl", "jsd")),
-    "liger chunked": Peer("liger-kernel", "liger_kernel.chunked_loss"),
+    "liger chunked": Peer("liger-kernel", "liger_kernel.chunked_loss", cpu=True),
     "liger JSD": Peer("liger-kernel", "liger_kernel.transformers", ce=False),
     "liger KL": Peer("liger-kernel", "liger_kernel.transformers.fused_linear_kl_div", ce=False),  # new releases only
-    "trl": Peer("trl", "trl.kernels.chunked_divergence", ce=False),
+    "trl": Peer("trl", "trl.kernels.chunked_divergence", ce=False, cpu=True),
     "fla": Peer("fla-core", "fla.modules", ce=False, temperature=False),
     "orda": Peer("orda-kernel", "orda_kernel"),
 }
@@ -290,7 +301,10 @@ def _takes(provider: str, case: Case, device: str) -> bool:
         peer = PEERS[provider]
         plain = not case.listed and not case.graph and case.divergence in peer.divergences
         known = (peer.ce or not case.ce) and (peer.temperature or case.temperature == 1)
-        return plain and known and device == "cuda" and _imports(peer.module)
+        runs = device == "cuda" or peer.cpu
+        return plain and case.kd and known and runs and _imports(peer.module)
+    if provider == "torch linear CE":
+        return not case.kd and hasattr(F, "linear_cross_entropy")
     return provider == "fusedkd" or bool(case.listed) or case.divergence in eager.DIVERGENCES
 
 
