@@ -1,0 +1,207 @@
+"""A vocabulary that is split over the processes of a group: which columns a rank holds, by ``vocab_group`` and
+``vocab_size`` or by the DTensors that are given, and the arguments of the losses cut to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fusedkd import checks as check
+from fusedkd.backends.shard import Shard
+from fusedkd.losses.options import KDOptions
+from fusedkd.teachers import TeacherHead, TeacherLogits
+
+T = TypeVar("T")
+
+
+def is_split(options: KDOptions, *tensors: object) -> bool:
+    """Whether the vocabulary is split: by `options`, or because all of these are DTensors. (A weight alone may be one by
+    FSDP, whose ranks hold different rows.)
+    """
+    if options["vocab_group"] is not None or options["vocab_size"] is not None:
+        return True
+    return all(check.is_dtensor(each) for each in tensors)
+
+
+@torch.compiler.disable
+def eagerly(loss: Any, *arguments: Any, **options: Any) -> Any:
+    """In eager mode, also inside of a compiled function: operators know no process groups."""
+    return loss(*arguments, **options)
+
+
+def split_logits(student: Tensor, teacher: Any, options: KDOptions, inplace: bool) -> tuple[Tensor, Any, Shard | None]:
+    """Student, teacher or teachers, of the columns of this rank. No `Shard` where it holds all of them."""
+    split = Split.of("student_logits", student, -1, options)
+    if inplace and (check.is_dtensor(student) or split.padded(student.shape[-1])):
+        raise ValueError(
+            "inplace=True needs a plain tensor without padded columns under vocab_group: pass inplace=False, or "
+            "to_local() of the DTensor with vocab_group=mesh.get_group()"
+        )
+    return split.cut("student_logits", student, -1), split.teachers(teacher), split.shard()
+
+
+def split_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Any, options: KDOptions
+) -> tuple[Tensor, Tensor, Tensor | None, Any, Shard | None]:
+    """Hidden states, weight, bias, teacher or teachers, likewise."""
+    split = Split.of("student_weight", weight, 0, options)
+    weight, bias = split.head("student_", weight, bias)
+    return split.replicated("student_hidden", hidden), weight, bias, split.teachers(teacher), split.shard()
+
+
+class Split(NamedTuple):
+    """Which columns a rank holds."""
+
+    group: Any
+    rank: int
+    ranks: int
+    offset: int
+    own: int
+    columns: int
+
+    @classmethod
+    def of(cls, name: str, tensor: Any, dim: int, options: KDOptions) -> Split:
+        """By the student's logits or weight, whose dimension `dim` is the vocabulary."""
+        group, size = options["vocab_group"], options["vocab_size"]
+        if size is not None:
+            check.count("vocab_size", size)
+        mesh = None
+        if check.is_dtensor(tensor):
+            mesh = _sharded_mesh(name, tensor, dim)
+            if group is not None and _group(group, tensor).group_name != mesh.get_group().group_name:
+                raise ValueError(f"vocab_group must be None, or the group of {name}'s mesh, for {name} is a DTensor")
+            group = mesh.get_group()
+        if group is None:
+            raise ValueError("vocab_size is the size of a vocabulary that is split: it needs a vocab_group")
+        group = _group(group, tensor)
+        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        if rank < 0:
+            raise ValueError("vocab_group must be a group that this process is in")
+        stored = (tensor.to_local() if mesh is not None else tensor).shape[dim]
+        whole = tensor.shape[dim] if mesh is not None else size
+        if whole is None:
+            return cls(group, rank, ranks, rank * stored, stored, ranks * stored)
+        offset, own = _place(name, stored, whole, rank, ranks)
+        if size is not None and size < whole:  # a DTensor that is padded
+            offset, own, whole = min(offset, size), max(0, min(own, size - offset)), size
+        return cls(group, rank, ranks, offset, own, whole)
+
+    def shard(self) -> Shard | None:
+        if self.ranks == 1:
+            return None
+        return Shard(group=self.group, offset=self.offset, own=self.own, columns=self.columns)
+
+    def padded(self, stored: int) -> bool:
+        return stored != self.own or self.own == 0
+
+    def cut(self, name: str, tensor: Any, dim: int, fill: float = -torch.inf) -> Tensor:
+        """This rank's columns of a plain tensor or DTensor, without padding; one column of `fill` if there is none."""
+        if check.is_dtensor(tensor):
+            if _sharded_mesh(name, tensor, dim).get_group().group_name != self.group.group_name:
+                raise TypeError(f"{name} is a DTensor, but must be split as the student's columns are: pass to_local()")
+            tensor = tensor.to_local()
+        stored = tensor.shape[dim]
+        if stored < self.own:
+            raise ValueError(
+                f"{name} has {stored} columns on rank {self.rank} of vocab_group, where the student has {self.own}: both "
+                "must be split into the same columns"
+            )
+        if self.own == 0:
+            shape = list(tensor.shape)
+            shape[dim] = 1
+            return torch.cat([tensor.narrow(dim, 0, 0), tensor.new_full(shape, fill)], dim)
+        return tensor if stored == self.own else tensor.narrow(dim, 0, self.own)
+
+    def head(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Where a rank has no column, the one that stands for it is −inf by its bias."""
+        cut = self.cut(f"{name}weight", weight, 0, 0.0)
+        if bias is not None:
+            return cut, self.cut(f"{name}bias", bias, 0)
+        return cut, cut.new_full((1,), -torch.inf) if self.own == 0 else None
+
+    def teachers(self, teacher: T) -> T | list[Any]:
+        if isinstance(teacher, list | tuple):
+            return [self.teachers(each) for each in teacher]
+        found: Any = teacher
+        if isinstance(teacher, TeacherHead):
+            weight, bias = self.head("teacher.", teacher.weight, teacher.bias)
+            hidden = self.replicated("teacher.hidden", teacher.hidden)
+            found = TeacherHead(hidden, weight, bias, teacher.softcap, teacher.scale)
+        elif isinstance(teacher, TeacherLogits):
+            found = TeacherLogits(self._logits(teacher.logits), teacher.softcap, teacher.scale)
+        elif isinstance(teacher, Tensor):
+            found = self._logits(teacher)
+        return found
+
+    def _logits(self, logits: Tensor) -> Tensor:
+        rows = self.cut("teacher", logits, -1)
+        if logits.shape[-1] == self.columns and self.ranks > 1 and not check.is_dtensor(logits):
+            raise ValueError(
+                f"teacher has all {self.columns} columns, but must have those of this rank of vocab_group alone: pass "
+                f"teacher[..., {self.offset}:{self.offset + self.own}]"
+            )
+        return rows
+
+    def replicated(self, name: str, tensor: Any) -> Tensor:
+        """Hidden states, which each rank has whole: a DTensor of them gets its gradient whole."""
+        if not check.is_dtensor(tensor) or not all(each.is_replicate() for each in tensor.placements):
+            return check.plain(name, tensor)
+        return tensor.to_local(grad_placements=tensor.placements)  # type: ignore[no-any-return]
+
+
+def _group(group: Any, tensor: Tensor) -> Any:
+    """The process group that was meant, able to carry tensors of that device."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError("vocab_group needs torch.distributed.init_process_group first")
+    if type(group).__name__ == "DeviceMesh" and group.ndim == 1:
+        group = group.get_group()
+    if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("vocab_group must be a group that this process is in")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"vocab_group must be a torch.distributed.ProcessGroup, or a DeviceMesh of one dimension, not "
+            f"{type(group).__name__}"
+        )
+    try:
+        group._get_backend(tensor.device)
+    except RuntimeError:
+        raise ValueError(
+            f"vocab_group has no backend for tensors on {tensor.device}: it is of {torch.distributed.get_backend(group)}"
+        ) from None
+    return group
+
+
+def _sharded_mesh(name: str, tensor: Any, dim: int) -> Any:
+    """Of a DTensor whose vocabulary, and nothing else, is split over a mesh of one dimension."""
+    placements = tensor.placements
+    if len(placements) != 1 or not placements[0].is_shard(dim % tensor.ndim):
+        raise TypeError(
+            f"{name} is a DTensor with placements {tuple(placements)}, but must be an ordinary tensor or split over the "
+            f"vocabulary alone, [Shard({dim % tensor.ndim})] on a mesh of one dimension: redistribute it, or pass its "
+            "full_tensor(), or its to_local() where each rank holds whole rows"
+        )
+    return tensor.device_mesh
+
+
+def _place(name: str, stored: int, size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(offset, columns that are no padding) of a rank that stores so many of an evenly split vocabulary: as torch.chunk
+    does it, the last shards shorter, or all of one size, the last ones padded.
+    """
+    even = -(-size // ranks)
+    short = max(0, min(size - rank * even, even))
+    if stored == short:
+        return min(rank * even, size), stored
+    if stored < even:
+        raise ValueError(
+            f"{name} has {stored} columns on rank {rank} of {ranks} in vocab_group, but of an evenly split vocabulary of "
+            f"vocab_size={size} it must have {short}, or at least {even} with padding"
+        )
+    return min(rank * stored, size), max(0, min(size - rank * stored, stored))
+
+
+def rows_alike(columns: int, shard: Shard | None) -> int:
+    """Columns of a tile, by which its rows are counted: the same on each rank, for its collectives are."""
+    return columns if shard is None else -(-shard.columns // torch.distributed.get_world_size(shard.group))
