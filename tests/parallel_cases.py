@@ -4,17 +4,16 @@ the rule of `truth.py`, on the whole gradient that the ranks have together.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from families import DEFAULTS, PARAMETERS, at, describe, samples, top_k
 from torch import Tensor
-from truth import assert_gradient, assert_value, kd_truth, noise_for, pair, targets
+from truth import assert_gradient, assert_value, kd_truth, noise_for, pair
 
 import fusedkd
-from fusedkd import DKD, TeacherHead, TeacherLogits, kd_loss, linear_kd_loss
+from fusedkd import DKD, TeacherLogits, kd_loss
 
 ROWS, V = 8, 100
 """Four ranks have 25 columns each."""
@@ -80,7 +79,13 @@ def check(
     leaf = padding(student[..., span]).detach().requires_grad_()
     size = None if columns % ranks.ranks == 0 and stored is None else columns
     loss, terms = kd_loss(
-        leaf, cut(teacher, span, padding), labels, vocab_group=ranks.group, vocab_size=size, return_terms=True, **options
+        leaf,
+        cut(teacher, span, padding),
+        labels,
+        vocab_group=ranks.group,
+        vocab_size=size,
+        return_terms=True,
+        **options,
     )
     for actual, expected in zip((loss, *terms), truth, strict=False):
         assert_value(actual, expected, vacuous=vacuous or expected is not truth.loss)
@@ -250,91 +255,3 @@ def sampled(ranks: Rank) -> None:
 
 
 case(sampled)
-
-
-# -------------------------------------------------- a divergence without a kernel
-
-
-@dataclass(frozen=True)
-class Hellinger(fusedkd.Divergence):
-    """½·Σ(√p − √q)², of which each rank computes whole rows."""
-
-    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        return 0.5 * ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1)
-
-
-def gathered_rows(ranks: Rank, **options: Any) -> None:
-    """In tiles of three rows, the last shard shorter; against one process."""
-    student, teacher, labels = rows(101)
-    span, options = ranks.span(101), {"divergence": Hellinger(), "temperature": 2.0, "ce_weight": 0.5, **options}
-    whole, own = (x.clone().requires_grad_() for x in (student, student[:, span]))
-    expected = kd_loss(whole, teacher, labels, **options)
-    up = torch.linspace(1, 2, ROWS) if expected.dim() else torch.tensor(0.3)
-    tile, gathered.TILE = gathered.TILE, 303
-    with pytest.warns(UserWarning, match="logits of all ranks are gathered"):
-        loss = kd_loss(own, teacher[:, span], labels, vocab_group=ranks.group, vocab_size=101, **options)
-    loss.backward(up)
-    gathered.TILE = tile
-    expected.backward(up)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
-
-
-case(gathered_rows)
-case(gathered_rows, reduction="none")
-
-
-# -------------------------------------------------- hidden states and heads
-
-
-def linear(
-    ranks: Rank,
-    form: str = "head",
-    *,
-    columns: int = V,
-    stored: int | None = None,
-    biased: bool = True,
-    frozen: str = "",
-    upstream: Any = 1.0,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> None:
-    """linear_kd_loss of each rank's rows of the heads: its hidden states' gradient is that of one process on each rank,
-    not the rank's share of it, nor the ranks' sum of sums.
-    """
-    p = problem(ROWS, columns, 16, teacher=form, dtype=dtype)
-    bias = p.bias if biased else None
-    p = p._replace(bias=bias, labels=rows(columns)[2])
-    truth = linear_truth(p, upstream=upstream, **options)
-    span = ranks.span(columns, stored)
-
-    def padding(x: Tensor) -> Tensor:
-        surplus = 0 if stored is None else stored - len(x)
-        return torch.cat([x, x.new_full((surplus, *x.shape[1:]), torch.nan)])
-
-    local = p._replace(
-        weight=padding(p.weight[span]),
-        bias=None if bias is None else padding(bias[span]),
-        teacher=_head_of(p.teacher, span, padding),
-    ).leaves(*[frozen] if frozen else [])
-    size = None if columns % ranks.ranks == 0 and stored is None else columns
-    loss = local.loss(vocab_group=ranks.group, vocab_size=size, **options)
-    assert_value(loss, truth.loss)
-    loss.backward(torch.as_tensor(upstream).to(loss).expand_as(loss))
-    found = {"hidden": local.hidden.grad}
-    own = span.stop - span.start
-    for name in ("weight", "bias"):
-        x = local.operands.get(name)
-        if x is not None and x.requires_grad:
-            assert not x.grad[own:].any(), "padding has a gradient"
-            found[name] = torch.cat(ranks.together(x.grad[:own]))
-    if local.hidden.requires_grad:
-        assert all(torch.equal(each, local.hidden.grad) for each in ranks.together(local.hidden.grad))
-    assert_gradients({name: x for name, x in found.items() if x is not None}, truth, p, {})
-
-
-def _head_of(teacher: Any, span: slice, padding: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(teacher, TeacherHead):
-        bias = None if teacher.bias is None else padding(teacher.bias[span])
-        return TeacherHead(teacher.hidden, padding(teacher.weight[span]), bias, teacher.softcap, teacher.scale)
-    return cut(teacher, span)

@@ -35,10 +35,10 @@ def eagerly(loss: Any, *arguments: Any, **options: Any) -> Any:
 def split_logits(student: Tensor, teacher: Any, options: KDOptions, inplace: bool) -> tuple[Tensor, Any, Shard | None]:
     """Student, teacher or teachers, of the columns of this rank. No `Shard` where it holds all of them."""
     split = Split.of("student_logits", student, -1, options)
-    if inplace and (check.is_dtensor(student) or split.padded(student.shape[-1])):
+    if inplace and (check.is_dtensor(student) or split.stored * split.ranks != split.columns):  # alike on all ranks
         raise ValueError(
-            "inplace=True needs a plain tensor without padded columns under vocab_group: pass inplace=False, or "
-            "to_local() of the DTensor with vocab_group=mesh.get_group()"
+            "inplace=True needs shards that are plain tensors of one size, without padding: pass inplace=False, or "
+            "to_local() of a DTensor with vocab_group=mesh.get_group()"
         )
     return split.cut("student_logits", student, -1), split.teachers(teacher), split.shard()
 
@@ -59,8 +59,11 @@ class Split(NamedTuple):
     rank: int
     ranks: int
     offset: int
+    stored: int
+    """Columns of this rank, padding among them."""
     own: int
     columns: int
+    """Of all ranks, without padding."""
 
     @classmethod
     def of(cls, name: str, tensor: Any, dim: int, options: KDOptions) -> Split:
@@ -69,7 +72,9 @@ class Split(NamedTuple):
         if size is not None:
             check.count("vocab_size", size)
         mesh = None
-        if check.is_dtensor(tensor):
+        if not check.is_dtensor(tensor):
+            check.plain(name, tensor)
+        else:
             mesh = _sharded_mesh(name, tensor, dim)
             if group is not None and _group(group, tensor).group_name != mesh.get_group().group_name:
                 raise ValueError(f"vocab_group must be None, or the group of {name}'s mesh, for {name} is a DTensor")
@@ -83,19 +88,16 @@ class Split(NamedTuple):
         stored = (tensor.to_local() if mesh is not None else tensor).shape[dim]
         whole = tensor.shape[dim] if mesh is not None else size
         if whole is None:
-            return cls(group, rank, ranks, rank * stored, stored, ranks * stored)
+            return cls(group, rank, ranks, rank * stored, stored, stored, ranks * stored)
         offset, own = _place(name, stored, whole, rank, ranks)
         if size is not None and size < whole:  # a DTensor that is padded
             offset, own, whole = min(offset, size), max(0, min(own, size - offset)), size
-        return cls(group, rank, ranks, offset, own, whole)
+        return cls(group, rank, ranks, offset, stored, own, whole)
 
     def shard(self) -> Shard | None:
         if self.ranks == 1:
             return None
         return Shard(group=self.group, offset=self.offset, own=self.own, columns=self.columns)
-
-    def padded(self, stored: int) -> bool:
-        return stored != self.own or self.own == 0
 
     def cut(self, name: str, tensor: Any, dim: int, fill: float = -torch.inf) -> Tensor:
         """This rank's columns of a plain tensor or DTensor, without padding; one column of `fill` if there is none."""
@@ -103,11 +105,11 @@ class Split(NamedTuple):
             if _sharded_mesh(name, tensor, dim).get_group().group_name != self.group.group_name:
                 raise TypeError(f"{name} is a DTensor, but must be split as the student's columns are: pass to_local()")
             tensor = tensor.to_local()
-        stored = tensor.shape[dim]
-        if stored < self.own:
+        stored = check.plain(name, tensor).shape[dim]
+        if stored not in (self.stored, self.own):
             raise ValueError(
-                f"{name} has {stored} columns on rank {self.rank} of vocab_group, where the student has {self.own}: both "
-                "must be split into the same columns"
+                f"{name} has {stored} columns on rank {self.rank} of vocab_group, where the student has {self.stored}: "
+                f"both must be split alike, and this rank holds columns {self.offset} to {self.offset + self.own}"
             )
         if self.own == 0:
             shape = list(tensor.shape)
@@ -131,19 +133,10 @@ class Split(NamedTuple):
             hidden = self.replicated("teacher.hidden", teacher.hidden)
             found = TeacherHead(hidden, weight, bias, teacher.softcap, teacher.scale)
         elif isinstance(teacher, TeacherLogits):
-            found = TeacherLogits(self._logits(teacher.logits), teacher.softcap, teacher.scale)
+            found = TeacherLogits(self.cut("teacher", teacher.logits, -1), teacher.softcap, teacher.scale)
         elif isinstance(teacher, Tensor):
-            found = self._logits(teacher)
+            found = self.cut("teacher", teacher, -1)
         return found
-
-    def _logits(self, logits: Tensor) -> Tensor:
-        rows = self.cut("teacher", logits, -1)
-        if logits.shape[-1] == self.columns and self.ranks > 1 and not check.is_dtensor(logits):
-            raise ValueError(
-                f"teacher has all {self.columns} columns, but must have those of this rank of vocab_group alone: pass "
-                f"teacher[..., {self.offset}:{self.offset + self.own}]"
-            )
-        return rows
 
     def replicated(self, name: str, tensor: Any) -> Tensor:
         """Hidden states, which each rank has whole: a DTensor of them gets its gradient whole."""

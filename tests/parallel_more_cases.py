@@ -1,0 +1,400 @@
+"""More of what `test_parallel.py` runs on each rank: heads, DTensors, divergences without a kernel, errors, and what it
+costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from families import samples, top_k
+from linear_cases import HALF, assert_gradients, linear_truth, logits_of, problem, small_tiles, tile_bytes
+from parallel_cases import ROWS, Rank, V, case, cut, rows
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from truth import assert_value, pair
+
+import fusedkd
+from fusedkd import TeacherHead, kd_loss, linear_kd_loss
+from fusedkd.backends import gathered
+
+# -------------------------------------------------- a divergence without a kernel
+
+
+@dataclass(frozen=True)
+class Hellinger(fusedkd.Divergence):
+    """½·Σ(√p − √q)², of which each rank computes whole rows."""
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return 0.5 * ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1)
+
+
+def gathered_rows(ranks: Rank, **options: Any) -> None:
+    """In tiles of three rows, the last shard shorter; against one process."""
+    student, teacher, labels = rows(101)
+    span, options = ranks.span(101), {"divergence": Hellinger(), "temperature": 2.0, "ce_weight": 0.5, **options}
+    whole, own = (x.clone().requires_grad_() for x in (student, student[:, span]))
+    expected = kd_loss(whole, teacher, labels, **options)
+    up = torch.linspace(1, 2, ROWS) if expected.dim() else torch.tensor(0.3)
+    tile, gathered.TILE = gathered.TILE, 303
+    with pytest.warns(UserWarning, match="logits of all ranks are gathered"):
+        loss = kd_loss(own, teacher[:, span], labels, vocab_group=ranks.group, vocab_size=101, **options)
+    loss.backward(up)
+    gathered.TILE = tile
+    expected.backward(up)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
+
+
+case(gathered_rows)
+case(gathered_rows, reduction="none")
+
+
+# -------------------------------------------------- hidden states and heads
+
+
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "head": lambda p: p.teacher,
+    "logits": lambda p: fusedkd.TeacherLogits(logits_of(p), 30.0, 0.9),
+    "top_k": lambda p: top_k(logits_of(p), 10, "bucket"),
+    "samples": lambda p: samples(logits_of(p) / 2, 20),
+    "list": lambda p: [p.teacher, top_k(logits_of(p), 10)],
+}
+
+
+def linear(
+    ranks: Rank,
+    form: str = "head",
+    *,
+    columns: int = V,
+    stored: int | None = None,
+    biased: bool = True,
+    frozen: str = "",
+    upstream: Any = 1.0,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> None:
+    """linear_kd_loss of each rank's rows of the heads: its hidden states' gradient is that of one process on each rank,
+    not the rank's share of it, nor the ranks' sum of sums.
+    """
+    p = problem(ROWS, columns=(columns, columns), dtype=dtype, bias=biased)
+    p = p._replace(labels=rows(columns)[2], teacher=FORMS[form](p))
+    truth = linear_truth(p, upstream=upstream, **options)
+    span = ranks.span(columns, stored)
+
+    def padding(x: Tensor) -> Tensor:
+        surplus = 0 if stored is None else stored - len(x)
+        return torch.cat([x, x.new_full((surplus, *x.shape[1:]), torch.nan)])
+
+    local = p._replace(
+        weight=padding(p.weight[span]),
+        bias=None if p.bias is None else padding(p.bias[span]),
+        teacher=_head_of(p.teacher, span, padding),
+    ).leaves(*[frozen] if frozen else [])
+    size = None if columns % ranks.ranks == 0 and stored is None else columns
+    with small_tiles():
+        loss = local.loss(vocab_group=ranks.group, vocab_size=size, **options)
+    assert_value(loss, truth.loss)
+    loss.backward(torch.as_tensor(upstream).to(loss).expand_as(loss))
+    found = {"hidden": local.hidden.grad}
+    own = span.stop - span.start
+    for name in ("weight", "bias"):
+        x = local.operands.get(name)
+        if x is not None and x.requires_grad:
+            assert not x.grad[own:].any(), "padding has a gradient"
+            found[name] = torch.cat(ranks.together(x.grad[:own]))
+    if local.hidden.requires_grad:
+        assert all(torch.equal(each, local.hidden.grad) for each in ranks.together(local.hidden.grad))
+    assert_gradients({name: x for name, x in found.items() if x is not None}, p, truth)
+
+
+def _head_of(teacher: Any, span: slice, padding: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(teacher, list):
+        return [_head_of(each, span, padding) for each in teacher]
+    if isinstance(teacher, TeacherHead):
+        bias = None if teacher.bias is None else padding(teacher.bias[span])
+        return TeacherHead(teacher.hidden, padding(teacher.weight[span]), bias, teacher.softcap, teacher.scale)
+    return cut(teacher, span)
+
+
+TILES = {"max_tile_bytes": tile_bytes(3, 101, 101)}
+for form in FORMS:
+    case(linear, form, ce_weight=0.5)
+    case(linear, form, columns=101, ce_weight=0.5, label_smoothing=0.1, biased=False)
+for reduction in ("mean", "sum", "none"):
+    case(linear, divergence="reverse_kl", ce_weight=0.5, reduction=reduction)
+case(linear, "logits", divergence="dkd", reduction="none", upstream=-0.3)
+case(linear, kd_normalizer=17.0, ce_weight=0.5, ce_normalizer=11.0, upstream=2.5)
+case(linear, columns=97, stored=64, ce_weight=0.5)
+case(linear, columns=5, ce_weight=0.5, biased=False)
+case(linear, frozen="hidden", ce_weight=0.5)
+case(linear, frozen="weight", ce_weight=0.5)
+for dtype in (torch.float64, *HALF):
+    case(linear, dtype=dtype, ce_weight=0.5, temperature=2.0)
+
+
+def tiles(ranks: Rank) -> None:
+    """Three rows at a time, on shards of different sizes."""
+    linear(ranks, columns=101, divergence="jsd", ce_weight=0.5, temperature=2.0, max_tile_bytes=3 * 4 * 4 * 64)
+
+
+case(tiles)
+
+
+# -------------------------------------------------- DTensors
+
+
+def mesh_of(ranks: Rank) -> Any:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(ranks.group, "cpu")
+
+
+def split(ranks: Rank, x: Tensor, dim: int) -> Any:
+    """A parameter of which each rank has its part."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    local = x.narrow(dim, 0, 0) if dim else x[:0]
+    span = ranks.span(x.shape[dim])
+    local = x[:, span] if dim else x[span]
+    d = DTensor.from_local(
+        local.contiguous(), mesh_of(ranks), [Shard(dim)], run_check=False, shape=x.shape, stride=x.stride()
+    )
+    return nn.Parameter(d)
+
+
+def dtensor_logits(ranks: Rank, columns: int, vocabulary: int | None = None) -> None:
+    """With as many padded columns as the vocabulary is shorter."""
+    student, teacher, labels = rows(columns)
+    size = vocabulary or columns
+    labels = labels.where(labels < size, 1)
+    whole = student.clone().requires_grad_()
+    options = {"temperature": 2.0, "ce_weight": 0.5, "divergence": "skew_kl"}
+    expected = kd_loss(whole[:, :size], teacher[:, :size], labels, **options)
+    own, known = split(ranks, student, 1), split(ranks, teacher, 1).detach()
+    loss = kd_loss(own, known, labels, vocab_size=vocabulary, **options)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    assert own.grad.placements == own.placements
+    torch.testing.assert_close(own.grad.full_tensor(), whole.grad)
+
+
+def dtensor_head(ranks: Rank, replicated: bool) -> None:
+    """Hidden states that are plain, the group said; or DTensors, which say all."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    p = problem(ROWS)
+    whole = p.leaves()
+    expected = whole.loss(ce_weight=0.5)
+    hidden, more = p.hidden.clone(), {} if replicated else {"vocab_group": mesh_of(ranks)}
+    if replicated:
+        hidden = DTensor.from_local(hidden, mesh_of(ranks), [Replicate()])
+    hidden.requires_grad_()
+    weight, bias = split(ranks, p.weight, 0), split(ranks, p.bias, 0)
+    t = p.teacher
+    teacher = TeacherHead(t.hidden, split(ranks, t.weight, 0).detach(), split(ranks, t.bias, 0).detach())
+    loss = linear_kd_loss(hidden, weight, teacher, p.labels, student_bias=bias, ce_weight=0.5, **more)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad.full_tensor() if replicated else hidden.grad, whole.hidden.grad)
+    for actual, operand in ((weight, whole.weight), (bias, whole.bias)):
+        assert actual.grad.placements == actual.placements
+        torch.testing.assert_close(actual.grad.full_tensor(), operand.grad)
+
+
+case(dtensor_logits, V)
+case(dtensor_logits, 101)
+case(dtensor_logits, V, 90)
+case(dtensor_head, True)
+case(dtensor_head, False)
+
+
+# -------------------------------------------------- what else is asked of it
+
+
+def micro_batches(ranks: Rank) -> None:
+    """With the normalisers of the whole batch, two halves have its gradient."""
+    student, teacher, labels = rows()
+    span, whole = ranks.span(V), student.clone().requires_grad_()
+    options = {"temperature": 2.0, "ce_weight": 0.5, "divergence": "reverse_kl"}
+    kd_loss(whole, teacher, labels, **options).backward()
+    own, n = student[:, span].clone().requires_grad_(), float((labels >= 0).sum())
+    for part in (slice(0, 3), slice(3, ROWS)):
+        counts = {"kd_normalizer": n, "ce_normalizer": n, "vocab_group": ranks.group}
+        kd_loss(own[part], teacher[part, span], labels[part], **options, **counts).backward()
+    torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
+
+
+def inplace(ranks: Rank, divergence: str) -> None:
+    student, teacher, labels = rows()
+    span, whole = ranks.span(V), student.clone().requires_grad_()
+    options = {"divergence": divergence, "ce_weight": 0.5}
+    kd_loss(whole, teacher, labels, **options).backward()
+    leaf = student[:, span].clone().requires_grad_()
+    logits = leaf * 1.0
+    kd_loss(logits, teacher[:, span], labels, inplace=True, vocab_group=ranks.group, **options).backward()
+    torch.testing.assert_close(torch.cat(ranks.together(leaf.grad), -1), whole.grad)
+
+
+def twice(ranks: Rank) -> None:
+    """A second backward, and one without a gradient in forward."""
+    student, teacher, labels = rows()
+    own = student[:, ranks.span(V)].clone().requires_grad_()
+    loss = kd_loss(own, teacher[:, ranks.span(V)], labels, divergence="jsd", ce_weight=0.5, vocab_group=ranks.group)
+    first, second = (torch.autograd.grad(2 * loss, own, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+    with torch.no_grad():
+        again = kd_loss(
+            own, teacher[:, ranks.span(V)], labels, divergence="jsd", ce_weight=0.5, vocab_group=ranks.group
+        )
+    assert torch.equal(again, loss)
+
+
+def head_in_kd_loss(ranks: Rank) -> None:
+    p = problem(ROWS, columns=(V, V))
+    z, span = logits_of(p) + 0.1, ranks.span(V)
+    teacher = TeacherHead(p.teacher.hidden, p.teacher.weight[span], p.teacher.bias[span])
+    loss = kd_loss(z[:, span], teacher, p.labels, divergence="total_variation", vocab_group=ranks.group)
+    torch.testing.assert_close(loss, kd_loss(z, p.teacher, p.labels, divergence="total_variation"))
+
+
+def module(ranks: Rank) -> None:
+    student, teacher, labels = rows()
+    span = ranks.span(V)
+    loss = fusedkd.nn.KDLoss(temperature=2.0, vocab_group=ranks.group)
+    torch.testing.assert_close(loss(student[:, span], teacher[:, span]), kd_loss(student, teacher, temperature=2.0))
+
+
+def compiled(ranks: Rank) -> None:
+    """The graph breaks where the loss is called."""
+    student, teacher, labels = rows()
+    own, whole = student[:, ranks.span(V)].clone().requires_grad_(), student.clone().requires_grad_()
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return 2 * kd_loss(x * 1.0, y, labels, ce_weight=0.5, vocab_group=ranks.group)
+
+    loss = step(own, teacher[:, ranks.span(V)])
+    loss.backward()
+    expected = 2 * kd_loss(whole, teacher, labels, ce_weight=0.5)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
+
+
+for function in (micro_batches, twice, head_in_kd_loss, module, compiled):
+    case(function)
+for name in ("forward_kl", "reverse_kl", "logit_mse"):
+    case(inplace, name)
+
+
+@contextmanager
+def bytes_sent() -> Iterator[list[int]]:
+    """By this rank, in all-gathers; other collectives are an error here."""
+    sent: list[int] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace in ("c10d", "_c10d_functional"):
+                assert "allgather" in function._opname, function
+                sent.append(args[1].numel() * args[1].element_size())
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        yield sent
+
+
+def what_crosses(ranks: Rank, sparse: bool) -> None:
+    """At most 64 bytes a row, backward included, whatever the divergence."""
+    student, teacher, labels = rows()
+    own = student[:, ranks.span(V)].clone().requires_grad_()
+    known = top_k(teacher, 10) if sparse else teacher[:, ranks.span(V)]
+    for divergence in ("forward_kl", "reverse_kl"):
+        with bytes_sent() as sent:
+            kd_loss(own, known, labels, divergence=divergence, ce_weight=0.5, vocab_group=ranks.group).backward()
+        assert sent == ([] if sparse else [ROWS]) + [48 * ROWS, 8 * ROWS]
+        assert sum(sent) <= 64 * ROWS
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors that were made inside, each counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for x in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(x, Tensor):
+                self.sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return found
+
+
+def memory(ranks: Rank, divergence: str) -> None:
+    """The gradient of the rank's own columns, and less than 4 KB a row."""
+    own, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(pair(ROWS, 1 << 16)))
+    with Allocated() as made:
+        kd_loss(own, teacher, divergence=divergence, vocab_group=ranks.group).backward()
+    given = {x.untyped_storage().data_ptr() for x in (own, teacher)}
+    assert sum(size for at, size in made.sizes.items() if at not in given) <= own.numel() * 4 + 4096 * ROWS
+
+
+for sparse in (False, True):
+    case(what_crosses, sparse)
+for name in ("forward_kl", "jsd"):
+    case(memory, name)
+
+
+def refused(ranks: Rank) -> None:
+    """On all ranks alike, before anything crosses."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    student, teacher, _ = rows()
+    own, known, group = student[:, ranks.span(V)], teacher[:, ranks.span(V)], ranks.group
+    mesh = mesh_of(ranks)
+    whole = DTensor.from_local(student, mesh, [Replicate()])
+    part = split(ranks, student, 1)
+    leaf = own.clone().requires_grad_()
+    for error, match, arguments, options in (
+        (ValueError, "it needs a vocab_group", (own, known), {"vocab_size": V}),
+        (TypeError, "must be a torch.distributed.ProcessGroup", (own, known), {"vocab_group": "gloo"}),
+        (ValueError, "at least 1", (own, known), {"vocab_group": group, "vocab_size": 0}),
+        (ValueError, r"of vocab_size=1000 it must have", (own, known), {"vocab_group": group, "vocab_size": 1000}),
+        (ValueError, "teacher has 100 columns on rank", (own, teacher), {"vocab_group": group}),
+        (ValueError, "both must be split alike", (own, known[:, :-1]), {"vocab_group": group}),
+        (TypeError, r"student_logits is a DTensor with placements .*Replicate", (whole, known), {}),
+        (TypeError, "teacher is a DTensor with placements", (part, whole), {}),
+        (ValueError, "inplace=True needs shards", (part, known), {"inplace": True}),
+        (ValueError, "labels must be", (own, known, torch.full((ROWS,), V)), {"vocab_group": group, "ce_weight": 1.0}),
+        (ValueError, "ids must be", (own, top_k(teacher, 3)), {"vocab_group": group, "vocab_size": 90}),
+        (
+            ValueError,
+            "inplace=True needs shards",
+            (leaf * 1, known),
+            {"vocab_group": group, "vocab_size": 60, "inplace": True},
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            kd_loss(*arguments, **options)
+    p = problem(ROWS, columns=(V, V))
+    with pytest.raises(TypeError, match=r"pass vocab_group=student_weight.device_mesh"):
+        linear_kd_loss(p.hidden, split(ranks, p.weight, 0), p.teacher)
+
+
+def other_shards(ranks: Rank) -> None:
+    """Shards that are no even split: seen on all ranks when they have met."""
+    student, teacher, _ = rows()
+    mine = slice(0, 30) if ranks.rank == 0 else slice(30, 50)
+    with pytest.raises(ValueError, match="columns in all"):
+        kd_loss(student[:, mine], teacher[:, mine], vocab_group=ranks.group)
+
+
+case(refused)
+case(other_shards)
