@@ -84,8 +84,8 @@ def head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
                 whole = f'{whole[:-1]}grad_placements=[Partial("avg")] * {name}{part}.device_mesh.ndim)'
             raise TypeError(
                 f"{name}{part} is a DTensor, but must be an ordinary tensor, as it is inside the forward of the FSDP "
-                f"unit that holds it; if tensor parallelism splits its vocabulary over ranks with the same hidden states, "
-                f"pass vocab_group={name}{part}.device_mesh; elsewhere pass {whole}"
+                f"unit that holds it; if tensor parallelism splits its vocabulary over ranks with the same hidden "
+                f"states, pass vocab_group={name}{part}.device_mesh; elsewhere pass {whole}"
             )
         if tensor.dtype not in FLOATING or (tensor.dtype != hidden.dtype and not cast):
             raise TypeError(f"{name}{part} must be {hidden.dtype} like the hidden states, not {tensor.dtype}")

@@ -1,5 +1,6 @@
-"""A vocabulary that is split over two and four processes: loss and gradients are those of one. Four processes run all
-of `parallel_cases.py` and `parallel_more_cases.py`, whose cases are tests here: as one group, and as two groups of two.
+"""A vocabulary that is split over two and four processes: loss and gradients are those of one. Four processes run the
+cases of `parallel_cases.py`, `parallel_more_cases.py` and `parallel_rule_cases.py`, which are tests here: as one group,
+and as two groups of two.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import parallel_more_cases  # noqa: F401
+import parallel_rule_cases  # noqa: F401
 import pytest
 import torch
 from parallel_cases import CASES, Rank

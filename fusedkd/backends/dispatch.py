@@ -22,6 +22,7 @@ serving: dict[tuple[str, str], tuple[str, str]] = {}
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
 COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
+SHARD_OPERATORS = ["kd_shard"]
 LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
 
 
@@ -108,7 +109,7 @@ def _dispatch_cpu() -> None:
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
         else:
             _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
     else:

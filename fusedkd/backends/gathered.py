@@ -28,7 +28,9 @@ def kd_forward(inputs: dict[str, Any], shard: Shard, gradient: Tensor | None) ->
     """As :func:`fusedkd.backends.shard.kd_forward`; of the statistics nothing is used."""
     kernel_id = inputs["kernel_id"]
     what = (
-        "a divergence without a kernel" if kernel_id >= FIRST_DEFINED else f"the backend of {inputs['student'].device}"
+        "a divergence without a kernel"
+        if kernel_id >= FIRST_DEFINED
+        else f"what serves {inputs['student'].device} here"
     )
     check.warn(
         f"vocab_group: {what} has no kernel of a shard, so that the logits of all ranks are gathered in each call"

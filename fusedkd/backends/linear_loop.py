@@ -71,8 +71,8 @@ def linear_kd(
     wanted: Sequence[bool],
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no operator
-    can be given: the gradient of the hidden states is the sum over the ranks, on each of them.
+    """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no
+    operator can be given, the gradient of the hidden states is the sum over the ranks, on each of them.
     """
     fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, kernel_ids, strict=True)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):

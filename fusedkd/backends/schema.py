@@ -21,9 +21,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``kd_terms``        (loss, kd, ce) from row losses: sums over the normalisers, or per row.
 ``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
                     nothing is written, where no cluster of the device has room for a row.
-``kd_shard``        a stage (:class:`fusedkd.backends.layout.Stage`) of kd_forward and kd_backward for the columns [offset,
-                    offset + V) of a vocabulary, whose labels and ids count over all of it. The statistics, ``(N, STATS
-                    + SHARD_STATS)``, are merged between the stages (:mod:`fusedkd.backends.shard`).
+``kd_shard``        a stage (:class:`fusedkd.backends.layout.Stage`) of kd_forward and kd_backward for the columns
+                    [offset, offset + V) of a vocabulary, whose labels and ids count over all of it. The statistics,
+                    ``(N, STATS + SHARD_STATS)``, are merged between the stages (:mod:`fusedkd.backends.shard`).
 ``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.

@@ -48,8 +48,8 @@ class Shard(NamedTuple):
 
 
 def gathered(x: Tensor, group: Any) -> Tensor:
-    """``(ranks, *x.shape)``: the same tensor of each rank. All that crosses between ranks goes through here, but for the
-    sum of the hidden states' gradient.
+    """``(ranks, *x.shape)``: the same tensor of each rank. All that crosses between ranks goes through here, but for
+    the sum of the hidden states' gradient.
     """
     x = x.contiguous()
     found = x.new_empty(torch.distributed.get_world_size(group), *x.shape)
@@ -115,8 +115,8 @@ def _same_split(columns: Tensor, shard: Shard) -> None:
 
 
 def merged(told: Tensor, options: Tensor, listed: bool) -> Tensor:
-    """Statistics of whole rows, ``(N, STATS + SHARD_STATS)`` float64, sums less 1, from those of the ranks, ``(ranks, N,
-    TOLD)``. Those of a teacher known at few columns keep a sum in two parts.
+    """Statistics of whole rows, ``(N, STATS + SHARD_STATS)`` float64, sums less 1, from those of the ranks, ``(ranks,
+    N, TOLD)``. Those of a teacher known at few columns keep a sum in two parts.
     """
     parts = told.double()
     found = parts.new_zeros(parts.shape[1], STATS + SHARD_STATS)
@@ -151,7 +151,7 @@ def merge_rests(tops: Tensor, rests: Tensor, temperature: Tensor) -> tuple[Tenso
 
 def rounded(found: Tensor, dtype: torch.dtype, listed: bool) -> Tensor:
     """The statistics as kernels have them."""
-    stats = found.to(dtype)
+    stats = found.to(dtype, copy=True)
     if listed:
         for total, lost in ((Stat.STUDENT_SUM, Stat.WEIGHT_SUM), (Stat.OTHER_SUM, Stat.OWN)):
             whole = found[:, total] + 1

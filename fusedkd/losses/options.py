@@ -211,8 +211,8 @@ class Prepared(NamedTuple):
 def prepare(
     student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, options: KDOptions, shard: Shard | None = None
 ) -> Prepared:
-    """`student`: the logits, or any tensor of their shape, type and device. `options`: all of them. `shard`: where these
-    are the columns of one rank.
+    """`student`: the logits, or any tensor of their shape, type and device. `options`: all of them. `shard`: where
+    these are the columns of one rank.
     """
     columns = student.shape[-1] if shard is None else shard.columns
     family = resolve(options["divergence"])

@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 def is_split(options: KDOptions, *tensors: object) -> bool:
-    """Whether the vocabulary is split: by `options`, or because all of these are DTensors. (A weight alone may be one by
-    FSDP, whose ranks hold different rows.)
+    """Whether the vocabulary is split: by `options`, or because all of these are DTensors. (A weight alone may be one
+    by FSDP, whose ranks hold different rows.)
     """
     if options["vocab_group"] is not None or options["vocab_size"] is not None:
         return True
@@ -162,19 +162,20 @@ def _group(group: Any, tensor: Tensor) -> Any:
         group._get_backend(tensor.device)
     except RuntimeError:
         raise ValueError(
-            f"vocab_group has no backend for tensors on {tensor.device}: it is of {torch.distributed.get_backend(group)}"
+            f"vocab_group has no backend for tensors on {tensor.device}, but {torch.distributed.get_backend(group)}"
         ) from None
     return group
 
 
 def _sharded_mesh(name: str, tensor: Any, dim: int) -> Any:
     """Of a DTensor whose vocabulary, and nothing else, is split over a mesh of one dimension."""
-    placements = tensor.placements
-    if len(placements) != 1 or not placements[0].is_shard(dim % tensor.ndim):
+    placements = tuple(getattr(tensor, "placements", ()))
+    even = len(placements) == 1 and type(placements[0]).__name__ == "Shard"  # no strided one
+    if not even or placements[0].dim % tensor.ndim != dim % tensor.ndim:
         raise TypeError(
-            f"{name} is a DTensor with placements {tuple(placements)}, but must be an ordinary tensor or split over the "
-            f"vocabulary alone, [Shard({dim % tensor.ndim})] on a mesh of one dimension: redistribute it, or pass its "
-            "full_tensor(), or its to_local() where each rank holds whole rows"
+            f"{name} is a DTensor, but must be an ordinary tensor: pass its full_tensor(), or its to_local() where "
+            f"each rank holds whole rows; or be split over the vocabulary alone, by Shard({dim % tensor.ndim}) on a mesh of "
+            f"one dimension, not by {placements}"
         )
     return tensor.device_mesh
 
@@ -189,8 +190,8 @@ def _place(name: str, stored: int, size: int, rank: int, ranks: int) -> tuple[in
         return min(rank * even, size), stored
     if stored < even:
         raise ValueError(
-            f"{name} has {stored} columns on rank {rank} of {ranks} in vocab_group, but of an evenly split vocabulary of "
-            f"vocab_size={size} it must have {short}, or at least {even} with padding"
+            f"{name} has {stored} columns on rank {rank} of {ranks} in vocab_group, but of an evenly split vocabulary "
+            f"of vocab_size={size} it must have {short}, or at least {even} with padding"
         )
     return min(rank * stored, size), max(0, min(size - rank * stored, stored))
 
