@@ -69,7 +69,7 @@ def head_in_kd_loss(ranks: Rank) -> None:
 
 
 def module(ranks: Rank) -> None:
-    student, teacher, labels = rows()
+    student, teacher, _ = rows()
     span = ranks.span(V)
     loss = fusedkd.nn.KDLoss(temperature=2.0, vocab_group=ranks.group)
     torch.testing.assert_close(loss(student[:, span], teacher[:, span]), kd_loss(student, teacher, temperature=2.0))

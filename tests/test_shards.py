@@ -73,15 +73,15 @@ def over_shards(inputs: Inputs, sizes: Sequence[int]) -> tuple[Tensor, Tensor, T
         parts.append(stats[:, shard.VALUE :])
     found[:, shard.VALUE :] = torch.stack(parts).double().sum(0)
     losses = shard.losses(found, inputs, shards[0])
-    shard.complete(stats, found[:, shard.VALUE :], listed)
+    needs_weight_sum = not listed and inputs["kernel_id"] in NEEDS_WEIGHT_SUM
+    shard.complete(stats, found[:, shard.VALUE :], needs_weight_sum)
     gradients = []
     for each in shards:
         given = of(each)
         to = torch.full_like(given["student"], torch.nan)
         shard._run(given, each, Stage.GRADIENT, stats, gradient=to)
         gradients.append(to[..., : each.own])
-        waits = listed or inputs["kernel_id"] in NEEDS_WEIGHT_SUM
-        if not waits:  # the gradient in the pass of the values
+        if not listed and not needs_weight_sum:  # the gradient in the pass of the values
             early = torch.full_like(given["student"], torch.nan)
             shard._run(given, each, Stage.VALUES, stats.clone(), gradient=early)
             torch.testing.assert_close(early, to, rtol=1e-5, atol=1e-8)

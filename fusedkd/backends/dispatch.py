@@ -104,7 +104,8 @@ def _dispatch_cpu() -> None:
     if choice == "definitions":
         _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
-        _serve(KD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.backends.triton.launch"))
+        triton = import_module("fusedkd.backends.triton.launch")
+        _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
     elif choice == "auto":
         missing = load("_C")
@@ -120,7 +121,8 @@ def _dispatch_cuda() -> None:
     if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        _serve(KD_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.backends.triton.launch"))
+        triton = import_module("fusedkd.backends.triton.launch")
+        _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
     except ImportError as error:
         _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
     _serve_loops("CUDA")

@@ -65,10 +65,12 @@ def known_rows(teacher: Tensor, shard: Shard) -> Tensor:
     return torch.where(known, 0.0, -torch.inf).view(*teacher.shape[:2], 1)
 
 
-def has_kernel(kernel_id: int, device: torch.device) -> bool:
-    """Whether it needs no other rank's logits."""
-    key = device.type.upper()
-    return kernel_id < FIRST_DEFINED and torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_shard", key)
+def has_kernel(kernel_id: int, listed: bool, device: torch.device) -> bool:
+    """Whether it needs no other rank's logits. Triton has no kernel of lists."""
+    from fusedkd.backends.dispatch import serving  # imports what imports this
+
+    backend, _ = serving.get(("kd_shard", device.type.upper()), ("", ""))
+    return kernel_id < FIRST_DEFINED and backend != "" and not (listed and backend == "Triton")
 
 
 def kd_forward(inputs: dict[str, Any], shard: Shard, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,7 +88,7 @@ def kd_forward(inputs: dict[str, Any], shard: Shard, gradient: Tensor | None) ->
     _run(inputs, shard, Stage.VALUES, stats, gradient=None if waits else gradient)
     found[:, VALUE:] = gathered(stats[:, VALUE:], shard.group).double().sum(0)
     row_losses = losses(found, inputs, shard)
-    complete(stats, found[:, VALUE:], listed)
+    complete(stats, found[:, VALUE:], waits and not listed)
     if gradient is not None and waits:
         _run(inputs, shard, Stage.GRADIENT, stats, gradient=gradient)
     return row_losses.to(dtype), stats
@@ -160,10 +162,10 @@ def rounded(found: Tensor, dtype: torch.dtype, listed: bool) -> Tensor:
     return stats
 
 
-def complete(stats: Tensor, sums: Tensor, listed: bool) -> None:
+def complete(stats: Tensor, sums: Tensor, needs_weight_sum: bool) -> None:
     """D and Σw ``(N, 2)`` into the statistics."""
     stats[:, VALUE:] = sums
-    if not listed:
+    if needs_weight_sum:
         value, weight = stats[:, VALUE], stats[:, WEIGHT]
         stats[:, Stat.WEIGHT_SUM] = torch.where(value.isfinite(), weight, value)
 

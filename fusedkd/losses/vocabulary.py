@@ -174,8 +174,8 @@ def _sharded_mesh(name: str, tensor: Any, dim: int) -> Any:
     if not even or placements[0].dim % tensor.ndim != dim % tensor.ndim:
         raise TypeError(
             f"{name} is a DTensor, but must be an ordinary tensor: pass its full_tensor(), or its to_local() where "
-            f"each rank holds whole rows; or be split over the vocabulary alone, by Shard({dim % tensor.ndim}) on a mesh of "
-            f"one dimension, not by {placements}"
+            f"each rank holds whole rows; or be split over the vocabulary alone, by Shard({dim % tensor.ndim}) on a "
+            f"mesh of one dimension, not by {placements}"
         )
     return tensor.device_mesh
 
