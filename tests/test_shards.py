@@ -132,8 +132,8 @@ def test_types(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", TopkKernelId, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_lists(kernel: TopkKernelId, sizes: Sequence[int]) -> None:
-    student, teacher, labels = case("cpu")
+def test_lists(device: str, kernel: TopkKernelId, sizes: Sequence[int]) -> None:
+    student, teacher, labels = case(device)
     tail, _, reverse = kernel.name.lower().partition("_")
     known = samples(teacher, 40) if kernel == TopkKernelId.SAMPLES else top_k(teacher, 12, tail, padding=2)
     check(inputs_of(student, known, labels, "reverse_kl" if reverse else "forward_kl", label_smoothing=0.1), sizes)

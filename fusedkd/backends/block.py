@@ -122,8 +122,7 @@ def _forward(
 
 def _sharded(inputs: dict[str, Any]) -> Any:
     """Who serves a shard."""
-    served = shard.has_kernel(inputs["kernel_id"], inputs["ids"] is not None, inputs["student"].device)
-    return shard if served else gathered
+    return shard if shard.has_kernel(inputs["kernel_id"], inputs["student"].device) else gathered
 
 
 def _backward(teacher: TeacherRows, inputs: dict[str, Any], flags: Flags, **more: Any) -> None:

@@ -65,12 +65,10 @@ def known_rows(teacher: Tensor, shard: Shard) -> Tensor:
     return torch.where(known, 0.0, -torch.inf).view(*teacher.shape[:2], 1)
 
 
-def has_kernel(kernel_id: int, listed: bool, device: torch.device) -> bool:
-    """Whether it needs no other rank's logits. Triton has no kernel of lists."""
-    from fusedkd.backends.dispatch import serving  # imports what imports this
-
-    backend, _ = serving.get(("kd_shard", device.type.upper()), ("", ""))
-    return kernel_id < FIRST_DEFINED and backend != "" and not (listed and backend == "Triton")
+def has_kernel(kernel_id: int, device: torch.device) -> bool:
+    """Whether it needs no other rank's logits."""
+    key = device.type.upper()
+    return kernel_id < FIRST_DEFINED and torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_shard", key)
 
 
 def kd_forward(inputs: dict[str, Any], shard: Shard, gradient: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,8 @@ def kd_shard(
 ) -> None:
     call = Call(**inputs)
     if call.student.shape[0] * call.student.shape[1] > 0:
-        kd.launch_shard(call, stats, stage, offset, vocabulary, upstream, gradient, skip_if_one)
+        launch_shard = kd.launch_shard if call.ids is None else topk.launch_shard
+        launch_shard(call, stats, stage, offset, vocabulary, upstream, gradient, skip_if_one)
 
 
 def _launch(call: Call, stats: Tensor, **outputs: Any) -> None:
