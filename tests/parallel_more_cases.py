@@ -211,3 +211,49 @@ case(dtensor_logits, 101)
 case(dtensor_logits, V, 90)
 case(dtensor_head, True)
 case(dtensor_head, False)
+
+
+class Headed(nn.Module):
+    """A body and a head that tensor parallelism splits, whose forward is the loss."""
+
+    def __init__(self, p: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(p.hidden.shape[1], p.hidden.shape[1]), nn.Linear(*reversed(p.weight.shape))
+
+    def forward(self, x: Tensor, teacher: Any, labels: Tensor, group: Any) -> Tensor:
+        hidden, head = self.body(x).tanh(), self.head
+        options = {"student_bias": head.bias, "ce_weight": 0.5, "vocab_group": group}
+        return linear_kd_loss(hidden, head.weight, teacher, labels, **options)
+
+
+def with_fsdp(ranks: Rank) -> None:
+    """A mesh of two dimensions: FSDP2 over the rows, the vocabulary split inside of it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    if ranks.ranks < 4:  # a mesh is made by all processes
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    data, tensor = mesh.get_local_rank("dp"), mesh.get_local_rank("tp")
+    p = problem(ROWS, columns=(V, V))
+    p = p._replace(labels=p.labels.abs() % V)  # as many labelled rows in either half
+    whole, model = Headed(p), Headed(p)
+    parallelize_module(model, mesh["tp"], {"head": ColwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    mine, span, t = (
+        slice(data * ROWS // 2, (data + 1) * ROWS // 2),
+        slice(tensor * V // 2, (tensor + 1) * V // 2),
+        p.teacher,
+    )
+    teacher = TeacherHead(t.hidden[mine], t.weight[span], t.bias[span])
+    model(p.hidden[mine], teacher, p.labels[mine], mesh["tp"]).backward()
+    whole(p.hidden, t, p.labels, None).backward()
+    for (name, found), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(
+            found.grad.full_tensor(), expected.grad, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+case(with_fsdp)

