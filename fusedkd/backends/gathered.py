@@ -16,7 +16,7 @@ from fusedkd.backends import eager
 from fusedkd.backends.call import rows_of
 from fusedkd.backends.layout import FIRST_DEFINED, STATS
 from fusedkd.backends.schema import losses_and_stats
-from fusedkd.backends.shard import Shard, gathered
+from fusedkd.backends.shard import Shard, gathered, same_split
 
 ops = torch.ops.fusedkd
 
@@ -70,6 +70,7 @@ def _tiles(inputs: dict[str, Any], shard: Shard) -> Iterator[tuple[slice, dict[s
     student, labels, ids = inputs["student"], inputs["labels"], inputs["ids"]
     rows, step = student.shape[0] * student.shape[1], max(1, TILE // shard.columns)
     sizes = gathered(torch.tensor([shard.own], device=student.device), shard.group).flatten().tolist()
+    same_split(sum(sizes), shard)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         teacher = rows_of(inputs["teacher"], part)

@@ -80,7 +80,8 @@ def kd_forward(inputs: dict[str, Any], shard: Shard, gradient: Tensor | None) ->
     if shard.own == 0:
         own[:, GAP : COLUMNS + 1] = 0
     found = merged(gathered(own[:, :TOLD], shard.group), inputs["options"], listed)
-    _same_split(found[:, COLUMNS], shard)
+    if found.is_cpu and len(found):  # on a GPU, `losses` makes the loss NaN
+        same_split(int(found[0, COLUMNS]), shard)
     stats = rounded(found, dtype, listed)
     waits = inputs["kernel_id"] in (REVERSE if listed else NEEDS_WEIGHT_SUM)
     _run(inputs, shard, Stage.VALUES, stats, gradient=None if waits else gradient)
@@ -105,11 +106,11 @@ def _run(inputs: dict[str, Any], shard: Shard, stage: Stage, stats: Tensor, **mo
     ops.kd_shard(**inputs, **given, **place, stats=stats, stage=int(stage))
 
 
-def _same_split(columns: Tensor, shard: Shard) -> None:
-    """Refuses shards that are not those of one vocabulary; on a GPU `losses` makes the loss NaN."""
-    if columns.is_cpu and columns.numel() and columns[0] != shard.columns:
+def same_split(columns: int, shard: Shard) -> None:
+    """Refuses shards, of so many columns in all, that are not those of one vocabulary."""
+    if columns != shard.columns:
         raise ValueError(
-            f"the ranks of vocab_group hold {int(columns[0])} columns in all, but {shard.columns} by the shard of this "
+            f"the ranks of vocab_group hold {columns} columns in all, but {shard.columns} by the shard of this "
             "one: the vocabulary must be split evenly, and unless all shards are full, vocab_size must say its size"
         )
 
