@@ -94,12 +94,46 @@ def compiled(ranks: Rank) -> None:
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
+    p, span = problem(ROWS, columns=(V, V), bias=False), ranks.span(V)
+    t = TeacherHead(p.teacher.hidden, p.teacher.weight[span])
+    linear = torch.compile(linear_kd_loss, backend="eager")
+    found = linear(p.hidden, p.weight[span], t, p.labels, vocab_group=ranks.group)
+    torch.testing.assert_close(found, linear_kd_loss(p.hidden, p.weight, p.teacher, p.labels))
 
 
-for function in (micro_batches, twice, head_in_kd_loss, module, compiled):
+def alone(ranks: Rank) -> None:
+    """A group of one process has all columns, padding apart. Groups are made by all processes."""
+    if ranks.ranks < torch.distributed.get_world_size():
+        return
+    student, teacher, labels = rows()
+    groups = [torch.distributed.new_group([i]) for i in range(torch.distributed.get_world_size())]
+    own = groups[torch.distributed.get_rank()]
+    labels = labels.clamp(max=89)
+    loss = kd_loss(student, teacher, labels, ce_weight=0.5, vocab_group=own, vocab_size=90)
+    torch.testing.assert_close(loss, kd_loss(student[:, :90], teacher[:, :90], labels, ce_weight=0.5))
+
+
+def checkpointed(ranks: Rank) -> None:
+    """The gradient is computed in backward, from what a second forward call leaves."""
+    student, teacher, labels = rows()
+    span, whole = ranks.span(V), student.clone().requires_grad_()
+    options = {"divergence": "jeffreys", "ce_weight": 0.5}
+    kd_loss(whole, teacher, labels, **options).backward()
+    own = student[:, span].clone().requires_grad_()
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda x: kd_loss(2 * x / 2, teacher[:, span], labels, vocab_group=ranks.group, **options),
+        own,
+        use_reentrant=False,
+    )
+    loss.backward()
+    torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
+
+
+for function in (micro_batches, twice, head_in_kd_loss, module, compiled, checkpointed):
     case(function)
 for name in ("forward_kl", "reverse_kl", "logit_mse"):
     case(inplace, name)
+case(alone)
 
 
 @contextmanager
