@@ -33,6 +33,9 @@ ops = torch.ops.fusedkd
 
 LABEL_STUDENT, LABEL_TEACHER, GAP, COLUMNS, VALUE, WEIGHT = (STATS + stat for stat in ShardStat)
 
+TOPS, RESTS = slice(Stat.STUDENT_MAX, Stat.CE_SUM, 2), slice(Stat.STUDENT_SUM, Stat.WEIGHT_SUM, 2)
+"""Of the three softmaxes."""
+
 
 class Shard(NamedTuple):
     """The columns that this rank holds."""
@@ -122,16 +125,13 @@ def merged(told: Tensor, options: Tensor, listed: bool) -> Tensor:
     parts = told.double()
     found = parts.new_zeros(parts.shape[1], STATS + SHARD_STATS)
     other = Option.TEMPERATURE if listed else Option.TEACHER_TEMPERATURE
-    sides = (
-        (Stat.STUDENT_MAX, Stat.STUDENT_SUM, Stat.WEIGHT_SUM, options[Option.TEMPERATURE]),
-        (Stat.OTHER_MAX, Stat.OTHER_SUM, Stat.OWN, options[other]),
-        (Stat.CE_MAX, Stat.CE_SUM, None, options.new_ones(())),
-    )
-    for top, total, lost, temperature in sides:
-        rests = parts[..., total]
-        if listed and lost is not None:
-            rests = rests + parts[..., lost] - 1
-        found[:, top], found[:, total] = merge_rests(parts[..., top], rests, temperature)
+    temperatures = torch.stack([options[Option.TEMPERATURE], options[other], options.new_ones(())])
+    rests = parts[..., RESTS]
+    if listed:
+        rests = rests.clone()
+        for i, lost in enumerate((Stat.WEIGHT_SUM, Stat.OWN)):
+            rests[..., i] += parts[..., lost] - 1
+    found[:, TOPS], found[:, RESTS] = merge_rests(parts[..., TOPS], rests, temperatures)
     found[:, LABEL_STUDENT : LABEL_TEACHER + 1] = parts[..., LABEL_STUDENT : LABEL_TEACHER + 1].sum(0)
     columns = parts[..., COLUMNS]
     gaps = parts[..., GAP] + columns * (found[:, Stat.CE_MAX] - parts[..., Stat.CE_MAX])
@@ -140,8 +140,8 @@ def merged(told: Tensor, options: Tensor, listed: bool) -> Tensor:
 
 
 def merge_rests(tops: Tensor, rests: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and Σ exp((x − maximum)/T) − 1 of whole rows, ``(N,)``, from those of their parts, ``(parts, N)``: what
-    has the maximum keeps its digits. −inf and −1 of nothing.
+    """Maximum and Σ exp((x − maximum)/T) − 1 of whole rows, ``(N, softmaxes)``, from those of their parts, ``(parts, N,
+    softmaxes)``: what has the maximum keeps its digits. −inf and −1 of nothing.
     """
     top = tops.amax(0)
     base = torch.where(top == -torch.inf, 0, top)
