@@ -225,10 +225,9 @@ def of_list(
     if (KERNEL_ID == RENORMALIZE) | (KERNEL_ID == BUCKET):
         b_value = excess(b_p, b_q, b_delta)
         b_w = b_q - b_p
-        if KERNEL_ID == RENORMALIZE:
-            beside = tl.exp(log_rs)
-        else:
-            beside = tail(known.tail, tl.exp(log_rs), -ratio)
+        beside = tl.exp(log_rs)
+        if KERNEL_ID == BUCKET:
+            beside = tail(known.tail, beside, -ratio)
     elif (KERNEL_ID == RENORMALIZE_REVERSE) | (KERNEL_ID == BUCKET_REVERSE):
         b_value = excess(b_q, b_p, -b_delta)
         b_w = tl.where(b_q == 0, 0.0, -b_q * b_delta)
