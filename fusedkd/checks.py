@@ -38,7 +38,7 @@ def plain(name: str, tensor: object) -> Tensor:
         if not fields and hasattr(tensor, "logits"):
             advice = ": pass its .hidden_states[-1], of a model called with output_hidden_states=True"
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}{advice}")
-    if _sharded(tensor):
+    if is_dtensor(tensor):
         raise TypeError(
             f"{name} is a DTensor, but must be an ordinary tensor: pass its full_tensor(), or its to_local() where "
             "each rank holds whole rows"
@@ -48,7 +48,7 @@ def plain(name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def _sharded(tensor: Tensor) -> bool:
+def is_dtensor(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"  # whose module takes a second to import
 
 
@@ -78,13 +78,14 @@ def head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     for part, (tensor, shape) in shapes.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}{part} must be a tensor, not {type(tensor).__name__}")
-        if _sharded(tensor):
+        if is_dtensor(tensor):
             whole = f"{name}{part}.full_tensor()"
             if name == "student_" and tensor.requires_grad:  # else each rank keeps its own gradient, without an error
                 whole = f'{whole[:-1]}grad_placements=[Partial("avg")] * {name}{part}.device_mesh.ndim)'
             raise TypeError(
                 f"{name}{part} is a DTensor, but must be an ordinary tensor, as it is inside the forward of the FSDP "
-                f"unit that holds it; elsewhere pass {whole}"
+                f"unit that holds it; if tensor parallelism splits its vocabulary over ranks with the same hidden "
+                f"states, pass vocab_group={name}{part}.device_mesh; elsewhere pass {whole}"
             )
         if tensor.dtype not in FLOATING or (tensor.dtype != hidden.dtype and not cast):
             raise TypeError(f"{name}{part} must be {hidden.dtype} like the hidden states, not {tensor.dtype}")

@@ -195,9 +195,18 @@ class KnownTeacher(NamedTuple):
 
 
 def known(
-    teacher: Teacher, student: Tensor, family: Divergence, temperatures: tuple[Real, Real], vocab_mismatch: str
+    teacher: Teacher,
+    student: Tensor,
+    family: Divergence,
+    temperatures: tuple[Real, Real],
+    vocab_mismatch: str,
+    columns: int,
 ) -> KnownTeacher:
-    """The teacher of these student logits, checked. ``temperatures``: the student's and the teacher's."""
+    """The teacher of these student logits, checked. ``temperatures``: the student's and the teacher's; ``columns``: the
+    student's, of which the logits may be a shard.
+    """
+    if columns != student.shape[-1] and isinstance(teacher, TeacherTopK | TeacherSamples):
+        student = student.new_empty(()).expand(*student.shape[:-1], columns)  # ids count over all columns
     if isinstance(teacher, TeacherTopK):
         return _top_k(teacher, student, family, temperatures)
     if isinstance(teacher, TeacherSamples):

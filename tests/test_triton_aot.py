@@ -27,6 +27,7 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId  # noqa: E402
 from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
 from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_backward_kernel, kd_forward_kernel  # noqa: E402
+from fusedkd.backends.triton.kd_shard import kd_shard_kernel  # noqa: E402
 from fusedkd.backends.triton.row_kernels import (  # noqa: E402
     kd_counts_kernel,
     kd_row_weights_kernel,
@@ -362,7 +363,7 @@ def test_one_binary_serves_every_shape() -> None:
         "stats",
     }
     pointers |= {"gradient", "partials"}
-    for kernel in (kd_forward_kernel, kd_backward_kernel):
+    for kernel in (kd_forward_kernel, kd_backward_kernel, kd_shard_kernel):
         assert specialised(kernel, pointers & {p.name for p in kernel.params}) == {"student", "teacher", "gradient"}
     for kernel, types, _ in SMALL.values():
         assert specialised(kernel, set(types)) == set()

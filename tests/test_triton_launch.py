@@ -28,7 +28,7 @@ from gpu_stub import Launch, gpu  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
-from fusedkd.backends.layout import KernelId, TopkKernelId  # noqa: E402
+from fusedkd.backends.layout import SHARD_STATS, STATS, KernelId, Stage, TopkKernelId  # noqa: E402
 from fusedkd.backends.triton import launch  # noqa: E402
 from fusedkd.backends.triton.kd_naive import kd_naive  # noqa: E402
 
@@ -153,6 +153,35 @@ def launch_topk(
     call(operator, inputs, up, stats, gradient)
 
 
+def launch_shard(
+    stage: Stage,
+    form: KernelId | TopkKernelId = KernelId.FORWARD_KL,
+    *,
+    k: int | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    gap: int = 0,
+    labels: bool = True,
+    transform: bool = False,
+    gradient: bool = True,
+    upstream: bool = False,
+    aligned: bool = True,
+) -> None:
+    n, columns, exact = 300, 16032, F64 if dtypes[0] == F64 else F32
+    student, teacher = rows(n, columns, dtypes[0], gap), rows(n, k or columns, dtypes[1])
+    ids = vector(n * k, torch.int64, aligned).view(n, k) if k else None
+    stats = vector(n * (STATS + SHARD_STATS), exact, aligned).view(n, -1)
+    launch.kd_shard(
+        **inputs_of(student, teacher, ids, form, labels, transform, aligned),
+        upstream=vector(n, exact, aligned) if upstream else None,
+        stats=stats,
+        gradient=torch.empty_like(student) if gradient else None,
+        skip_if_one=upstream,
+        stage=stage,
+        offset=16032,
+        vocabulary=128256,
+    )
+
+
 def launch_weights(mask: torch.dtype | None, labels: bool, ids: bool, aligned: bool = True) -> None:
     n, c = 300, 40
     listed = vector(n * c, torch.int64, aligned).view(n, c) if ids else None
@@ -212,6 +241,17 @@ TOPK = {form.name.lower(): partial(launch_topk, "forward", form) for form in Top
     "float64": partial(launch_topk, "forward", TopkKernelId.BUCKET, dtypes=(F64, F64), k=7),
     "unaligned": partial(launch_topk, "forward", TopkKernelId.BUCKET, aligned=False),
 }
+SHARD = {
+    "statistics": partial(launch_shard, Stage.STATISTICS, gradient=False),
+    "values and gradient": partial(launch_shard, Stage.VALUES),
+    "values": partial(launch_shard, Stage.VALUES, KernelId.MIXTURE, gradient=False, transform=True),
+    "gradient": partial(launch_shard, Stage.GRADIENT, KernelId.DKD, upstream=True, gap=1),
+    "float64": partial(launch_shard, Stage.VALUES, dtypes=(F64, F64)),
+    "unaligned": partial(launch_shard, Stage.GRADIENT, KernelId.JEFFREYS, aligned=False),
+    "top-k statistics": partial(launch_shard, Stage.STATISTICS, TopkKernelId.BUCKET, k=50, gradient=False),
+    "top-k values": partial(launch_shard, Stage.VALUES, TopkKernelId.IGNORE, k=50),
+    "top-k gradient": partial(launch_shard, Stage.GRADIENT, TopkKernelId.BUCKET_REVERSE, k=200, upstream=True),
+}
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),
     "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
@@ -229,6 +269,7 @@ CASES = {
         ("resident", RESIDENT),
         ("split", SPLIT),
         ("top-k", TOPK),
+        ("shard", SHARD),
         ("small", SMALL),
     )
     for name, case in cases.items()

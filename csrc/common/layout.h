@@ -44,6 +44,19 @@ enum CosineStat : int64_t {
   COSINE_STATS,
 };
 
+// Of a shard of the vocabulary there are more, [N, STATS + SHARD_STATS]: these come after the others.
+enum ShardStat : int64_t {
+  LABEL_STUDENT,
+  LABEL_TEACHER,
+  GAP,
+  COLUMNS,
+  VALUE,
+  WEIGHT,
+  SHARD_STATS,
+};
+// What is asked for of a shard.
+enum class Stage : int64_t { STATISTICS, VALUES, GRADIENT };
+
 // Positions in the normalizers tensor, float64 [NORMALIZERS].
 constexpr int64_t KD_NORMALIZER = 0, CE_NORMALIZER = 1, NORMALIZERS = 2;
 

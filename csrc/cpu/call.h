@@ -22,12 +22,14 @@ struct LogitsCall {
   bool transform, ce;
   bool forward = false;                    // rows and stats are results, else stats are given
   void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, STATS] of the accumulation type
+  int64_t vocabulary, offset = 0;          // columns of the student; of a shard: of all shards, and before this one
+  std::optional<Stage> stage = {};         // of a shard; then there are no row losses, and stats have more columns
   std::optional<Rows> gradient = {};       // [B, L, V] like the student; may be the student itself
   std::optional<PerRow> upstream = {};     // 1 if none
 
   LogitsCall(const Tensor& z, const Tensor& v, const Optional& y, const Tensor& w, const Tensor& options,
              const Tensor& normalizers, int64_t ignore_index, bool transform, bool ce)
-      : student(z), teacher(v), ignore_index(ignore_index), transform(transform), ce(ce) {
+      : student(z), teacher(v), ignore_index(ignore_index), transform(transform), ce(ce), vocabulary(student.columns) {
     STD_TORCH_CHECK(student.count == teacher.count && student.inner == teacher.inner && (y || !ce),
                     "fusedkd: student and teacher rows do not match, or labels are missing");
     const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
@@ -40,6 +42,13 @@ struct LogitsCall {
     softcap = o[SOFTCAP], scale = o[SCALE], teacher_softcap = o[TEACHER_SOFTCAP], teacher_scale = o[TEACHER_SCALE];
     coefficients = o + COEFFICIENTS;
     n_kd = n[KD_NORMALIZER], n_ce = n[CE_NORMALIZER];
+  }
+  bool at(Stage s) const { return stage == s; }
+  int64_t stat_columns() const { return stage ? int64_t(STATS) + SHARD_STATS : STATS; }
+  // Of a label, which counts over all shards: whether it is one, and its column, −1 if that is in another shard.
+  bool legal(int64_t label) const { return label >= 0 && label < vocabulary; }
+  int64_t column(int64_t label) const {
+    return label < offset || label >= offset + student.columns ? -1 : label - offset;
   }
 };
 

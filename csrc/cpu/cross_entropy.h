@@ -18,7 +18,7 @@ struct CrossEntropy {
   double growth;  // 2ζ·(m + log l)
 
   CrossEntropy(const LogitsCall& k, double m, double l, double less_one)
-      : m(m), l(l), less_one(less_one), smoothing(k.smoothing), columns(double(k.student.columns)),
+      : m(m), l(l), less_one(less_one), smoothing(k.smoothing), columns(double(k.vocabulary)),
         z_loss_weight(k.z_loss_weight),
         growth(z_loss_weight == 0 || l == 0 ? 0 : 2 * z_loss_weight * (m + std::log(l))) {}
 
@@ -40,6 +40,11 @@ struct CrossEntropy {
     return (z == m ? -less_one / l : q - 1) + smoothing + grown - target();
   }
 };
+
+// Σ(m − z) of n columns, from their sum.
+inline double gap(double m, double sum, int64_t n) {
+  return sum == -INFINITE<double> ? INFINITE<double> : double(n) * m - sum;
+}
 
 // How a pass over columns finds exp(z − m): not at all, as a power of the exponential at the KD term's temperature, or
 // by an exponential of its own.

@@ -58,18 +58,21 @@ template <class A> struct KdRows {
       if (ce && !shared) one.add(z, whole_steps(n));
       if (ce && k.smoothing != 0) z_sum += sum_of(z, n);
       if (!tempered || j >= C) continue;
-      s.add(student.without(excluded, z, j, n), whole_steps(n), &e_s[j]);
-      t.add(teacher.without(excluded, teacher.block(j, n), j, n), whole_steps(n), &e_t[j]);
-      top_s[j / BLOCK] = s.m, top_t[j / BLOCK] = t.m;
+      s.add(student.without(excluded, z, j, n), whole_steps(n), k.stage ? nullptr : &e_s[j]);
+      t.add(teacher.without(excluded, teacher.block(j, n), j, n), whole_steps(n), k.stage ? nullptr : &e_t[j]);
+      if (!k.stage) top_s[j / BLOCK] = s.m, top_t[j / BLOCK] = t.m;
     }
     s.settle(), t.settle(), one.settle();
     if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
-    std::fill_n(stats, STATS, A(0));
+    std::fill_n(stats, k.stat_columns(), A(0));
     stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l - 1), stats[OTHER_MAX] = t.m, stats[OTHER_SUM] = A(t.l - 1);
     stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
+    if (k.stage) of_shard(LABEL_STUDENT) = z_y, of_shard(LABEL_TEACHER) = v_y, of_shard(COLUMNS) = A(V);
+    if (k.stage) return of_shard(GAP) = k.smoothing == 0 ? 0 : A(gap(one.m, z_sum, V)), 0;
     return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
   }
 
+  A& of_shard(ShardStat stat) const { return stats[int64_t(STATS) + stat]; }
   double l_s() const { return 1 + double(stats[STUDENT_SUM]); }
   double l_t() const { return 1 + double(stats[OTHER_SUM]); }
   double l_1() const { return 1 + double(stats[CE_SUM]); }
@@ -114,7 +117,7 @@ template <class A, class Divergence, bool needs_weight_sum = Divergence::needs_w
 struct DivergenceRows : KdRows<A> {
   using Base = KdRows<A>;
   using Base::k, Base::V, Base::C, Base::kd, Base::ce, Base::label, Base::excluded, Base::stats, Base::z_y, Base::v_y;
-  using Base::student, Base::teacher;
+  using Base::student, Base::teacher, Base::of_shard;
   static constexpr bool softmax = Divergence::softmax, twice = Divergence::needs_weight_sum && !needs_weight_sum;
   static constexpr bool excludes_label = Divergence::excludes_label;
 
@@ -125,25 +128,37 @@ struct DivergenceRows : KdRows<A> {
 
   explicit DivergenceRows(const KdCall& call) : Base(call) {
     if (!k.forward || (!softmax && !needs_weight_sum)) return;
-    this->e_s.resize(whole_steps(C)), this->e_t.resize(whole_steps(C));
+    const int64_t kept = whole_steps(k.stage ? std::min(BLOCK, C) : C);
+    this->e_s.resize(kept), this->e_t.resize(kept);
     this->top_s.resize(C / BLOCK + 1), this->top_t.resize(C / BLOCK + 1);
   }
 
   void row(int64_t i) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    student.row = k.student[i], teacher.row = k.teacher[i], stats = static_cast<A*>(k.stats) + STATS * i, excluded = -1;
-    label = k.labels ? k.labels[i] : k.ignore_index;
-    const bool labelled = k.labels && k.ce && label != k.ignore_index, legal = label >= 0 && label < V;
-    const bool common = k.labels && label >= 0 && label < C;  // the label's column
+    student.row = k.student[i], teacher.row = k.teacher[i], stats = static_cast<A*>(k.stats) + k.stat_columns() * i,
+    excluded = -1;
+    const int64_t given_label = k.labels ? k.labels[i] : k.ignore_index;
+    const bool labelled = k.labels && k.ce && given_label != k.ignore_index, legal = k.legal(given_label);
+    const bool common = k.labels && legal && (k.stage || given_label < C);  // the label's column is
+    label = k.column(given_label);
     kd = k.weights[i] != 0 && C > 0 && (!excludes_label || common), ce = labelled && legal;
     this->squarings = kd && C == V && softmax && !excludes_label ? squarings_at(k.temperature) : -1;
-    z_y = ce || (excludes_label && kd) ? *student.block(label, 1) : 0;
-    v_y = kd && common ? *teacher.block(label, 1) : 0;
+    if (k.stage && !k.at(Stage::STATISTICS)) {
+      z_y = of_shard(LABEL_STUDENT), v_y = of_shard(LABEL_TEACHER);
+    } else {
+      z_y = label >= 0 && (ce || (excludes_label && kd)) ? *student.block(label, 1) : 0;
+      v_y = label >= 0 && kd && common ? *teacher.block(label, 1) : 0;
+    }
     if (excludes_label && kd) excluded = label;
-    const double cross_entropy = k.forward ? this->statistics(kd && softmax) : 0;
+    const double cross_entropy = k.forward && !k.at(Stage::VALUES) ? this->statistics(kd && softmax) : 0;
+    if (k.at(Stage::STATISTICS)) return;
     const double value = value_and_gradient(i, !labelled || legal);
     if (twice && std::isinf(A(value))) stats[WEIGHT_SUM] = A(value), value_and_gradient(i, !labelled || legal);
-    if (!k.forward) return;
+    if (k.at(Stage::VALUES)) {
+      of_shard(VALUE) = A(kd ? value : excludes_label && k.weights[i] != 0 ? nan : 0);
+      of_shard(WEIGHT) = kd ? stats[WEIGHT_SUM] : A(0);
+    }
+    if (!k.forward || k.stage) return;
     A* rows = static_cast<A*>(k.rows);
     rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : excludes_label && k.weights[i] != 0 ? nan : 0);
     rows[k.student.count + i] = A(ce ? cross_entropy : labelled ? nan : 0);
@@ -155,8 +170,8 @@ struct DivergenceRows : KdRows<A> {
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     Terms<A> row = this->terms(a, b);
     const double l_s = this->l_s(), l_t = this->l_t();
-    const Divergence divergence(k.coefficients,
-                                RowSums<double>{l_s, l_t, double(C), odds_of_student(), odds_of_teacher()});
+    const Divergence divergence(k.coefficients, RowSums<double>{l_s, l_t, double(k.stage ? k.vocabulary : C),
+                                                                odds_of_student(), odds_of_teacher()});
     const bool no_student = softmax && l_s == 0 && (!excludes_label || z_y == -INFINITE<A>);
     const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
     const bool alive = kd && !no_student && has_teacher;
@@ -165,13 +180,14 @@ struct DivergenceRows : KdRows<A> {
                   k.gradient && ce && this->l_1() != 0 && b != 0};
     if (twice) wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
     if constexpr (excludes_label) {
-      if (alive) value = divergence.label_value, row.centre = divergence.centre;
+      if (alive && (label >= 0 || !k.stage)) value = divergence.label_value;
+      if (alive) row.centre = divergence.centre;
     }
     bool given = false;  // w, in the place of e_t
     if constexpr (needs_weight_sum) {
       if (wanted.value) {
         const Sums sums = weight_sum(i, row, divergence, wanted.of_kd);
-        value = sums.value, wanted.value = false, given = true;
+        value = sums.value, wanted.value = false, given = !k.stage;
         stats[WEIGHT_SUM] = !std::isfinite(A(value)) ? A(value) : Divergence::centred ? A(sums.weight) : 0;
       }
       row.centre = stats[WEIGHT_SUM];
@@ -187,8 +203,9 @@ struct DivergenceRows : KdRows<A> {
       n = this->block_at(j);
       A* w = keep ? &this->e_t[j] : this->w_buffer;
       move_to(j, i, r);
-      sums += pass<Divergence, A, true, Out::grad_term>(divergence, r, student.block(j, n), teacher.block(j, n),
-                                                        whole_steps(n), w);
+      const A *z = student.block(j, n), *v = teacher.block(j, n);
+      if (k.stage) keep_again(r, z, v, n);
+      sums += pass<Divergence, A, true, Out::grad_term>(divergence, r, z, v, whole_steps(n), w);
     }
     return sums;
   }
@@ -211,6 +228,7 @@ struct DivergenceRows : KdRows<A> {
         const A* v = nullptr;
         if (wanted_here.of_kd || wanted_here.value) {
           v = teacher.without(excluded, teacher.block(j, n), j, n), z = student.without(excluded, z, j, n);
+          if (wanted_here.value && k.stage) keep_again(r, z, v, n);
         }
         value += in_one_pass(r, divergence, z, v, n, g, wanted_here, from);
         if (!wanted_here.of_kd && !wanted_here.of_ce) continue;
@@ -269,12 +287,22 @@ struct DivergenceRows : KdRows<A> {
     return log_odds<double>(v_y, stats[OTHER_MAX], 1 / k.teacher_temperature, this->l_t());
   }
 
+  // The exponentials of a shard's block, which no first pass has kept: relative to the maxima over all shards.
+  void keep_again(Terms<A>& r, const A* z, const A* v, int64_t n) {
+    if (!softmax) return;
+    for (int64_t j = 0; j < whole_steps(n); j += WIDTH<A>) {
+      store(&this->e_s[j], exp2<A>((load(z + j) - r.m_s) * r.c_s));
+      store(&this->e_t[j], exp2<A>((load(v + j) - r.m_t) * r.c_t));
+    }
+    r.kept = {this->e_s.data(), this->e_t.data(), r.inv_l_s, r.inv_l_t, r.ce.inv_l};
+  }
+
   // Makes the row's terms those of the block at j, for a pass that goes from block to block: with its kept
   // exponentials, which were relative to another maximum.
   void move_to(int64_t j, int64_t i, Terms<A>& r) const {
     r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
     r.next_v = next_row(k.teacher, k.weights, i) + j * r.v_bytes;
-    if (!kd || !softmax || !k.forward) return;
+    if (!kd || !softmax || !k.forward || k.stage) return;
     const int64_t block = j / BLOCK;
     r.kept.e_s = &this->e_s[j], r.kept.e_t = &this->e_t[j];
     if (j > 0 && this->top_s[block] == this->top_s[block - 1] && this->top_t[block] == this->top_t[block - 1]) return;

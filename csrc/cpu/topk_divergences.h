@@ -35,13 +35,17 @@ inline double epsilon(ScalarType type) {
 
 // The teacher's tail before it is divided by the sum: |1 − Σp|, at least what rounding leaves open of it. 0 up to
 // MOST_LOST if it is not `possible`, for the student has nothing off the list (fusedkd/reference/sparse.py). `type`: of the
-// log-probabilities y; p = exp(y), `mass` its sum.
+// log-probabilities y; p = exp(y), `mass` its sum, `spread` that of p·|y|.
 constexpr double MOST_LOST = 1. / 16;
 
-inline double teachers_tail(ScalarType type, const double* p, const double* y, int64_t n, double mass, bool possible) {
-  const double eps = epsilon(type), left = 1 - mass;
-  double error = type == ScalarType::Double ? 0x1p-46 : 0x1p-23;
-  for (int64_t j = 0; j < n; j++) error += p[j] == 0 ? 0 : eps / 2 * p[j] * std::abs(y[j]);
+inline double spread(const double* p, const double* y, int64_t n) {
+  double sum = 0;
+  for (int64_t j = 0; j < n; j++) sum += p[j] == 0 ? 0 : p[j] * std::abs(y[j]);
+  return sum;
+}
+inline double teachers_tail(ScalarType type, double spread, double mass, bool possible) {
+  const double left = 1 - mass;
+  const double error = (type == ScalarType::Double ? 0x1p-46 : 0x1p-23) + epsilon(type) / 2 * spread;
   return possible ? std::max(std::abs(left), error) : left <= MOST_LOST ? 0 : left;
 }
 
@@ -68,13 +72,15 @@ struct TopkSums {
   double value, W, rest = 0;
 };
 
-// What the classes have; each has value and w of columns too, and complete(), which makes all of the row of their sums.
+// What the classes have; each has value and w of columns too, and complete(), which makes all of the row of their sums,
+// to whose value beside() has been added.
 struct TopkDefaults {
-  static constexpr bool renormalized = false;  // p is over its sum, at any temperature
-  static constexpr bool bucket = false;        // there is one more class, the tails
-  static constexpr bool sampled = false;       // p are weights, of which equal ids add up
-  static constexpr bool off_list = true;       // there is a gradient off the list
-  static constexpr bool reverse = false;       // the gradient is 0 where D = ∞
+  static constexpr bool renormalized = false;           // p is over its sum, at any temperature
+  static constexpr bool bucket = false;                 // there is one more class, the tails
+  static constexpr bool sampled = false;                // p are weights, of which equal ids add up
+  static constexpr bool off_list = true;                // there is a gradient off the list
+  static constexpr bool reverse = false;                // the gradient is 0 where D = ∞
+  static double beside(const TopkTails&) { return 0; }  // what the columns off the list add to D
 };
 
 struct ForwardOnList : TopkDefaults {
@@ -93,7 +99,8 @@ struct ReverseOnList : TopkDefaults {
 
 struct Renormalize : ForwardOnList {
   static constexpr bool renormalized = true;
-  static TopkSums complete(TopkSums s, const TopkTails& t) { return {s.value + t.r_s, 0, t.q_c}; }
+  static double beside(const TopkTails& t) { return t.r_s; }
+  static TopkSums complete(TopkSums s, const TopkTails& t) { return {s.value, 0, t.q_c}; }
 };
 struct RenormalizeReverse : ReverseOnList {
   static constexpr bool renormalized = true, off_list = false;
@@ -101,15 +108,16 @@ struct RenormalizeReverse : ReverseOnList {
 };
 struct Bucket : ForwardOnList {
   static constexpr bool bucket = true;
+  static double beside(const TopkTails& t) { return tail(t.r_t, t.r_s, t.log_r_t - t.log_r_s); }
   static TopkSums complete(TopkSums s, const TopkTails& t) {
-    return {s.value + tail(t.r_t, t.r_s, t.log_r_t - t.log_r_s), 0, t.q_c - (t.l_c == 0 ? 0 : t.r_t / t.l_c)};
+    return {s.value, 0, t.q_c - (t.l_c == 0 ? 0 : t.r_t / t.l_c)};
   }
 };
 struct BucketReverse : ReverseOnList {
   static constexpr bool bucket = true;
+  static double beside(const TopkTails& t) { return tail(t.r_s, t.r_t, t.log_r_s - t.log_r_t); }
   static TopkSums complete(TopkSums s, const TopkTails& t) {
-    const double log_ratio = t.log_r_s - t.log_r_t, value = s.value + tail(t.r_s, t.r_t, log_ratio);
-    return {value, value, t.l_c == 0 ? 0 : (log_ratio - value) * t.q_c};
+    return {s.value, s.value, t.l_c == 0 ? 0 : (t.log_r_s - t.log_r_t - s.value) * t.q_c};
   }
 };
 struct Ignore : TopkDefaults {

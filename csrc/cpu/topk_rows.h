@@ -61,7 +61,9 @@ template <class A> struct TopkRows {
   std::vector<int32_t> first = std::vector<int32_t>(V / BLOCK + 1), next = std::vector<int32_t>(K_padded);
   std::vector<A> z = std::vector<A>(K_padded), slope = z;
   std::vector<double> x = std::vector<double>(K_padded), y = x, p = x, q = x, g = x;  // z; teacher; ∂D/∂s
-  int64_t n = 0, label = 0;
+  // Of a shard: the teacher's values at the ids of other shards.
+  std::vector<double> y_away = std::vector<double>(k.stage ? K_padded : 0), p_away = y_away;
+  int64_t n = 0, n_away = 0, label = 0;
   bool kd = false, ce = false, label_listed = false;  // the terms that the row has
   double z_y = 0;
   A* stats = nullptr;  // m, l, m_c, l_c, m_1, l_1 − 1 (kd_rows.h), and what A rounds off l and l_c
@@ -69,20 +71,25 @@ template <class A> struct TopkRows {
   double rest = 0;                                    // ∂D/∂s off the list, over exp((z − m_c)/T)
 
   explicit TopkRows(const TopkCall& call) : k(call) {}
+  A& of_shard(ShardStat stat) const { return stats[int64_t(STATS) + stat]; }
 
   void row(int64_t i) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    student.row = k.student[i], stats = static_cast<A*>(k.stats) + STATS * i;
-    label = k.ce ? k.labels[i] : k.ignore_index;
-    const bool labelled = k.ce && label != k.ignore_index, legal = !labelled || (label >= 0 && label < V);
+    student.row = k.student[i], stats = static_cast<A*>(k.stats) + k.stat_columns() * i;
+    const int64_t given_label = k.ce ? k.labels[i] : k.ignore_index;
+    const bool labelled = k.ce && given_label != k.ignore_index, legal = !labelled || k.legal(given_label);
+    label = k.column(given_label);
     const bool selected = k.weights[i] != 0, listed = list(selected ? i : -1);
     kd = selected && listed, ce = labelled && legal;
     gather();
-    const double cross_entropy = k.forward ? statistics() : 0;
+    if (k.stage && !k.at(Stage::STATISTICS)) z_y = of_shard(LABEL_STUDENT);
+    const double cross_entropy = k.forward && !k.at(Stage::VALUES) ? statistics() : 0;
+    if (k.at(Stage::STATISTICS)) return;
     const auto its_divergence = [&]<class F>() { return divergence<F>(); };
     const double value = kd ? with_topk_divergence(k.kernel_id, its_divergence) : listed ? 0 : nan;
     if (k.gradient) gradient(i, legal && listed, value == INFINITE<double>);
-    if (!k.forward) return;
+    if (k.at(Stage::VALUES) && !kd) of_shard(VALUE) = A(value), of_shard(WEIGHT) = 0;
+    if (!k.forward || k.stage) return;
     A* rows = static_cast<A*>(k.rows);
     rows[i] = A(selected ? k.kd_scale * k.weights[i] * value : 0);
     rows[k.student.count + i] = A(ce ? cross_entropy : legal ? 0 : nan);
@@ -91,16 +98,22 @@ template <class A> struct TopkRows {
   // The list of row i, y with it, or an empty one; false, and an empty one, if an id is no column.
   bool list(int64_t i) {
     std::fill(first.begin(), first.end(), -1);
-    label_listed = false, n = 0;
+    label_listed = false, n = n_away = 0;
     for (int64_t j = 0; j < (i < 0 ? 0 : K); j++) {
-      const int64_t column = k.ids[i * K + j];
-      if (column == -1) continue;
-      if (column < 0 || column >= V) return list(-1), false;
-      id[n] = column, y[n] = element(k.teacher.type, k.teacher[i], j), label_listed |= column == label;
+      const int64_t given = k.ids[i * K + j], column = k.column(given);
+      if (given == -1) continue;
+      if (!k.legal(given)) return list(-1), false;
+      const double known = element(k.teacher.type, k.teacher[i], j);
+      if (column < 0) {
+        y_away[n_away++] = known;
+        continue;
+      }
+      id[n] = column, y[n] = known, label_listed |= column == label;
       next[n] = first[column / BLOCK], first[column / BLOCK] = int32_t(n++);
     }
     if (sampled) add_up();
     std::fill(y.begin() + n, y.end(), nothing());
+    std::fill(y_away.begin() + (k.stage ? n_away : 0), y_away.end(), nothing());
     return true;
   }
   double nothing() const { return sampled ? 0 : -INFINITE<double>; }  // y where the teacher has none
@@ -121,13 +134,13 @@ template <class A> struct TopkRows {
 
   // The student's values at the ids and at the label, before anything is written.
   void gather() {
-    id[n] = ce ? label : -1;
+    id[n] = ce ? label : -1;  // −1 too where it is in another shard
     for (int64_t j = 0; j < K_padded; j++)
       z[j] = j <= n && id[j] >= 0 ? A(element(k.student.type, student.row, id[j])) : -INFINITE<A>;
     std::fill(slope.begin(), slope.end(), A(1));
     if (k.transform) cap_and_scale<A>(z.data(), K_padded, student.cap, student.scale, slope.data());
     std::copy(z.begin(), z.end(), x.begin());
-    z_y = x[n], x[n] = -INFINITE<double>;
+    z_y = id[n] < 0 ? 0 : x[n], x[n] = -INFINITE<double>;
   }
   static double element(ScalarType type, const char* row, int64_t j) {
     switch (type) {
@@ -162,6 +175,11 @@ template <class A> struct TopkRows {
     stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l), stats[OTHER_MAX] = m_c, stats[OTHER_SUM] = l_c;
     stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
     stats[WEIGHT_SUM] = A(s.l - stats[STUDENT_SUM]), stats[OWN] = A(off - l_c);
+    if (k.stage) {
+      of_shard(LABEL_STUDENT) = A(z_y), of_shard(LABEL_TEACHER) = 0, of_shard(COLUMNS) = A(V),
+      of_shard(VALUE) = of_shard(WEIGHT) = 0;
+      return of_shard(GAP) = k.smoothing == 0 ? 0 : A(gap(one.m, z_sum, V)), 0;
+    }
     return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
   }
 
@@ -169,12 +187,18 @@ template <class A> struct TopkRows {
   template <class F> double divergence() {
     const double m = stats[STUDENT_MAX], l = double(stats[STUDENT_SUM]) + stats[WEIGHT_SUM], rate = 1 / k.temperature;
     const double m_c = stats[OTHER_MAX], l_c = double(stats[OTHER_SUM]) + stats[OWN];
-    if (l == 0) return INFINITE<double>;
+    if (l == 0) {
+      if (k.at(Stage::VALUES)) of_shard(VALUE) = INFINITE<A>, of_shard(WEIGHT) = 0;
+      return INFINITE<double>;
+    }
     const double log_l = std::log(l), q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
     const double r_s = l_c * q_c, log_r_s = (m_c - m) * rate + std::log(l_c) - log_l;
 
     // On the list q and p, its sum, and log p = (y − top)·tau − log_total
-    const double top = F::renormalized ? *std::max_element(y.begin(), y.begin() + n) : 0;
+    const auto most = [](const std::vector<double>& of) { return *std::max_element(of.begin(), of.end()); };
+    const double away = k.stage ? most(y_away) : -INFINITE<double>;
+    const double top =
+        F::renormalized ? std::max(n == 0 ? away : *std::max_element(y.begin(), y.begin() + n), away) : 0;
     const double tau = F::renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
     D p_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
@@ -182,8 +206,15 @@ template <class A> struct TopkRows {
       store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) / l);
       p_sum += p_j;
     }
+    for (int64_t j = 0; j < n_away; j += WIDTH<double>) {
+      const D t = load(&y_away[j]), p_j = F::sampled ? t : exp2<double>((t - top) * (tau * LOG2E));
+      store(&p_away[j], p_j);
+      p_sum += p_j;
+    }
     const double mass = added(p_sum);
-    const double left = F::bucket ? teachers_tail(k.teacher.type, p.data(), y.data(), n, mass, l_c != 0) : 0;
+    const double spread_of_p =
+        F::bucket ? spread(p.data(), y.data(), n) + spread(p_away.data(), y_away.data(), n_away) : 0;
+    const double left = F::bucket ? teachers_tail(k.teacher.type, spread_of_p, mass, l_c != 0) : 0;
     const double total = F::renormalized || F::bucket ? mass + left : 1, log_total = std::log(total);
     const double r_t = left / total, log_r_t = std::log(r_t);
 
@@ -196,7 +227,12 @@ template <class A> struct TopkRows {
       store(&g[j], w);
       value_sum += value, w_sum += w;
     }
-    const TopkSums sums = F::complete({added(value_sum), added(w_sum)}, {mass, r_s, r_t, log_r_s, log_r_t, q_c, l_c});
+    const TopkTails tails{mass, r_s, r_t, log_r_s, log_r_t, q_c, l_c};
+    TopkSums columns{added(value_sum), added(w_sum)};
+    if (k.offset == 0) columns.value += F::beside(tails);  // once for all shards
+    if (k.at(Stage::VALUES)) of_shard(VALUE) = A(columns.value), of_shard(WEIGHT) = A(columns.W);
+    if (k.at(Stage::GRADIENT)) columns.value = of_shard(VALUE), columns.W = of_shard(WEIGHT);
+    const TopkSums sums = F::complete(columns, tails);
     for (int64_t j = 0; j < n; j++) g[j] -= q[j] * sums.W;
     rest = sums.rest;
     return sums.value;

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.backends import gathered, shard
 from fusedkd.backends.layout import FIRST_DEFINED
+from fusedkd.backends.shard import Shard
 
 ops = torch.ops.fusedkd
 
@@ -44,6 +46,8 @@ class Flags(NamedTuple):
     """Soft-cap or scale the logits of either side."""
     ce: bool
     """The first teacher's call has the cross-entropy."""
+    shard: Shard | None = None
+    """Of a vocabulary that is split over processes; None: the columns are all there are."""
 
 
 def forward(
@@ -80,7 +84,7 @@ def backward(
     for i, (teacher, each) in enumerate(zip(teachers, stats, strict=True)):
         gradient = student.new_empty(student.shape)
         inputs = _inputs(student, labels, teacher, flags._replace(ce=flags.ce and i == 0))
-        _backward(teacher, inputs, upstream=upstream, stats=each, gradient=gradient, skip_if_one=False)
+        _backward(teacher, inputs, flags, upstream=upstream, stats=each, gradient=gradient, skip_if_one=False)
         total = gradient if total is None else total + gradient
     assert total is not None
     return total
@@ -102,18 +106,28 @@ def rescale_(
         gradient.mul_(upstream)
         return
     inputs = _inputs(student, labels, teachers[0], flags)
-    _backward(teachers[0], inputs, upstream=upstream, stats=stats[0], gradient=gradient, skip_if_one=True)
+    _backward(teachers[0], inputs, flags, upstream=upstream, stats=stats[0], gradient=gradient, skip_if_one=True)
 
 
 def _forward(
     student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    inputs = _inputs(student, labels, teacher, flags)
+    if flags.shard is not None:
+        return _sharded(inputs).kd_forward(inputs, flags.shard, gradient)
     operator = ops.defined_forward if teacher.kernel_id >= FIRST_DEFINED else ops.kd_forward
-    found: tuple[Tensor, Tensor] = operator(**_inputs(student, labels, teacher, flags), gradient=gradient)
+    found: tuple[Tensor, Tensor] = operator(**inputs, gradient=gradient)
     return found
 
 
-def _backward(teacher: TeacherRows, inputs: dict[str, Any], **more: Any) -> None:
+def _sharded(inputs: dict[str, Any]) -> Any:
+    """Who serves a shard."""
+    return shard if shard.has_kernel(inputs["kernel_id"], inputs["student"].device) else gathered
+
+
+def _backward(teacher: TeacherRows, inputs: dict[str, Any], flags: Flags, **more: Any) -> None:
+    if flags.shard is not None:
+        return _sharded(inputs).kd_backward(inputs, flags.shard, **more)
     operator = ops.defined_backward if teacher.kernel_id >= FIRST_DEFINED else ops.kd_backward
     operator(**inputs, **more)
 

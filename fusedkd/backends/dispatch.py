@@ -22,6 +22,8 @@ serving: dict[tuple[str, str], tuple[str, str]] = {}
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
 COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
+SHARD_OPERATORS = ["kd_shard"]
+GATHERED = "the logits of all ranks are gathered"
 LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
 
 
@@ -102,15 +104,18 @@ def _dispatch_cpu() -> None:
     _serve_loops("CPU")
     if choice == "definitions":
         _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
+        _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
-        _serve(KD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.backends.triton.launch"))
+        triton = import_module("fusedkd.backends.triton.launch")
+        _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
         else:
             _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
+            _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     else:
         raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")
 
@@ -119,9 +124,11 @@ def _dispatch_cuda() -> None:
     if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        _serve(KD_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.backends.triton.launch"))
+        triton = import_module("fusedkd.backends.triton.launch")
+        _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
     except ImportError as error:
         _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
+        _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
     _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:

@@ -78,6 +78,40 @@ class CosineStat(IntEnum):
     """1 − cos."""
 
 
+class ShardStat(IntEnum):
+    """Of a shard of the vocabulary there are more, ``(N, STATS + SHARD_STATS)``: these come after those of `Stat`. All
+    but the last two are what a rank tells the others.
+    """
+
+    LABEL_STUDENT = 0
+    """The student's logit of the label; 0 where another shard has it."""
+    LABEL_TEACHER = 1
+    """The teacher's."""
+    GAP = 2
+    """Σ (CE_MAX − z) over the columns, if labels are smoothed."""
+    COLUMNS = 3
+    """Of the shard."""
+    VALUE = 4
+    """D; before the shards are added up, the part of it that this one's columns have."""
+    WEIGHT = 5
+    """Σw, likewise."""
+
+
+SHARD_STATS = len(ShardStat)
+TOLD = STATS + ShardStat.VALUE
+"""Statistics that a rank tells the others: the first so many, 48 bytes a row."""
+
+
+class Stage(IntEnum):
+    """What the operator of a shard is asked for: with a collective after the first and after the second."""
+
+    STATISTICS = 0
+    VALUES = 1
+    """VALUE and WEIGHT from the statistics of the whole row; and the gradient, if it is asked for, which no form of
+    `NEEDS_WEIGHT_SUM` or `REVERSE` may."""
+    GRADIENT = 2
+
+
 class KernelId(IntEnum):
     """How kernels compute a divergence of a teacher with logits: the ``kernel_id`` of the KD operators without ids.
     Several divergences of :mod:`fusedkd.divergences` may share one, with other coefficients.

@@ -24,6 +24,7 @@ from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import rows_of
 from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option, TopkKernelId
 from fusedkd.backends.schema import gradients_like
+from fusedkd.backends.shard import Shard
 from fusedkd.backends.slopes import BOUNDS, DEFINED_BOUND, SPARSE_BOUNDS
 
 ALIGNMENT = 64
@@ -68,8 +69,11 @@ def linear_kd(
     dtype: torch.dtype,
     max_rows: int | None,
     wanted: Sequence[bool],
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator of :mod:`fusedkd.backends.schema`, on any device."""
+    """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no
+    operator can be given, the gradient of the hidden states is the sum over the ranks, on each of them.
+    """
     fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, kernel_ids, strict=True)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return _linear_kd(
@@ -79,7 +83,7 @@ def linear_kd(
             labels=labels,
             members=[TeacherRows(*each) for each in fields],
             upstream=upstream,
-            flags=Flags(ignore_index=ignore_index, transform=transform, ce=ce),
+            flags=Flags(ignore_index=ignore_index, transform=transform, ce=ce, shard=shard),
             tile=tile,
             tile_dtype=tile_dtype,
             dtype=dtype,
@@ -110,7 +114,8 @@ def _linear_kd(
         members = [t._replace(normalizers=torch.where(overflow, torch.nan, t.normalizers)) for t in members]
     unit = None
     if dtype == torch.float16 and grad:
-        unit, members, upstream = _in_range(members, weight.shape[0], upstream)
+        columns = weight.shape[0] if flags.shard is None else flags.shard.columns
+        unit, members, upstream = _in_range(members, columns, upstream)
     hidden, head = hidden.to(dtype), weight.to(dtype)
     row_losses = hidden.new_zeros(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
     gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
@@ -140,6 +145,8 @@ def _linear_kd(
             _product(g.t(), x, d_weight, add=start > 0)
     if wanted[1] and count == 0:
         d_weight.zero_()
+    if flags.shard is not None and wanted[0]:
+        torch.distributed.all_reduce(d_hidden, group=flags.shard.group)
     if overflow is not None:
         row_losses = torch.where(overflow, torch.nan, row_losses)
     if unit is not None:

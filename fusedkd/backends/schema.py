@@ -21,6 +21,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``kd_terms``        (loss, kd, ce) from row losses: sums over the normalisers, or per row.
 ``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
                     nothing is written, where no cluster of the device has room for a row.
+``kd_shard``        a stage (:class:`fusedkd.backends.layout.Stage`) of kd_forward and kd_backward for the columns
+                    [offset, offset + V) of a vocabulary, whose labels and ids count over all of it. The statistics,
+                    ``(N, STATS + SHARD_STATS)``, are merged between the stages (:mod:`fusedkd.backends.shard`).
 ``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
@@ -71,11 +74,16 @@ CLUSTER = (
     "Tensor normalizers, Tensor? upstream, Tensor(a!)? row_losses, Tensor(b!) stats, Tensor(c!)? gradient, "
     f"{_FLAGS}, bool skip_if_one) -> bool"
 )
+SHARD = (
+    f"kd_shard(*, Tensor? upstream, {_INPUTS}, Tensor(a!) stats, Tensor(b!)? gradient, {_FLAGS}, bool skip_if_one, "
+    "int stage, int offset, int vocabulary) -> ()"
+)
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
 library.define(CLUSTER)  # called by kd_* alone, below everything that traces
+library.define(SHARD)  # called in eager mode alone
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows
 from fusedkd.divergences import Divergence
+from fusedkd.losses import vocabulary
 from fusedkd.losses.common import (
     gradient_in_forward,
     loss_and_terms,
@@ -106,10 +107,17 @@ def kd_loss(
         ValueError, TypeError: before any kernel starts, naming the argument, what it was and what it must be. On a GPU
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
+    asked: KDOptions = {**DEFAULTS, **options}
+    shard = None
+    if vocabulary.is_split(asked, student_logits):
+        if torch.compiler.is_compiling():
+            more = {"inplace": inplace, "return_terms": return_terms, **options}
+            return vocabulary.eagerly(kd_loss, student_logits, teacher, labels, **more)
+        student_logits, teacher, shard = vocabulary.split_logits(student_logits, teacher, asked, inplace)
     check.float_rows("student_logits", student_logits)
     parts = [
-        (prepare(student_logits, member.teacher, labels, member.options), member.weight)
-        for member in members(teacher, {**DEFAULTS, **options})
+        (prepare(student_logits, member.teacher, labels, member.options, shard), member.weight)
+        for member in members(teacher, asked)
     ]
     first = parts[0][0]
     for part, _ in parts:
@@ -134,6 +142,7 @@ def kd_loss(
             ignore_index=first.options["ignore_index"],
             transform=any([part.transform for part, _ in parts]),
             ce=first.ce,
+            shard=shard,
         ),
     )
     given = [field for (part, _), each in zip(parts, rows, strict=True) for field in part.teacher_rows(each)]

@@ -10,10 +10,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fusedkd import checks as check
+from fusedkd.backends import linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows
 from fusedkd.backends.linear_loop import MOST_ROWS, row_bytes, tile_type
 from fusedkd.divergences import Divergence
+from fusedkd.losses import vocabulary
 from fusedkd.losses.common import (
     loss_and_terms,
     refuse_double_backward,
@@ -118,6 +120,16 @@ def linear_kd_loss(
     Raises:
         ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
     """
+    asked: KDOptions = {**DEFAULTS, **options}
+    shard = None
+    if vocabulary.is_split(asked, student_weight, student_hidden):
+        if torch.compiler.is_compiling():
+            tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
+            more = {"student_bias": student_bias, "return_terms": return_terms, **tiling, **options}
+            return vocabulary.eagerly(linear_kd_loss, student_hidden, student_weight, teacher, labels, **more)
+        student_hidden, student_weight, student_bias, teacher, shard = vocabulary.split_head(
+            student_hidden, student_weight, student_bias, teacher, asked
+        )
     check.float_rows("student_hidden", student_hidden)
     check.head("student_", student_hidden, student_weight, student_bias)
     tiles = Tiles(max_tile_bytes, tile_dtype, max_rows)
@@ -127,8 +139,8 @@ def linear_kd_loss(
     device, lead, columns = student_hidden.device, student_hidden.shape[:-1], student_weight.shape[0]
     logits = student_hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
     parts = [
-        (prepare(logits, member.teacher, labels, member.options), member.weight)
-        for member in members(teacher, {**DEFAULTS, **options})
+        (prepare(logits, member.teacher, labels, member.options, shard), member.weight)
+        for member in members(teacher, asked)
     ]
     first = parts[0][0]
     cast = check.autocast_dtype(device)
@@ -139,6 +151,7 @@ def linear_kd_loss(
         if part.kd:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
     given = [_teacher_rows(part, lead.numel(), cast) for part, _ in parts]
+    columns = vocabulary.rows_alike(columns, shard)
     bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, [part for part, _ in parts], given, wanted)
     plan = LinearPlan(
         per_row=first.options["reduction"] == "none",
@@ -148,6 +161,7 @@ def linear_kd_loss(
             ignore_index=first.options["ignore_index"],
             transform=any([part.transform for part, _ in parts]),
             ce=first.ce,
+            shard=shard,
         ),
         tile=tiles.rows(bytes_per_row, lead.numel()),
         tile_dtype=tile_dtype,
@@ -220,7 +234,8 @@ def _bytes_per_row(
     teacher = 0  # one after the other
     for part, each in zip(parts, given, strict=True):
         of_tile = each.rows.dtype if each.head is None else tile_type(each.head.dtype, tile_dtype)
-        teacher = max(teacher, row_bytes(part.known.columns if part.kd else 0, of_tile))
+        of_teacher = part.known.columns if part.shard is None or part.known.ids is not None else columns
+        teacher = max(teacher, row_bytes(of_teacher if part.kd else 0, of_tile))
     total = student + teacher
     if any(wanted) and len(given) > 1:
         total += student * min(len(given) - 1, 2)  # a gradient per teacher, and their sum
@@ -254,7 +269,10 @@ class LinearPlan(NamedTuple):
         wanted: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The operator: row losses, and the gradients of hidden states, weight and bias."""
-        return ops.linear_kd(  # type: ignore[no-any-return]
+        shard = {} if self.flags.shard is None else {"shard": self.flags.shard}
+        operator = linear_loop.linear_kd if shard else ops.linear_kd
+        return operator(  # type: ignore[no-any-return]
+            **shard,
             hidden=hidden,
             weight=weight,
             bias=bias,

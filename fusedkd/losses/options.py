@@ -17,6 +17,7 @@ from fusedkd import teachers
 from fusedkd.backends.block import TeacherRows
 from fusedkd.backends.call import pack
 from fusedkd.backends.layout import OPTIONS, Option
+from fusedkd.backends.shard import Shard, known_rows
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence, DivergenceName, resolve
 from fusedkd.losses.names import by_name
@@ -60,6 +61,12 @@ class KDOptions(TypedDict, total=False):
         twice its size; ``"truncate"``: by anything.
     teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default. Under ``"mean"`` each
         teacher's is divided by its own count of rows.
+    vocab_group: the ``torch.distributed.ProcessGroup`` over which the vocabulary is split evenly: each rank passes its
+        own columns of both sides' logits, or its rows of the heads and biases; all else, labels and ids of listed
+        teachers among it, counts over the whole vocabulary and is the same on each rank, as is the loss. DTensors that
+        are split over the vocabulary say so themselves. See ``docs/parallel.md``.
+    vocab_size: of the split vocabulary, where the last shards are shorter or padded: columns from there on are no part
+        of it, whatever they hold, and get gradient 0. None: all shards are full.
     """
 
     temperature: Real
@@ -79,6 +86,8 @@ class KDOptions(TypedDict, total=False):
     logit_scale: Real | None
     vocab_mismatch: Literal["error", "truncate"]
     teacher_weights: Sequence[Real] | None
+    vocab_group: Any
+    vocab_size: int | None
 
 
 DEFAULTS: KDOptions = {
@@ -99,6 +108,8 @@ DEFAULTS: KDOptions = {
     "logit_scale": None,
     "vocab_mismatch": "error",
     "teacher_weights": None,
+    "vocab_group": None,
+    "vocab_size": None,
 }
 
 
@@ -135,6 +146,7 @@ class Prepared(NamedTuple):
     kd: bool
     ce: bool
     transform: bool
+    shard: Shard | None
 
     def teacher_rows(
         self, rows: Tensor, head: Tensor | None = None, bias: Tensor | None = None, like: Tensor | None = None
@@ -143,8 +155,11 @@ class Prepared(NamedTuple):
         these are not read or are hidden states.
         """
         options, device = self.options, rows.device
+        like = rows if like is None else like
+        if self.shard is not None and self.kd and like is rows and self.known.ids is None:
+            like = known_rows(rows, self.shard)
         row_weights, normalizers = torch.ops.fusedkd.kd_row_weights(
-            teacher=rows if like is None else like,
+            teacher=like,
             ids=self.known.ids,
             labels=self.every_label,
             kd_mask=self.kd_mask,
@@ -193,8 +208,13 @@ class Prepared(NamedTuple):
         return packed
 
 
-def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, options: KDOptions) -> Prepared:
-    """`student`: the logits, or any tensor of their shape, type and device. `options`: all of them."""
+def prepare(
+    student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, options: KDOptions, shard: Shard | None = None
+) -> Prepared:
+    """`student`: the logits, or any tensor of their shape, type and device. `options`: all of them. `shard`: where
+    these are the columns of one rank.
+    """
+    columns = student.shape[-1] if shard is None else shard.columns
     family = resolve(options["divergence"])
     check.vocab_mismatch(options["vocab_mismatch"])
     check.reduction(
@@ -208,7 +228,7 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
     check.real("ce_weight", options["ce_weight"])
     check.real("label_smoothing", options["label_smoothing"], high=1.0)
     check.real("z_loss_weight", options["z_loss_weight"])
-    known = teachers.known(teacher, student, family, temperatures, options["vocab_mismatch"])
+    known = teachers.known(teacher, student, family, temperatures, options["vocab_mismatch"], columns)
     transforms = {
         "logit_softcap": options["logit_softcap"],
         "logit_scale": options["logit_scale"],
@@ -219,7 +239,7 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
         if transform is not None:
             check.real(name, transform, open_low=True)
     wants_kd, wants_ce = not _is(0, options["kd_weight"]), not _is(0, options["ce_weight"])
-    if student.shape[-1] == 1 and (family.temperature_power > 0 or wants_ce):
+    if columns == 1 and (family.temperature_power > 0 or wants_ce):
         raise ValueError(
             "the student has one column, whose softmax is 1 whatever it holds: for a regression head use "
             "divergence='logit_mse' without cross-entropy, the mean squared error"
@@ -232,8 +252,9 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
     if needs_labels and flat_labels is None:
         raise ValueError(f"{family.name} needs labels, which are None")
     if needs_labels and flat_labels is not None:
-        mask = _with_label(mask, flat_labels, known.columns, student.shape[-1], ignore_index)
-    check.class_indices(flat_labels, student.shape[-1] if wants_ce or needs_labels else 2**62, ignore_index)
+        common = known.columns if shard is None else columns
+        mask = _with_label(mask, flat_labels, common, columns, ignore_index)
+    check.class_indices(flat_labels, columns if wants_ce or needs_labels else 2**62, ignore_index)
     return Prepared(
         known=known,
         options=options,
@@ -245,6 +266,7 @@ def prepare(student: Tensor, teacher: teachers.Teacher, labels: Tensor | None, o
         kd=wants_kd,
         ce=wants_ce,
         transform=any(value is not None for value in transforms.values()),
+        shard=shard,
     )
 
 

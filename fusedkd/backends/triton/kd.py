@@ -18,6 +18,7 @@ from fusedkd.backends.triton.kd_kernel import (
     kd_backward_kernel,
     kd_forward_kernel,
 )
+from fusedkd.backends.triton.kd_shard import kd_shard_kernel
 from fusedkd.backends.triton.row import aligned, in_phase
 
 
@@ -57,6 +58,33 @@ def launch(
             kd_forward_kernel[case.rows, 1](
                 **given, row_losses=row_losses, partials=None, RESIDENT=kernel == "resident", STAGE=WHOLE.value
             )
+
+
+def launch_shard(
+    call: Call,
+    stats: Tensor,
+    stage: int,
+    offset: int,
+    vocabulary: int,
+    upstream: Tensor | None,
+    gradient: Tensor | None,
+    skip_if_one: bool,
+) -> None:
+    """A stage of one rank's columns of a vocabulary."""
+    hip = describe(call.student.device).hip
+    given = _given(call, stats, gradient, parts=1, resident=False, hip=hip)
+    for of_whole in ("parts", "C", "SURPLUS", "SPLIT"):
+        del given[of_whole]
+    with torch.cuda.device_of(call.student):
+        kd_shard_kernel[call.student.shape[0] * call.student.shape[1], 1](
+            **given,
+            offset=offset,
+            vocabulary=vocabulary,
+            upstream=upstream,
+            upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+            SKIP_IF_ONE=skip_if_one,
+            STAGE=stage,
+        )
 
 
 def _backward(given: dict[str, Any], upstream: Tensor | None, skip_if_one: bool, grid: tuple[int, int]) -> None:

@@ -197,7 +197,7 @@ def columns_pass(
                 b_delta = tl.where(b_v == -INFINITY, tl.where(b_z == -INFINITY, 0.0, -INFINITY), b_delta)
             b_log_p = s.c_t * b_y - s.log_t
             b_log_q = s.c_s * b_x - s.log_s
-            b_value, b_w = divergence(b_z, b_v, b_p, b_q, b_delta, b_log_p, b_log_q, a, row.C, KERNEL_ID)
+            b_value, b_w = divergence(b_z, b_v, b_p, b_q, b_delta, b_log_p, b_log_q, a, row.columns, KERNEL_ID)
             if VALUE:
                 b_D += tl.sum(b_value, 1)
                 if WEIGHS:

@@ -59,6 +59,23 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
     _launch(Call(**inputs), stats, upstream=upstream, gradient=gradient, skip_if_one=skip_if_one)
 
 
+def kd_shard(
+    *,
+    upstream: Tensor | None,
+    stats: Tensor,
+    gradient: Tensor | None,
+    skip_if_one: bool,
+    stage: int,
+    offset: int,
+    vocabulary: int,
+    **inputs: Any,
+) -> None:
+    call = Call(**inputs)
+    if call.student.shape[0] * call.student.shape[1] > 0:
+        launch_shard = kd.launch_shard if call.ids is None else topk.launch_shard
+        launch_shard(call, stats, stage, offset, vocabulary, upstream, gradient, skip_if_one)
+
+
 def _launch(call: Call, stats: Tensor, **outputs: Any) -> None:
     if call.student.shape[0] * call.student.shape[1] > 0:
         (kd if call.ids is None else topk).launch(call, stats, **outputs)

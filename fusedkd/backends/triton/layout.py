@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from fusedkd.backends import layout
-from fusedkd.backends.layout import KernelId, Option, Stat, TopkKernelId
+from fusedkd.backends.layout import KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
 
 TEMPERATURE = tl.constexpr(int(Option.TEMPERATURE))
 TEACHER_TEMPERATURE = tl.constexpr(int(Option.TEACHER_TEMPERATURE))
@@ -27,6 +27,18 @@ CE_SUM = tl.constexpr(int(Stat.CE_SUM))
 WEIGHT_SUM = tl.constexpr(int(Stat.WEIGHT_SUM))
 OWN = tl.constexpr(int(Stat.OWN))
 STATS = tl.constexpr(layout.STATS)
+
+LABEL_STUDENT = tl.constexpr(int(ShardStat.LABEL_STUDENT))
+LABEL_TEACHER = tl.constexpr(int(ShardStat.LABEL_TEACHER))
+GAP = tl.constexpr(int(ShardStat.GAP))
+COLUMNS = tl.constexpr(int(ShardStat.COLUMNS))
+VALUE = tl.constexpr(int(ShardStat.VALUE))
+WEIGHT = tl.constexpr(int(ShardStat.WEIGHT))
+SHARD_STATS = tl.constexpr(layout.SHARD_STATS)
+
+STATISTICS = tl.constexpr(int(Stage.STATISTICS))
+VALUES = tl.constexpr(int(Stage.VALUES))
+GRADIENT = tl.constexpr(int(Stage.GRADIENT))
 
 FORWARD_KL = tl.constexpr(int(KernelId.FORWARD_KL))
 JEFFREYS = tl.constexpr(int(KernelId.JEFFREYS))

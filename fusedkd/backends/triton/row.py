@@ -26,6 +26,8 @@ class Row(NamedTuple):
     V: Any
     C: Any
     """Columns that both sides have, which the body consists of."""
+    columns: Any
+    """Of all shards of the vocabulary that both sides have; C where there is one."""
     head: Any
     body: Any
     first_body: Any
@@ -66,7 +68,7 @@ def base_of(pointer, o, phase, IN_PHASE: tl.constexpr):
 
 
 @triton.jit
-def locate(phase, V, C, part, parts, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def locate(phase, V, C, part, parts, SPLIT: tl.constexpr, BLOCK: tl.constexpr, columns=None):
     """A row whose body has the C columns that both sides have; of its blocks, those of a part."""
     head = (phase + UNIT - 1) // UNIT * UNIT
     body = (phase + C) // UNIT * UNIT
@@ -76,6 +78,7 @@ def locate(phase, V, C, part, parts, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
         phase=phase,
         V=V,
         C=C,
+        columns=C if columns is None else columns,
         head=head,
         body=body,
         first_body=first_body,

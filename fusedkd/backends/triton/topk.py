@@ -8,10 +8,11 @@ import triton
 from torch import Tensor
 
 from fusedkd.backends.call import Call
-from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.layout import Stage, TopkKernelId
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.row import UNIT, aligned, in_phase
 from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
+from fusedkd.backends.triton.topk_shard import topk_shard_kernel
 
 MARKED = (TopkKernelId.RENORMALIZE, TopkKernelId.BUCKET, TopkKernelId.BUCKET_REVERSE)
 """The forms whose value or gradient needs the sum over the columns off the list."""
@@ -32,6 +33,33 @@ def block_options(dtype: torch.dtype, V: int, K: int, in_phase: bool = True, hip
     return options if hip or wide else options | {"maxnreg": 80 if in_phase and block_k <= 512 else 128}
 
 
+def launch_shard(
+    call: Call,
+    stats: Tensor,
+    stage: int,
+    offset: int,
+    vocabulary: int,
+    upstream: Tensor | None,
+    gradient: Tensor | None,
+    skip_if_one: bool,
+) -> None:
+    """A stage of one rank's columns of a vocabulary."""
+    rows, given = call.student.shape[0] * call.student.shape[1], _given(call, stats, gradient)
+    with torch.cuda.device_of(call.student):
+        marks, words = _marks(call) if stage == Stage.STATISTICS else (None, 0)
+        topk_shard_kernel[(rows,)](
+            **given,
+            marks=marks,
+            marks_stride=words,
+            offset=offset,
+            vocabulary=vocabulary,
+            upstream=upstream,
+            upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+            SKIP_IF_ONE=skip_if_one,
+            STAGE=stage,
+        )
+
+
 def launch(
     call: Call,
     stats: Tensor,
@@ -41,13 +69,36 @@ def launch(
     skip_if_one: bool = False,
 ) -> None:
     """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone."""
+    B, L, _ = call.student.shape
+    given = _given(call, stats, gradient)
+    with torch.cuda.device_of(call.student):
+        if row_losses is None:
+            assert upstream is not None
+            stride = upstream.stride(0) if upstream.dim() else 0
+            topk_backward_kernel[(B * L,)](**given, upstream=upstream, upstream_stride=stride, SKIP_IF_ONE=skip_if_one)
+            return
+        marks, words = _marks(call)
+        topk_forward_kernel[(B * L,)](**given, row_losses=row_losses, marks=marks, marks_stride=words)
+
+
+def _marks(call: Call) -> tuple[Tensor | None, int]:
+    """A bit per column of each row, in so many words, where the kernel needs them."""
+    if call.kernel_id not in MARKED:
+        return None, 0
+    B, L, V = call.student.shape
+    words = triton.cdiv(V + UNIT.value, 1024) * 32  # rows on cache lines of their own
+    return call.student.new_zeros(B * L, words, dtype=torch.int32), words
+
+
+def _given(call: Call, stats: Tensor, gradient: Tensor | None) -> dict[str, Any]:
+    """What all kernels are given."""
     B, L, V = call.student.shape
     K = call.teacher.shape[2]
     student, (student_o, student_b, student_l) = aligned(call.student)
     to, (gradient_o, gradient_b, gradient_l) = (None, (0, 0, 0)) if gradient is None else aligned(gradient)
     at_student, at_gradient = (student_o, student_b, student_l), (gradient_o, gradient_b, gradient_l)
     gradient_in_phase = gradient is None or in_phase(at_gradient, at_student, B, L)
-    given = {
+    return {
         "student": student,
         "teacher": call.teacher,
         "ids": call.ids,
@@ -74,14 +125,3 @@ def launch(
         "GRADIENT_IN_PHASE": gradient_in_phase,
         **block_options(call.student.dtype, V, K, gradient_in_phase, torch.version.hip is not None),
     }
-    with torch.cuda.device_of(call.student):
-        if row_losses is None:
-            assert upstream is not None
-            stride = upstream.stride(0) if upstream.dim() else 0
-            topk_backward_kernel[(B * L,)](**given, upstream=upstream, upstream_stride=stride, SKIP_IF_ONE=skip_if_one)
-            return
-        marks, words = None, 0
-        if call.kernel_id in MARKED:
-            words = triton.cdiv(V + UNIT.value, 1024) * 32  # rows on cache lines of their own
-            marks = call.student.new_zeros(B * L, words, dtype=torch.int32)
-        topk_forward_kernel[(B * L,)](**given, row_losses=row_losses, marks=marks, marks_stride=words)

@@ -34,6 +34,8 @@ class List(NamedTuple):
     """Whether all ids are columns or padding."""
     kd: Any
     """Whether the row has a KD term, and that a value."""
+    offset: Any
+    """Of the row's first column, in what the ids count."""
 
 
 class Known(NamedTuple):
@@ -63,7 +65,8 @@ def read_list(ids, i_row, selected, K, V, BLOCK_K: tl.constexpr):
     b_id = tl.load(p_ids, i_k < tl.where(selected, K, 0), other=-1)
     legal = tl.max(((b_id < -1) | (b_id >= V)).to(tl.int32), 0) == 0
     n = tl.where(selected & legal, K, 0)
-    return List(p_ids=p_ids, ids=b_id.to(tl.int32), m=(b_id >= 0) & (i_k < n), n=n, legal=legal, kd=selected & legal)
+    m = (b_id >= 0) & (i_k < n)
+    return List(p_ids=p_ids, ids=b_id.to(tl.int32), m=m, n=n, legal=legal, kd=selected & legal, offset=0)
 
 
 @triton.jit

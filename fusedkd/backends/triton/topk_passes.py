@@ -131,7 +131,7 @@ def gradient_pass(
         a_ce = tl.where(has_ce, up * term_weights.ce_weight / tl.load(normalizers + 1), 0.0)
         ce_max = found.ce_max.to(R)
         ce_rest = found.ce_rest.to(R)
-        ce = cross_entropy_gradient(a_ce, z_y.to(R), ce_max, ce_rest, term_weights, V=row.V)
+        ce = cross_entropy_gradient(a_ce, z_y.to(R), ce_max, ce_rest, term_weights, V=row.columns)
         b_e1 = tl.exp(b_z.to(R) - finite_or_zero(ce_max))
         b_q1 = scaled(scaled(ce.q, reciprocal_or_zero(ce_rest)), b_e1)
         b_d = add_cross_entropy(b_d, b_q1, listed.ids, tl.where(has_ce, label.column, -1), ce)
@@ -164,5 +164,5 @@ def gradient_pass(
                     b_g *= b_slope
             tl.store(p_gradient + o, b_g.to(p_gradient.dtype.element_ty), m, eviction_policy="evict_first")
     tl.debug_barrier()
-    b_id = tl.load(listed.p_ids, listed.m, other=0)
+    b_id = tl.load(listed.p_ids, listed.m, other=0) - listed.offset
     tl.store(p_gradient + row.phase + b_id, b_d.to(p_gradient.dtype.element_ty), listed.m)
