@@ -319,13 +319,12 @@ SMALL = {
     ),
     "counts": (
         kd_counts_kernel,
-        {"weights": "*fp32", "labels": "*i64", "counts": "*fp64"},
+        {"weights": "*fp32", "labels": "*i64", "normalizers": "*fp64", "counts": "*fp64"},
         {"SUM": True, "BLOCK": 8192},
     ),
     "terms": (
         kd_terms_kernel,
-        {name: "*fp32" for name in ("row_losses", "loss", "kd", "ce")}
-        | {"real_options": "*fp64", "normalizers": "*fp64"},
+        {name: "*fp32" for name in ("row_losses", "loss", "terms")} | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
     ),
 }

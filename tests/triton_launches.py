@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, inputs_of, logits, options_for
 
 from fusedkd.backends import eager
-from fusedkd.backends.layout import KernelId
+from fusedkd.backends.layout import COUNTED, KernelId
 from fusedkd.backends.triton import choice, kd, launch
 from fusedkd.backends.triton import math as helpers
 from fusedkd.divergences import ForwardKL
@@ -34,7 +34,8 @@ def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> Non
     teacher[0, 2, :299] = teacher[1, 1, 1:] = teacher[1, 2] = -INF  # only the last of these has no column left
     teacher = between_nans(teacher)
     y = None if labels is None else torch.tensor(labels)
-    given = {"teacher": teacher, "ids": None, "labels": y, "kd_mask": mask, "ignore_index": -100, "kd": True}
+    given = {"teacher": teacher, "ids": None, "labels": y, "kd_mask": mask, "normalizers": None}
+    given |= {"ignore_index": -100, "kd": True}
     weights, counts = launch.kd_row_weights(**given)
     assert weights.dtype == torch.float32
     assert counts.dtype == torch.float64
@@ -47,6 +48,20 @@ def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> Non
     assert not launch.kd_row_weights(**given | {"teacher": teacher * NAN, "kd": False})[0].any()
 
 
+def all_rows(teacher: Tensor, ids: Tensor | None = None, normalizers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Row weights and counts without labels and mask."""
+    return launch.kd_row_weights(
+        teacher, ids, labels=None, kd_mask=None, normalizers=normalizers, ignore_index=-100, kd=True
+    )
+
+
+def test_normalizers_that_are_given() -> None:
+    teacher = logits(40, b=B)[1].float()
+    for given, counts in (((COUNTED, 7.5), [6, 7.5]), ((0.25, COUNTED), [0.25, 1]), ((-1.0, 0.0), [1, 1])):
+        assert all_rows(teacher, normalizers=torch.tensor(given).double())[1].tolist() == counts
+    assert all_rows(teacher, normalizers=torch.tensor([NAN, 2.0]).double())[1][0].isnan()
+
+
 def test_row_weights_of_lists() -> None:
     teacher = logits(40, b=B)[1].float()
     ids = torch.arange(40).repeat(6, 1)
@@ -54,7 +69,7 @@ def test_row_weights_of_lists() -> None:
     ids[2, 1:], teacher[1, 0, :39] = -1, -INF
     ids[4, ::2] = -1
     teacher[1, 1, 1::2] = -INF  # the others are padding
-    weights, counts = launch.kd_row_weights(teacher, ids, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    weights, counts = all_rows(teacher, ids)
     assert weights.tolist() == [0, 0, 1, 1, 0, 1]
     assert counts.tolist() == [3, 1]
 
@@ -66,24 +81,28 @@ def test_terms(n: int) -> None:
     for weights in ((0.6, 0.8), (0.0, 0.8)):
         options = options_for(ForwardKL(), weights=weights)
         for per_row in (False, True):
-            truth = eager.kd_terms(rows, options, normalizers, per_row)
-            for actual, expected in zip(launch.kd_terms(rows, options, normalizers, per_row), truth, strict=True):
-                assert actual.shape == expected.shape
-                assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
+            terms, truth = (torch.full((2, n) if per_row else (2,), NAN) for _ in range(2))
+            loss = launch.kd_terms(rows, options, normalizers, terms, per_row)
+            expected = eager.kd_terms(rows, options, normalizers, truth, per_row)
+            assert torch.allclose(loss, expected, rtol=1e-6, atol=0)
+            assert torch.allclose(terms, truth, rtol=1e-6, atol=0)
+            assert torch.equal(loss, launch.kd_terms(rows, options, normalizers, None, per_row))
     rows[0, 0] = INF
-    loss, kl, _ = launch.kd_terms(rows, options, normalizers, False)
-    assert loss.isfinite()
-    assert kl == INF
+    terms = torch.empty(2)
+    assert launch.kd_terms(rows, options, normalizers, terms, False).isfinite()
+    assert terms[0] == INF
 
 
 def test_no_rows() -> None:
     empty = torch.empty(0, 3, 7)
-    w, counts = launch.kd_row_weights(empty, None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    w, counts = all_rows(empty)
     assert counts.tolist() == [1, 1]
     inputs = inputs_of(ForwardKL(), empty, empty, None, w, ce=False)
     rows, stats, gradient = operators.forward(inputs, ops=launch)
     assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
-    assert [x.item() for x in launch.kd_terms(rows, options_for(ForwardKL()), counts, False)] == [0, 0, 0]
+    terms = torch.full((2,), NAN)
+    assert launch.kd_terms(rows, options_for(ForwardKL()), counts, terms, False) == 0
+    assert terms.tolist() == [0, 0]
 
 
 # -------------------------------------------------- choice
@@ -120,7 +139,7 @@ def test_choice(
 def test_another_kernel_where_no_cluster_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kd, "describe", lambda device: H200)
     calls, (student, teacher) = [], (x.float() for x in logits(4200, b=B))
-    w, counts = launch.kd_row_weights(teacher, None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    w, counts = all_rows(teacher)
     inputs = inputs_of(ForwardKL(), student, teacher, None, w, normalizers=tuple(counts.tolist()), ce=False)
     with torch.library._scoped_library("fusedkd", "IMPL") as library:
         library.impl("kd_cluster", lambda **arguments: bool(calls.append(arguments)), "CPU")

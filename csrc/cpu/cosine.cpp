@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> cosine_forward(Tensor student, Tensor teacher, Option
                                           Optional gradient) {
   CosineCall k = call(student, teacher, weights, normalizer);
   const ScalarType type = accumulation_type(k.student.type);
-  Tensor row_losses = torch::stable::new_empty(student, {k.student.count}, type);
-  Tensor stats = torch::stable::new_empty(student, {k.student.count, 3}, type);
+  Tensor row_losses = fresh({k.student.count}, type);
+  Tensor stats = fresh({k.student.count, 3}, type);
   k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
   if (gradient) write_gradient(k, *gradient);
   run(k);

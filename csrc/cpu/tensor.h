@@ -84,6 +84,20 @@ const T* contiguous_data(const Tensor& t, ScalarType type, int64_t count, const 
   return static_cast<const T*>(t.data_ptr());
 }
 
+// A new tensor, contiguous. (torch::stable::new_empty looks up its operator by name, which takes longer than a small
+// kernel.)
+inline Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  const auto dimensions = int64_t(sizes.size());
+  int64_t strides[3] = {1, 1, 1};
+  STD_TORCH_CHECK(dimensions <= 3, "fusedkd: at most three dimensions");
+  for (int64_t i = dimensions - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // Asks for huge pages where a large result is going to be written: first touching 62 MB in pages of 4 KB takes longer
 // than the kernel that writes it, and a seventh of that with huge pages.
 inline void in_huge_pages(const Tensor& result) {

@@ -36,6 +36,26 @@ class TeacherRows(NamedTuple):
         return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
 
 
+class WholeTeacher(NamedTuple):
+    """What the operator kd_loss is given of one teacher, whose rows it selects itself."""
+
+    rows: Tensor
+    """``(B, L, C)``: logits, or with ids log-probabilities or weights."""
+    ids: Tensor | None
+    kd_mask: Tensor | None
+    options: Tensor
+    normalizers: Tensor | None
+    kernel_id: int
+    kd: bool
+    needs_labels: bool
+
+    @classmethod
+    def unflatten(cls, values: Sequence[Any]) -> list[WholeTeacher]:
+        """As that of `TeacherRows`."""
+        size = len(cls._fields)
+        return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
+
+
 class Flags(NamedTuple):
     """The structure of a call, the same for all teachers."""
 
@@ -44,6 +64,73 @@ class Flags(NamedTuple):
     """Soft-cap or scale the logits of either side."""
     ce: bool
     """The first teacher's call has the cross-entropy."""
+
+
+def whole_loss(
+    student: Tensor,
+    labels: Tensor | None,
+    teachers: Sequence[WholeTeacher],
+    flags: Flags,
+    gradient: Tensor | None,
+    terms: Tensor | None,
+    *,
+    per_row: bool,
+    checked: bool,
+) -> tuple[Tensor, list[TeacherRows], list[Tensor]]:
+    """The loss of all teachers; the rows of each and the statistics of its call, for backward. `gradient` as in
+    `forward`; `terms` ``(teachers, 2, …)``, unless it is None, gets those of each.
+    """
+    found: list[tuple[Tensor, TeacherRows, Tensor]] = []
+    others = None  # gradients of all teachers but the first
+    for i in reversed(range(len(teachers))):
+        t, to = teachers[i], gradient if i == 0 or gradient is None else torch.empty_like(gradient)
+        operator = ops.defined_loss if t.kernel_id >= FIRST_DEFINED else ops.kd_loss
+        loss, weights, normalizers, stats = operator(
+            student=student,
+            teacher=t.rows,
+            ids=t.ids,
+            labels=labels,
+            kd_mask=t.kd_mask,
+            options=t.options,
+            normalizers=t.normalizers,
+            gradient=to,
+            terms=None if terms is None else terms[i],
+            ignore_index=flags.ignore_index,
+            kernel_id=t.kernel_id,
+            transform=flags.transform,
+            kd=t.kd,
+            ce=flags.ce and i == 0,
+            needs_labels=t.needs_labels,
+            per_row=per_row,
+            checked=checked,
+        )
+        rows = TeacherRows(t.rows, None, None, t.ids, weights, t.options, normalizers, t.kernel_id)
+        found.append((loss, rows, stats))
+        if i > 0 and to is not None:
+            others = to if others is None else others.add_(to)
+    if gradient is not None and others is not None:
+        gradient.add_(others)
+    found.reverse()
+    return _total([loss for loss, _, _ in found]), [rows for _, rows, _ in found], [stats for _, _, stats in found]
+
+
+def loss_of(row_losses: Tensor, teachers: Sequence[TeacherRows], terms: Tensor | None, *, per_row: bool) -> Tensor:
+    """The loss of row losses ``(teachers, 2, N)``; `terms` as in `whole_loss`."""
+    losses = [
+        ops.kd_terms(
+            row_losses=row_losses[i],
+            options=t.options,
+            normalizers=t.normalizers,
+            terms=None if terms is None else terms[i],
+            per_row=per_row,
+        )
+        for i, t in enumerate(teachers)
+    ]
+    return _total(losses)
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack([*losses]).sum(0)
 
 
 def forward(

@@ -68,6 +68,10 @@ class Stat(IntEnum):
 STATS = len(Stat)
 
 
+COUNTED = float("-inf")
+"""In place of a normaliser that is not given: the number of rows is counted."""
+
+
 class KernelId(IntEnum):
     """How kernels compute a divergence of a teacher with logits: the ``kernel_id`` of the KD operators without ids.
     Several divergences of :mod:`fusedkd.divergences` may share one, with other coefficients.

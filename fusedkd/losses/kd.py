@@ -12,19 +12,20 @@ from typing_extensions import Unpack
 from fusedkd import checks as check
 from fusedkd import teachers
 from fusedkd.backends import block
-from fusedkd.backends.block import Flags, TeacherRows
+from fusedkd.backends.block import Flags, WholeTeacher
 from fusedkd.backends.call import as_rows
+from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
 from fusedkd.losses.common import (
     gradient_in_forward,
-    loss_and_terms,
     refuse_double_backward,
     save_for_backward,
     save_teachers,
     saved_teachers,
 )
 from fusedkd.losses.inplace import overwritable
-from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, members, prepare, weighted, with_options
+from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
+from fusedkd.losses.rules import members, prepare
 
 Teacher: TypeAlias = teachers.Teacher
 Teachers: TypeAlias = Teacher | Sequence[Teacher]
@@ -107,19 +108,18 @@ def kd_loss(
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
     check.float_rows("student_logits", student_logits)
-    parts = [
-        (prepare(student_logits, member.teacher, labels, member.options), member.weight)
-        for member in members(teacher, {**DEFAULTS, **options})
-    ]
-    first = parts[0][0]
-    for part, _ in parts:
-        if part.kd:
+    kd_mask = options.pop("kd_mask", None)
+    asked = members(teacher, options)
+    parts = [prepare(student_logits, member.teacher, labels, kd_mask, member.rules) for member in asked]
+    first = parts[0]
+    for part in parts:
+        if part.rules.kd:
             check.frozen("teacher", part.known.rows, student_logits.requires_grad)
     student = student_logits
     if len(parts) > 1 and student.dtype in (torch.float16, torch.bfloat16):
         student = student.float()  # so that the gradients add up in float32 and are rounded once
-    student, rows, grid = as_rows(student, *[part.known.logits() for part, _ in parts])
-    reduction = first.options["reduction"]
+    student, rows, grid = as_rows(student, *[part.known.logits() for part in parts])
+    reduction = first.rules.options["reduction"]
     inplace = inplace and len(parts) == 1
     in_forward = gradient_in_forward(student, reduction, inplace)
     if inplace and in_forward:
@@ -129,20 +129,28 @@ def kd_loss(
         per_row=reduction == "none",
         gradient_in_forward=in_forward,
         inplace=inplace and in_forward,
-        families=tuple([part.family for part, _ in parts]),
+        return_terms=return_terms,
+        checked=check.readable(student),
+        labels_read=any([part.rules.labels_read for part in parts]),
+        families=tuple([part.rules.family for part in parts]),
         flags=Flags(
-            ignore_index=first.options["ignore_index"],
-            transform=any([part.transform for part, _ in parts]),
-            ce=first.ce,
+            ignore_index=first.rules.options["ignore_index"],
+            transform=any([part.transform for part in parts]),
+            ce=first.rules.ce,
         ),
     )
-    given = [field for (part, _), each in zip(parts, rows, strict=True) for field in part.teacher_rows(each)]
-    loss, kd, ce, _ = KDLossFunction.apply(student, first.labels, plan, *given)
-    terms = [weighted(each, weight) for each, (_, weight) in zip(kd.unbind(), parts, strict=True)]
-    kd = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
-    if reduction == "none":
-        loss, kd, ce = (term.view(student_logits.shape[:-1]) for term in (loss, kd, ce))
-    return (loss, KDTerms(kd, ce)) if return_terms else loss
+    given = [field for part, each in zip(parts, rows, strict=True) for field in part.whole_teacher(each)]
+    try:
+        loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, *given)
+    except RuntimeError:
+        if plan.checked:
+            for part in parts:
+                part.check_values(student.shape[-1])
+        raise
+    if plan.per_row:
+        loss = loss.view(student_logits.shape[:-1])
+        terms = None if terms is None else terms.view(len(parts), 2, *student_logits.shape[:-1])
+    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
 
 
 class Plan(NamedTuple):
@@ -153,39 +161,60 @@ class Plan(NamedTuple):
     per_row: bool
     gradient_in_forward: bool
     inplace: bool
+    return_terms: bool
+    checked: bool
+    """The operator looks at what labels and lists hold."""
+    labels_read: bool
+    """By a kernel."""
     families: tuple[Divergence, ...]
     """Alive until backward: a divergence without a kernel is known by its number only."""
     flags: Flags
 
 
 class KDLossFunction(torch.autograd.Function):
-    """(loss, kd of each teacher, ce, logits): the loss, its terms for logging, and with ``inplace`` the overwritten
-    logits (else None). The teachers come as their fields, one after the other.
+    """(loss, terms ``(teachers, 2, …)`` for logging or None, logits): with ``inplace`` the overwritten logits, else
+    None. The teachers come as their fields, one after the other.
     """
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, labels: Tensor | None, plan: Plan, *fields: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        teachers = TeacherRows.unflatten(fields)
-        z = student.view(*plan.grid, student.shape[-1])
-        gradient = z if plan.inplace else z.new_empty(z.shape) if plan.gradient_in_forward else None
-        row_losses, stats = block.forward(z, labels, teachers, plan.flags, gradient)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        given = WholeTeacher.unflatten(fields)
+        shape = (*plan.grid, student.shape[-1])
+        z = student.view(shape)
+        gradient = None
+        if plan.inplace:
+            gradient = student
+        elif plan.gradient_in_forward:
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        terms = None
+        if plan.return_terms:
+            per_teacher = (2, z.shape[0] * z.shape[1]) if plan.per_row else (2,)
+            terms = z.new_empty((len(given), *per_teacher), dtype=accumulation_dtype(z.dtype))
+        loss, teachers, stats = block.whole_loss(
+            z,
+            labels,
+            given,
+            plan.flags,
+            None if gradient is None else gradient.view(shape),
+            terms,
+            per_row=plan.per_row,
+            checked=plan.checked,
+        )
         ctx.plan, ctx.gradient, ctx.spent = plan, None if plan.inplace else gradient, False
         ctx.set_materialize_grads(False)
         if plan.inplace:
             ctx.mark_dirty(student)
             save_for_backward(ctx, student)
         else:
-            save_teachers(ctx, teachers, student, labels, *stats)
-        loss, kd, ce = loss_and_terms(row_losses, teachers, plan.per_row)
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce, student if plan.inplace else None
+            save_teachers(ctx, teachers, student, labels if plan.labels_read else None, *stats)
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
+        return loss, terms, student if plan.inplace else None
 
     @staticmethod
-    def backward(
-        ctx: Any, upstream: Tensor | None, _kd: None, _ce: None, logits: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _terms: None, logits: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if logits is not None:
             raise RuntimeError(
@@ -197,14 +226,16 @@ class KDLossFunction(torch.autograd.Function):
             return None, *unused
         if ctx.plan.inplace:
             return _overwritten(ctx, upstream), *unused
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None and check.readable(upstream) and upstream.item() == 1:
+            return gradient, *unused
         count = len(ctx.kernel_ids)
         teachers, (student, labels, *stats) = saved_teachers(ctx, 2 + count)
         z, upstream = student.view(*ctx.plan.grid, student.shape[-1]), upstream.contiguous()
-        gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = block.backward(upstream, z, labels, teachers, stats, ctx.plan.flags)
         else:
-            block.rescale_(gradient, upstream, z, labels, teachers, stats, ctx.plan.flags)
+            block.rescale_(gradient.view(z.shape), upstream, z, labels, teachers, stats, ctx.plan.flags)
         return gradient.view(student.shape), *unused
 
 

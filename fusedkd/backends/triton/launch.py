@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from fusedkd.backends.call import Call
+from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import Stat
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.backends.triton import kd, topk
@@ -18,7 +19,13 @@ from fusedkd.backends.triton.row_kernels import kd_counts_kernel, kd_row_weights
 
 
 def kd_row_weights(
-    teacher: Tensor, ids: Tensor | None, labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int, kd: bool
+    teacher: Tensor,
+    ids: Tensor | None,
+    labels: Tensor | None,
+    kd_mask: Tensor | None,
+    normalizers: Tensor | None,
+    ignore_index: int,
+    kd: bool,
 ) -> tuple[Tensor, Tensor]:
     B, L, C = teacher.shape
     weights = teacher.new_empty(B * L, dtype=torch.float32) if kd else teacher.new_zeros(B * L, dtype=torch.float32)
@@ -31,21 +38,22 @@ def kd_row_weights(
                 teacher, ids, labels, kd_mask, weights, ignore_index, L, C, *strides, BLOCK=128, num_warps=1, **FUSED
             )
         sizes = ignore_index, B * L
-        kd_counts_kernel[(1,)](weights, labels, counts, *sizes, SUM=summed, BLOCK=8192, num_warps=16, **FUSED)
+        kd_counts_kernel[(1,)](
+            weights, labels, normalizers, counts, *sizes, SUM=summed, BLOCK=8192, num_warps=16, **FUSED
+        )
     return weights, counts
 
 
-def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Tensor | None, per_row: bool) -> Tensor:
     n = row_losses.shape[1]
-    shape = (n,) if per_row else ()
-    loss, kd, ce = (row_losses.new_empty(shape) for _ in range(3))
+    loss = row_losses.new_empty((n,) if per_row else ())
     programs = triton.cdiv(n, 2048) if per_row else 1
     if programs > 0:
         with torch.cuda.device_of(row_losses):
             kd_terms_kernel[(programs,)](
-                row_losses, options, normalizers, loss, kd, ce, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
+                row_losses, options, normalizers, loss, terms, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
             )
-    return loss, kd, ce
+    return loss
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -57,6 +65,9 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
 
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     _launch(Call(**inputs), stats, upstream=upstream, gradient=gradient, skip_if_one=skip_if_one)
+
+
+kd_loss = whole_loss(kd_row_weights, kd_forward, kd_terms)
 
 
 def _launch(call: Call, stats: Tensor, **outputs: Any) -> None:

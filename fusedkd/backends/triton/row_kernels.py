@@ -47,10 +47,14 @@ def kd_row_weights_kernel(
     tl.store(weights + row, tl.where(found != 0, w, 0.0))
 
 
-@triton.jit(do_not_specialize=["ignore_index", "N"], do_not_specialize_on_alignment=["weights", "labels", "counts"])
+@triton.jit(
+    do_not_specialize=["ignore_index", "N"],
+    do_not_specialize_on_alignment=["weights", "labels", "normalizers", "counts"],
+)
 def kd_counts_kernel(
     weights,  # [N] float32
     labels,  # [N] or None
+    normalizers,  # [2] float64 or None: those that are not counted
     counts,  # [2] float64
     ignore_index: tl.int64,
     N,
@@ -68,21 +72,29 @@ def kd_counts_kernel(
             labelled += tl.where(i < N, tl.load(labels + i, i < N, other=0) != ignore_index, False).to(tl.int32)
     n_kd = tl.sum(selected, 0)
     n_ce = tl.sum(labelled, 0).to(tl.float64)
+    if normalizers is not None:
+        n_kd = given_or(tl.load(normalizers), n_kd)
+        n_ce = given_or(tl.load(normalizers + 1), n_ce)
     tl.store(counts, tl.where(n_kd <= 0, 1.0, n_kd))
     tl.store(counts + 1, tl.where(n_ce <= 0, 1.0, n_ce))
 
 
+@triton.jit
+def given_or(given, count):
+    """COUNTED is minus infinity."""
+    return tl.where(given == -INFINITY, count, given)
+
+
 @triton.jit(
     do_not_specialize=["N"],
-    do_not_specialize_on_alignment=["row_losses", "real_options", "normalizers", "loss", "kd", "ce"],
+    do_not_specialize_on_alignment=["row_losses", "real_options", "normalizers", "loss", "terms"],
 )
 def kd_terms_kernel(
     row_losses,  # A, [2, N]
     real_options,  # float64 [16]
     normalizers,  # float64 [2]
-    loss,  # A, [] or [N], as the two below
-    kd,
-    ce,
+    loss,  # A, [] or [N]
+    terms,  # A, [2] or [2, N], or None
     N,
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,9 +117,11 @@ def kd_terms_kernel(
     b_loss = tl.where(kd_weight == 0, 0.0, kd_weight * b_kd) + tl.where(ce_weight == 0, 0.0, ce_weight * b_ce)
     if PER_ROW:
         tl.store(loss + i, b_loss, i < N)
-        tl.store(kd + i, b_kd, i < N)
-        tl.store(ce + i, b_ce, i < N)
+        if terms is not None:
+            tl.store(terms + i, b_kd, i < N)
+            tl.store(terms + N + i, b_ce, i < N)
     else:
         tl.store(loss, b_loss)
-        tl.store(kd, b_kd)
-        tl.store(ce, b_ce)
+        if terms is not None:
+            tl.store(terms, b_kd)
+            tl.store(terms + 1, b_ce)
