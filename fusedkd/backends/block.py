@@ -76,42 +76,44 @@ def whole_loss(
     *,
     per_row: bool,
     checked: bool,
-) -> tuple[Tensor, list[TeacherRows], list[Tensor]]:
-    """The loss of all teachers; the rows of each and the statistics of its call, for backward. `gradient` as in
-    `forward`; `terms` ``(teachers, 2, …)``, unless it is None, gets those of each.
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The loss of all teachers; row weights, normalisers and statistics of each. `gradient` as in `forward`; `terms`
+    ``(teachers, 2, …)``, unless it is None, gets those of each.
     """
-    found: list[tuple[Tensor, TeacherRows, Tensor]] = []
+    losses: list[Tensor] = []
+    found = []
     others = None  # gradients of all teachers but the first
     for i in reversed(range(len(teachers))):
-        t, to = teachers[i], gradient if i == 0 or gradient is None else torch.empty_like(gradient)
-        operator = ops.defined_loss if t.kernel_id >= FIRST_DEFINED else ops.kd_loss
-        loss, weights, normalizers, stats = operator(
+        rows, ids, kd_mask, options, normalizers, kernel_id, kd, needs_labels = teachers[i]
+        to = gradient if i == 0 or gradient is None else torch.empty_like(gradient)
+        loss, *more = (ops.kd_loss if kernel_id < FIRST_DEFINED else ops.defined_loss)(
             student=student,
-            teacher=t.rows,
-            ids=t.ids,
+            teacher=rows,
+            ids=ids,
             labels=labels,
-            kd_mask=t.kd_mask,
-            options=t.options,
-            normalizers=t.normalizers,
+            kd_mask=kd_mask,
+            options=options,
+            normalizers=normalizers,
             gradient=to,
             terms=None if terms is None else terms[i],
             ignore_index=flags.ignore_index,
-            kernel_id=t.kernel_id,
+            kernel_id=kernel_id,
             transform=flags.transform,
-            kd=t.kd,
+            kd=kd,
             ce=flags.ce and i == 0,
-            needs_labels=t.needs_labels,
+            needs_labels=needs_labels,
             per_row=per_row,
             checked=checked,
         )
-        rows = TeacherRows(t.rows, None, None, t.ids, weights, t.options, normalizers, t.kernel_id)
-        found.append((loss, rows, stats))
+        losses.append(loss)
+        found.append(tuple(more))
         if i > 0 and to is not None:
             others = to if others is None else others.add_(to)
+    if len(losses) == 1:
+        return loss, found
     if gradient is not None and others is not None:
         gradient.add_(others)
-    found.reverse()
-    return _total([loss for loss, _, _ in found]), [rows for _, rows, _ in found], [stats for _, _, stats in found]
+    return _total(losses[::-1]), found[::-1]
 
 
 def loss_of(row_losses: Tensor, teachers: Sequence[TeacherRows], terms: Tensor | None, *, per_row: bool) -> Tensor:

@@ -78,8 +78,9 @@ def as_rows(student: Tensor, *teachers: Tensor) -> tuple[Tensor, list[Tensor], t
     Any shape whose leading dimensions collapse to two, such as ``logits[:, :-1]``, is seen without a copy.
     """
     if all([t.is_contiguous() for t in (student, *teachers)]):
-        grid = (1, math.prod(student.shape[:-1]))
-        return student, [t.detach().view(*grid, t.shape[-1]) for t in teachers], grid
+        count = student.shape[0] if student.dim() == 2 else math.prod(student.shape[:-1])
+        frozen = [t.detach() if t.requires_grad else t for t in teachers]
+        return student, [t.view(1, count, t.shape[-1]) for t in frozen], (1, count)
     sizes = [(i, size) for i, size in enumerate(student.shape[:-1]) if size != 1]
     splits = [
         k

@@ -20,7 +20,7 @@ from torch import Tensor
 from fusedkd.backends.block import TeacherRows
 
 
-def gradient_in_forward(student: Tensor, reduction: str, inplace: bool = False) -> bool:
+def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -> bool:
     """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
     its own memory. Hooks of saved tensors say where memory is short: a checkpoint would throw the gradient away, an
     offload would carry it besides both logits. Over the student's logits it takes no memory of its own.
@@ -28,7 +28,7 @@ def gradient_in_forward(student: Tensor, reduction: str, inplace: bool = False) 
     return (
         torch.is_grad_enabled()
         and student.requires_grad
-        and reduction != "none"
+        and not per_row
         and student.dtype != torch.float16
         and not torch.compiler.is_compiling()
         and (inplace or torch._C._autograd._top_saved_tensors_default_hooks(False) is None)

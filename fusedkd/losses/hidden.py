@@ -67,7 +67,9 @@ def cosine_hidden_loss(
         count = default if normalizer is None else normalizer
     divisor = real_tensor(count, student.device)
     divisor = torch.where(divisor <= 0, 1, divisor)
-    plan = Plan(grid=grid, per_row=reduction == "none", gradient_in_forward=gradient_in_forward(student, reduction))
+    plan = Plan(
+        grid=grid, per_row=reduction == "none", gradient_in_forward=gradient_in_forward(student, reduction == "none")
+    )
     loss: Tensor = CosineHiddenLossFunction.apply(student, teacher, weights, divisor, plan)
     return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
 

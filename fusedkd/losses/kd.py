@@ -12,17 +12,11 @@ from typing_extensions import Unpack
 from fusedkd import checks as check
 from fusedkd import teachers
 from fusedkd.backends import block
-from fusedkd.backends.block import Flags, WholeTeacher
+from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
 from fusedkd.backends.call import as_rows
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
-from fusedkd.losses.common import (
-    gradient_in_forward,
-    refuse_double_backward,
-    save_for_backward,
-    save_teachers,
-    saved_teachers,
-)
+from fusedkd.losses.common import gradient_in_forward, refuse_double_backward, save_for_backward
 from fusedkd.losses.inplace import overwritable
 from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import members, prepare
@@ -119,25 +113,23 @@ def kd_loss(
     if len(parts) > 1 and student.dtype in (torch.float16, torch.bfloat16):
         student = student.float()  # so that the gradients add up in float32 and are rounded once
     student, rows, grid = as_rows(student, *[part.known.logits() for part in parts])
-    reduction = first.rules.options["reduction"]
     inplace = inplace and len(parts) == 1
-    in_forward = gradient_in_forward(student, reduction, inplace)
+    in_forward = gradient_in_forward(student, first.rules.per_row, inplace)
     if inplace and in_forward:
         overwritable(student_logits, teacher=rows[0], ids=first.known.ids, labels=first.labels)
+    flags = first.flags
+    if len(parts) > 1:
+        flags = flags._replace(transform=any([part.flags.transform for part in parts]))
     plan = Plan(
         grid=grid,
-        per_row=reduction == "none",
+        per_row=first.rules.per_row,
         gradient_in_forward=in_forward,
         inplace=inplace and in_forward,
         return_terms=return_terms,
         checked=check.readable(student),
-        labels_read=any([part.rules.labels_read for part in parts]),
-        families=tuple([part.rules.family for part in parts]),
-        flags=Flags(
-            ignore_index=first.rules.options["ignore_index"],
-            transform=any([part.transform for part in parts]),
-            ce=first.rules.ce,
-        ),
+        labels_read=first.rules.labels_read or any([part.rules.labels_read for part in parts]),
+        families=[part.rules.family for part in parts],
+        flags=flags,
     )
     given = [field for part, each in zip(parts, rows, strict=True) for field in part.whole_teacher(each)]
     try:
@@ -166,7 +158,7 @@ class Plan(NamedTuple):
     """The operator looks at what labels and lists hold."""
     labels_read: bool
     """By a kernel."""
-    families: tuple[Divergence, ...]
+    families: list[Divergence]
     """Alive until backward: a divergence without a kernel is known by its number only."""
     flags: Flags
 
@@ -183,35 +175,30 @@ class KDLossFunction(torch.autograd.Function):
         given = WholeTeacher.unflatten(fields)
         shape = (*plan.grid, student.shape[-1])
         z = student.view(shape)
-        gradient = None
+        gradient = to = terms = None
         if plan.inplace:
-            gradient = student
+            to = z
         elif plan.gradient_in_forward:
             gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        terms = None
+            to = gradient.view(shape)
         if plan.return_terms:
             per_teacher = (2, z.shape[0] * z.shape[1]) if plan.per_row else (2,)
             terms = z.new_empty((len(given), *per_teacher), dtype=accumulation_dtype(z.dtype))
-        loss, teachers, stats = block.whole_loss(
-            z,
-            labels,
-            given,
-            plan.flags,
-            None if gradient is None else gradient.view(shape),
-            terms,
-            per_row=plan.per_row,
-            checked=plan.checked,
+        loss, found = block.whole_loss(
+            z, labels, given, plan.flags, to, terms, per_row=plan.per_row, checked=plan.checked
         )
-        ctx.plan, ctx.gradient, ctx.spent = plan, None if plan.inplace else gradient, False
+        ctx.plan, ctx.gradient, ctx.spent = plan, gradient, False
         ctx.set_materialize_grads(False)
         if plan.inplace:
             ctx.mark_dirty(student)
             save_for_backward(ctx, student)
-        else:
-            save_teachers(ctx, teachers, student, labels if plan.labels_read else None, *stats)
+            return loss, terms, student
+        of_teachers = [x for t, more in zip(given, found, strict=True) for x in (t.rows, t.ids, t.options, *more)]
+        save_for_backward(ctx, student, labels if plan.labels_read else None, *of_teachers)
+        ctx.kernel_ids = [t.kernel_id for t in given]
         if terms is not None:
             ctx.mark_non_differentiable(terms)
-        return loss, terms, student if plan.inplace else None
+        return loss, terms, None
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _terms: None, logits: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -229,8 +216,12 @@ class KDLossFunction(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None and check.readable(upstream) and upstream.item() == 1:
             return gradient, *unused
-        count = len(ctx.kernel_ids)
-        teachers, (student, labels, *stats) = saved_teachers(ctx, 2 + count)
+        student, labels, *of_teachers = ctx.saved_tensors
+        teachers, stats = [], []
+        for i, kernel_id in enumerate(ctx.kernel_ids):
+            rows, ids, options, row_weights, normalizers, its_stats = of_teachers[6 * i : 6 * i + 6]
+            teachers.append(TeacherRows(rows, None, None, ids, row_weights, options, normalizers, kernel_id))
+            stats.append(its_stats)
         z, upstream = student.view(*ctx.plan.grid, student.shape[-1]), upstream.contiguous()
         if gradient is None:
             gradient = block.backward(upstream, z, labels, teachers, stats, ctx.plan.flags)

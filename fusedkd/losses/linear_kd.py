@@ -128,15 +128,11 @@ def linear_kd_loss(
     given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
     bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
     plan = LinearPlan(
-        per_row=first.rules.options["reduction"] == "none",
+        per_row=first.rules.per_row,
         return_terms=return_terms,
         wanted=wanted,
         families=tuple([part.rules.family for part in parts]),
-        flags=Flags(
-            ignore_index=first.rules.options["ignore_index"],
-            transform=any([part.transform for part in parts]),
-            ce=first.rules.ce,
-        ),
+        flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
         tile=tiles.rows(bytes_per_row, lead.numel()),
         tile_dtype=tile_dtype,
         dtype=dtype,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd import teachers
-from fusedkd.backends.block import TeacherRows, WholeTeacher
+from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
 from fusedkd.backends.call import kept, pack
 from fusedkd.backends.layout import COUNTED, OPTIONS, Option, TopkKernelId
 from fusedkd.checks import Real
@@ -35,8 +35,11 @@ class Rules(NamedTuple):
     ce: bool
     needs_labels: bool
     """Whether the divergence does."""
-    transform: bool
-    """Soft-cap or scale the student's logits."""
+    labels_read: bool
+    """By a kernel."""
+    flags: Flags
+    """Of a teacher without a transform of its logits."""
+    per_row: bool
     constants: dict[torch.device, tuple[Tensor, Tensor | None]]
     """Real options and normalisers of a teacher without options of its own, once they are on a device."""
 
@@ -57,7 +60,8 @@ class Rules(NamedTuple):
         check.real("z_loss_weight", options["z_loss_weight"])
         transforms = {"logit_softcap": options["logit_softcap"], "logit_scale": options["logit_scale"]}
         _check_transforms(transforms)
-        kd = not _is(0, options["kd_weight"])
+        kd, ce = not _is(0, options["kd_weight"]), not _is(0, options["ce_weight"])
+        needs_labels, transform = kd and family.needs_labels, any([value is not None for value in transforms.values()])
         counted = tuple([COUNTED if each is None else each for each in given])
         normalizers = (1.0, 1.0) if reduction != "mean" else None if given == (None, None) else counted
         return cls(
@@ -67,16 +71,13 @@ class Rules(NamedTuple):
             temperatures=temperatures,
             normalizers=normalizers,  # type: ignore[arg-type]
             kd=kd,
-            ce=not _is(0, options["ce_weight"]),
-            needs_labels=kd and family.needs_labels,
-            transform=any([value is not None for value in transforms.values()]),
+            ce=ce,
+            needs_labels=needs_labels,
+            labels_read=ce or needs_labels,
+            flags=Flags(ignore_index=options["ignore_index"], transform=transform, ce=ce),
+            per_row=reduction == "none",
             constants={},
         )
-
-    @property
-    def labels_read(self) -> bool:
-        """Whether a kernel reads them."""
-        return self.ce or self.needs_labels
 
     def tensors(self, known: KnownTeacher, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Real options and normalisers as the operators take them."""
@@ -159,21 +160,14 @@ class Prepared(NamedTuple):
     labels: Tensor | None
     """``(N,)`` int64."""
     kd_mask: Tensor | None
-    transform: bool
-    """Soft-cap or scale the logits of either side."""
+    flags: Flags
 
     def whole_teacher(self, rows: Tensor) -> WholeTeacher:
         """What the operator kd_loss is given of the teacher's rows ``(B, L, C)``."""
         options, normalizers = self.rules.tensors(self.known, rows.device)
+        known, rules = self.known, self.rules
         return WholeTeacher(
-            rows=rows,
-            ids=self.known.ids,
-            kd_mask=self.kd_mask,
-            options=options,
-            normalizers=normalizers,
-            kernel_id=int(self.known.kernel_id),
-            kd=self.rules.kd,
-            needs_labels=self.rules.needs_labels,
+            rows, known.ids, self.kd_mask, options, normalizers, int(known.kernel_id), rules.kd, rules.needs_labels
         )
 
     def teacher_rows(
@@ -218,9 +212,9 @@ def prepare(
     """`student`: the logits, or any tensor of their shape, type and device."""
     family, options = rules.family, rules.options
     known = teachers.known(teacher, student, family, rules.coefficients, rules.temperatures, options["vocab_mismatch"])
-    transform = rules.transform
+    flags = rules.flags
     if known.softcap is not None or known.scale is not None:
-        transform = True
+        flags = flags._replace(transform=True)
         _check_transforms({"teacher.softcap": known.softcap, "teacher.scale": known.scale})
     columns = student.shape[-1]
     if columns == 1 and (family.temperature_power > 0 or rules.ce):
@@ -239,7 +233,7 @@ def prepare(
         check.class_indices(flat_labels)
         if rules.needs_labels:
             mask = _with_label(mask, flat_labels, known.columns, columns, options["ignore_index"])
-    return Prepared(known=known, rules=rules, labels=flat_labels, kd_mask=mask, transform=transform)
+    return Prepared(known=known, rules=rules, labels=flat_labels, kd_mask=mask, flags=flags)
 
 
 class Member(NamedTuple):
