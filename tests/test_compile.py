@@ -341,6 +341,9 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         cosine["normalizer"] = normalizers[0].clone()
         _, stats, gradient = forward(cosine)
         add_calls(cases, "cosine", cosine, stats, gradient, upstream, n)
+        whole = {"student": student, "teacher": teacher, "mask": mask, "normalizers": normalizers}
+        to = torch.full_like(gradient, torch.nan)
+        cases["cosine_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
     return cases
 
 

@@ -62,23 +62,6 @@ void kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional ids, 
             });
 }
 
-// Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.
-double mask_value(const void* data, ScalarType type, int64_t i) {
-  switch (type) {
-    case ScalarType::Float: return static_cast<const float*>(data)[i];
-    case ScalarType::Double: return static_cast<const double*>(data)[i];
-    case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
-    case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-    case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
-    case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
-    case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
-    case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
-    default: STD_TORCH_CHECK(false, "fusedkd: kd_mask must be bool, integer or floating point"); return 0;
-  }
-}
-
 // Whether a row has a column, of the list where there are ids, that is not −∞.
 bool known(const Rows& rows, int64_t i, const int64_t* ids) {
   for (int64_t j = 0; j < rows.columns; j++) {

@@ -84,6 +84,23 @@ const T* contiguous_data(const Tensor& t, ScalarType type, int64_t count, const 
   return static_cast<const T*>(t.data_ptr());
 }
 
+// Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.
+inline double mask_value(const void* data, ScalarType type, int64_t i) {
+  switch (type) {
+    case ScalarType::Float: return static_cast<const float*>(data)[i];
+    case ScalarType::Double: return static_cast<const double*>(data)[i];
+    case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
+    case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
+    case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
+    case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
+    case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
+    default: STD_TORCH_CHECK(false, "fusedkd: a mask must be bool, integer or floating point"); return 0;
+  }
+}
+
 // A new tensor, contiguous. (torch::stable::new_empty looks up its operator by name, which takes longer than a small
 // kernel.)
 inline Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {

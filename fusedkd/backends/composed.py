@@ -1,16 +1,19 @@
-"""The operator kd_loss of a backend in Python, made of its other operators."""
+"""The operators kd_loss and cosine_loss of a backend in Python, made of its other operators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd.backends.layout import TopkKernelId
 
 Operator = Callable[..., Any]
+
+ops = torch.ops.fusedkd
 
 
 def whole_loss(row_weights: Operator, forward: Operator, sums: Operator) -> Operator:
@@ -59,3 +62,28 @@ def whole_loss(row_weights: Operator, forward: Operator, sums: Operator) -> Oper
         return loss, weights, normalizers, stats
 
     return kd_loss
+
+
+def cosine_loss(
+    *,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    normalizers: Tensor,
+    gradient: Tensor | None,
+    per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = None
+    if mask is not None:
+        every_row = student.new_zeros(()).expand(1, len(mask), 1)
+        weights, normalizers = ops.kd_row_weights(
+            teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
+        )
+    else:
+        normalizers = torch.where(normalizers <= 0, 1, normalizers)
+    normalizer = normalizers[0].clone()  # no operator returns a view of what it is given
+    row_losses, stats = ops.cosine_forward(
+        student=student, teacher=teacher, weights=weights, normalizer=normalizer, gradient=gradient
+    )
+    loss = row_losses if per_row else row_losses.sum().div_(normalizer)
+    return loss, student.new_empty(0, dtype=torch.float32) if weights is None else weights, normalizer, stats

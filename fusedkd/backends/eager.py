@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends.call import Call
+from fusedkd.backends.composed import cosine_loss as cosine_loss
 from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import (
     COUNTED,

@@ -35,6 +35,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     wanted.
 ``cosine_*``        kd_forward and kd_backward for hidden states ``(B, L, H)``: row losses ``(N,)``: w·(1 − cos);
                     statistics ``(N, 3)``: both inverse norms, 1 − cos.
+``cosine_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
+                    normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
+                    float64, the first of those given as for kd_row_weights; statistics.
 """
 
 from __future__ import annotations
@@ -76,6 +79,8 @@ SCHEMAS = {
     "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
     " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     "cosine_forward": f"(*, {_COSINE}, Tensor(a!)? gradient) -> (Tensor, Tensor)",
+    "cosine_loss": "(*, Tensor student, Tensor teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
+    "bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
     "cosine_backward": f"(*, Tensor upstream, {_COSINE}, Tensor stats, Tensor(a!) gradient, bool skip_if_one) -> ()",
 }
 CLUSTER = (
@@ -134,6 +139,14 @@ def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("fusedkd::cosine_forward")
 def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return losses_and_stats(student, None, 3)
+
+
+@torch.library.register_fake("fusedkd::cosine_loss")
+def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_losses, stats = losses_and_stats(student, None, 3)
+    weights = student.new_empty(0 if mask is None else row_losses.shape[0], dtype=torch.float32)
+    loss = row_losses if per_row else row_losses.new_empty(())
+    return loss, weights, student.new_empty((), dtype=torch.float64), stats
 
 
 @torch.library.register_fake("fusedkd::kd_backward")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd import checks as check
 from fusedkd.backends.block import TeacherRows
 
 
@@ -33,6 +34,11 @@ def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -
         and not torch.compiler.is_compiling()
         and (inplace or torch._C._autograd._top_saved_tensors_default_hooks(False) is None)
     )
+
+
+def is_one(upstream: Tensor) -> bool:
+    """Whether the upstream gradient is known to be 1, for which the gradient lies there already."""
+    return check.readable(upstream) and upstream.item() == 1
 
 
 def save_for_backward(ctx: Any, *tensors: Any) -> None:

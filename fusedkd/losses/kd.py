@@ -16,7 +16,7 @@ from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
 from fusedkd.backends.call import as_rows
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
-from fusedkd.losses.common import gradient_in_forward, refuse_double_backward, save_for_backward
+from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_for_backward
 from fusedkd.losses.inplace import overwritable
 from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import members, prepare
@@ -214,7 +214,7 @@ class KDLossFunction(torch.autograd.Function):
         if ctx.plan.inplace:
             return _overwritten(ctx, upstream), *unused
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and check.readable(upstream) and upstream.item() == 1:
+        if gradient is not None and is_one(upstream):
             return gradient, *unused
         student, labels, *of_teachers = ctx.saved_tensors
         teachers, stats = [], []
