@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ def loss_of(row_losses: Tensor, teachers: Sequence[TeacherRows], terms: Tensor |
 
 
 def _total(losses: Sequence[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack([*losses]).sum(0)
+    return reduce(torch.add, losses)
 
 
 def forward(

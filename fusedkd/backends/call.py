@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -36,13 +36,19 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
     """
     if check.tracing():
         return torch.stack([real_tensor(value, device) for value in values])
-    given = [(i, value.detach()) for i, value in enumerate(values) if isinstance(value, Tensor)]
+    given = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     constant = _constant(tuple([0.0 if isinstance(value, Tensor) else float(value) for value in values]), device)
     if not given:
         return kept(constant)
     packed = constant.clone()
-    for i, value in given:
-        packed[i].copy_(value, non_blocking=device.type != "cpu")
+    for start in given:
+        if start > 0 and values[start] is values[start - 1]:
+            continue
+        stop = start + 1
+        while stop < len(values) and values[stop] is values[start]:
+            stop += 1
+        value = cast(Tensor, values[start]).detach()
+        packed[start:stop].copy_(value, non_blocking=device.type != "cpu")
     return packed
 
 

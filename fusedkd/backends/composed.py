@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import checks as check
+from fusedkd.backends.call import pack
 from fusedkd.backends.layout import TopkKernelId
 
 Operator = Callable[..., Any]
@@ -75,7 +76,7 @@ def cosine_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = None
     if mask is not None:
-        every_row = student.new_zeros(()).expand(1, len(mask), 1)
+        every_row = pack([0.0], student.device).expand(1, len(mask), 1)
         weights, normalizers = ops.kd_row_weights(
             teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
         )

@@ -119,9 +119,9 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     add up over the tiles and all of them wait for the upstream gradient, so that each is rounded once.
     """
     total = torch.promote_types(hidden.dtype, torch.float32)
-    d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=total)
+    d_hidden = hidden.new_empty(hidden.shape if wanted[0] else 0, dtype=total)
     d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
-    d_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=total)
+    d_bias = weight.new_empty(weight.shape[0] if wanted[2] else 0, dtype=total)
     return d_hidden, d_weight, d_bias
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from fusedkd import checks as check
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.call import as_rows
+from fusedkd.backends.call import as_rows, pack
 from fusedkd.backends.linear_loop import MOST_ROWS, row_bytes, tile_type
 from fusedkd.divergences import Divergence
 from fusedkd.losses.common import refuse_double_backward, save_for_backward, save_teachers, saved_teachers
@@ -184,7 +184,7 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
     """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
     head, bias = part.known.head or (None, None)
-    like = rows if head is None else rows.new_zeros(()).expand(1, count, 1)  # of a head, all rows count
+    like = rows if head is None else pack([0.0], rows.device).expand(1, count, 1)  # of a head, all rows count
     if not part.rules.kd and part.known.ids is None:  # nothing reads it
         rows, head, bias = rows[..., :0], None, None
     if head is not None and cast is not None and head.dtype != torch.float64:

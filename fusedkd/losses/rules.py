@@ -86,22 +86,31 @@ class Rules(NamedTuple):
         if keep and device in self.constants:
             constants, normalizers = self.constants[device]
             return kept(constants), None if normalizers is None else kept(normalizers)
-        found = (
-            pack(self.real_options(known), device),
-            None if self.normalizers is None else pack(self.normalizers, device),
-        )
+        options = pack(self.real_options(known), device)
+        if self.scale_follows:
+            torch.pow(options[Option.TEMPERATURE], self.family.temperature_power, out=options[Option.KD_SCALE])
+        found = options, None if self.normalizers is None else pack(self.normalizers, device)
         if keep:
             self.constants[device] = found
         return found
+
+    @property
+    def scale_follows(self) -> bool:
+        """Whether T^k is computed where T has arrived. (What is traced is computed before.)"""
+        T, power = self.options["temperature"], self.family.temperature_power
+        return isinstance(T, Tensor) and self.options["scale_by_t2"] and power > 0 and not check.tracing()
 
     def real_options(self, known: KnownTeacher) -> list[Real]:
         """The options tensor."""
         options, power = self.options, self.family.temperature_power
         student_temperature, teacher_temperature = self.temperatures if power > 0 else (1.0, 1.0)
+        scale: Real = 0.0
+        if not self.scale_follows:
+            scale = check.exact(options["temperature"]) ** power if options["scale_by_t2"] else 1.0
         values: dict[Option, Real | None] = {
             Option.TEMPERATURE: student_temperature,
             Option.TEACHER_TEMPERATURE: teacher_temperature,
-            Option.KD_SCALE: check.exact(options["temperature"]) ** power if options["scale_by_t2"] else 1.0,
+            Option.KD_SCALE: scale,
             Option.KD_WEIGHT: options["kd_weight"],
             Option.CE_WEIGHT: options["ce_weight"],
             Option.LABEL_SMOOTHING: options["label_smoothing"],
