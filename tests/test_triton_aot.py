@@ -28,7 +28,6 @@ from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, KernelId  # noqa: E402
 from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS, layout, resident_columns  # noqa: E402
 from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_backward_kernel, kd_forward_kernel  # noqa: E402
 from fusedkd.backends.triton.row_kernels import (  # noqa: E402
-    kd_counts_kernel,
     kd_row_weights_kernel,
     kd_terms_kernel,
 )
@@ -47,6 +46,7 @@ STRUCTURE = {
     "RESIDENT": False,
     "SPLIT": False,
     "STAGE": WHOLE,
+    "PER_ROW": False,
     "TEACHER_IN_PHASE": True,
     "GRADIENT_IN_PHASE": True,
 }
@@ -101,6 +101,7 @@ def compiled(
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64"}
     types |= {"upstream": real, "row_losses": real, "stats": real, "partials": real}
+    types |= {"loss": real, "terms": real, "ticket": "*i32"}
     names = {p.name for p in kernel.params}
     types, constants = ({name: x for name, x in given.items() if name in names} for given in (types, constants))
     return _compile(kernel, target, types, constants, options)
@@ -314,13 +315,9 @@ def test_a_row_that_starts_elsewhere_than_the_student() -> None:
 SMALL = {
     "weights": (
         kd_row_weights_kernel,
-        {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"},
-        {"BLOCK": 128},
-    ),
-    "counts": (
-        kd_counts_kernel,
-        {"weights": "*fp32", "labels": "*i64", "normalizers": "*fp64", "counts": "*fp64"},
-        {"SUM": True, "BLOCK": 8192},
+        {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"}
+        | {"normalizers": "*fp64", "counts": "*fp64", "partials": "*fp64", "ticket": "*i32"},
+        {"KD": True, "ROWS": 32, "BLOCK": 64},
     ),
     "terms": (
         kd_terms_kernel,
@@ -333,7 +330,7 @@ SMALL = {
 @pytest.mark.parametrize("target", [SM90, AMD], ids=describe)
 @pytest.mark.parametrize(("kernel", "pointers", "constants"), SMALL.values(), ids=SMALL.keys())
 def test_small_kernels(kernel: Any, pointers: dict, constants: dict, target: GPUTarget, tmp_path: Path) -> None:
-    warps = 1 if kernel is kd_row_weights_kernel else 16
+    warps = 4 if kernel is kd_row_weights_kernel else 16
     does_not_spill(_compile(kernel, target, pointers, dict(constants), {"num_warps": warps}), tmp_path)
 
 
@@ -360,7 +357,7 @@ def test_one_binary_serves_every_shape() -> None:
         "row_losses",
         "stats",
     }
-    pointers |= {"gradient", "partials"}
+    pointers |= {"gradient", "partials", "loss", "terms", "ticket"}
     for kernel in (kd_forward_kernel, kd_backward_kernel):
         assert specialised(kernel, pointers & {p.name for p in kernel.params}) == {"student", "teacher", "gradient"}
     for kernel, types, _ in SMALL.values():

@@ -17,8 +17,21 @@ Operator = Callable[..., Any]
 ops = torch.ops.fusedkd
 
 
-def whole_loss(row_weights: Operator, forward: Operator, sums: Operator) -> Operator:
-    """kd_row_weights, kd_forward and kd_terms, one after the other."""
+def in_turn(forward: Operator, sums: Operator) -> Operator:
+    """(loss, statistics) by kd_forward and kd_terms."""
+
+    def forward_loss(
+        *, gradient: Tensor | None, terms: Tensor | None, per_row: bool, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        row_losses, stats = forward(**inputs, gradient=gradient)
+        given = {"options": inputs["options"], "normalizers": inputs["normalizers"]}
+        return sums(**given, row_losses=row_losses, terms=terms, per_row=per_row), stats
+
+    return forward_loss
+
+
+def whole_loss(row_weights: Operator, forward_loss: Operator) -> Operator:
+    """kd_row_weights, and what computes loss and statistics after it."""
 
     def kd_loss(
         *,
@@ -47,7 +60,7 @@ def whole_loss(row_weights: Operator, forward: Operator, sums: Operator) -> Oper
                 check.listed_values(ids, teacher.flatten(0, 1), student.shape[2], kernel_id == TopkKernelId.SAMPLES)
         rows = {"teacher": teacher, "ids": ids, "ignore_index": ignore_index}
         weights, normalizers = row_weights(**rows, labels=labels, kd_mask=kd_mask, normalizers=normalizers, kd=kd)
-        row_losses, stats = forward(
+        loss, stats = forward_loss(
             **rows,
             student=student,
             labels=labels if labels_read else None,
@@ -58,8 +71,9 @@ def whole_loss(row_weights: Operator, forward: Operator, sums: Operator) -> Oper
             kernel_id=kernel_id,
             transform=transform,
             ce=ce,
+            terms=terms,
+            per_row=per_row,
         )
-        loss = sums(row_losses=row_losses, options=options, normalizers=normalizers, terms=terms, per_row=per_row)
         return loss, weights, normalizers, stats
 
     return kd_loss

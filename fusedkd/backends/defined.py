@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedkd.backends import eager
 from fusedkd.backends.call import rows_of
-from fusedkd.backends.composed import whole_loss
+from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import losses_and_stats
@@ -66,7 +66,7 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
         to[part] = call.gradient(upstream[part] if upstream.dim() else upstream, divergence(call)[1]).flatten(0, 1)
 
 
-kd_loss = whole_loss(ops.kd_row_weights, kd_forward, ops.kd_terms)
+kd_loss = whole_loss(ops.kd_row_weights, in_turn(kd_forward, ops.kd_terms))
 
 
 def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedkd.backends.call import Call
 from fusedkd.backends.composed import cosine_loss as cosine_loss
-from fusedkd.backends.composed import whole_loss
+from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.layout import (
     COUNTED,
     FINITE_GRADIENT,
@@ -192,7 +192,7 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
         gradient.copy_(call.gradient(upstream, call.divergence()[1]))
 
 
-kd_loss = whole_loss(kd_row_weights, kd_forward, kd_terms)
+kd_loss = whole_loss(kd_row_weights, in_turn(kd_forward, kd_terms))
 
 
 def cosine_forward(

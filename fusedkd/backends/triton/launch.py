@@ -1,5 +1,6 @@
 """The KD operators of :mod:`fusedkd.backends.schema` on Triton: outputs and launches. Nothing here waits for the GPU. A
-forward call is four launches: weights, their counts, the rows (three for split ones), the terms.
+forward call is two launches: weights and their counts; the rows and the loss (three for split ones; and one more for
+the loss of what `kd_cluster` answers).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -12,10 +13,11 @@ from torch import Tensor
 from fusedkd.backends.call import Call
 from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import Stat
-from fusedkd.backends.schema import losses_and_stats
+from fusedkd.backends.schema import losses_and_stats, weights_and_counts
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
-from fusedkd.backends.triton.row_kernels import kd_counts_kernel, kd_row_weights_kernel, kd_terms_kernel
+from fusedkd.backends.triton.result import Result, ticket
+from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel
 
 
 def kd_row_weights(
@@ -28,20 +30,35 @@ def kd_row_weights(
     kd: bool,
 ) -> tuple[Tensor, Tensor]:
     B, L, C = teacher.shape
-    weights = teacher.new_empty(B * L, dtype=torch.float32) if kd else teacher.new_zeros(B * L, dtype=torch.float32)
-    counts = teacher.new_empty(2, dtype=torch.float64)
-    summed = kd_mask is not None and kd_mask.is_floating_point()
+    weights, counts = weights_and_counts(teacher)
+    programs = max(1, triton.cdiv(B * L, ROWS))
     with torch.cuda.device_of(teacher):
-        if kd and B * L > 0:
-            strides = teacher.stride()[:2]
-            kd_row_weights_kernel[(B * L,)](
-                teacher, ids, labels, kd_mask, weights, ignore_index, L, C, *strides, BLOCK=128, num_warps=1, **FUSED
-            )
-        sizes = ignore_index, B * L
-        kd_counts_kernel[(1,)](
-            weights, labels, normalizers, counts, *sizes, SUM=summed, BLOCK=8192, num_warps=16, **FUSED
+        kd_row_weights_kernel[(programs,)](
+            teacher,
+            ids,
+            labels,
+            kd_mask,
+            normalizers,
+            weights,
+            counts,
+            teacher.new_empty(2, programs, dtype=torch.float64),
+            ticket(teacher.device),
+            ignore_index,
+            B * L,
+            L,
+            C,
+            *teacher.stride()[:2],
+            KD=kd,
+            ROWS=ROWS,
+            BLOCK=64,
+            num_warps=4,
+            **FUSED,
         )
     return weights, counts
+
+
+ROWS = 32
+"""Of a program of `kd_row_weights_kernel`, whose warps look at a cache line of each at a time."""
 
 
 def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Tensor | None, per_row: bool) -> Tensor:
@@ -63,13 +80,27 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
     return row_losses, stats
 
 
+def forward_loss(
+    *, gradient: Tensor | None, terms: Tensor | None, per_row: bool, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """kd_forward and kd_terms, if possible in one launch."""
+    call = Call(**inputs)
+    row_losses, stats = losses_and_stats(call.student, 2, len(Stat))
+    loss = row_losses.new_empty((row_losses.shape[1],) if per_row else ())
+    result = Result(loss, terms, None if per_row else ticket(loss.device), per_row)
+    if _launch(call, stats, row_losses=row_losses, result=result, gradient=gradient):
+        return loss, stats
+    return kd_terms(row_losses, call.options, call.normalizers, terms, per_row), stats
+
+
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     _launch(Call(**inputs), stats, upstream=upstream, gradient=gradient, skip_if_one=skip_if_one)
 
 
-kd_loss = whole_loss(kd_row_weights, kd_forward, kd_terms)
+kd_loss = whole_loss(kd_row_weights, forward_loss)
 
 
-def _launch(call: Call, stats: Tensor, **outputs: Any) -> None:
-    if call.student.shape[0] * call.student.shape[1] > 0:
-        (kd if call.ids is None else topk).launch(call, stats, **outputs)
+def _launch(call: Call, stats: Tensor, **outputs: Any) -> bool:
+    if call.student.shape[0] * call.student.shape[1] == 0:
+        return False
+    return (kd if call.ids is None else topk).launch(call, stats, **outputs)
