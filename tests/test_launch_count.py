@@ -22,6 +22,7 @@ if INTERPRETED:
 
 import gpu_stub
 
+from fusedkd import TeacherHead, TeacherTopK, cosine_hidden_loss, kd_loss, linear_kd_loss
 from fusedkd import checks as check
 from fusedkd.backends import composed, linear_loop
 from fusedkd.backends.triton import launch
@@ -73,14 +74,84 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def counts(
-    step: Callable[[], tuple[list[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[str], dict[str, int], Counter[str]]:
-    """(launches, operations, all of PyTorch's) of the second of two steps, forward and backward."""
+def cost(
+    loss: Callable[[], Tensor], leaves: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], dict[str, int], int]:
+    """(launches, operations, products) of the second of two steps, forward and backward."""
     with gpu_stub.gpu() as launches, as_on_a_gpu(monkeypatch):
         for _ in range(2):
             launches.clear()
             with Count() as count:
-                leaves, loss = step()
-                torch.autograd.grad(loss, leaves)
-    return [each.kernel for each in launches], count.operations(), count.seen
+                torch.autograd.grad(loss(), leaves)
+    products = sum(count.seen[name] for name in PRODUCTS)
+    return [each.kernel.removesuffix("_kernel") for each in launches], count.operations(), products
+
+
+STUDENT, TEACHER = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
+LABELS, MASK, TWO = torch.arange(N), torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor(2.0)
+LISTED = TeacherTopK(*reversed(TEACHER.log_softmax(-1).topk(4)))
+OPTIONS: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.5}
+ONE = {"ones_like": 1}  # the upstream gradient, by autograd
+
+KD = {
+    "numbers": ({}, ONE),
+    "terms": ({"return_terms": True}, ONE),
+    "a mask": ({"kd_mask": MASK}, ONE),
+    "normalizers": ({"kd_normalizer": 7, "ce_normalizer": 9}, ONE),
+    "sum": ({"reduction": "sum"}, ONE),
+    "temperature": ({"temperature": TWO}, ONE | {"clone": 1, "copy_": 1, "pow": 1}),
+    "a normalizer": ({"kd_normalizer": TWO}, ONE | {"clone": 1, "copy_": 1}),
+}
+"""Options, and the operations of the call. A tensor among them is written into a copy of the numbers."""
+
+
+@pytest.mark.parametrize("name", KD)
+def test_kd_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, expected = KD[name]
+
+    def loss() -> Tensor:
+        found = kd_loss(STUDENT, TEACHER, LABELS, **{**OPTIONS, **options})
+        return found[0] if isinstance(found, tuple) else found
+
+    launches, operations, products = cost(loss, [STUDENT], monkeypatch)
+    assert launches == ["kd_row_weights", "kd_forward", "kd_backward"]
+    assert (operations, products) == (expected, 0)
+
+
+def test_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches, operations, _ = cost(lambda: kd_loss(STUDENT, LISTED, LABELS, ce_weight=0.5), [STUDENT], monkeypatch)
+    assert launches == ["kd_row_weights", "topk_forward", "topk_backward"]
+    assert operations == ONE | {"new_zeros": 1}  # a bit per column
+
+
+def test_two_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of the losses and of the gradients; the upstream gradient is multiplied."""
+    teachers = [TEACHER, LISTED]
+    launches, operations, _ = cost(lambda: kd_loss(STUDENT, teachers, LABELS, ce_weight=0.5), [STUDENT], monkeypatch)
+    assert launches == ["kd_row_weights", "topk_forward", "kd_row_weights", "kd_forward"]
+    assert operations == ONE | {"new_zeros": 1, "add": 1, "add_": 1, "mul_": 1}
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 7), (torch.bfloat16, 8)], ids=str)
+def test_linear_kd_loss(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one tile: which rows have a term, those without set to 0, two gradients times the upstream one; in 16 bits the
+    logits' gradient is rounded for the products.
+    """
+    hidden, weight = (torch.randn(n, H).to(dtype).requires_grad_() for n in (N, V))
+    head = TeacherHead(torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype))
+    launches, operations, products = cost(
+        lambda: linear_kd_loss(hidden, weight, head, LABELS, **OPTIONS), [hidden, weight], monkeypatch
+    )
+    assert launches == ["kd_row_weights", "kd_forward", "kd_terms"]
+    assert sum(operations.values()) == most, operations
+    assert products == 4
+
+
+def test_cosine_hidden_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = {"cosine_forward": 1, "cosine_backward": 1}
+    for mask, launched, more in ((None, [], {"le": 1, "where": 1}), (MASK, ["kd_row_weights"], {})):
+        launches, operations, _ = cost(
+            lambda mask=mask: cosine_hidden_loss(STUDENT, TEACHER, mask), [STUDENT], monkeypatch
+        )
+        assert launches == launched
+        assert operations == ONE | kernels | {"sum": 1, "div_": 1, "clone": 1} | more

@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_cases import INF, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
+from triton_cases import INF, KERNELS, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
 
 from fusedkd.backends import eager
 from fusedkd.backends.layout import COUNTED, KernelId, TopkKernelId
-from fusedkd.backends.triton import choice, kd, launch
+from fusedkd.backends.triton import choice, kd, last, launch
 from fusedkd.backends.triton import math as helpers
 from fusedkd.divergences import ForwardKL, ReverseKL
 
@@ -93,47 +93,47 @@ def test_terms(n: int) -> None:
     assert terms[0] == INF
 
 
-@pytest.mark.parametrize("columns", [257, 5000])
+@pytest.mark.parametrize(
+    ("kernel", "per_row"), [("resident", True), ("whole", False), ("split", False), ("top-k", False)]
+)
+def test_loss_in_one_launch(kernel: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever kernel the rows have."""
+    monkeypatch.setattr(kd, "choose", lambda *_: (kernel, KERNELS.get(kernel)))
+    student, teacher = (x.float() for x in logits(257, b=B))
+    if kernel == "top-k":
+        ids = torch.arange(8).repeat(B * L, 1)
+        known = {"teacher": teacher[..., :8].log_softmax(-1), "ids": ids, "kernel_id": TopkKernelId.BUCKET}
+    else:
+        known = {"teacher": teacher, "ids": None, "kernel_id": KernelId.JEFFREYS}
+    given = {"student": student, "labels": torch.tensor(LABELS), "kd_mask": MASKS[3], **known}
+    given |= {"options": options_for(ReverseKL(), 2.0, (0.6, 0.8)), "normalizers": None, "gradient": None}
+    given |= {"ignore_index": -100, "transform": False, "kd": True, "ce": True}
+    given |= {"needs_labels": False, "per_row": per_row, "checked": False}
+    terms, truth = (torch.full((2, B * L) if per_row else (2,), NAN) for _ in range(2))
+    loss, *_ = launch.kd_loss(**given, terms=terms)
+    expected, *_ = eager.kd_loss(**given, terms=truth)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms, truth, rtol=1e-5, atol=1e-6)
+
+
+@triton.jit
+def sums_kernel(x, values, ticket, out, BLOCK: tl.constexpr):
+    kd = tl.load(x + tl.program_id(0))
+    if last.is_last(values, kd, 2.0 * kd, ticket):
+        a, b = last.totals(values, BLOCK)
+        tl.store(out, a)
+        tl.store(out + 1, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_loss_in_one_launch(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernels for short, long and, on a device of many processors, split rows."""
-    student, teacher = (x.to(dtype) for x in logits(columns, b=B))
-    for processors in (1, 100):
-        monkeypatch.setattr(kd, "describe", lambda _, n=processors: choice.Device(n, False, False))
-        for labels, mask, ids in ((LABELS, MASKS[3], None), (None, None, torch.arange(8).repeat(6, 1))):
-            listed = {"teacher": teacher[..., :8].log_softmax(-1), "kernel_id": TopkKernelId.BUCKET}
-            known = {"teacher": teacher, "kernel_id": KernelId.JEFFREYS} if ids is None else listed
-            y = None if labels is None else torch.tensor(labels)
-            given = {"student": student, "ids": ids, "labels": y, "kd_mask": mask, **known}
-            given |= {"options": options_for(ReverseKL(), 2.0, (0.6, 0.8)), "normalizers": None, "gradient": None}
-            given |= {"ignore_index": -100, "transform": False, "kd": True, "ce": y is not None}
-            for per_row in (False, True):
-                terms, truth = (torch.full((2, B * L) if per_row else (2,), NAN, dtype=dtype) for _ in range(2))
-                given |= {"needs_labels": False, "per_row": per_row, "checked": False}
-                loss, *_ = launch.kd_loss(**given, terms=terms)
-                expected, *_ = eager.kd_loss(**given, terms=truth)
-                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-                torch.testing.assert_close(terms, truth, rtol=1e-5, atol=1e-6)
-                assert torch.equal(launch.kd_loss(**given, terms=None)[0], loss)
-
-
-def test_sums_of_many_programs() -> None:
+def test_sums_of_all_programs(dtype: torch.dtype) -> None:
     """More than are added up at a time; and again, which finds the counter at 0."""
-    teacher, mask = torch.zeros(1, 40_000, 2), torch.arange(40_000) / 7
-    student = torch.stack([mask.remainder(3), mask.remainder(1)], -1)[None]
-    for n in (40_000, 601, 1):
-        weights, counts = launch.kd_row_weights(
-            teacher[:, :n], None, labels=None, kd_mask=mask[:n], normalizers=None, ignore_index=-100, kd=True
-        )
-        assert torch.equal(weights, mask[:n])
-        assert counts[0] == max(mask[:n].double().sum(), n == 1)
-        if n < 1000:
-            inputs = {"student": student[:, :n], "teacher": teacher[:, :n], "ids": None, "labels": None}
-            inputs |= {"row_weights": weights, "options": options_for(ForwardKL()), "normalizers": counts}
-            inputs |= {"ignore_index": -100, "kernel_id": KernelId.FORWARD_KL, "transform": False, "ce": False}
-            loss, _ = launch.forward_loss(**inputs, gradient=None, terms=None, per_row=False)
-            rows, _ = eager.kd_forward(**inputs, gradient=None)
-            torch.testing.assert_close(loss, eager.kd_terms(rows, inputs["options"], counts, None, False))
+    x, ticket = torch.rand(11, dtype=dtype) - 0.5, torch.zeros(1, dtype=torch.int32)
+    for n in (11, 3, 1):
+        values, out = torch.full((2, n), NAN, dtype=dtype), torch.full((2,), NAN, dtype=torch.float64)
+        sums_kernel[(n,)](x, values, ticket, out, BLOCK=4)
+        torch.testing.assert_close(out, torch.stack([x[:n].double().sum(), 2 * x[:n].double().sum()]))
+        assert ticket == 0
 
 
 def test_no_rows() -> None:

@@ -11,16 +11,11 @@ from fusedkd.backends.triton.layout import CE_WEIGHT, KD_WEIGHT
 
 
 @triton.jit
-def bits_of(dtype: tl.constexpr):
-    return tl.int64 if dtype == tl.float64 else tl.int32
-
-
-@triton.jit
 def is_last(values, kd, ce, ticket):
     """Leave kd and ce in the program's place of values [2, programs]; whether all others have done so. `ticket`: int32,
     0, and again when the launch is done.
     """
-    INTEGER: tl.constexpr = bits_of(values.dtype.element_ty)
+    INTEGER: tl.constexpr = tl.int64 if values.dtype.element_ty == tl.float64 else tl.int32
     programs = tl.num_programs(0)
     to = values.to(tl.pointer_type(INTEGER), bitcast=True) + tl.program_id(0)
     tl.atomic_xchg(to, kd.to(values.dtype.element_ty).to(INTEGER, bitcast=True))
@@ -34,7 +29,7 @@ def is_last(values, kd, ce, ticket):
 @triton.jit
 def totals(values, BLOCK: tl.constexpr):
     """Both sums in float64, by the last program."""
-    INTEGER: tl.constexpr = bits_of(values.dtype.element_ty)
+    INTEGER: tl.constexpr = tl.int64 if values.dtype.element_ty == tl.float64 else tl.int32
     programs = tl.num_programs(0)
     bits = values.to(tl.pointer_type(INTEGER), bitcast=True)
     b_kd = tl.zeros([BLOCK], tl.float64)
