@@ -105,8 +105,8 @@ def test_operators_of_one_step() -> None:
     it, and views."""
     leaf, views = STUDENT.clone().requires_grad_(), {"view", "detach", "alias", "_unsafe_view"}
     options: dict[str, Any] = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.5}
-    kd_loss(leaf, TEACHER, LABELS, **options)
     for more in ({}, {"return_terms": True}, {"kd_mask": LABELS}, {"divergence": JSD(0.3)}, {"kd_normalizer": 3}):
+        kd_loss(leaf, TEACHER, LABELS, **options, **more)  # numbers become a tensor once
         with Operations() as seen:
             found = kd_loss(leaf, TEACHER, LABELS, **options, **more)
             (found[0] if isinstance(found, tuple) else found).backward()

@@ -45,7 +45,7 @@ def kd_row_weights(
             ticket(teacher.device),
             ignore_index,
             B * L,
-            L,
+            max(L, 1),  # by which is divided
             C,
             *teacher.stride()[:2],
             KD=kd,
