@@ -131,9 +131,15 @@ def kd_loss(
         families=[part.rules.family for part in parts],
         flags=flags,
     )
-    given = [field for part, each in zip(parts, rows, strict=True) for field in part.whole_teacher(each)]
+    teachers: list[Any] = [part.whole_teacher(each) for part, each in zip(parts, rows, strict=True)]
     try:
-        loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, *given)
+        if torch.compiler.is_compiling():  # a compiled graph sees tensors among the arguments alone
+            fields = [field for each in teachers for field in each]
+            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, *fields)
+        elif student.requires_grad and torch.is_grad_enabled():  # fewer arguments take less time
+            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, teachers)
+        else:
+            loss, terms, _, _ = plan.run(student, first.labels, teachers)
     except RuntimeError:
         if plan.checked:
             for part in parts:
@@ -162,31 +168,38 @@ class Plan(NamedTuple):
     """Alive until backward: a divergence without a kernel is known by its number only."""
     flags: Flags
 
+    def run(
+        self, student: Tensor, labels: Tensor | None, teachers: list[WholeTeacher]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor, Tensor]]]:
+        """(loss, terms or None, gradient unless it is the student's memory, what `block.whole_loss` found)."""
+        shape = (*self.grid, student.shape[-1])
+        z = student.view(shape)
+        gradient = to = terms = None
+        if self.inplace:
+            to = z
+        elif self.gradient_in_forward:
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+            to = gradient.view(shape)
+        if self.return_terms:
+            per_teacher = (2, z.shape[0] * z.shape[1]) if self.per_row else (2,)
+            terms = z.new_empty((len(teachers), *per_teacher), dtype=accumulation_dtype(z.dtype))
+        loss, found = block.whole_loss(
+            z, labels, teachers, self.flags, to, terms, per_row=self.per_row, checked=self.checked
+        )
+        return loss, terms, gradient, found
+
 
 class KDLossFunction(torch.autograd.Function):
     """(loss, terms ``(teachers, 2, …)`` for logging or None, logits): with ``inplace`` the overwritten logits, else
-    None. The teachers come as their fields, one after the other.
+    None. The teachers come as a list, or as their fields, one after the other.
     """
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, labels: Tensor | None, plan: Plan, *fields: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        given = WholeTeacher.unflatten(fields)
-        shape = (*plan.grid, student.shape[-1])
-        z = student.view(shape)
-        gradient = to = terms = None
-        if plan.inplace:
-            to = z
-        elif plan.gradient_in_forward:
-            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-            to = gradient.view(shape)
-        if plan.return_terms:
-            per_teacher = (2, z.shape[0] * z.shape[1]) if plan.per_row else (2,)
-            terms = z.new_empty((len(given), *per_teacher), dtype=accumulation_dtype(z.dtype))
-        loss, found = block.whole_loss(
-            z, labels, given, plan.flags, to, terms, per_row=plan.per_row, checked=plan.checked
-        )
+        given: list[WholeTeacher] = fields[0] if len(fields) == 1 else WholeTeacher.unflatten(fields)
+        loss, terms, gradient, found = plan.run(student, labels, given)
         ctx.plan, ctx.gradient, ctx.spent = plan, gradient, False
         ctx.set_materialize_grads(False)
         if plan.inplace:
