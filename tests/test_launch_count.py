@@ -114,13 +114,13 @@ def test_kd_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return found[0] if isinstance(found, tuple) else found
 
     launches, operations, products = cost(loss, [STUDENT], monkeypatch)
-    assert launches == ["kd_row_weights", "kd_forward", "kd_backward"]
+    assert launches == ["kd_row_weights", "kd_forward", "kd_terms", "kd_backward"]
     assert (operations, products) == (expected, 0)
 
 
 def test_top_k(monkeypatch: pytest.MonkeyPatch) -> None:
     launches, operations, _ = cost(lambda: kd_loss(STUDENT, LISTED, LABELS, ce_weight=0.5), [STUDENT], monkeypatch)
-    assert launches == ["kd_row_weights", "topk_forward", "topk_backward"]
+    assert launches == ["kd_row_weights", "topk_forward", "kd_terms", "topk_backward"]
     assert operations == ONE | {"new_zeros": 1}  # a bit per column
 
 
@@ -128,7 +128,7 @@ def test_two_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of the losses and of the gradients; the upstream gradient is multiplied."""
     teachers = [TEACHER, LISTED]
     launches, operations, _ = cost(lambda: kd_loss(STUDENT, teachers, LABELS, ce_weight=0.5), [STUDENT], monkeypatch)
-    assert launches == ["kd_row_weights", "topk_forward", "kd_row_weights", "kd_forward"]
+    assert launches == ["kd_row_weights", "topk_forward", "kd_terms", "kd_row_weights", "kd_forward", "kd_terms"]
     assert operations == ONE | {"new_zeros": 1, "add": 1, "add_": 1, "mul_": 1}
 
 

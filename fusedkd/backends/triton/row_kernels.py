@@ -4,7 +4,8 @@
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.last import is_last, totals, weighted_sum
+from fusedkd.backends.triton.last import is_last, totals
+from fusedkd.backends.triton.layout import CE_WEIGHT, KD_WEIGHT
 from fusedkd.backends.triton.math import INFINITY
 
 
@@ -98,6 +99,8 @@ def kd_terms_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sums: one program, in float64."""
+    kd_weight = tl.load(real_options + KD_WEIGHT)
+    ce_weight = tl.load(real_options + CE_WEIGHT)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if PER_ROW:
         b_kd = tl.load(row_losses + i, i < N, other=0.0).to(tl.float64)
@@ -110,7 +113,7 @@ def kd_terms_kernel(
             b_ce += tl.load(row_losses + N + start + i, start + i < N, other=0.0).to(tl.float64)
         b_kd = tl.sum(b_kd, 0) / tl.load(normalizers)
         b_ce = tl.sum(b_ce, 0) / tl.load(normalizers + 1)
-    b_loss = weighted_sum(b_kd, b_ce, real_options)
+    b_loss = tl.where(kd_weight == 0, 0.0, kd_weight * b_kd) + tl.where(ce_weight == 0, 0.0, ce_weight * b_ce)
     if PER_ROW:
         tl.store(loss + i, b_loss, i < N)
         if terms is not None:

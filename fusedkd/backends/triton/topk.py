@@ -10,7 +10,6 @@ from torch import Tensor
 from fusedkd.backends.call import Call
 from fusedkd.backends.layout import TopkKernelId
 from fusedkd.backends.triton.choice import FUSED
-from fusedkd.backends.triton.result import NO_RESULT, Result
 from fusedkd.backends.triton.row import UNIT, aligned, in_phase
 from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
 
@@ -37,14 +36,11 @@ def launch(
     call: Call,
     stats: Tensor,
     row_losses: Tensor | None = None,
-    result: Result = NO_RESULT,
     upstream: Tensor | None = None,
     gradient: Tensor | None = None,
     skip_if_one: bool = False,
-) -> bool:
-    """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone. Whether
-    `result` is there.
-    """
+) -> None:
+    """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone."""
     B, L, V = call.student.shape
     K = call.teacher.shape[2]
     student, (student_o, student_b, student_l) = aligned(call.student)
@@ -83,12 +79,9 @@ def launch(
             assert upstream is not None
             stride = upstream.stride(0) if upstream.dim() else 0
             topk_backward_kernel[(B * L,)](**given, upstream=upstream, upstream_stride=stride, SKIP_IF_ONE=skip_if_one)
-            return False
+            return
         marks, words = None, 0
         if call.kernel_id in MARKED:
             words = triton.cdiv(V + UNIT.value, 1024) * 32  # rows on cache lines of their own
             marks = call.student.new_zeros(B * L, words, dtype=torch.int32)
-        topk_forward_kernel[(B * L,)](
-            **given, row_losses=row_losses, marks=marks, marks_stride=words, **result._asdict()
-        )
-    return True
+        topk_forward_kernel[(B * L,)](**given, row_losses=row_losses, marks=marks, marks_stride=words)
