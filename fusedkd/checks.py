@@ -25,6 +25,9 @@ PADDING_SHARE = 8
 """And by at most one column in so many, unless the larger one is the smaller rounded up as heads are."""
 PADDED_TO = (64, 128, 256)
 
+ANY_CLASS = 1 << 62
+"""Of labels that no kernel reads: they only say which rows count."""
+
 TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
@@ -104,9 +107,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool) -> Tensor:
+def listed(name: str, ids: Tensor, values: Tensor, student: Tensor) -> Tensor:
     """Column numbers ``(*, K)`` that go with the floating-point `values` called `name`, as int64 ``(N, K)``. Which they
-    are is checked on the CPU alone.
+    are is another question: see `listed_values`.
     """
     float_rows(name, values, like=student)
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
@@ -118,22 +121,29 @@ def listed(name: str, ids: Tensor, values: Tensor, student: Tensor, unique: bool
         raise ValueError(f"ids must be on the student's device {student.device}, not on {ids.device}")
     if ids.shape[-1] > MAX_LISTED:
         raise ValueError(f"ids must list at most {MAX_LISTED} columns per row, not {ids.shape[-1]}")
-    if readable(ids):
-        wrong = ids[(ids < -1) | (ids >= student.shape[-1])]
-        if wrong.numel():
-            raise ValueError(f"ids must be −1 (padding) or in [0, {student.shape[-1]}), but one is {wrong[0].item()}")
-        order = ids.sort(-1).values
-        if unique and ((order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)).any():
-            raise ValueError("ids must list a column at most once per row, but some row repeats one")
-        if not unique and (values < 0).any():
-            raise ValueError(f"{name} must be at least 0, but one is {values.min().item()}")
-        rounding = max(1e-3, 16 * torch.finfo(values.dtype).eps)
-        if unique and (values > rounding).any() and (positive := values[(values > rounding) & (ids >= 0)]).numel():
-            raise ValueError(
-                f"{name} must be log-probabilities, at most 0, but one is {positive[0].item():g}: logits need a "
-                "log_softmax over the whole vocabulary first, probabilities a log"
-            )
     return ids.reshape(-1, ids.shape[-1]).to(torch.int64).contiguous()
+
+
+def listed_values(ids: Tensor, values: Tensor, columns: int, sampled: bool) -> None:
+    """Ids and values ``(N, K)`` on a CPU that are what a list of so many columns may hold: weights of a sample, or
+    log-probabilities. (The C++ operator finds out the same in one pass, and leaves the sentence to this.)
+    """
+    wrong = ids[(ids < -1) | (ids >= columns)]
+    if wrong.numel():
+        raise ValueError(f"ids must be −1 (padding) or in [0, {columns}), but one is {wrong[0].item()}")
+    if sampled:
+        if (values < 0).any():
+            raise ValueError(f"weights must be at least 0, but one is {values.min().item()}")
+        return
+    order = ids.sort(-1).values
+    if ((order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)).any():
+        raise ValueError("ids must list a column at most once per row, but some row repeats one")
+    rounding = max(1e-3, 16 * torch.finfo(values.dtype).eps)
+    if (values > rounding).any() and (positive := values[(values > rounding) & (ids >= 0)]).numel():
+        raise ValueError(
+            f"logprobs must be log-probabilities, at most 0, but one is {positive[0].item():g}: logits need a "
+            "log_softmax over the whole vocabulary first, probabilities a log"
+        )
 
 
 def readable(tensor: Tensor) -> bool:
@@ -143,10 +153,14 @@ def readable(tensor: Tensor) -> bool:
 
 def traced(tensor: Tensor) -> bool:
     """Whether it stands for tensors to come: something compiles or traces, or it is fake."""
-    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES
+    return tracing() or isinstance(tensor, FakeTensor)
+
+
+def tracing() -> bool:
+    """Whether something compiles or traces, so that a tensor which is made now is not one to keep."""
+    return torch.compiler.is_compiling() or (
+        torch._C._len_torch_dispatch_stack() > 0
+        and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES)
     )
 
 
@@ -221,24 +235,24 @@ def row_vector(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | No
         raise TypeError(f"{name} must be bool, integer or floating point, not {tensor.dtype}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient: it gets none, so detach it")
-    return tensor.reshape(-1).contiguous()
+    return (tensor if tensor.dim() == 1 else tensor.reshape(-1)).contiguous()
 
 
-def class_indices(labels: Tensor | None, classes: int, ignore_index: int) -> None:
-    """int64 labels, in range where that can be seen without waiting for a device."""
-    if labels is None:
-        return
-    if labels.dtype != torch.int64:
+def class_indices(labels: Tensor | None) -> None:
+    if labels is not None and labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, not {labels.dtype}")
-    if readable(labels) and labels.numel():
-        least, most = labels.aminmax()
-        if least.item() >= 0 and most.item() < classes:
-            return
-        wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
-        if wrong.numel():
-            raise ValueError(
-                f"labels must be {ignore_index} (ignored) or in [0, {classes}), but one is {wrong[0].item()}"
-            )
+
+
+def class_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
+    """Labels on a CPU that are ignored or in range. (The C++ operator leaves the sentence to this, as for a list.)"""
+    if labels is None or not labels.numel():
+        return
+    least, most = labels.aminmax()
+    if least.item() >= 0 and most.item() < classes:
+        return
+    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if wrong.numel():
+        raise ValueError(f"labels must be {ignore_index} (ignored) or in [0, {classes}), but one is {wrong[0].item()}")
 
 
 def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -198,12 +198,13 @@ def known(
     teacher: Teacher,
     student: Tensor,
     family: Divergence,
+    coefficients: Sequence[Real],
     temperatures: tuple[Real, Real],
     vocab_mismatch: str,
     columns: int,
 ) -> KnownTeacher:
-    """The teacher of these student logits, checked. ``temperatures``: the student's and the teacher's; ``columns``: the
-    student's, of which the logits may be a shard.
+    """The teacher of these student logits, checked. ``coefficients``: the family's; ``temperatures``: the student's and
+    the teacher's; ``columns``: the student's, of which the logits may be a shard.
     """
     if columns != student.shape[-1] and isinstance(teacher, TeacherTopK | TeacherSamples):
         student = student.new_empty(()).expand(*student.shape[:-1], columns)  # ids count over all columns
@@ -217,7 +218,7 @@ def known(
                 "teacher_temperature must be the student's for TeacherSamples, whose weights are of the temperature at "
                 "which they were drawn, but they are {} and {}".format(*temperatures[::-1])
             )
-        ids = check.listed("weights", teacher.ids, teacher.weights, student, unique=False)
+        ids = check.listed("weights", teacher.ids, teacher.weights, student)
         return KnownTeacher(teacher.weights.contiguous(), ids, TopkKernelId.SAMPLES, ())
     if family.temperature_power == 0 and any(not isinstance(t, Tensor) and t != 1 for t in temperatures):
         both = "the student's is {}, the teacher's {}".format(*temperatures)
@@ -225,13 +226,16 @@ def known(
     kernel_id = defined.number(family) if family.kernel_id is None else int(family.kernel_id)
     if isinstance(teacher, TeacherHead):
         head = _head(teacher, student, vocab_mismatch)
-        coefficients = family.coefficients()
         return KnownTeacher(teacher.hidden, None, kernel_id, coefficients, teacher.softcap, teacher.scale, head)
-    form = teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
-    check.float_rows("teacher", form.logits, like=student)
-    check.vocabularies(student.shape[-1], form.logits.shape[-1], vocab_mismatch, bare=form is not teacher)
-    rows = form.logits[..., : student.shape[-1]]
-    return KnownTeacher(rows, None, kernel_id, family.coefficients(), form.softcap, form.scale)
+    form = teacher if isinstance(teacher, TeacherLogits) else None
+    rows: Any = teacher if form is None else form.logits
+    check.float_rows("teacher", rows, like=student)
+    check.vocabularies(student.shape[-1], rows.shape[-1], vocab_mismatch, bare=form is None)
+    if rows.shape[-1] > student.shape[-1]:
+        rows = rows[..., : student.shape[-1]]
+    if form is None:
+        return KnownTeacher(rows, None, kernel_id, coefficients)
+    return KnownTeacher(rows, None, kernel_id, coefficients, form.softcap, form.scale)
 
 
 def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[Tensor, Tensor | None]:
@@ -244,7 +248,7 @@ def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[T
 
 
 def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> KnownTeacher:
-    ids = check.listed("logprobs", teacher.ids, teacher.logprobs, student, unique=True)
+    ids = check.listed("logprobs", teacher.ids, teacher.logprobs, student)
     if family.name not in ("forward_kl", "reverse_kl"):
         raise ValueError(f"TeacherTopK serves forward_kl and reverse_kl; {family.name} needs the teacher's logits")
     if teacher.tail not in TAILS:

@@ -114,7 +114,7 @@ def test_only_what_is_needed_is_computed(device: str) -> None:
     def forwards(**options) -> list[bool]:
         with operator_calls() as calls:
             kd_loss(options.pop("student", leaf), teacher, labels, **OPTIONS, **options)
-        return [arguments["gradient"] is not None for name, arguments in calls if name == "kd_forward"]
+        return [arguments["gradient"] is not None for name, arguments in calls if name == "kd_loss"]
 
     assert forwards() == [True]
     assert forwards(student=student) == [False]
@@ -130,8 +130,8 @@ def test_only_what_is_needed_is_computed(device: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "reduction", "skipped"),
     [
-        (torch.float32, "mean", [True, False]),
-        (torch.bfloat16, "sum", [True, False]),
+        (torch.float32, "mean", [False]),
+        (torch.bfloat16, "sum", [False]),
         (torch.float16, "mean", [False, False]),
         (torch.float32, "none", [False, False]),
     ],
@@ -143,6 +143,8 @@ def test_operators_of_two_backward_calls(device: str, dtype: torch.dtype, reduct
     with operator_calls() as calls:
         loss.backward(retain_graph=True)
         loss.backward()
+    if device != "cpu" and len(skipped) == 1:
+        skipped = [True, *skipped]  # a GPU's upstream gradient is read there
     assert [(name, arguments["skip_if_one"]) for name, arguments in calls] == [("kd_backward", x) for x in skipped]
 
 
@@ -151,11 +153,9 @@ def test_terms_that_weigh_nothing_are_not_computed(device: str) -> None:
     with operator_calls() as calls:
         kd_loss(student, teacher, labels, kd_weight=0.0, ce_weight=1.0)
         kd_loss(student, teacher, labels)
-    weights, forwards = ([x for name, x in calls if name == wanted] for wanted in ("kd_row_weights", "kd_forward"))
-    assert [x["kd"] for x in weights] == [False, True]  # whether the teacher is looked at
-    assert not forwards[0]["row_weights"].any()  # no row of the KD term
-    assert forwards[1]["labels"] is None  # no labels
-    assert [name for name, _ in calls] == ["kd_row_weights", "kd_forward", "kd_terms"] * 2
+    assert [name for name, _ in calls] == ["kd_loss"] * 2
+    assert [x["kd"] for _, x in calls] == [False, True]  # whether the teacher is looked at
+    assert [x["ce"] or x["needs_labels"] for _, x in calls] == [True, False]  # whether a kernel is given the labels
 
 
 def test_autocast(device: str) -> None:

@@ -282,7 +282,7 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         ids = listed.ids.view(n, 4)
         shared = {"labels": labels, "ignore_index": -100}
         for known, columns in ((teacher, None), (listed.logprobs, ids)):
-            given = {**shared, "teacher": known, "ids": columns, "kd_mask": mask, "kd": True}
+            given = {**shared, "teacher": known, "ids": columns, "kd_mask": mask, "normalizers": None, "kd": True}
             cases["kd_row_weights"].append(given)
             weights, _ = ops.kd_row_weights(**given)
             inputs = {
@@ -299,12 +299,19 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             }
             rows, stats, gradient = forward(inputs)
             add_calls(cases, "kd", inputs, stats, gradient, upstream, n)
+            whole = {name: value for name, value in inputs.items() if name != "row_weights"} | given
+            whole |= {"needs_labels": form == KernelId.DKD, "gradient": torch.full_like(gradient, torch.nan)}
+            per_row = {"terms": torch.full((2, n), torch.nan, device=device), "per_row": True}
+            counted = {"terms": None, "per_row": False}
+            cases["kd_loss"].extend({**whole, **x, "checked": some} for x in (per_row, counted))
             if columns is None:
                 own = {**inputs, "kernel_id": defined.number(OWN)}
                 add_calls(cases, "defined", own, stats, gradient, upstream, n)
-        cases["kd_row_weights"].append({**shared, "teacher": teacher, "ids": None, "kd_mask": mask, "kd": False})
+                cases["defined_loss"].append({**whole, **counted, "kernel_id": defined.number(OWN), "checked": some})
+        unread = {"teacher": teacher, "ids": None, "kd_mask": mask, "normalizers": normalizers, "kd": False}
+        cases["kd_row_weights"].append({**shared, **unread})
         terms = {"row_losses": rows, "options": options, "normalizers": normalizers}
-        cases["kd_terms"].extend({**terms, "per_row": x} for x in (True, False))
+        cases["kd_terms"].extend({**terms, **x} for x in (per_row, counted))
 
         hidden, heads = torch.randn(n, 5, device=device).to(dtype), torch.randn(2, 19, 5, device=device).to(dtype)
         linear = {
@@ -334,6 +341,9 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         cosine["normalizer"] = normalizers[0].clone()
         _, stats, gradient = forward(cosine)
         add_calls(cases, "cosine", cosine, stats, gradient, upstream, n)
+        whole = {"student": student, "teacher": teacher, "mask": mask, "normalizers": normalizers}
+        to = torch.full_like(gradient, torch.nan)
+        cases["cosine_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
     return cases
 
 

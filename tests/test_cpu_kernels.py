@@ -27,7 +27,7 @@ from truth import DTYPES, pair, targets
 from fusedkd import DKD, JSD
 from fusedkd.backends import eager
 from fusedkd.backends.dispatch import serving
-from fusedkd.backends.layout import FINITE_GRADIENT, OPTIONS, KernelId, Option, Stat
+from fusedkd.backends.layout import COUNTED, FINITE_GRADIENT, OPTIONS, KernelId, Option, Stat
 from fusedkd.divergences import Divergence, ForwardKL
 
 if serving["kd_forward", "CPU"][0] != "C++":
@@ -44,10 +44,11 @@ def row_weights(
     ids: Tensor | None = None,
     labels: Tensor | None = None,
     kd_mask: Tensor | None = None,
+    normalizers: Tensor | None = None,
     kd: bool = True,
 ) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = backend.kd_row_weights(
-        teacher=teacher, ids=ids, labels=labels, kd_mask=kd_mask, ignore_index=-100, kd=kd
+        teacher=teacher, ids=ids, labels=labels, kd_mask=kd_mask, normalizers=normalizers, ignore_index=-100, kd=kd
     )
     return found
 
@@ -309,6 +310,10 @@ def test_row_weights(dtype: torch.dtype) -> None:
         for backend in (ops, eager):
             found = row_weights(teacher, backend, ids=ids, labels=row_labels, kd_mask=row_mask)
             assert [x.tolist() for x in found] == [expected, counts]
+    for given, counts in (((COUNTED, 7.5), [3, 7.5]), ((0.25, COUNTED), [0.25, 4]), ((-1.0, 0.0), [1, 1])):
+        normalizers = torch.tensor(given, dtype=torch.float64)
+        for backend in (ops, eager):
+            assert row_weights(teacher, backend, labels=labels, normalizers=normalizers)[1].tolist() == counts
     nothing = torch.full_like(teacher, NAN)
     found = row_weights(nothing, labels=labels, kd_mask=mask, kd=False)
     assert [x.tolist() for x in found] == [[0] * 6, [1, 4]]
@@ -326,8 +331,11 @@ def test_terms(dtype: torch.dtype) -> None:
             for per_row, normalizers in ((False, [7.0, 3.0]), (True, [1.0, 1.0])):
                 given = {"row_losses": rows, "options": options, "per_row": per_row}
                 given["normalizers"] = torch.tensor(normalizers, dtype=torch.float64)
-                for actual, expected in zip(ops.kd_terms(**given), eager.kd_terms(**given), strict=True):
-                    torch.testing.assert_close(actual, expected, equal_nan=True)
+                terms, truth = (torch.full((2, 1001) if per_row else (2,), NAN, dtype=dtype) for _ in range(2))
+                loss, expected = ops.kd_terms(**given, terms=terms), eager.kd_terms(**given, terms=truth)
+                torch.testing.assert_close(loss, expected, equal_nan=True)
+                torch.testing.assert_close(terms, truth, equal_nan=True)
+                assert torch.equal(loss.nan_to_num(), ops.kd_terms(**given, terms=None).nan_to_num())
 
 
 def test_threads_do_not_matter() -> None:

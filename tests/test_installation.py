@@ -54,7 +54,7 @@ def slow_call() -> str:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         dispatch._Slow(reason).kd_terms(
-            row_losses=torch.ones(2, 3), options=torch.ones(16), normalizers=torch.ones(2), per_row=True
+            row_losses=torch.ones(2, 3), options=torch.ones(16), normalizers=torch.ones(2), terms=None, per_row=True
         )
     (warning,) = found
     return str(warning.message)

@@ -29,7 +29,6 @@ from fusedkd.backends.triton.choice import PROCESSOR_REGISTERS, RESIDENT_COLUMNS
 from fusedkd.backends.triton.kd_kernel import FINISH, STATISTICS, VALUES, WHOLE, kd_backward_kernel, kd_forward_kernel  # noqa: E402
 from fusedkd.backends.triton.kd_shard import kd_shard_kernel  # noqa: E402
 from fusedkd.backends.triton.row_kernels import (  # noqa: E402
-    kd_counts_kernel,
     kd_row_weights_kernel,
     kd_terms_kernel,
 )
@@ -315,18 +314,13 @@ def test_a_row_that_starts_elsewhere_than_the_student() -> None:
 SMALL = {
     "weights": (
         kd_row_weights_kernel,
-        {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"},
-        {"BLOCK": 128},
-    ),
-    "counts": (
-        kd_counts_kernel,
-        {"weights": "*fp32", "labels": "*i64", "counts": "*fp64"},
-        {"SUM": True, "BLOCK": 8192},
+        {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"}
+        | {"normalizers": "*fp64", "counts": "*fp64", "partials": "*fp64", "ticket": "*i32"},
+        {"KD": True, "ROWS": 32, "BLOCK": 64},
     ),
     "terms": (
         kd_terms_kernel,
-        {name: "*fp32" for name in ("row_losses", "loss", "kd", "ce")}
-        | {"real_options": "*fp64", "normalizers": "*fp64"},
+        {name: "*fp32" for name in ("row_losses", "loss", "terms")} | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
     ),
 }
@@ -335,7 +329,7 @@ SMALL = {
 @pytest.mark.parametrize("target", [SM90, AMD], ids=describe)
 @pytest.mark.parametrize(("kernel", "pointers", "constants"), SMALL.values(), ids=SMALL.keys())
 def test_small_kernels(kernel: Any, pointers: dict, constants: dict, target: GPUTarget, tmp_path: Path) -> None:
-    warps = 1 if kernel is kd_row_weights_kernel else 16
+    warps = 4 if kernel is kd_row_weights_kernel else 16
     does_not_spill(_compile(kernel, target, pointers, dict(constants), {"num_warps": warps}), tmp_path)
 
 

@@ -10,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_cases import INF, LABELS, NAN, B, assert_close, between_nans, inputs_of, logits, options_for
+from triton_cases import INF, KERNELS, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
 
 from fusedkd.backends import eager
-from fusedkd.backends.layout import KernelId
-from fusedkd.backends.triton import choice, kd, launch
+from fusedkd.backends.layout import COUNTED, KernelId, TopkKernelId
+from fusedkd.backends.triton import choice, kd, last, launch
 from fusedkd.backends.triton import math as helpers
-from fusedkd.divergences import ForwardKL
+from fusedkd.divergences import ForwardKL, ReverseKL
 
 MASKS = [
     None,
@@ -34,7 +34,8 @@ def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> Non
     teacher[0, 2, :299] = teacher[1, 1, 1:] = teacher[1, 2] = -INF  # only the last of these has no column left
     teacher = between_nans(teacher)
     y = None if labels is None else torch.tensor(labels)
-    given = {"teacher": teacher, "ids": None, "labels": y, "kd_mask": mask, "ignore_index": -100, "kd": True}
+    given = {"teacher": teacher, "ids": None, "labels": y, "kd_mask": mask, "normalizers": None}
+    given |= {"ignore_index": -100, "kd": True}
     weights, counts = launch.kd_row_weights(**given)
     assert weights.dtype == torch.float32
     assert counts.dtype == torch.float64
@@ -47,6 +48,20 @@ def test_row_weights(mask: Tensor | None, labels: tuple[int, ...] | None) -> Non
     assert not launch.kd_row_weights(**given | {"teacher": teacher * NAN, "kd": False})[0].any()
 
 
+def all_rows(teacher: Tensor, ids: Tensor | None = None, normalizers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Row weights and counts without labels and mask."""
+    return launch.kd_row_weights(
+        teacher, ids, labels=None, kd_mask=None, normalizers=normalizers, ignore_index=-100, kd=True
+    )
+
+
+def test_normalizers_that_are_given() -> None:
+    teacher = logits(40, b=B)[1].float()
+    for given, counts in (((COUNTED, 7.5), [6, 7.5]), ((0.25, COUNTED), [0.25, 1]), ((-1.0, 0.0), [1, 1])):
+        assert all_rows(teacher, normalizers=torch.tensor(given).double())[1].tolist() == counts
+    assert all_rows(teacher, normalizers=torch.tensor([NAN, 2.0]).double())[1][0].isnan()
+
+
 def test_row_weights_of_lists() -> None:
     teacher = logits(40, b=B)[1].float()
     ids = torch.arange(40).repeat(6, 1)
@@ -54,7 +69,7 @@ def test_row_weights_of_lists() -> None:
     ids[2, 1:], teacher[1, 0, :39] = -1, -INF
     ids[4, ::2] = -1
     teacher[1, 1, 1::2] = -INF  # the others are padding
-    weights, counts = launch.kd_row_weights(teacher, ids, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    weights, counts = all_rows(teacher, ids)
     assert weights.tolist() == [0, 0, 1, 1, 0, 1]
     assert counts.tolist() == [3, 1]
 
@@ -66,24 +81,71 @@ def test_terms(n: int) -> None:
     for weights in ((0.6, 0.8), (0.0, 0.8)):
         options = options_for(ForwardKL(), weights=weights)
         for per_row in (False, True):
-            truth = eager.kd_terms(rows, options, normalizers, per_row)
-            for actual, expected in zip(launch.kd_terms(rows, options, normalizers, per_row), truth, strict=True):
-                assert actual.shape == expected.shape
-                assert torch.allclose(actual, expected, rtol=1e-6, atol=0)
+            terms, truth = (torch.full((2, n) if per_row else (2,), NAN) for _ in range(2))
+            loss = launch.kd_terms(rows, options, normalizers, terms, per_row)
+            expected = eager.kd_terms(rows, options, normalizers, truth, per_row)
+            assert torch.allclose(loss, expected, rtol=1e-6, atol=0)
+            assert torch.allclose(terms, truth, rtol=1e-6, atol=0)
+            assert torch.equal(loss, launch.kd_terms(rows, options, normalizers, None, per_row))
     rows[0, 0] = INF
-    loss, kl, _ = launch.kd_terms(rows, options, normalizers, False)
-    assert loss.isfinite()
-    assert kl == INF
+    terms = torch.empty(2)
+    assert launch.kd_terms(rows, options, normalizers, terms, False).isfinite()
+    assert terms[0] == INF
+
+
+@pytest.mark.parametrize(
+    ("kernel", "per_row"), [("resident", True), ("whole", False), ("split", False), ("top-k", False)]
+)
+def test_loss_in_one_call(kernel: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever kernel the rows have."""
+    monkeypatch.setattr(kd, "choose", lambda *_: (kernel, KERNELS.get(kernel)))
+    student, teacher = (x.float() for x in logits(257, b=B))
+    if kernel == "top-k":
+        ids = torch.arange(8).repeat(B * L, 1)
+        known = {"teacher": teacher[..., :8].log_softmax(-1), "ids": ids, "kernel_id": TopkKernelId.BUCKET}
+    else:
+        known = {"teacher": teacher, "ids": None, "kernel_id": KernelId.JEFFREYS}
+    given = {"student": student, "labels": torch.tensor(LABELS), "kd_mask": MASKS[3], **known}
+    given |= {"options": options_for(ReverseKL(), 2.0, (0.6, 0.8)), "normalizers": None, "gradient": None}
+    given |= {"ignore_index": -100, "transform": False, "kd": True, "ce": True}
+    given |= {"needs_labels": False, "per_row": per_row, "checked": False}
+    terms, truth = (torch.full((2, B * L) if per_row else (2,), NAN) for _ in range(2))
+    loss, *_ = launch.kd_loss(**given, terms=terms)
+    expected, *_ = eager.kd_loss(**given, terms=truth)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms, truth, rtol=1e-5, atol=1e-6)
+
+
+@triton.jit
+def sums_kernel(x, values, ticket, out, BLOCK: tl.constexpr):
+    kd = tl.load(x + tl.program_id(0))
+    if last.is_last(values, kd, 2.0 * kd, ticket):
+        a, b = last.totals(values, BLOCK)
+        tl.store(out, a)
+        tl.store(out + 1, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_of_all_programs(dtype: torch.dtype) -> None:
+    """More than are added up at a time; and again, which finds the counter at 0."""
+    x, ticket = torch.rand(11, dtype=dtype) - 0.5, torch.zeros(1, dtype=torch.int32)
+    for n in (11, 3, 1):
+        values, out = torch.full((2, n), NAN, dtype=dtype), torch.full((2,), NAN, dtype=torch.float64)
+        sums_kernel[(n,)](x, values, ticket, out, BLOCK=4)
+        torch.testing.assert_close(out, torch.stack([x[:n].double().sum(), 2 * x[:n].double().sum()]))
+        assert ticket == 0
 
 
 def test_no_rows() -> None:
     empty = torch.empty(0, 3, 7)
-    w, counts = launch.kd_row_weights(empty, None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    w, counts = all_rows(empty)
     assert counts.tolist() == [1, 1]
     inputs = inputs_of(ForwardKL(), empty, empty, None, w, ce=False)
     rows, stats, gradient = operators.forward(inputs, ops=launch)
     assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
-    assert [x.item() for x in launch.kd_terms(rows, options_for(ForwardKL()), counts, False)] == [0, 0, 0]
+    terms = torch.full((2,), NAN)
+    assert launch.kd_terms(rows, options_for(ForwardKL()), counts, terms, False) == 0
+    assert terms.tolist() == [0, 0]
 
 
 # -------------------------------------------------- choice
@@ -120,7 +182,7 @@ def test_choice(
 def test_another_kernel_where_no_cluster_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kd, "describe", lambda device: H200)
     calls, (student, teacher) = [], (x.float() for x in logits(4200, b=B))
-    w, counts = launch.kd_row_weights(teacher, None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    w, counts = all_rows(teacher)
     inputs = inputs_of(ForwardKL(), student, teacher, None, w, normalizers=tuple(counts.tolist()), ce=False)
     with torch.library._scoped_library("fusedkd", "IMPL") as library:
         library.impl("kd_cluster", lambda **arguments: bool(calls.append(arguments)), "CPU")

@@ -350,14 +350,15 @@ def noise_for(kl: float, temperature: float = 1.0) -> float:
 
 @contextmanager
 def operator_calls() -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """The fusedkd operators called inside, with their arguments by name."""
+    """The fusedkd operators that did their work inside, with their arguments by name. One that raised did not."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
             if function.namespace == "fusedkd":
                 calls.append((function._opname, kwargs))
-            return function(*args, **(kwargs or {}))
+            return result
 
     with Record():
         yield calls

@@ -59,6 +59,7 @@ enum class Stage : int64_t { STATISTICS, VALUES, GRADIENT };
 
 // Positions in the normalizers tensor, float64 [NORMALIZERS].
 constexpr int64_t KD_NORMALIZER = 0, CE_NORMALIZER = 1, NORMALIZERS = 2;
+constexpr double COUNTED = -__builtin_huge_val();  // a normalizer that is not given, but counted
 
 // The kernels: each has a kernel_id, and a class with its formulas. The enums, the switches over them and what counts
 // as a kernel_id are made of these lists, which call X(id, class) in the order of the numbers.

@@ -1,5 +1,7 @@
 // The CPU operators of kd_loss (fusedkd/backends/schema.py): they check their tensors and call the kernel of kd.cpp or,
 // for a teacher known at K columns, of topk.cpp.
+#include <atomic>
+
 #include "call.h"
 
 namespace fusedkd {
@@ -34,8 +36,8 @@ std::tuple<Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional i
                                       int64_t kernel_id, bool transform, bool ce) {
   const ScalarType type = accumulation_type(student.scalar_type());
   const int64_t count = student.size(0) * student.size(1);
-  Tensor row_losses = torch::stable::new_empty(student, {2, count}, type);
-  Tensor stats = torch::stable::new_empty(student, {count, STATS}, type);
+  Tensor row_losses = fresh({2, count}, type);
+  Tensor stats = fresh({count, STATS}, type);
   with_call(student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce,
             [&](auto k) {
               k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
@@ -60,23 +62,6 @@ void kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional ids, 
             });
 }
 
-// Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.
-double mask_value(const void* data, ScalarType type, int64_t i) {
-  switch (type) {
-    case ScalarType::Float: return static_cast<const float*>(data)[i];
-    case ScalarType::Double: return static_cast<const double*>(data)[i];
-    case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
-    case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
-    case ScalarType::Bool:
-    case ScalarType::Byte:
-    case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
-    case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
-    case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
-    case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
-    default: STD_TORCH_CHECK(false, "fusedkd: kd_mask must be bool, integer or floating point"); return 0;
-  }
-}
-
 // Whether a row has a column, of the list where there are ids, that is not −∞.
 bool known(const Rows& rows, int64_t i, const int64_t* ids) {
   for (int64_t j = 0; j < rows.columns; j++) {
@@ -88,39 +73,78 @@ bool known(const Rows& rows, int64_t i, const int64_t* ids) {
 }
 
 std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional labels, Optional kd_mask,
-                                          int64_t ignore_index, bool kd) {
+                                          Optional normalizers, int64_t ignore_index, bool kd) {
   const Rows v(teacher);
-  Tensor weights = torch::stable::new_empty(teacher, {v.count}, ScalarType::Float);
-  Tensor counts = torch::stable::new_empty(teacher, {NORMALIZERS}, ScalarType::Double);
+  Tensor weights = fresh({v.count}, ScalarType::Float);
+  Tensor counts = fresh({NORMALIZERS}, ScalarType::Double);
   float* w = static_cast<float*>(weights.data_ptr());
   const ScalarType type = kd_mask ? kd_mask->scalar_type() : ScalarType::Bool;
   const void* mask = kd_mask ? contiguous_data<char>(*kd_mask, type, v.count, "kd_mask") : nullptr;
   const int64_t* label = labels ? contiguous_data<int64_t>(*labels, ScalarType::Long, v.count, "labels") : nullptr;
   const int64_t* id = ids ? contiguous_data<int64_t>(*ids, ScalarType::Long, v.count * v.columns, "ids") : nullptr;
+  over_rows(v, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      w[i] = !kd ? 0 : mask ? float(mask_value(mask, type, i)) : !label || label[i] != ignore_index;
+      if (w[i] != 0 && !known(v, i, id)) w[i] = 0;
+    }
+  });
   const bool summed = mask && is_floating(type);
-  double selected = 0, labelled = 0;
+  double found[NORMALIZERS] = {};
   for (int64_t i = 0; i < v.count; i++) {
-    const bool has_label = label && label[i] != ignore_index;
-    w[i] = !kd ? 0 : mask ? float(mask_value(mask, type, i)) : !label || has_label;
-    if (w[i] != 0 && !known(v, i, id)) w[i] = 0;
-    selected += summed ? w[i] : w[i] != 0, labelled += has_label;
+    found[KD_NORMALIZER] += summed ? w[i] : w[i] != 0;
+    found[CE_NORMALIZER] += label && label[i] != ignore_index;
   }
+  const double* given =
+      normalizers ? contiguous_data<double>(*normalizers, ScalarType::Double, NORMALIZERS, "normalizers") : nullptr;
   double* n = static_cast<double*>(counts.data_ptr());
-  n[KD_NORMALIZER] = selected <= 0 ? 1 : selected, n[CE_NORMALIZER] = labelled <= 0 ? 1 : labelled;
+  for (int64_t k = 0; k < NORMALIZERS; k++) {
+    n[k] = given && given[k] != COUNTED ? given[k] : found[k];
+    if (n[k] <= 0) n[k] = 1;  // a NaN stays one
+  }
   return {weights, counts};
+}
+
+// Whether every label is ignore_index or one of the classes.
+bool legal_labels(const Tensor& labels, int64_t count, int64_t classes, int64_t ignore_index) {
+  const int64_t* y = contiguous_data<int64_t>(labels, ScalarType::Long, count, "labels");
+  bool illegal = false;
+  for (int64_t i = 0; i < count; i++) illegal |= y[i] != ignore_index && uint64_t(y[i]) >= uint64_t(classes);
+  return !illegal;
+}
+
+// What fusedkd/checks.py says of a list, yes or no: ids are −1 or columns of the student, weights at least 0, and ids of
+// log-probabilities differ within a row, of which none is above 0 by more than rounding.
+bool legal_list(const Rows& listed, const int64_t* ids, int64_t columns, bool sampled) {
+  const double eps = listed.type == ScalarType::BFloat16 ? 0x1p-7 : listed.type == ScalarType::Half ? 0x1p-10 : 0;
+  const double most = std::max(1e-3, 16 * eps);
+  std::atomic<bool> illegal = false;
+  over_rows(listed, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> seen(columns + 1, -1);  // by column + 1: the last row, of this thread, that lists it
+    bool wrong = false;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t* id = ids + i * listed.columns;
+      for (int64_t j = 0; j < listed.columns; j++) {
+        const bool column = id[j] >= 0, inside = uint64_t(id[j] + 1) <= uint64_t(columns);
+        const double value = mask_value(listed[i], listed.type, j);
+        int32_t& last = seen[inside ? id[j] + 1 : 0];
+        wrong |= !inside || (sampled ? value < 0 : column && (value > most || last == int32_t(i - begin)));
+        last = int32_t(i - begin);
+      }
+    }
+    if (wrong) illegal = true;
+  });
+  return !illegal;
 }
 
 // (loss, kd, ce): per row, or sums over rows and normalisers, in a fixed order. A term whose weight is 0 adds 0.
 template <class A>
-void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, Tensor (&out)[3]) {
-  const int64_t n = rows.size(1);
+void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, A* loss, A* more) {
+  const int64_t n = rows.size(1), size = per_row ? n : 1;
   const A* x = static_cast<const A*>(rows.data_ptr());
-  A* to[3];
-  for (int k = 0; k < 3; k++) to[k] = static_cast<A*>(out[k].data_ptr());
   const auto put = [&](int64_t i, double kd, double ce) {
     const double kd_weight = options[KD_WEIGHT], ce_weight = options[CE_WEIGHT];
-    to[0][i] = A((kd_weight == 0 ? 0 : kd_weight * kd) + (ce_weight == 0 ? 0 : ce_weight * ce));
-    to[1][i] = A(kd), to[2][i] = A(ce);
+    loss[i] = A((kd_weight == 0 ? 0 : kd_weight * kd) + (ce_weight == 0 ? 0 : ce_weight * ce));
+    if (more) more[i] = A(kd), more[size + i] = A(ce);
   };
   double kd = 0, ce = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -130,18 +154,45 @@ void terms(const Tensor& rows, const double* options, const double* normalizers,
   if (!per_row) put(0, kd / normalizers[KD_NORMALIZER], ce / normalizers[CE_NORMALIZER]);
 }
 
-std::tuple<Tensor, Tensor, Tensor> kd_terms(Tensor row_losses, Tensor options, Tensor normalizers, bool per_row) {
+Tensor kd_terms(Tensor row_losses, Tensor options, Tensor normalizers, Optional given, bool per_row) {
   const ScalarType type = accumulation_type(row_losses.scalar_type());
   STD_TORCH_CHECK(row_losses.dim() == 2 && row_losses.size(0) == 2, "fusedkd: row_losses must be [2, N]");
   contiguous_data<char>(row_losses, type, row_losses.numel(), "row_losses");
   const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
   const double* n = contiguous_data<double>(normalizers, ScalarType::Double, NORMALIZERS, "normalizers");
   const int64_t size = row_losses.size(1);
-  const auto fresh = [&] { return torch::stable::new_empty(row_losses, {&size, size_t(per_row)}); };
-  Tensor out[3] = {fresh(), fresh(), fresh()};
-  type == ScalarType::Double ? terms<double>(row_losses, o, n, per_row, out)
-                             : terms<float>(row_losses, o, n, per_row, out);
-  return {out[0], out[1], out[2]};
+  Tensor loss = fresh({&size, size_t(per_row)}, type);
+  const auto fill = [&]<class A>(A* to) {
+    const A* more = given ? contiguous_data<A>(*given, type, 2 * loss.numel(), "terms") : nullptr;
+    terms<A>(row_losses, o, n, per_row, to, const_cast<A*>(more));
+  };
+  if (type == ScalarType::Double) fill(static_cast<double*>(loss.data_ptr()));
+  else fill(static_cast<float*>(loss.data_ptr()));
+  return loss;
+}
+
+// The three above in one call.
+std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher, Optional ids, Optional labels,
+                                                   Optional kd_mask, Tensor options, Optional normalizers,
+                                                   Optional gradient, Optional given, int64_t ignore_index,
+                                                   int64_t kernel_id, bool transform, bool kd, bool ce,
+                                                   bool needs_labels, bool per_row, bool checked) {
+  const bool labels_read = ce || needs_labels;
+  if (checked) {
+    constexpr int64_t any = int64_t(1) << 62;
+    const int64_t columns = student.size(2);
+    bool legal = !labels || legal_labels(*labels, labels->numel(), labels_read ? columns : any, ignore_index);
+    if (legal && ids) {
+      const Rows listed(teacher);
+      const int64_t* id = contiguous_data<int64_t>(*ids, ScalarType::Long, listed.count * listed.columns, "ids");
+      legal = legal_list(listed, id, columns, TopkKernelId(kernel_id) == TopkKernelId::SAMPLES);
+    }
+    STD_TORCH_CHECK(legal, "fusedkd: a label or a listed column is not as it must be");
+  }
+  const auto [weights, counts] = kd_row_weights(teacher, ids, labels, kd_mask, normalizers, ignore_index, kd);
+  const auto [row_losses, stats] = kd_forward(student, teacher, ids, labels_read ? labels : std::nullopt, weights,
+                                              options, counts, gradient, ignore_index, kernel_id, transform, ce);
+  return {kd_terms(row_losses, options, counts, given, per_row), weights, counts, stats};
 }
 
 }  // namespace
@@ -151,6 +202,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
   m.impl("kd_forward", TORCH_BOX(&kd_forward));
   m.impl("kd_backward", TORCH_BOX(&kd_backward));
   m.impl("kd_terms", TORCH_BOX(&kd_terms));
+  m.impl("kd_loss", TORCH_BOX(&kd_loss));
 }
 
 }  // namespace fusedkd

@@ -84,6 +84,37 @@ const T* contiguous_data(const Tensor& t, ScalarType type, int64_t count, const 
   return static_cast<const T*>(t.data_ptr());
 }
 
+// Element i of a tensor of any real type as a weight: a float's value, whether an integer or bool is non-zero.
+inline double mask_value(const void* data, ScalarType type, int64_t i) {
+  switch (type) {
+    case ScalarType::Float: return static_cast<const float*>(data)[i];
+    case ScalarType::Double: return static_cast<const double*>(data)[i];
+    case ScalarType::Half: return float(static_cast<const Half*>(data)[i]);
+    case ScalarType::BFloat16: return float(static_cast<const BFloat16*>(data)[i]);
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char: return static_cast<const int8_t*>(data)[i] != 0;
+    case ScalarType::Short: return static_cast<const int16_t*>(data)[i] != 0;
+    case ScalarType::Int: return static_cast<const int32_t*>(data)[i] != 0;
+    case ScalarType::Long: return static_cast<const int64_t*>(data)[i] != 0;
+    default: STD_TORCH_CHECK(false, "fusedkd: a mask must be bool, integer or floating point"); return 0;
+  }
+}
+
+// A new tensor, contiguous. (torch::stable::new_empty looks up its operator by name, which takes longer than a small
+// kernel.)
+inline Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  const auto dimensions = int64_t(sizes.size());
+  int64_t strides[3] = {1, 1, 1};
+  STD_TORCH_CHECK(dimensions <= 3, "fusedkd: at most three dimensions");
+  for (int64_t i = dimensions - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // Asks for huge pages where a large result is going to be written: first touching 62 MB in pages of 4 KB takes longer
 // than the kernel that writes it, and a seventh of that with huge pages.
 inline void in_huge_pages(const Tensor& result) {

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedkd.backends import gathered, shard
+from fusedkd.backends import composed, gathered, shard
 from fusedkd.backends.layout import FIRST_DEFINED
 from fusedkd.backends.shard import Shard
 
@@ -38,6 +39,26 @@ class TeacherRows(NamedTuple):
         return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
 
 
+class WholeTeacher(NamedTuple):
+    """What the operator kd_loss is given of one teacher, whose rows it selects itself."""
+
+    rows: Tensor
+    """``(B, L, C)``: logits, or with ids log-probabilities or weights."""
+    ids: Tensor | None
+    kd_mask: Tensor | None
+    options: Tensor
+    normalizers: Tensor | None
+    kernel_id: int
+    kd: bool
+    needs_labels: bool
+
+    @classmethod
+    def unflatten(cls, values: Sequence[Any]) -> list[WholeTeacher]:
+        """As that of `TeacherRows`."""
+        size = len(cls._fields)
+        return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
+
+
 class Flags(NamedTuple):
     """The structure of a call, the same for all teachers."""
 
@@ -48,6 +69,94 @@ class Flags(NamedTuple):
     """The first teacher's call has the cross-entropy."""
     shard: Shard | None = None
     """Of a vocabulary that is split over processes; None: the columns are all there are."""
+
+
+def whole_loss(
+    student: Tensor,
+    labels: Tensor | None,
+    teachers: Sequence[WholeTeacher],
+    flags: Flags,
+    gradient: Tensor | None,
+    terms: Tensor | None,
+    *,
+    per_row: bool,
+    checked: bool,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The loss of all teachers; row weights, normalisers and statistics of each. `gradient` as in `forward`; `terms`
+    ``(teachers, 2, …)``, unless it is None, gets those of each.
+    """
+    losses: list[Tensor] = []
+    found = []
+    others = None  # gradients of all teachers but the first
+    for i in reversed(range(len(teachers))):
+        rows, ids, kd_mask, options, normalizers, kernel_id, kd, needs_labels = teachers[i]
+        to = gradient if i == 0 or gradient is None else torch.empty_like(gradient)
+        loss, *more = _whole_loss(flags.shard, kernel_id)(
+            student=student,
+            teacher=rows,
+            ids=ids,
+            labels=labels,
+            kd_mask=kd_mask,
+            options=options,
+            normalizers=normalizers,
+            gradient=to,
+            terms=None if terms is None else terms[i],
+            ignore_index=flags.ignore_index,
+            kernel_id=kernel_id,
+            transform=flags.transform,
+            kd=kd,
+            ce=flags.ce and i == 0,
+            needs_labels=needs_labels,
+            per_row=per_row,
+            checked=checked,
+        )
+        losses.append(loss)
+        found.append(tuple(more))
+        if i > 0 and to is not None:
+            others = to if others is None else others.add_(to)
+    if len(losses) == 1:
+        return loss, found
+    if gradient is not None and others is not None:
+        gradient.add_(others)
+    return _total(losses[::-1]), found[::-1]
+
+
+def _whole_loss(of: Shard | None, kernel_id: int) -> Any:
+    """Who computes the loss of one teacher."""
+    if of is None:
+        return ops.kd_loss if kernel_id < FIRST_DEFINED else ops.defined_loss
+
+    def forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = _sharded(inputs).kd_forward(inputs, of, gradient)
+        return found
+
+    return composed.whole_loss(partial(row_weights, of), composed.in_turn(forward, ops.kd_terms))
+
+
+def row_weights(of: Shard | None, *, teacher: Tensor, ids: Tensor | None, kd: bool, **more: Any) -> Any:
+    """The operator kd_row_weights, of a teacher whose columns other ranks may hold."""
+    if of is not None and kd and ids is None:
+        teacher = shard.known_rows(teacher, of)
+    return ops.kd_row_weights(teacher=teacher, ids=ids, kd=kd, **more)
+
+
+def loss_of(row_losses: Tensor, teachers: Sequence[TeacherRows], terms: Tensor | None, *, per_row: bool) -> Tensor:
+    """The loss of row losses ``(teachers, 2, N)``; `terms` as in `whole_loss`."""
+    losses = [
+        ops.kd_terms(
+            row_losses=row_losses[i],
+            options=t.options,
+            normalizers=t.normalizers,
+            terms=None if terms is None else terms[i],
+            per_row=per_row,
+        )
+        for i, t in enumerate(teachers)
+    ]
+    return _total(losses)
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, losses)
 
 
 def forward(

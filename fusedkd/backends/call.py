@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from fusedkd import checks as check
 from fusedkd.checks import Real
 
 
@@ -33,11 +34,27 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
     """Real options in one float64 tensor. Numbers alone are copied to a device once and kept, so that no later call
     waits for the copy.
     """
-    cached = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0  # no fake tensors
-    if not cached or any(isinstance(value, Tensor) for value in values):
+    if check.tracing():
         return torch.stack([real_tensor(value, device) for value in values])
-    constant = _constant(tuple(float(value) for value in values), device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    given = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    constant = _constant(tuple([0.0 if isinstance(value, Tensor) else float(value) for value in values]), device)
+    if not given:
+        return kept(constant)
+    packed = constant.clone()
+    for start in given:
+        if start > 0 and values[start] is values[start - 1]:
+            continue
+        stop = start + 1
+        while stop < len(values) and values[stop] is values[start]:
+            stop += 1
+        value = cast(Tensor, values[start]).detach()
+        packed[start:stop].copy_(value, non_blocking=device.type != "cpu")
+    return packed
+
+
+def kept(constant: Tensor) -> Tensor:
+    """The constant, also for as long as a CUDA graph that is now captured may be replayed."""
+    if constant.is_cuda and torch.cuda.is_current_stream_capturing():
         _captured[constant.data_ptr()] = constant
     return constant
 
@@ -66,6 +83,10 @@ def as_rows(student: Tensor, *teachers: Tensor) -> tuple[Tensor, list[Tensor], t
 
     Any shape whose leading dimensions collapse to two, such as ``logits[:, :-1]``, is seen without a copy.
     """
+    if all([t.is_contiguous() for t in (student, *teachers)]):
+        count = student.shape[0] if student.dim() == 2 else math.prod(student.shape[:-1])
+        frozen = [t.detach() if t.requires_grad else t for t in teachers]
+        return student, [t.view(1, count, t.shape[-1]) for t in frozen], (1, count)
     sizes = [(i, size) for i, size in enumerate(student.shape[:-1]) if size != 1]
     splits = [
         k

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from fusedkd.backends import eager
 from fusedkd.backends.call import rows_of
+from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.reference.softmax import log_softmax
+
+ops = torch.ops.fusedkd
 
 TILE = 1 << 22
 """Logits of a side at a time: some ten float64 tensors of this size exist."""
@@ -61,6 +64,9 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
     to = gradient.view(-1, gradient.shape[-1])
     for part, call in _tiles(inputs):
         to[part] = call.gradient(upstream[part] if upstream.dim() else upstream, divergence(call)[1]).flatten(0, 1)
+
+
+kd_loss = whole_loss(ops.kd_row_weights, in_turn(kd_forward, ops.kd_terms))
 
 
 def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import eager
+from fusedkd.backends import composed, eager
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -132,7 +132,9 @@ def _dispatch_cuda() -> None:
     _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:
-        _serve(COSINE_OPERATORS, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
+        built = [name for name in COSINE_OPERATORS if name != "cosine_loss"]
+        _serve(built, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
+        _serve(["cosine_loss"], "CUDA", "PyTorch", "made of the operators of the CUDA library", composed)
         if torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_cluster", "CUDA"):
             _serve(["kd_cluster"], "CUDA", "CUDA C++", "fusedkd._C_cuda is built; Triton's kd_* call it on Hopper GPUs")
         else:

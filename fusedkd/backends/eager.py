@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends.call import Call
+from fusedkd.backends.composed import cosine_loss as cosine_loss
+from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.layout import (
+    COUNTED,
     FINITE_GRADIENT,
     REVERSE,
     TOPK_KERNELS,
@@ -49,7 +52,13 @@ def topk_definition(
 
 
 def kd_row_weights(
-    teacher: Tensor, ids: Tensor | None, labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int, kd: bool
+    teacher: Tensor,
+    ids: Tensor | None,
+    labels: Tensor | None,
+    kd_mask: Tensor | None,
+    normalizers: Tensor | None,
+    ignore_index: int,
+    kd: bool,
 ) -> tuple[Tensor, Tensor]:
     n, device = teacher.shape[0] * teacher.shape[1], teacher.device
     labelled = torch.zeros(n, device=device) if labels is None else (labels != ignore_index).to(torch.float32)
@@ -65,14 +74,18 @@ def kd_row_weights(
     summed = kd_mask is not None and kd_mask.is_floating_point()
     selected = weights.double() if summed else (weights != 0).double()
     counts = torch.stack([selected.sum(), labelled.double().sum()])
+    if normalizers is not None:
+        counts = torch.where(normalizers == COUNTED, counts, normalizers)
     return weights, torch.where(counts <= 0, 1, counts)
 
 
-def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    kd, ce = row_losses.to(torch.float64, copy=True) if per_row else row_losses.double().sum(1) / normalizers
+def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Tensor | None, per_row: bool) -> Tensor:
+    kd, ce = found = row_losses.to(torch.float64, copy=True) if per_row else row_losses.double().sum(1) / normalizers
+    if terms is not None:
+        terms.copy_(found)
     kd_weight, ce_weight = options[Option.KD_WEIGHT], options[Option.CE_WEIGHT]
     loss = torch.where(kd_weight == 0, 0, kd_weight * kd) + torch.where(ce_weight == 0, 0, ce_weight * ce)
-    return loss.to(row_losses.dtype), kd.to(row_losses.dtype), ce.to(row_losses.dtype)
+    return loss.to(row_losses.dtype)
 
 
 class EagerCall(Call):
@@ -177,6 +190,9 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
     if not skipped(upstream, skip_if_one):
         call = EagerCall(**inputs)
         gradient.copy_(call.gradient(upstream, call.divergence()[1]))
+
+
+kd_loss = whole_loss(kd_row_weights, in_turn(kd_forward, kd_terms))
 
 
 def cosine_forward(

@@ -68,6 +68,10 @@ class Stat(IntEnum):
 STATS = len(Stat)
 
 
+COUNTED = float("-inf")
+"""In place of a normaliser that is not given: the number of rows is counted."""
+
+
 class CosineStat(IntEnum):
     """Columns of the statistics ``(N, len(CosineStat))`` of the cosine operators."""
 

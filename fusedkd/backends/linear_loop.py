@@ -14,6 +14,7 @@ request 1472; why ∂W adds up in float32: 1391.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -117,10 +118,15 @@ def _linear_kd(
         columns = weight.shape[0] if flags.shard is None else flags.shard.columns
         unit, members, upstream = _in_range(members, columns, upstream)
     hidden, head = hidden.to(dtype), weight.to(dtype)
-    row_losses = hidden.new_zeros(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
+    row_losses = hidden.new_empty(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
     gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
     count = n if places is None else len(places)
     size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
+    if places is not None:  # the other rows
+        row_losses.zero_()
+        d_hidden.zero_()
+    if wanted[2]:
+        d_bias.zero_()
     tiles = _Tiles(size, hidden)
     for start in range(0, count, max(1, size)):
         stop = min(start + size, count)
@@ -130,7 +136,11 @@ def _linear_kd(
             x = torch.where(active[part].unsqueeze(1), x, 0)
         z = _project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
         logits, of_tile = z.unsqueeze(0), _TeacherTiles(members, part, z, tiles, tile_dtype)
-        row_losses[:, :, part], _ = block.forward(logits, y, of_tile, flags, logits if grad else None)
+        found, _ = block.forward(logits, y, of_tile, flags, logits if grad else None)
+        if size == n and places is None:
+            row_losses = found
+        else:
+            row_losses[:, :, part] = found
         if not grad:
             continue
         g = z
@@ -140,7 +150,10 @@ def _linear_kd(
             d_bias.add_(g.sum(0, dtype=d_bias.dtype))
         g = _operand(g, dtype, tiles)
         if wanted[0]:
-            d_hidden[part] = _pull_back(g, head, d_hidden.dtype)
+            if isinstance(part, slice):
+                _pull_back(g, head, d_hidden[part])
+            else:
+                d_hidden[part] = _pull_back(g, head, d_hidden.new_empty(len(part), head.shape[1]))
         if wanted[1]:
             _product(g.t(), x, d_weight, add=start > 0)
     if wanted[1] and count == 0:
@@ -200,9 +213,8 @@ def _selected(
     first two are None for all rows, the last where it cannot happen. On a GPU, where their number is not known to the
     host, `max_rows` are projected.
     """
-    active = torch.stack([w != 0 for w in row_weights]).any(0)
-    if labels is not None:
-        active = active | (labels != ignore_index)
+    terms = [w != 0 for w in row_weights] + ([] if labels is None else [labels != ignore_index])
+    active = reduce(torch.logical_or, terms)
     if not active.is_cuda:
         places = active.nonzero().squeeze(1)
         return None, None if len(places) == len(active) else places, None
@@ -283,16 +295,14 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Te
     return out if bias is None else out.add_(bias)
 
 
-def _pull_back(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """g·weight."""
+def _pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out = g·weight."""
     if g.is_cuda or g.dtype == weight.dtype:
-        out = g.new_empty(len(g), weight.shape[1], dtype=dtype)
         _product(g, weight, out)
         return out
-    out = g.new_zeros(len(g), weight.shape[1])
-    for panel, part in zip(weight.split(PANEL), g.split(PANEL, 1), strict=True):
-        _product(part, panel, out, add=True)
-    return out.to(dtype)
+    for i, (panel, part) in enumerate(zip(weight.split(PANEL), g.split(PANEL, 1), strict=True)):
+        _product(part, panel, out, add=i > 0)
+    return out
 
 
 def _aligned(width: int) -> int:

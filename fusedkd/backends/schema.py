@@ -7,8 +7,8 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 
 ``kd_row_weights``  the KD weight of each row, ``(N,)`` float32, from the mask or the labels: 0 where the teacher row is
                     all −inf (with ids: has no finite entry), and everywhere, with nothing read, unless ``kd``; and both
-                    normalisers of ``"mean"``, ``(2,)`` float64: selected rows, or the sum of a float mask, and labelled
-                    rows; 1 for none.
+                    normalisers, ``(2,)`` float64: those given, but where one is COUNTED, or None is, the selected rows,
+                    or the sum of a float mask, and the labelled rows; 1 for none.
 ``kd_forward``      row losses ``(2, N)``: T^k·w·D and CE (of ``ce`` alone: a divergence may need the labels for
                     itself); statistics ``(N, 8)``; and into `gradient`, unless it is None, the gradient for upstream 1.
                     It may be the student's own memory.
@@ -18,7 +18,12 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     With `ids` ``(N, K)`` int64, −1 for padding, the teacher is known at these columns alone:
                     ``(B, L, K)`` log-probabilities or weights there.
 ``defined_*``       the two for a divergence that has no kernel (:mod:`fusedkd.backends.defined`).
-``kd_terms``        (loss, kd, ce) from row losses: sums over the normalisers, or per row.
+``kd_terms``        the loss from row losses: the sum of kd and ce, each times its weight, where kd and ce are sums over
+                    the normalisers, ``()``, or per row, ``(N,)``. Both go into `terms`, ``(2, …)``, unless it is None.
+``kd_loss``         these three in one call: loss, row weights, normalisers, statistics. kd_forward is given the labels
+                    for ``ce`` or if the divergence ``needs_labels``. ``checked``: on a CPU it raises where a label or a
+                    list is not as :mod:`fusedkd.checks` says, before anything is written.
+``defined_loss``    the same for a divergence that has no kernel.
 ``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
                     nothing is written, where no cluster of the device has room for a row.
 ``kd_shard``        a stage (:class:`fusedkd.backends.layout.Stage`) of kd_forward and kd_backward for the columns
@@ -33,6 +38,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     wanted.
 ``cosine_*``        kd_forward and kd_backward for hidden states ``(B, L, H)``: row losses ``(N,)``: w·(1 − cos);
                     statistics ``(N, 3)``.
+``cosine_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
+                    normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
+                    float64, the first of those given as for kd_row_weights; statistics.
 """
 
 from __future__ import annotations
@@ -52,21 +60,30 @@ _INPUTS = (
 _FLAGS = "int ignore_index, int kernel_id, bool transform, bool ce"
 _FORWARD = f"(*, {_INPUTS}, Tensor(a!)? gradient, {_FLAGS}) -> (Tensor, Tensor)"
 _BACKWARD = f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient, {_FLAGS}, bool skip_if_one) -> ()"
+_LOSS = (
+    "(*, Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor options, "
+    "Tensor? normalizers, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, int kernel_id, bool transform, "
+    "bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
 
 SCHEMAS = {
-    "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, int ignore_index, bool kd)"
-    " -> (Tensor, Tensor)",
+    "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
+    "int ignore_index, bool kd) -> (Tensor, Tensor)",
     "kd_forward": _FORWARD,
     "kd_backward": _BACKWARD,
     "defined_forward": _FORWARD,
     "defined_backward": _BACKWARD,
-    "kd_terms": "(*, Tensor row_losses, Tensor options, Tensor normalizers, bool per_row) -> (Tensor, Tensor, Tensor)",
+    "kd_terms": "(*, Tensor row_losses, Tensor options, Tensor normalizers, Tensor(a!)? terms, bool per_row) -> Tensor",
+    "kd_loss": _LOSS,
+    "defined_loss": _LOSS,
     "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
     "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
     " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     "cosine_forward": f"(*, {_COSINE}, Tensor(a!)? gradient) -> (Tensor, Tensor)",
+    "cosine_loss": "(*, Tensor student, Tensor teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
+    "bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
     "cosine_backward": f"(*, Tensor upstream, {_COSINE}, Tensor stats, Tensor(a!) gradient, bool skip_if_one) -> ()",
 }
 CLUSTER = (
@@ -90,6 +107,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def weights_and_counts(teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for what kd_row_weights returns of the rows ``(B, L, C)``."""
+    rows = teacher.shape[0] * teacher.shape[1]
+    return teacher.new_empty(rows, dtype=torch.float32), teacher.new_empty(2, dtype=torch.float64)
+
+
 def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[Tensor, Tensor]:
     """Memory for what a forward operator returns of the rows ``(B, L, V)``: row losses ``(losses, N)``, or ``(N,)``,
     and statistics ``(N, stats)``.
@@ -104,16 +127,15 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     add up over the tiles and all of them wait for the upstream gradient, so that each is rounded once.
     """
     total = torch.promote_types(hidden.dtype, torch.float32)
-    d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0, dtype=total)
+    d_hidden = hidden.new_empty(hidden.shape if wanted[0] else 0, dtype=total)
     d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
-    d_bias = weight.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=total)
+    d_bias = weight.new_empty(weight.shape[0] if wanted[2] else 0, dtype=total)
     return d_hidden, d_weight, d_bias
 
 
 @torch.library.register_fake("fusedkd::kd_row_weights")
 def _(*, teacher: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    rows = teacher.shape[0] * teacher.shape[1]
-    return teacher.new_empty(rows, dtype=torch.float32), teacher.new_empty(2, dtype=torch.float64)
+    return weights_and_counts(teacher)
 
 
 @torch.library.register_fake("fusedkd::kd_forward")
@@ -127,6 +149,14 @@ def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return losses_and_stats(student, None, len(CosineStat))
 
 
+@torch.library.register_fake("fusedkd::cosine_loss")
+def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_losses, stats = losses_and_stats(student, None, len(CosineStat))
+    weights = student.new_empty(0 if mask is None else row_losses.shape[0], dtype=torch.float32)
+    loss = row_losses if per_row else row_losses.new_empty(())
+    return loss, weights, student.new_empty((), dtype=torch.float64), stats
+
+
 @torch.library.register_fake("fusedkd::kd_backward")
 @torch.library.register_fake("fusedkd::defined_backward")
 @torch.library.register_fake("fusedkd::cosine_backward")
@@ -135,9 +165,16 @@ def _(**_: Any) -> None:
 
 
 @torch.library.register_fake("fusedkd::kd_terms")
-def _(*, row_losses: Tensor, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (row_losses.shape[1],) if per_row else ()
-    return row_losses.new_empty(shape), row_losses.new_empty(shape), row_losses.new_empty(shape)
+def _(*, row_losses: Tensor, per_row: bool, **_: Any) -> Tensor:
+    return row_losses.new_empty((row_losses.shape[1],) if per_row else ())
+
+
+@torch.library.register_fake("fusedkd::kd_loss")
+@torch.library.register_fake("fusedkd::defined_loss")
+def _(*, student: Tensor, teacher: Tensor, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_losses, stats = losses_and_stats(student, 2, len(Stat))
+    loss = row_losses.new_empty((row_losses.shape[1],) if per_row else ())
+    return loss, *weights_and_counts(teacher), stats
 
 
 @torch.library.register_fake("fusedkd::linear_kd")

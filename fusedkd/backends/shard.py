@@ -63,7 +63,9 @@ def gathered(x: Tensor, group: Any) -> Tensor:
 
 def known_rows(teacher: Tensor, shard: Shard) -> Tensor:
     """``(B, L, 1)``: −inf where all logits ``(B, L, C)`` of the teacher are, on every rank, else 0. One byte a row."""
-    own, _ = ops.kd_row_weights(teacher=teacher, ids=None, labels=None, kd_mask=None, ignore_index=-100, kd=True)
+    own, _ = ops.kd_row_weights(
+        teacher=teacher, ids=None, labels=None, kd_mask=None, normalizers=None, ignore_index=-100, kd=True
+    )
     known = (gathered((own != 0).to(torch.uint8), shard.group) != 0).any(0)
     return torch.where(known, 0.0, -torch.inf).view(*teacher.shape[:2], 1)
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd import checks as check
 from fusedkd.backends.block import TeacherRows
 
-ops = torch.ops.fusedkd
 
-
-def gradient_in_forward(student: Tensor, reduction: str, inplace: bool = False) -> bool:
+def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -> bool:
     """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
     its own memory. Hooks of saved tensors say where memory is short: a checkpoint would throw the gradient away, an
     offload would carry it besides both logits. Over the student's logits it takes no memory of its own.
@@ -30,36 +29,29 @@ def gradient_in_forward(student: Tensor, reduction: str, inplace: bool = False) 
     return (
         torch.is_grad_enabled()
         and student.requires_grad
-        and reduction != "none"
+        and not per_row
         and student.dtype != torch.float16
         and not torch.compiler.is_compiling()
         and (inplace or torch._C._autograd._top_saved_tensors_default_hooks(False) is None)
     )
 
 
-def loss_and_terms(row_losses: Tensor, teachers: Sequence[TeacherRows], per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, kd of each teacher, ce) of row losses ``(teachers, 2, N)``: sums over the normalisers, or per row."""
-    found = [
-        ops.kd_terms(row_losses=each, options=t.options, normalizers=t.normalizers, per_row=per_row)
-        for each, t in zip(row_losses.unbind(), teachers, strict=True)
-    ]
-    loss, kd, ce = found[0]
-    if len(found) == 1:
-        return loss, kd.unsqueeze(0), ce
-    return torch.stack([terms[0] for terms in found]).sum(0), torch.stack([terms[1] for terms in found]), ce
+def is_one(upstream: Tensor) -> bool:
+    """Whether the upstream gradient is known to be 1, for which the gradient lies there already."""
+    return check.readable(upstream) and upstream.item() == 1
 
 
 def save_for_backward(ctx: Any, *tensors: Any) -> None:
     """``save_for_backward`` refuses what ``torch.inference_mode`` made, as it often did the teacher's logits: of that,
     an ordinary tensor on the same memory is saved. Not in compiled graphs, which save for themselves.
     """
+    if not torch.compiler.is_compiling():
+        tensors = tuple([t if t is None or not t.is_inference() else _ordinary(t) for t in tensors])
+    ctx.save_for_backward(*tensors)
 
-    def ordinary(t: Any) -> Any:
-        if t is None or torch.compiler.is_compiling() or not t.is_inference():
-            return t
-        return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
-    ctx.save_for_backward(*map(ordinary, tensors))
+def _ordinary(t: Tensor) -> Tensor:
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
 
 def save_teachers(ctx: Any, teachers: Sequence[TeacherRows], *tensors: Tensor | None) -> None:

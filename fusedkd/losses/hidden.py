@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fusedkd import checks as check
-from fusedkd.backends.call import as_rows, real_tensor
+from fusedkd.backends.call import as_rows, pack
+from fusedkd.backends.layout import COUNTED
 from fusedkd.checks import Real
-from fusedkd.losses.common import gradient_in_forward, refuse_double_backward, save_for_backward
+from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_for_backward
 from fusedkd.losses.names import by_name
 from fusedkd.losses.options import Reduction
 
@@ -58,18 +59,17 @@ def cosine_hidden_loss(
     check.reduction(reduction, normalizer=normalizer)
     flat_mask = check.row_vector("mask", mask, student_hidden)
     student, (teacher,), grid = as_rows(student_hidden, teacher_hidden)
-    weights = None
-    if flat_mask is not None:
-        weights = flat_mask.to(torch.float32) if flat_mask.is_floating_point() else (flat_mask != 0).to(torch.float32)
-    count: Real = 1.0
-    if reduction == "mean":
-        default: Real = grid[0] * grid[1] if weights is None else _count(weights, flat_mask)
-        count = default if normalizer is None else normalizer
-    divisor = real_tensor(count, student.device)
-    divisor = torch.where(divisor <= 0, 1, divisor)
-    plan = Plan(grid=grid, per_row=reduction == "none", gradient_in_forward=gradient_in_forward(student, reduction))
-    loss: Tensor = CosineHiddenLossFunction.apply(student, teacher, weights, divisor, plan)
-    return loss.view(student_hidden.shape[:-1]) if reduction == "none" else loss
+    rows: Real = grid[0] * grid[1]
+    given: Real = (rows if flat_mask is None else COUNTED) if normalizer is None else normalizer
+    plan = Plan(
+        grid=grid, per_row=reduction == "none", gradient_in_forward=gradient_in_forward(student, reduction == "none")
+    )
+    normalizers = pack([given if reduction == "mean" else 1.0, 1.0], student.device)
+    if torch.compiler.is_compiling() or (student.requires_grad and torch.is_grad_enabled()):
+        loss: Tensor = CosineHiddenLossFunction.apply(student, teacher, flat_mask, normalizers, plan)
+    else:
+        loss, *_ = plan.loss(student, teacher, flat_mask, normalizers, None)
+    return loss.view(student_hidden.shape[:-1]) if plan.per_row else loss
 
 
 class Plan(NamedTuple):
@@ -80,46 +80,55 @@ class Plan(NamedTuple):
     per_row: bool
     gradient_in_forward: bool
 
+    def loss(
+        self, student: Tensor, teacher: Tensor, mask: Tensor | None, normalizers: Tensor, gradient: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The operator."""
+        shape = (*self.grid, student.shape[-1])
+        return ops.cosine_loss(  # type: ignore[no-any-return]
+            student=student.view(shape),
+            teacher=teacher,
+            mask=mask,
+            normalizers=normalizers,
+            gradient=None if gradient is None else gradient.view(shape),
+            per_row=self.per_row,
+        )
+
 
 class CosineHiddenLossFunction(torch.autograd.Function):
     """The cosine loss: a scalar, or ``(N,)`` per row."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor | None, normalizer: Tensor, plan: Plan
+        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, normalizers: Tensor, plan: Plan
     ) -> Tensor:
-        x = student.view(*plan.grid, student.shape[-1])
-        gradient = x.new_empty(x.shape) if plan.gradient_in_forward else None
-        row_losses, stats = ops.cosine_forward(
-            student=x, teacher=teacher, weights=weights, normalizer=normalizer, gradient=gradient
-        )
+        gradient = None
+        if plan.gradient_in_forward:
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        loss, weights, normalizer, stats = plan.loss(student, teacher, mask, normalizers, gradient)
         ctx.plan, ctx.gradient = plan, gradient
-        save_for_backward(ctx, student, teacher, weights, normalizer, stats)
-        loss: Tensor = row_losses if plan.per_row else row_losses.sum() / normalizer.to(row_losses.dtype)
+        save_for_backward(ctx, student, teacher, None if mask is None else weights, normalizer, stats)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        student, teacher, weights, normalizer, stats = ctx.saved_tensors
-        x = student.view(*ctx.plan.grid, student.shape[-1])
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None and is_one(upstream):
+            return gradient, None, None, None, None
+        student, teacher, weights, normalizer, stats = ctx.saved_tensors
+        shape = (*ctx.plan.grid, student.shape[-1])
         in_forward = gradient is not None
         if gradient is None:
-            gradient = x.new_empty(x.shape)
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         ops.cosine_backward(
             upstream=upstream.contiguous(),
-            student=x,
+            student=student.view(shape),
             teacher=teacher,
             weights=weights,
             normalizer=normalizer,
             stats=stats,
-            gradient=gradient,
+            gradient=gradient.view(shape),
             skip_if_one=in_forward,
         )
-        return gradient.view(student.shape), None, None, None, None
-
-
-def _count(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Selected rows, counted in int64; for a float mask the sum of its weights."""
-    return weights.sum() if mask is not None and mask.is_floating_point() else (weights != 0).sum()
+        return gradient, None, None, None, None

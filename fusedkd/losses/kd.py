@@ -12,20 +12,15 @@ from typing_extensions import Unpack
 from fusedkd import checks as check
 from fusedkd import teachers
 from fusedkd.backends import block
-from fusedkd.backends.block import Flags, TeacherRows
+from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
 from fusedkd.backends.call import as_rows
+from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
-from fusedkd.losses.common import (
-    gradient_in_forward,
-    loss_and_terms,
-    refuse_double_backward,
-    save_for_backward,
-    save_teachers,
-    saved_teachers,
-)
+from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_for_backward
 from fusedkd.losses.inplace import overwritable
-from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, members, prepare, weighted, with_options
+from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
+from fusedkd.losses.rules import members, prepare
 
 Teacher: TypeAlias = teachers.Teacher
 Teachers: TypeAlias = Teacher | Sequence[Teacher]
@@ -107,51 +102,63 @@ def kd_loss(
         ValueError, TypeError: before any kernel starts, naming the argument, what it was and what it must be. On a GPU
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
-    asked: KDOptions = {**DEFAULTS, **options}
     shard = None
-    if vocabulary.is_split(asked, student_logits):
+    if vocabulary.is_split(options, student_logits):
         if torch.compiler.is_compiling():
             more = {"inplace": inplace, "return_terms": return_terms, **options}
             return vocabulary.eagerly(kd_loss, student_logits, teacher, labels, **more)
-        student_logits, teacher, shard = vocabulary.split_logits(student_logits, teacher, asked, inplace)
+        student_logits, teacher, shard = vocabulary.split_logits(student_logits, teacher, options, inplace)
     check.float_rows("student_logits", student_logits)
-    parts = [
-        (prepare(student_logits, member.teacher, labels, member.options, shard), member.weight)
-        for member in members(teacher, asked)
-    ]
-    first = parts[0][0]
-    for part, _ in parts:
-        if part.kd:
+    kd_mask = options.pop("kd_mask", None)
+    asked = members(teacher, options)
+    parts = [prepare(student_logits, member.teacher, labels, kd_mask, member.rules, shard) for member in asked]
+    if shard is not None and check.readable(student_logits):
+        for part in parts:
+            part.check_values(shard.columns)
+    first = parts[0]
+    for part in parts:
+        if part.rules.kd:
             check.frozen("teacher", part.known.rows, student_logits.requires_grad)
     student = student_logits
     if len(parts) > 1 and student.dtype in (torch.float16, torch.bfloat16):
         student = student.float()  # so that the gradients add up in float32 and are rounded once
-    student, rows, grid = as_rows(student, *[part.known.logits() for part, _ in parts])
-    reduction = first.options["reduction"]
+    student, rows, grid = as_rows(student, *[part.known.logits() for part in parts])
     inplace = inplace and len(parts) == 1
-    in_forward = gradient_in_forward(student, reduction, inplace)
+    in_forward = gradient_in_forward(student, first.rules.per_row, inplace)
     if inplace and in_forward:
         overwritable(student_logits, teacher=rows[0], ids=first.known.ids, labels=first.labels)
+    flags = first.flags
+    if len(parts) > 1:
+        flags = flags._replace(transform=any([part.flags.transform for part in parts]))
     plan = Plan(
         grid=grid,
-        per_row=reduction == "none",
+        per_row=first.rules.per_row,
         gradient_in_forward=in_forward,
         inplace=inplace and in_forward,
-        families=tuple([part.family for part, _ in parts]),
-        flags=Flags(
-            ignore_index=first.options["ignore_index"],
-            transform=any([part.transform for part, _ in parts]),
-            ce=first.ce,
-            shard=shard,
-        ),
+        return_terms=return_terms,
+        checked=check.readable(student) and shard is None,
+        labels_read=first.rules.labels_read or any([part.rules.labels_read for part in parts]),
+        families=[part.rules.family for part in parts],
+        flags=flags,
     )
-    given = [field for (part, _), each in zip(parts, rows, strict=True) for field in part.teacher_rows(each)]
-    loss, kd, ce, _ = KDLossFunction.apply(student, first.labels, plan, *given)
-    terms = [weighted(each, weight) for each, (_, weight) in zip(kd.unbind(), parts, strict=True)]
-    kd = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
-    if reduction == "none":
-        loss, kd, ce = (term.view(student_logits.shape[:-1]) for term in (loss, kd, ce))
-    return (loss, KDTerms(kd, ce)) if return_terms else loss
+    teachers: list[Any] = [part.whole_teacher(each) for part, each in zip(parts, rows, strict=True)]
+    try:
+        if torch.compiler.is_compiling():  # a compiled graph sees tensors among the arguments alone
+            fields = [field for each in teachers for field in each]
+            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, *fields)
+        elif student.requires_grad and torch.is_grad_enabled():  # fewer arguments take less time
+            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, teachers)
+        else:
+            loss, terms, _, _ = plan.run(student, first.labels, teachers)
+    except RuntimeError:
+        if plan.checked:
+            for part in parts:
+                part.check_values(student.shape[-1])
+        raise
+    if plan.per_row:
+        loss = loss.view(student_logits.shape[:-1])
+        terms = None if terms is None else terms.view(len(parts), 2, *student_logits.shape[:-1])
+    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
 
 
 class Plan(NamedTuple):
@@ -162,39 +169,62 @@ class Plan(NamedTuple):
     per_row: bool
     gradient_in_forward: bool
     inplace: bool
-    families: tuple[Divergence, ...]
+    return_terms: bool
+    checked: bool
+    """The operator looks at what labels and lists hold."""
+    labels_read: bool
+    """By a kernel."""
+    families: list[Divergence]
     """Alive until backward: a divergence without a kernel is known by its number only."""
     flags: Flags
 
+    def run(
+        self, student: Tensor, labels: Tensor | None, teachers: list[WholeTeacher]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor, Tensor]]]:
+        """(loss, terms or None, gradient unless it is the student's memory, what `block.whole_loss` found)."""
+        shape = (*self.grid, student.shape[-1])
+        z = student.view(shape)
+        gradient = to = terms = None
+        if self.inplace:
+            to = z
+        elif self.gradient_in_forward:
+            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+            to = gradient.view(shape)
+        if self.return_terms:
+            per_teacher = (2, z.shape[0] * z.shape[1]) if self.per_row else (2,)
+            terms = z.new_empty((len(teachers), *per_teacher), dtype=accumulation_dtype(z.dtype))
+        loss, found = block.whole_loss(
+            z, labels, teachers, self.flags, to, terms, per_row=self.per_row, checked=self.checked
+        )
+        return loss, terms, gradient, found
+
 
 class KDLossFunction(torch.autograd.Function):
-    """(loss, kd of each teacher, ce, logits): the loss, its terms for logging, and with ``inplace`` the overwritten
-    logits (else None). The teachers come as their fields, one after the other.
+    """(loss, terms ``(teachers, 2, …)`` for logging or None, logits): with ``inplace`` the overwritten logits, else
+    None. The teachers come as a list, or as their fields, one after the other.
     """
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, labels: Tensor | None, plan: Plan, *fields: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        teachers = TeacherRows.unflatten(fields)
-        z = student.view(*plan.grid, student.shape[-1])
-        gradient = z if plan.inplace else z.new_empty(z.shape) if plan.gradient_in_forward else None
-        row_losses, stats = block.forward(z, labels, teachers, plan.flags, gradient)
-        ctx.plan, ctx.gradient, ctx.spent = plan, None if plan.inplace else gradient, False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        given: list[WholeTeacher] = fields[0] if len(fields) == 1 else WholeTeacher.unflatten(fields)
+        loss, terms, gradient, found = plan.run(student, labels, given)
+        ctx.plan, ctx.gradient, ctx.spent = plan, gradient, False
         ctx.set_materialize_grads(False)
         if plan.inplace:
             ctx.mark_dirty(student)
             save_for_backward(ctx, student)
-        else:
-            save_teachers(ctx, teachers, student, labels, *stats)
-        loss, kd, ce = loss_and_terms(row_losses, teachers, plan.per_row)
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce, student if plan.inplace else None
+            return loss, terms, student
+        of_teachers = [x for t, more in zip(given, found, strict=True) for x in (t.rows, t.ids, t.options, *more)]
+        save_for_backward(ctx, student, labels if plan.labels_read else None, *of_teachers)
+        ctx.kernel_ids = [t.kernel_id for t in given]
+        if terms is not None:
+            ctx.mark_non_differentiable(terms)
+        return loss, terms, None
 
     @staticmethod
-    def backward(
-        ctx: Any, upstream: Tensor | None, _kd: None, _ce: None, logits: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _terms: None, logits: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if logits is not None:
             raise RuntimeError(
@@ -206,14 +236,20 @@ class KDLossFunction(torch.autograd.Function):
             return None, *unused
         if ctx.plan.inplace:
             return _overwritten(ctx, upstream), *unused
-        count = len(ctx.kernel_ids)
-        teachers, (student, labels, *stats) = saved_teachers(ctx, 2 + count)
-        z, upstream = student.view(*ctx.plan.grid, student.shape[-1]), upstream.contiguous()
         gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None and is_one(upstream):
+            return gradient, *unused
+        student, labels, *of_teachers = ctx.saved_tensors
+        teachers, stats = [], []
+        for i, kernel_id in enumerate(ctx.kernel_ids):
+            rows, ids, options, row_weights, normalizers, its_stats = of_teachers[6 * i : 6 * i + 6]
+            teachers.append(TeacherRows(rows, None, None, ids, row_weights, options, normalizers, kernel_id))
+            stats.append(its_stats)
+        z, upstream = student.view(*ctx.plan.grid, student.shape[-1]), upstream.contiguous()
         if gradient is None:
             gradient = block.backward(upstream, z, labels, teachers, stats, ctx.plan.flags)
         else:
-            block.rescale_(gradient, upstream, z, labels, teachers, stats, ctx.plan.flags)
+            block.rescale_(gradient.view(z.shape), upstream, z, labels, teachers, stats, ctx.plan.flags)
         return gradient.view(student.shape), *unused
 
 

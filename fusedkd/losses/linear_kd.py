@@ -10,31 +10,16 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fusedkd import checks as check
-from fusedkd.backends import linear_loop
+from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.call import as_rows
+from fusedkd.backends.call import as_rows, pack
 from fusedkd.backends.linear_loop import MOST_ROWS, row_bytes, tile_type
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
-from fusedkd.losses.common import (
-    loss_and_terms,
-    refuse_double_backward,
-    save_for_backward,
-    save_teachers,
-    saved_teachers,
-)
+from fusedkd.losses.common import refuse_double_backward, save_for_backward, save_teachers, saved_teachers
 from fusedkd.losses.kd import Teacher, Teachers
-from fusedkd.losses.options import (
-    DEFAULTS,
-    KDOptions,
-    KDTerms,
-    Prepared,
-    checked_options,
-    members,
-    prepare,
-    weighted,
-    with_options,
-)
+from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_options
+from fusedkd.losses.rules import Prepared, checked_options, members, prepare
 
 ops = torch.ops.fusedkd
 
@@ -120,15 +105,14 @@ def linear_kd_loss(
     Raises:
         ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
     """
-    asked: KDOptions = {**DEFAULTS, **options}
     shard = None
-    if vocabulary.is_split(asked, student_weight, student_hidden):
+    if vocabulary.is_split(options, student_weight, student_hidden):
         if torch.compiler.is_compiling():
             tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
             more = {"student_bias": student_bias, "return_terms": return_terms, **tiling, **options}
             return vocabulary.eagerly(linear_kd_loss, student_hidden, student_weight, teacher, labels, **more)
         student_hidden, student_weight, student_bias, teacher, shard = vocabulary.split_head(
-            student_hidden, student_weight, student_bias, teacher, asked
+            student_hidden, student_weight, student_bias, teacher, options
         )
     check.float_rows("student_hidden", student_hidden)
     check.head("student_", student_hidden, student_weight, student_bias)
@@ -138,31 +122,28 @@ def linear_kd_loss(
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     device, lead, columns = student_hidden.device, student_hidden.shape[:-1], student_weight.shape[0]
     logits = student_hidden.new_empty(()).expand(*lead, columns)  # their shape, type and device
-    parts = [
-        (prepare(logits, member.teacher, labels, member.options, shard), member.weight)
-        for member in members(teacher, asked)
-    ]
-    first = parts[0][0]
+    kd_mask = options.pop("kd_mask", None)
+    asked = members(teacher, options)
+    parts = [prepare(logits, member.teacher, labels, kd_mask, member.rules, shard) for member in asked]
+    first = parts[0]
     cast = check.autocast_dtype(device)
     dtype = student_hidden.dtype if cast is None or student_hidden.dtype == torch.float64 else cast  # as autocast does
     if not student_hidden.is_cuda:
         tile_dtype = torch.promote_types(tile_dtype, torch.float32)
-    for part, _ in parts:
-        if part.kd:
+    for part in parts:
+        if check.readable(student_hidden):
+            part.check_values(columns if shard is None else shard.columns)
+        if part.rules.kd:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
-    given = [_teacher_rows(part, lead.numel(), cast) for part, _ in parts]
+    given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
     columns = vocabulary.rows_alike(columns, shard)
-    bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, [part for part, _ in parts], given, wanted)
+    bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
     plan = LinearPlan(
-        per_row=first.options["reduction"] == "none",
+        per_row=first.rules.per_row,
+        return_terms=return_terms,
         wanted=wanted,
-        families=tuple([part.family for part, _ in parts]),
-        flags=Flags(
-            ignore_index=first.options["ignore_index"],
-            transform=any([part.transform for part, _ in parts]),
-            ce=first.ce,
-            shard=shard,
-        ),
+        families=tuple([part.rules.family for part in parts]),
+        flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
         tile=tiles.rows(bytes_per_row, lead.numel()),
         tile_dtype=tile_dtype,
         dtype=dtype,
@@ -170,11 +151,12 @@ def linear_kd_loss(
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
     fields = [field for each in given for field in each]
-    loss, kd, ce = LinearKDLossFunction.apply(flat, student_weight, student_bias, first.labels, plan, *fields)
+    read = first.labels if any([part.rules.labels_read for part in parts]) else None
+    loss, terms = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)
     if plan.per_row:
-        loss, kd, ce = loss.view(lead), kd.view(len(parts), *lead), ce.view(lead)
-    terms = [weighted(each, weight) for each, (_, weight) in zip(kd.unbind(), parts, strict=True)]
-    return (loss, KDTerms(torch.stack(terms).sum(0), ce)) if return_terms else loss
+        loss = loss.view(lead)
+        terms = None if terms is None else terms.view(len(parts), 2, *lead)
+    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
 
 
 def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None = None) -> None:
@@ -213,8 +195,8 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
     """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
     head, bias = part.known.head or (None, None)
-    like = rows if head is None else rows.new_zeros(()).expand(1, count, 1)  # of a head, all rows count
-    if not part.kd and part.known.ids is None:  # nothing reads it
+    like = rows if head is None else pack([0.0], rows.device).expand(1, count, 1)  # of a head, all rows count
+    if not part.rules.kd and part.known.ids is None:  # nothing reads it
         rows, head, bias = rows[..., :0], None, None
     if head is not None and cast is not None and head.dtype != torch.float64:
         rows, head = rows.to(cast), head.to(cast)
@@ -234,8 +216,8 @@ def _bytes_per_row(
     teacher = 0  # one after the other
     for part, each in zip(parts, given, strict=True):
         of_tile = each.rows.dtype if each.head is None else tile_type(each.head.dtype, tile_dtype)
-        of_teacher = part.known.columns if part.shard is None or part.known.ids is not None else columns
-        teacher = max(teacher, row_bytes(of_teacher if part.kd else 0, of_tile))
+        of_teacher = part.known.columns if part.flags.shard is None or part.known.ids is not None else columns
+        teacher = max(teacher, row_bytes(of_teacher if part.rules.kd else 0, of_tile))
     total = student + teacher
     if any(wanted) and len(given) > 1:
         total += student * min(len(given) - 1, 2)  # a gradient per teacher, and their sum
@@ -248,6 +230,7 @@ class LinearPlan(NamedTuple):
     """What is decided on the host before the operator starts."""
 
     per_row: bool
+    return_terms: bool
     wanted: list[bool]
     """The gradients of hidden states, weight and bias."""
     families: tuple[Divergence, ...]
@@ -298,8 +281,9 @@ class LinearPlan(NamedTuple):
 
 
 class LinearKDLossFunction(torch.autograd.Function):
-    """(loss, kd of each teacher, ce). The forward call computes the gradients, in float32 and for upstream 1, unless it
-    is ``per_row``; backward scales and rounds them. The teachers come as their fields, one after the other.
+    """(loss, terms ``(teachers, 2, …)`` for logging or None). The forward call computes the gradients, in float32 and
+    for upstream 1, unless it is ``per_row``; backward scales and rounds them. The teachers come as their fields, one
+    after the other.
     """
 
     @staticmethod
@@ -311,7 +295,7 @@ class LinearKDLossFunction(torch.autograd.Function):
         labels: Tensor | None,
         plan: LinearPlan,
         *fields: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         teachers = TeacherRows.unflatten(fields)
         wanted = [False] * 3 if plan.per_row else plan.wanted
         row_losses, *gradients = plan.run(hidden, weight, bias, labels, teachers, None, wanted)
@@ -322,12 +306,14 @@ class LinearKDLossFunction(torch.autograd.Function):
             save_teachers(ctx, teachers, hidden, weight, bias, labels)
         else:
             save_for_backward(ctx, *gradients)
-        loss, kd, ce = loss_and_terms(row_losses, teachers, plan.per_row)
-        ctx.mark_non_differentiable(kd, ce)
-        return loss, kd, ce
+        terms = None
+        if plan.return_terms:
+            terms = row_losses.new_empty(row_losses.shape[: 2 + plan.per_row])
+            ctx.mark_non_differentiable(terms)
+        return block.loss_of(row_losses, teachers, terms, per_row=plan.per_row), terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _kd: None, _ce: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _terms: None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         unused = (None,) * (len(ctx.needs_input_grad) - 3)
         if upstream is None:

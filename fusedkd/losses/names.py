@@ -37,9 +37,8 @@ def by_name(loss: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(loss)
     def named(*arguments: P.args, **given: P.kwargs) -> R:
-        for name in given:
-            if name not in known:
-                raise TypeError(unknown(loss.__name__, given.keys() - known, options))
+        if not known.issuperset(given):
+            raise TypeError(unknown(loss.__name__, given.keys() - known, options))
         return loss(*arguments, **given)
 
     return named

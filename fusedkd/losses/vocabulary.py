@@ -21,7 +21,7 @@ def is_split(options: KDOptions, *tensors: object) -> bool:
     """Whether the vocabulary is split: by `options`, or because all of these are DTensors. (A weight alone may be one
     by FSDP, whose ranks hold different rows.)
     """
-    if options["vocab_group"] is not None or options["vocab_size"] is not None:
+    if options.get("vocab_group") is not None or options.get("vocab_size") is not None:
         return True
     return all(check.is_dtensor(each) for each in tensors)
 
@@ -68,7 +68,7 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, name: str, tensor: Any, dim: int, options: KDOptions) -> Split:
         """By the student's logits or weight, whose dimension `dim` is the vocabulary."""
-        group, size = options["vocab_group"], options["vocab_size"]
+        group, size = options.get("vocab_group"), options.get("vocab_size")
         if size is not None:
             check.count("vocab_size", size)
         mesh = None

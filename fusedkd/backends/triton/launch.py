@@ -1,8 +1,9 @@
 """The KD operators of :mod:`fusedkd.backends.schema` on Triton: outputs and launches. Nothing here waits for the GPU. A
-forward call is four launches: weights, their counts, the rows (three for split ones), the terms.
+forward call is three launches: weights and their counts, the rows (three for split ones), the terms.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,42 +11,82 @@ import triton
 from torch import Tensor
 
 from fusedkd.backends.call import Call
+from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.layout import Stat
-from fusedkd.backends.schema import losses_and_stats
+from fusedkd.backends.schema import losses_and_stats, weights_and_counts
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
-from fusedkd.backends.triton.row_kernels import kd_counts_kernel, kd_row_weights_kernel, kd_terms_kernel
+from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel
 
 
 def kd_row_weights(
-    teacher: Tensor, ids: Tensor | None, labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int, kd: bool
+    teacher: Tensor,
+    ids: Tensor | None,
+    labels: Tensor | None,
+    kd_mask: Tensor | None,
+    normalizers: Tensor | None,
+    ignore_index: int,
+    kd: bool,
 ) -> tuple[Tensor, Tensor]:
     B, L, C = teacher.shape
-    weights = teacher.new_empty(B * L, dtype=torch.float32) if kd else teacher.new_zeros(B * L, dtype=torch.float32)
-    counts = teacher.new_empty(2, dtype=torch.float64)
-    summed = kd_mask is not None and kd_mask.is_floating_point()
+    weights, counts = weights_and_counts(teacher)
+    programs = max(1, triton.cdiv(B * L, ROWS))
     with torch.cuda.device_of(teacher):
-        if kd and B * L > 0:
-            strides = teacher.stride()[:2]
-            kd_row_weights_kernel[(B * L,)](
-                teacher, ids, labels, kd_mask, weights, ignore_index, L, C, *strides, BLOCK=128, num_warps=1, **FUSED
-            )
-        sizes = ignore_index, B * L
-        kd_counts_kernel[(1,)](weights, labels, counts, *sizes, SUM=summed, BLOCK=8192, num_warps=16, **FUSED)
+        kd_row_weights_kernel[(programs,)](
+            teacher,
+            ids,
+            labels,
+            kd_mask,
+            normalizers,
+            weights,
+            counts,
+            teacher.new_empty(2, programs, dtype=torch.float64),
+            ticket(teacher.device),
+            ignore_index,
+            B * L,
+            max(L, 1),  # by which is divided
+            C,
+            *teacher.stride()[:2],
+            KD=kd,
+            ROWS=ROWS,
+            BLOCK=64,
+            num_warps=4,
+            **FUSED,
+        )
     return weights, counts
 
 
-def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+def ticket(device: torch.device) -> Tensor:
+    """The counter of the programs that are done, 0 between launches: one for each stream, for launches of one follow
+    each other; and one of its own for a launch in a CUDA graph, which is replayed anywhere.
+    """
+    if device.type != "cuda":
+        return _ticket(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _ticket(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _ticket(device: torch.device, stream: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+ROWS = 32
+"""Of a program of `kd_row_weights_kernel`, whose warps look at a cache line of each at a time."""
+
+
+def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Tensor | None, per_row: bool) -> Tensor:
     n = row_losses.shape[1]
-    shape = (n,) if per_row else ()
-    loss, kd, ce = (row_losses.new_empty(shape) for _ in range(3))
+    loss = row_losses.new_empty((n,) if per_row else ())
     programs = triton.cdiv(n, 2048) if per_row else 1
     if programs > 0:
         with torch.cuda.device_of(row_losses):
             kd_terms_kernel[(programs,)](
-                row_losses, options, normalizers, loss, kd, ce, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
+                row_losses, options, normalizers, loss, terms, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
             )
-    return loss, kd, ce
+    return loss
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -57,6 +98,9 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
 
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     _launch(Call(**inputs), stats, upstream=upstream, gradient=gradient, skip_if_one=skip_if_one)
+
+
+kd_loss = whole_loss(kd_row_weights, in_turn(kd_forward, kd_terms))
 
 
 def kd_shard(

@@ -4,85 +4,96 @@
 import triton
 import triton.language as tl
 
+from fusedkd.backends.triton.last import is_last, totals
 from fusedkd.backends.triton.layout import CE_WEIGHT, KD_WEIGHT
 from fusedkd.backends.triton.math import INFINITY
 
 
 @triton.jit(
-    do_not_specialize=["ignore_index", "L", "C", "stride_b", "stride_l"],
-    do_not_specialize_on_alignment=["teacher", "ids", "labels", "kd_mask", "weights"],
-)
+    do_not_specialize=["ignore_index", "N", "L", "C", "stride_b", "stride_l"],
+    do_not_specialize_on_alignment=[
+        "teacher", "ids", "labels", "kd_mask", "normalizers", "weights", "counts", "partials", "ticket",
+    ],
+)  # fmt: skip
 def kd_row_weights_kernel(
     teacher,  # [B, L, C]
     ids,  # [N, C] or None
     labels,  # [N] or None
     kd_mask,  # [N] or None
+    normalizers,  # [2] float64 or None: those that are not counted
     weights,  # [N] float32
+    counts,  # [2] float64
+    partials,  # float64 [2, programs]: what each program has counted
+    ticket,  # int32 [1]: 0, and again when the launch is done
     ignore_index: tl.int64,
+    N,
     L,
     C,
     stride_b: tl.int64,
     stride_l: tl.int64,
+    KD: tl.constexpr,  # otherwise no row has a KD term
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    w = 1.0
-    if kd_mask is not None:
-        w = tl.load(kd_mask + row)
-        w = w.to(tl.float32) if w.dtype.is_floating() else (w != 0).to(tl.float32)
-    elif labels is not None:
-        w = (tl.load(labels + row) != ignore_index).to(tl.float32)
-    # An all −∞ teacher row is not selected. Almost always the first block decides.
-    p_row = teacher + (row // L).to(tl.int64) * stride_b + (row % L).to(tl.int64) * stride_l
-    end = tl.where(w != 0, C, 0)
-    found = 0
-    start = 0
-    while (found == 0) & (start < end):
-        o = start + tl.arange(0, BLOCK)
-        b_known = tl.load(p_row + o, o < end, other=-INFINITY) != -INFINITY
-        if ids is not None:
-            b_known = b_known & (tl.load(ids + row.to(tl.int64) * C + o, o < end, other=-1) >= 0)
-        found = tl.max(b_known.to(tl.int32), 0)
-        start += BLOCK
-    tl.store(weights + row, tl.where(found != 0, w, 0.0))
+    """ROWS rows each. The last program to finish adds up what all have counted, always in the same order."""
+    i_program = tl.program_id(0)
+    i = i_program * ROWS + tl.arange(0, ROWS)  # [ROWS], as all vectors below
+    m_row = i < N
+    labelled = tl.zeros([ROWS], tl.int1)
+    if labels is not None:
+        labelled = m_row & (tl.load(labels + i, m_row, other=0) != ignore_index)
+    b_w = tl.zeros([ROWS], tl.float32)
+    if KD:
+        if kd_mask is not None:
+            b_mask = tl.load(kd_mask + i, m_row, other=0)
+            b_w = b_mask.to(tl.float32) if b_mask.dtype.is_floating() else (b_mask != 0).to(tl.float32)
+        elif labels is not None:
+            b_w = labelled.to(tl.float32)
+        else:
+            b_w = m_row.to(tl.float32)
+        # An all −∞ teacher row is not selected. Almost always the first block decides.
+        o_row = (i // L).to(tl.int64) * stride_b + (i % L).to(tl.int64) * stride_l
+        found = (b_w == 0).to(tl.int32)
+        start = 0
+        while (tl.min(found, 0) == 0) & (start < C):
+            o = start + tl.arange(0, BLOCK)
+            m = (found == 0)[:, None] & (o < C)[None, :]
+            b_known = tl.load(teacher + o_row[:, None] + o[None, :], m, other=-INFINITY) != -INFINITY
+            if ids is not None:
+                b_known = b_known & (tl.load(ids + i.to(tl.int64)[:, None] * C + o[None, :], m, other=-1) >= 0)
+            found = tl.maximum(found, tl.max(b_known.to(tl.int32), 1))
+            start += BLOCK
+        b_w = tl.where(found != 0, b_w, 0.0)
+    tl.store(weights + i, b_w, m_row)
+
+    SUM: tl.constexpr = kd_mask is not None and kd_mask.dtype.element_ty.is_floating()
+    n_kd = tl.sum(b_w.to(tl.float64) if SUM else (b_w != 0).to(tl.float64), 0)
+    n_ce = tl.sum(labelled.to(tl.float64), 0)
+    if is_last(partials, n_kd, n_ce, ticket):
+        n_kd, n_ce = totals(partials, 512)
+        if normalizers is not None:
+            n_kd = given_or(tl.load(normalizers), n_kd)
+            n_ce = given_or(tl.load(normalizers + 1), n_ce)
+        tl.store(counts, tl.where(n_kd <= 0, 1.0, n_kd))
+        tl.store(counts + 1, tl.where(n_ce <= 0, 1.0, n_ce))
 
 
-@triton.jit(do_not_specialize=["ignore_index", "N"], do_not_specialize_on_alignment=["weights", "labels", "counts"])
-def kd_counts_kernel(
-    weights,  # [N] float32
-    labels,  # [N] or None
-    counts,  # [2] float64
-    ignore_index: tl.int64,
-    N,
-    SUM: tl.constexpr,  # the weights; otherwise how many are not 0
-    BLOCK: tl.constexpr,
-):
-    """One program, so that the order of summation is always the same."""
-    selected = tl.zeros([BLOCK], tl.float64)
-    labelled = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, N, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        b_w = tl.load(weights + i, i < N, other=0.0)
-        selected += b_w.to(tl.float64) if SUM else (b_w != 0).to(tl.float64)
-        if labels is not None:
-            labelled += tl.where(i < N, tl.load(labels + i, i < N, other=0) != ignore_index, False).to(tl.int32)
-    n_kd = tl.sum(selected, 0)
-    n_ce = tl.sum(labelled, 0).to(tl.float64)
-    tl.store(counts, tl.where(n_kd <= 0, 1.0, n_kd))
-    tl.store(counts + 1, tl.where(n_ce <= 0, 1.0, n_ce))
+@triton.jit
+def given_or(given, count):
+    """COUNTED is minus infinity."""
+    return tl.where(given == -INFINITY, count, given)
 
 
 @triton.jit(
     do_not_specialize=["N"],
-    do_not_specialize_on_alignment=["row_losses", "real_options", "normalizers", "loss", "kd", "ce"],
+    do_not_specialize_on_alignment=["row_losses", "real_options", "normalizers", "loss", "terms"],
 )
 def kd_terms_kernel(
     row_losses,  # A, [2, N]
     real_options,  # float64 [16]
     normalizers,  # float64 [2]
-    loss,  # A, [] or [N], as the two below
-    kd,
-    ce,
+    loss,  # A, [] or [N]
+    terms,  # A, [2] or [2, N], or None
     N,
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,9 +116,11 @@ def kd_terms_kernel(
     b_loss = tl.where(kd_weight == 0, 0.0, kd_weight * b_kd) + tl.where(ce_weight == 0, 0.0, ce_weight * b_ce)
     if PER_ROW:
         tl.store(loss + i, b_loss, i < N)
-        tl.store(kd + i, b_kd, i < N)
-        tl.store(ce + i, b_ce, i < N)
+        if terms is not None:
+            tl.store(terms + i, b_kd, i < N)
+            tl.store(terms + N + i, b_ce, i < N)
     else:
         tl.store(loss, b_loss)
-        tl.store(kd, b_kd)
-        tl.store(ce, b_ce)
+        if terms is not None:
+            tl.store(terms, b_kd)
+            tl.store(terms + 1, b_ce)

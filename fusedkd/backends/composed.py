@@ -1,0 +1,104 @@
+"""The operators kd_loss and cosine_loss of a backend in Python, made of its other operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedkd import checks as check
+from fusedkd.backends.call import pack
+from fusedkd.backends.layout import TopkKernelId
+
+Operator = Callable[..., Any]
+
+ops = torch.ops.fusedkd
+
+
+def in_turn(forward: Operator, sums: Operator) -> Operator:
+    """(loss, statistics) by kd_forward and kd_terms."""
+
+    def forward_loss(
+        *, gradient: Tensor | None, terms: Tensor | None, per_row: bool, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:
+        row_losses, stats = forward(**inputs, gradient=gradient)
+        given = {"options": inputs["options"], "normalizers": inputs["normalizers"]}
+        return sums(**given, row_losses=row_losses, terms=terms, per_row=per_row), stats
+
+    return forward_loss
+
+
+def whole_loss(row_weights: Operator, forward_loss: Operator) -> Operator:
+    """kd_row_weights, and what computes loss and statistics after it."""
+
+    def kd_loss(
+        *,
+        student: Tensor,
+        teacher: Tensor,
+        ids: Tensor | None,
+        labels: Tensor | None,
+        kd_mask: Tensor | None,
+        options: Tensor,
+        normalizers: Tensor | None,
+        gradient: Tensor | None,
+        terms: Tensor | None,
+        ignore_index: int,
+        kernel_id: int,
+        transform: bool,
+        kd: bool,
+        ce: bool,
+        needs_labels: bool,
+        per_row: bool,
+        checked: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        labels_read = ce or needs_labels
+        if checked and student.is_cpu:
+            check.class_range(labels, student.shape[2] if labels_read else check.ANY_CLASS, ignore_index)
+            if ids is not None:
+                check.listed_values(ids, teacher.flatten(0, 1), student.shape[2], kernel_id == TopkKernelId.SAMPLES)
+        rows = {"teacher": teacher, "ids": ids, "ignore_index": ignore_index}
+        weights, normalizers = row_weights(**rows, labels=labels, kd_mask=kd_mask, normalizers=normalizers, kd=kd)
+        loss, stats = forward_loss(
+            **rows,
+            student=student,
+            labels=labels if labels_read else None,
+            row_weights=weights,
+            options=options,
+            normalizers=normalizers,
+            gradient=gradient,
+            kernel_id=kernel_id,
+            transform=transform,
+            ce=ce,
+            terms=terms,
+            per_row=per_row,
+        )
+        return loss, weights, normalizers, stats
+
+    return kd_loss
+
+
+def cosine_loss(
+    *,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    normalizers: Tensor,
+    gradient: Tensor | None,
+    per_row: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weights = None
+    if mask is not None:
+        every_row = pack([0.0], student.device).expand(1, len(mask), 1)
+        weights, normalizers = ops.kd_row_weights(
+            teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
+        )
+    else:
+        normalizers = torch.where(normalizers <= 0, 1, normalizers)
+    normalizer = normalizers[0].clone()  # no operator returns a view of what it is given
+    row_losses, stats = ops.cosine_forward(
+        student=student, teacher=teacher, weights=weights, normalizer=normalizer, gradient=gradient
+    )
+    loss = row_losses if per_row else row_losses.sum().div_(normalizer)
+    return loss, student.new_empty(0, dtype=torch.float32) if weights is None else weights, normalizer, stats

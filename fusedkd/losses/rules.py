@@ -1,0 +1,333 @@
+"""What a loss makes of its options and tensors before an operator starts: the rules, the rows of each term, what its
+sum is divided by, and the real options in one tensor. Rules of plain values are made once, and found again by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedkd import checks as check
+from fusedkd import teachers
+from fusedkd.backends import block
+from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
+from fusedkd.backends.call import kept, pack
+from fusedkd.backends.layout import COUNTED, OPTIONS, Option, TopkKernelId
+from fusedkd.backends.shard import Shard
+from fusedkd.checks import Real
+from fusedkd.divergences import FAMILIES, Divergence, resolve
+from fusedkd.losses.options import DEFAULTS, KDOptions
+from fusedkd.teachers import KnownTeacher
+
+
+class Rules(NamedTuple):
+    """What the options alone decide, checked."""
+
+    options: KDOptions
+    """All of them but the mask."""
+    family: Divergence
+    coefficients: tuple[Real, ...]
+    temperatures: tuple[Real, Real]
+    normalizers: tuple[Real, Real] | None
+    """Those that are given, else COUNTED; None where both are."""
+    kd: bool
+    ce: bool
+    needs_labels: bool
+    """Whether the divergence does."""
+    labels_read: bool
+    """By a kernel."""
+    flags: Flags
+    """Of a teacher without a transform of its logits."""
+    per_row: bool
+    constants: dict[torch.device, tuple[Tensor, Tensor | None]]
+    """Real options and normalisers of a teacher without options of its own, once they are on a device."""
+
+    @classmethod
+    def of(cls, options: KDOptions) -> Rules:
+        """From all options."""
+        family = resolve(options["divergence"])
+        check.vocab_mismatch(options["vocab_mismatch"])
+        reduction, given = options["reduction"], (options["kd_normalizer"], options["ce_normalizer"])
+        check.reduction(reduction, kd_normalizer=given[0], ce_normalizer=given[1])
+        temperature, teacher_temperature = options["temperature"], options["teacher_temperature"]
+        temperatures = temperature, temperature if teacher_temperature is None else teacher_temperature
+        for name, value in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
+            check.real(name, value, open_low=True)
+        check.real("kd_weight", options["kd_weight"])
+        check.real("ce_weight", options["ce_weight"])
+        check.real("label_smoothing", options["label_smoothing"], high=1.0)
+        check.real("z_loss_weight", options["z_loss_weight"])
+        transforms = {"logit_softcap": options["logit_softcap"], "logit_scale": options["logit_scale"]}
+        _check_transforms(transforms)
+        kd, ce = not _is(0, options["kd_weight"]), not _is(0, options["ce_weight"])
+        needs_labels, transform = kd and family.needs_labels, any([value is not None for value in transforms.values()])
+        counted = tuple([COUNTED if each is None else each for each in given])
+        normalizers = (1.0, 1.0) if reduction != "mean" else None if given == (None, None) else counted
+        return cls(
+            options=options,
+            family=family,
+            coefficients=family.coefficients(),
+            temperatures=temperatures,
+            normalizers=normalizers,  # type: ignore[arg-type]
+            kd=kd,
+            ce=ce,
+            needs_labels=needs_labels,
+            labels_read=ce or needs_labels,
+            flags=Flags(ignore_index=options["ignore_index"], transform=transform, ce=ce),
+            per_row=reduction == "none",
+            constants={},
+        )
+
+    def tensors(self, known: KnownTeacher, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Real options and normalisers as the operators take them."""
+        own = known.softcap is not None or known.scale is not None or known.coefficients is not self.coefficients
+        keep = not own and not check.tracing()
+        if keep and device in self.constants:
+            constants, normalizers = self.constants[device]
+            return kept(constants), None if normalizers is None else kept(normalizers)
+        options = pack(self.real_options(known), device)
+        if self.scale_follows:
+            torch.pow(options[Option.TEMPERATURE], self.family.temperature_power, out=options[Option.KD_SCALE])
+        found = options, None if self.normalizers is None else pack(self.normalizers, device)
+        if keep:
+            self.constants[device] = found
+        return found
+
+    @property
+    def scale_follows(self) -> bool:
+        """Whether T^k is computed where T has arrived. (What is traced is computed before.)"""
+        T, power = self.options["temperature"], self.family.temperature_power
+        return isinstance(T, Tensor) and self.options["scale_by_t2"] and power > 0 and not check.tracing()
+
+    def real_options(self, known: KnownTeacher) -> list[Real]:
+        """The options tensor."""
+        options, power = self.options, self.family.temperature_power
+        student_temperature, teacher_temperature = self.temperatures if power > 0 else (1.0, 1.0)
+        scale: Real = 0.0
+        if not self.scale_follows:
+            scale = check.exact(options["temperature"]) ** power if options["scale_by_t2"] else 1.0
+        values: dict[Option, Real | None] = {
+            Option.TEMPERATURE: student_temperature,
+            Option.TEACHER_TEMPERATURE: teacher_temperature,
+            Option.KD_SCALE: scale,
+            Option.KD_WEIGHT: options["kd_weight"],
+            Option.CE_WEIGHT: options["ce_weight"],
+            Option.LABEL_SMOOTHING: options["label_smoothing"],
+            Option.Z_LOSS_WEIGHT: options["z_loss_weight"],
+            Option.SOFTCAP: options["logit_softcap"],
+            Option.SCALE: 1.0 if options["logit_scale"] is None else options["logit_scale"],
+            Option.TEACHER_SOFTCAP: known.softcap,
+            Option.TEACHER_SCALE: 1.0 if known.scale is None else known.scale,
+        }
+        packed: list[Real] = [0.0] * OPTIONS
+        for option, value in values.items():
+            packed[option.value] = 0.0 if value is None else value  # torch.compile indexes no list by an IntEnum
+        packed[Option.COEFFICIENTS : Option.COEFFICIENTS + len(known.coefficients)] = known.coefficients
+        return packed
+
+
+PLAIN = frozenset({float, int, bool, str, type(None)})
+"""Types of options that are known by their value."""
+MOST_RULES = 256
+
+_rules: dict[Any, Rules] = {}
+
+
+def rules_of(options: KDOptions) -> Rules:
+    """Of the options that are given; those of plain values are made once."""
+    key = None if torch.compiler.is_compiling() else _key(options)
+    found = None if key is None else _rules.get(key)
+    if found is None:
+        found = Rules.of({**DEFAULTS, **options})
+        if key is not None:
+            if len(_rules) >= MOST_RULES:
+                _rules.pop(next(iter(_rules)), None)
+            _rules[key] = found
+    return found
+
+
+def _key(options: Mapping[str, Any]) -> Any:
+    """What the rules depend on: names, values and their types, for 1 is no temperature where it is True. None where
+    values may change under way, as a tensor's can.
+    """
+    divergence = options.get("divergence")
+    if isinstance(divergence, Divergence):
+        if type(divergence) is not FAMILIES.get(divergence.name):
+            return None
+        parameters = {f"divergence.{name}": value for name, value in vars(divergence).items()}
+        options = {**options, "divergence": divergence.name, **parameters}
+    types = tuple(map(type, options.values()))
+    return (*options.items(), types) if PLAIN.issuperset(types) else None
+
+
+class Prepared(NamedTuple):
+    """One teacher's part of a loss, checked."""
+
+    known: KnownTeacher
+    rules: Rules
+    labels: Tensor | None
+    """``(N,)`` int64."""
+    kd_mask: Tensor | None
+    flags: Flags
+
+    def whole_teacher(self, rows: Tensor) -> WholeTeacher:
+        """What the operator kd_loss is given of the teacher's rows ``(B, L, C)``."""
+        options, normalizers = self.rules.tensors(self.known, rows.device)
+        known, rules = self.known, self.rules
+        return WholeTeacher(
+            rows, known.ids, self.kd_mask, options, normalizers, int(known.kernel_id), rules.kd, rules.needs_labels
+        )
+
+    def teacher_rows(
+        self, rows: Tensor, head: Tensor | None = None, bias: Tensor | None = None, like: Tensor | None = None
+    ) -> TeacherRows:
+        """What the other operators are given. `like`: rows that say which of the teacher's count, if these are not read
+        or are hidden states.
+        """
+        given = self.whole_teacher(rows)
+        shard = None if like is not None and like is not rows else self.flags.shard
+        row_weights, normalizers = block.row_weights(
+            shard,
+            teacher=rows if like is None else like,
+            ids=given.ids,
+            labels=self.labels,
+            kd_mask=given.kd_mask,
+            normalizers=given.normalizers,
+            ignore_index=self.rules.options["ignore_index"],
+            kd=given.kd,
+        )
+        return TeacherRows(
+            rows=rows,
+            head=head,
+            bias=bias,
+            ids=given.ids,
+            row_weights=row_weights,
+            options=given.options,
+            normalizers=normalizers,
+            kernel_id=given.kernel_id,
+        )
+
+    def check_values(self, columns: int) -> None:
+        """That labels and lists hold what they may, for a student of so many columns. They are on a CPU."""
+        known, rules = self.known, self.rules
+        if known.ids is not None:
+            check.listed_values(known.ids, known.rows.flatten(0, -2), columns, known.kernel_id == TopkKernelId.SAMPLES)
+        classes = columns if rules.labels_read else check.ANY_CLASS
+        check.class_range(self.labels, classes, rules.options["ignore_index"])
+
+
+def prepare(
+    student: Tensor,
+    teacher: teachers.Teacher,
+    labels: Tensor | None,
+    kd_mask: Tensor | None,
+    rules: Rules,
+    shard: Shard | None = None,
+) -> Prepared:
+    """`student`: the logits, or any tensor of their shape, type and device. `shard`: where these are the columns of one
+    rank.
+    """
+    family, options = rules.family, rules.options
+    columns = student.shape[-1] if shard is None else shard.columns
+    known = teachers.known(
+        teacher, student, family, rules.coefficients, rules.temperatures, options["vocab_mismatch"], columns
+    )
+    flags = rules.flags if shard is None else rules.flags._replace(shard=shard)
+    if known.softcap is not None or known.scale is not None:
+        flags = flags._replace(transform=True)
+        _check_transforms({"teacher.softcap": known.softcap, "teacher.scale": known.scale})
+    if columns == 1 and (family.temperature_power > 0 or rules.ce):
+        raise ValueError(
+            "the student has one column, whose softmax is 1 whatever it holds: for a regression head use "
+            "divergence='logit_mse' without cross-entropy, the mean squared error"
+        )
+    flat_labels = check.row_vector("labels", labels, student)
+    mask = check.row_vector("kd_mask", kd_mask, student)
+    if flat_labels is None:
+        if rules.ce:
+            raise ValueError("ce_weight is not 0, so the cross-entropy term needs labels, which are None")
+        if rules.needs_labels:
+            raise ValueError(f"{family.name} needs labels, which are None")
+    else:
+        check.class_indices(flat_labels)
+        if rules.needs_labels:
+            common = known.columns if shard is None else columns
+            mask = _with_label(mask, flat_labels, common, columns, options["ignore_index"])
+    return Prepared(known=known, rules=rules, labels=flat_labels, kd_mask=mask, flags=flags)
+
+
+class Member(NamedTuple):
+    """One of the teachers of a loss."""
+
+    teacher: teachers.Teacher
+    weight: Real
+    """Among the teachers."""
+    rules: Rules
+    """Of its call: the weights of the terms are those of this teacher in the loss."""
+
+
+def members(teacher: Any, options: KDOptions) -> list[Member]:
+    """The teachers of a loss, from the options that are given. Its cross-entropy goes with the first."""
+    if not isinstance(teacher, list | tuple):
+        if options.get("teacher_weights") is not None:
+            raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
+        return [Member(teacher, 1.0, rules_of(options))]
+    weights, kd_weight = options.get("teacher_weights"), options.get("kd_weight", DEFAULTS["kd_weight"])
+    if not teacher:
+        raise ValueError("teacher is an empty list: it must hold at least one teacher")
+    if not isinstance(weights, Sequence | None) or isinstance(weights, str):
+        raise TypeError(f"teacher_weights must be a list of numbers, not {type(weights).__name__}")
+    if weights is None:
+        weights = [1.0 / len(teacher)] * len(teacher)
+    if len(weights) != len(teacher):
+        raise ValueError(f"teacher_weights must hold one weight per teacher: {len(teacher)}, not {len(weights)}")
+    for name, value in (("kd_weight", kd_weight), *(("teacher_weights", weight) for weight in weights)):
+        check.real(name, value)
+    found: list[Member] = []
+    for each, weight in zip(teacher, weights, strict=True):
+        product = check.exact(kd_weight) * check.exact(weight)
+        own: KDOptions = {**options, "kd_weight": product, "teacher_weights": None}
+        if found:
+            own["ce_weight"] = 0.0
+        found.append(Member(each, weight, rules_of(own)))
+    return found
+
+
+def checked_options(options: Mapping[str, Any], teacher: teachers.Teacher | None = None) -> None:
+    """Refuses the options that `kd_loss` would refuse whatever its tensors are.
+
+    Args:
+        teacher: one row of it, where options depend on its form; None: logits.
+
+    Raises:
+        ValueError, TypeError: as the loss.
+    """
+    given: KDOptions = {name: value for name, value in options.items() if name != "kd_mask"}  # type: ignore[assignment]
+    weights, row = given.get("teacher_weights"), torch.zeros(1, 2, device="cpu")
+    several = [row] * len(weights) if isinstance(weights, Sequence) else [row]
+    labels = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for member in members(row if weights is None else several, given):
+        prepare(row, row if teacher is None else teacher, labels, None, member.rules)
+
+
+def _check_transforms(transforms: Mapping[str, Real | None]) -> None:
+    for name, transform in transforms.items():
+        if transform is not None:
+            check.real(name, transform, open_low=True)
+
+
+def _with_label(mask: Tensor | None, labels: Tensor, common: int, classes: int, ignore_index: int) -> Tensor:
+    """The KD rows of a divergence that needs a label: those selected whose label is a common column. A label out of
+    range counts as well: the kernel gives its row NaN, as any other loss does.
+    """
+    has = (labels != ignore_index) & ((labels < common) | (labels >= classes))
+    if mask is None:
+        return has
+    return torch.where(has, mask, 0) if mask.is_floating_point() else has & (mask != 0)
+
+
+def _is(number: float, value: Real) -> bool:
+    return not isinstance(value, Tensor) and value == number
