@@ -19,8 +19,7 @@ from fusedkd import kd_loss
 from fusedkd.backends import shard
 from fusedkd.backends.layout import NEEDS_WEIGHT_SUM, SHARD_STATS, STATS, TOLD, KernelId, Stage, TopkKernelId
 from fusedkd.backends.schema import accumulation_dtype
-from fusedkd.losses.options import DEFAULTS as OPTIONS
-from fusedkd.losses.options import prepare
+from fusedkd.losses.rules import prepare, rules_of
 from fusedkd.losses.vocabulary import _place
 
 ROWS, V = 6, 300
@@ -29,8 +28,8 @@ SPLITS = [(150, 150), (100, 100, 100), (299, 1), (1, 299, 0)]
 
 def inputs_of(student: Tensor, teacher: Any, labels: Tensor, divergence: Any = "forward_kl", **options: Any) -> Inputs:
     """What kd_loss gives the operators."""
-    options = {**OPTIONS, "divergence": divergence, "ce_weight": 0.5, **options}
-    part = prepare(student, teacher, labels, options)
+    rules = rules_of({"divergence": divergence, "ce_weight": 0.5, **options})
+    part = prepare(student, teacher, labels, None, rules)
     given = part.teacher_rows(part.known.rows.view(1, *part.known.rows.shape))
     inputs = {name: getattr(given, name) for name in ("ids", "row_weights", "options", "normalizers", "kernel_id")}
     return inputs | {
@@ -38,7 +37,7 @@ def inputs_of(student: Tensor, teacher: Any, labels: Tensor, divergence: Any = "
         "teacher": given.rows,
         "labels": labels,
         "ignore_index": -100,
-        "transform": part.transform,
+        "transform": part.flags.transform,
         "ce": True,
     }
 
