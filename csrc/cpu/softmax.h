@@ -118,8 +118,5 @@ template <class A> struct Softmax {
   }
 };
 
-// How often exp(x/T) is to be squared to make exp(x): −1 if it cannot be made so.
-inline int squarings_at(double T) { return T == 1 ? 0 : T == 2 ? 1 : T == 4 ? 2 : -1; }
-
 }  // namespace FUSEDKD_NAMESPACE
 #endif

@@ -162,7 +162,7 @@ template <class A> struct TopkRows {
     stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l), stats[OTHER_MAX] = m_c, stats[OTHER_SUM] = l_c;
     stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
     stats[WEIGHT_SUM] = A(s.l - stats[STUDENT_SUM]), stats[OWN] = A(off - l_c);
-    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
+    return ce ? CrossEntropy<double>(k, one.m, one.l - 1).value(z_y, one.m - z_sum / double(V)) : 0;
   }
 
   // D, from the statistics as stored; leaves ∂D/∂s on the list in g, and `rest`.
@@ -211,7 +211,7 @@ template <class A> struct TopkRows {
     const bool of_ce = ce && legal && stats[CE_SUM] != -1 && b != 0, dense = of_kd && rest != 0;
     const E1 e_1 = !of_ce ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
     const double m_c = stats[OTHER_MAX] == -INFINITE<A> ? 0 : stats[OTHER_MAX];
-    const CrossEntropy cross_entropy(k, stats[CE_MAX], 1 + double(stats[CE_SUM]), stats[CE_SUM]);
+    const CrossEntropy<double> cross_entropy(k, stats[CE_MAX], stats[CE_SUM]);
     TopkTerms<A> r{};
     r.m_c = A(m_c), r.c_s = A(LOG2E / k.temperature), r.rest = dense ? A(a * rest) : 0;
     r.ce.m = A(cross_entropy.m), r.ce.target = A(cross_entropy.target()), r.ce.b = A(b), r.ce.squarings = squarings;
