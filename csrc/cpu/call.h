@@ -10,7 +10,7 @@
 namespace fusedkd {
 
 // Up to so many columns, rows lie in the lanes of vectors (kd_lanes.h).
-constexpr int64_t LANE_COLUMNS = 128;
+constexpr int64_t LANE_COLUMNS = 256;
 
 // Of kd_loss, however the teacher is known.
 struct LogitsCall {

@@ -79,7 +79,7 @@ template <class A> struct KdRows {
   Terms<A> terms(double a, double b) const {
     Terms<A> r{};
     r.template set_softmaxes<double>(k, {double(stats[STUDENT_MAX]), double(stats[STUDENT_SUM])},
-                    {double(stats[OTHER_MAX]), double(stats[OTHER_SUM])});
+                                     {double(stats[OTHER_MAX]), double(stats[OTHER_SUM])});
     r.a = A(a), r.ce.b = A(b), r.ce.squarings = squarings;
     if (ce) {
       const CrossEntropy<double> cross_entropy = this->cross_entropy();

@@ -210,9 +210,7 @@ template <class X> INLINE X log1p(X x, X u) {
 INLINE double log1p(double x, double) { return std::log1p(x); }
 
 // log l of l = 1 + less_one >= 1, of what describes rows; a NaN stays one. And e^x for x <= 0, x^y for x >= 1.
-template <class R> INLINE R log_sum(R less_one, R l) {
-  return l < INFINITE<Scalar<R>> ? log1p(less_one, l) : l;
-}
+template <class R> INLINE R log_sum(R less_one, R l) { return l < INFINITE<Scalar<R>> ? log1p(less_one, l) : l; }
 INLINE double exp_of(double x) { return std::exp(x); }
 INLINE F exp_of(F x) { return exp2<float>(x * float(LOG2E)); }
 INLINE D exp_of(D x) { return exp2<double>(x * LOG2E); }
