@@ -26,16 +26,15 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @families
 def test_every_width(divergence: Divergence) -> None:
-    for columns in (*range(2, 41), WIDEST - 1, WIDEST, WIDEST + 1):
-        student, teacher = pair(1, 19, columns, seed=columns)
-        check_kd(between_nans(student), between_nans(teacher), targets(1, 19, classes=columns), **at(divergence, 2.0, **BOTH))
+    for columns in (*range(2, 20), 24, 31, 32, 33, 40, WIDEST, WIDEST + 1):
+        student, teacher = (between_nans(x) for x in pair(1, 19, columns, seed=columns))
+        check_kd(student, teacher, targets(1, 19, classes=columns), **at(divergence, 2.0, **BOTH))
 
 
 @families
 @dtypes
-@pytest.mark.parametrize("temperature", [1.0, 3.0, 4.0])
-def test_every_type(divergence: Divergence, dtype: torch.dtype, temperature: float) -> None:
-    for columns, surplus in ((2, 0), (9, 2), (33, 0)):
+def test_every_type(divergence: Divergence, dtype: torch.dtype) -> None:
+    for columns, surplus, temperature in ((2, 0, 1.0), (9, 2, 3.0), (33, 0, 4.0)):
         student, teacher = pair(2, 13, columns, dtype=dtype, teacher_dtype=torch.float32)
         options = at(divergence, temperature, label_smoothing=0.1, z_loss_weight=1e-3, reduction="none", **BOTH)
         options["kd_mask"] = torch.tensor([2.0, 0.0] * 13).view(2, 13)
@@ -66,7 +65,7 @@ def test_rows_know_nothing_of_each_other(divergence: Divergence, dtype: torch.dt
 
 
 @families
-@pytest.mark.parametrize("columns", [1, 2, 3, 15, 16, 17, 40, WIDEST])
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 40])
 def test_operators_agree(divergence: Divergence, columns: int) -> None:
     """Backward with forward, in place with a copy; nothing outside of a row is read or written."""
     for dtype in (torch.float32, torch.bfloat16):
