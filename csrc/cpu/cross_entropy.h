@@ -14,18 +14,19 @@ namespace FUSEDKD_NAMESPACE {
 // What is the same for all columns of a row.
 template <class R> struct CrossEntropy {
   using S = Scalar<R>;
-  R m, less_one, l, log_l;  // less_one: l − 1, which has the digits that l lacks near 1
+  R m, less_one, l;  // less_one: l − 1, which has the digits that l lacks near 1
   S smoothing, columns, z_loss_weight;
   R growth{};  // 2ζ·(m + log l)
 
   CrossEntropy(const LogitsCall& k, R m, R less_one)
-      : m(m), less_one(less_one), l(less_one + S(1)), log_l(log_sum(less_one, l)), smoothing(k.smoothing),
-        columns(k.student.columns), z_loss_weight(k.z_loss_weight) {
-    if (z_loss_weight != 0) growth = l == S(0) ? R{} : 2 * z_loss_weight * (m + log_l);
+      : m(m), less_one(less_one), l(less_one + S(1)), smoothing(k.smoothing), columns(k.student.columns),
+        z_loss_weight(k.z_loss_weight) {
+    if (z_loss_weight != 0) growth = l == S(0) ? R{} : 2 * z_loss_weight * (m + log_sum(less_one, l));
   }
 
   // `below`: the mean of m − z over all columns, used if there is smoothing.
   R value(R z_y, R below) const {
+    const R log_l = log_sum(less_one, l);
     R nll = log_l;
     if (smoothing < 1) nll += (1 - smoothing) * (m - z_y);
     if (smoothing != 0) nll += smoothing * below;

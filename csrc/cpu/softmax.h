@@ -31,7 +31,7 @@ template <class A> struct Softmax {
 
   // As if the n columns x had been added: few, in float64, filled up with −∞ to whole steps. After settle().
   void merge(const double* x, int64_t n) {
-    const A most = n == 0 ? -INFINITE<A> : A(*std::max_element(x, x + n));
+    const A most = n == 0 ? -INFINITE<A> : A(highest(x, n));
     if (most > m) rise(most);
     const double from = m == -INFINITE<A> ? 0 : m;
     D sum = {}, sum_1 = {};

@@ -35,13 +35,18 @@ inline double epsilon(ScalarType type) {
 
 // The teacher's tail before it is divided by the sum: |1 − Σp|, at least what rounding leaves open of it. 0 up to
 // MOST_LOST if it is not `possible`, for the student has nothing off the list (fusedkd/reference/sparse.py). `type`: of the
-// log-probabilities y; p = exp(y), `mass` its sum.
+// log-probabilities y; p = exp(y), `mass` its sum; both are filled up to vectors, with p = 0.
 constexpr double MOST_LOST = 1. / 16;
 
 inline double teachers_tail(ScalarType type, const double* p, const double* y, int64_t n, double mass, bool possible) {
   const double eps = epsilon(type), left = 1 - mass;
   double error = type == ScalarType::Double ? 0x1p-46 : 0x1p-23;
-  for (int64_t j = 0; j < n; j++) error += p[j] == 0 ? 0 : eps / 2 * p[j] * std::abs(y[j]);
+  D sum = {};
+  for (int64_t j = 0; j < n; j += WIDTH<double>) {
+    const D p_j = load(p + j), of = p_j * absolute(load(y + j));
+    sum += p_j == 0 ? D{} : of;
+  }
+  error += eps / 2 * added(sum);
   return possible ? std::max(std::abs(left), error) : left <= MOST_LOST ? 0 : left;
 }
 

@@ -56,11 +56,13 @@ template <class A> struct TopkRows {
   const bool reverse = with_topk_divergence(k.kernel_id, []<class F>() { return F::reverse; });
   Logits<A> student{k.student, k.transform, k.softcap, k.scale};
   alignas(64) A g_buffer[BLOCK];
-  // The list: n columns, the label's after them; of each block of the row the first of its columns, then the next, −1.
+  // The list: n columns, the label's after them; `order` has their positions block by block of the row, and `start`
+  // where in it a block's begin, and end. With one block, that is all of them in the order they are in.
+  const int64_t blocks = std::max<int64_t>(1, (V + BLOCK - 1) / BLOCK);
   std::vector<int64_t> id = std::vector<int64_t>(K_padded);
-  std::vector<int32_t> first = std::vector<int32_t>(V / BLOCK + 1), next = std::vector<int32_t>(K_padded);
+  std::vector<int32_t> start = std::vector<int32_t>(blocks + 1), order = std::vector<int32_t>(K_padded);
   std::vector<A> z = std::vector<A>(K_padded), slope = z;
-  std::vector<double> x = std::vector<double>(K_padded), y = x, p = x, q = x, g = x;  // z; teacher; ∂D/∂s
+  std::vector<double> x = std::vector<double>(K_padded), y = x, p = x, q = x, g = x;  // z; teacher; the gradient
   int64_t n = 0, label = 0;
   bool kd = false, ce = false, label_listed = false;  // the terms that the row has
   double z_y = 0;
@@ -68,7 +70,7 @@ template <class A> struct TopkRows {
   const int squarings = squarings_at(k.temperature);  // that make exp(z) of exp(z/T), −1 if none do
   double rest = 0;                                    // ∂D/∂s off the list, over exp((z − m_c)/T)
 
-  explicit TopkRows(const TopkCall& call) : k(call) {}
+  explicit TopkRows(const TopkCall& call) : k(call) { std::iota(order.begin(), order.end(), 0); }
 
   void row(int64_t i) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -90,51 +92,84 @@ template <class A> struct TopkRows {
 
   // The list of row i, y with it, or an empty one; false, and an empty one, if an id is no column.
   bool list(int64_t i) {
-    std::fill(first.begin(), first.end(), -1);
-    label_listed = false, n = 0;
-    for (int64_t j = 0; j < (i < 0 ? 0 : K); j++) {
-      const int64_t column = k.ids[i * K + j];
-      if (column == -1) continue;
-      if (column < 0 || column >= V) return list(-1), false;
-      id[n] = column, y[n] = element(k.teacher.type, k.teacher[i], j), label_listed |= column == label;
-      next[n] = first[column / BLOCK], first[column / BLOCK] = int32_t(n++);
+    n = i < 0 ? 0 : K;
+    const int64_t *const from = k.ids + std::max<int64_t>(i, 0) * K, V = this->V, label = this->label;
+    int64_t* const to = id.data();
+    int64_t outside = 0, padding = 0, hits = 0;
+    for (int64_t j = 0; j < n; j++) {
+      const int64_t column = from[j];
+      to[j] = column, outside += column < -1 || column >= V, padding += column == -1, hits += column == label;
     }
+    label_listed = label >= 0 && hits > 0;
+    if (outside > 0) return list(-1), false;
+    if (n > 0) elements(k.teacher.type, k.teacher[i], n, y.data());
+    if (padding > 0) {
+      int64_t kept = 0;
+      for (int64_t j = 0; j < n; j++)
+        if (id[j] >= 0) id[kept] = id[j], y[kept++] = y[j];
+      n = kept;
+    }
+    if (blocks == 1) start[1] = int32_t(n);
+    else sort();
     if (sampled) add_up();
     std::fill(y.begin() + n, y.end(), nothing());
     return true;
+  }
+  // By blocks: counts, which become the ends, and then, from the last position down, the beginnings.
+  void sort() {
+    std::fill(start.begin(), start.end(), 0);
+    for (int64_t j = 0; j < n; j++) start[id[j] / BLOCK]++;
+    for (int64_t b = 1; b <= blocks; b++) start[b] += start[b - 1];
+    for (int64_t j = n - 1; j >= 0; j--) order[--start[id[j] / BLOCK]] = int32_t(j);
+  }
+  // use(j) for the positions whose columns are in the block at this column.
+  template <class Use> void in_block(int64_t column, const Use& use) {
+    const int64_t b = column / BLOCK;
+    for (int32_t at = start[b]; at < start[b + 1]; at++)
+      if (const int32_t j = order[at]; id[j] >= 0) use(j);
   }
   double nothing() const { return sampled ? 0 : -INFINITE<double>; }  // y where the teacher has none
 
   // One of equal ids keeps the sum of their weights; the others leave the list, −1.
   void add_up() {
     int32_t kept[BLOCK];
-    for (int32_t& head : first) {
-      for (int32_t j = head; j >= 0; j = next[j]) kept[id[j] % BLOCK] = -1;
-      for (int32_t* at = &head; *at >= 0;) {
-        const int32_t j = *at;
-        int32_t& keeper = kept[id[j] % BLOCK];
-        if (keeper < 0) keeper = j, at = &next[j];
-        else y[keeper] += y[j], y[j] = 0, id[j] = -1, *at = next[j];
-      }
+    for (int64_t block = 0; block < V; block += BLOCK) {
+      in_block(block, [&](int32_t j) { kept[id[j] - block] = -1; });
+      in_block(block, [&](int32_t j) {
+        int32_t& keeper = kept[id[j] - block];
+        if (keeper < 0) keeper = j;
+        else y[keeper] += y[j], y[j] = 0, id[j] = -1;
+      });
     }
   }
 
   // The student's values at the ids and at the label, before anything is written.
   void gather() {
     id[n] = ce ? label : -1;
-    for (int64_t j = 0; j < K_padded; j++)
-      z[j] = j <= n && id[j] >= 0 ? A(element(k.student.type, student.row, id[j])) : -INFINITE<A>;
-    std::fill(slope.begin(), slope.end(), A(1));
+    switch (k.student.type) {
+      case ScalarType::Double: gather<double>(); break;
+      case ScalarType::Float: gather<float>(); break;
+      case ScalarType::BFloat16: gather<BFloat16>(); break;
+      default: gather<Half>();
+    }
+    std::fill(z.begin() + n + 1, z.end(), -INFINITE<A>);
     if (k.transform) cap_and_scale<A>(z.data(), K_padded, student.cap, student.scale, slope.data());
     std::copy(z.begin(), z.end(), x.begin());
     z_y = x[n], x[n] = -INFINITE<double>;
   }
-  static double element(ScalarType type, const char* row, int64_t j) {
+  template <class S> void gather() {
+    const S* row = (const S*)student.row;
+    for (int64_t j = 0; j <= n; j++) {
+      if (id[j] >= 0) convert(row + id[j], 1, &z[j]);
+      else z[j] = -INFINITE<A>;
+    }
+  }
+  static void elements(ScalarType type, const char* row, int64_t n, double* to) {
     switch (type) {
-      case ScalarType::Double: return ((const double*)row)[j];
-      case ScalarType::Float: return ((const float*)row)[j];
-      case ScalarType::BFloat16: return float(((const BFloat16*)row)[j]);
-      default: return float(((const Half*)row)[j]);
+      case ScalarType::Double: return convert((const double*)row, n, to);
+      case ScalarType::Float: return convert((const float*)row, n, to);
+      case ScalarType::BFloat16: return convert((const BFloat16*)row, n, to);
+      default: return convert((const Half*)row, n, to);
     }
   }
 
@@ -146,10 +181,9 @@ template <class A> struct TopkRows {
     double z_sum = 0;
     for (int64_t j = 0, size; j < (ce || tempered ? V : 0); j += size) {
       size = std::min(BLOCK, V - j);
-      const int32_t head = first[j / BLOCK];
-      const A* block = student.block(j, size, head >= 0);
+      const A* block = student.block(j, size, start[j / BLOCK] < start[j / BLOCK + 1]);
       if (ce && k.smoothing != 0) z_sum += sum_of(block, size);
-      for (int32_t c = head; c >= 0; c = next[c]) student.buffer[id[c] - j] = -INFINITE<A>;
+      in_block(j, [&](int32_t c) { student.buffer[id[c] - j] = -INFINITE<A>; });
       if (tempered) s.add(block, whole_steps(size));
       if (ce && !shared) one.add(block, whole_steps(size));
     }
@@ -170,28 +204,30 @@ template <class A> struct TopkRows {
     const double m = stats[STUDENT_MAX], l = double(stats[STUDENT_SUM]) + stats[WEIGHT_SUM], rate = 1 / k.temperature;
     const double m_c = stats[OTHER_MAX], l_c = double(stats[OTHER_SUM]) + stats[OWN];
     if (l == 0) return INFINITE<double>;
-    const double log_l = std::log(l), q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
+    const double log_l = std::log(l), inv_l = 1 / l,
+                 q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
     const double r_s = l_c * q_c, log_r_s = (m_c - m) * rate + std::log(l_c) - log_l;
 
     // On the list q and p, its sum, and log p = (y − top)·tau − log_total
-    const double top = F::renormalized ? *std::max_element(y.begin(), y.begin() + n) : 0;
+    const double top = F::renormalized ? highest(y.data(), n) : 0;
     const double tau = F::renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
     D p_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       const D t = load(&y[j]), p_j = F::sampled ? t : exp2<double>((t - top) * (tau * LOG2E));
-      store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) / l);
+      store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) * inv_l);
       p_sum += p_j;
     }
     const double mass = added(p_sum);
     const double left = F::bucket ? teachers_tail(k.teacher.type, p.data(), y.data(), n, mass, l_c != 0) : 0;
     const double total = F::renormalized || F::bucket ? mass + left : 1, log_total = std::log(total);
+    const double inv_total = 1 / total;
     const double r_t = left / total, log_r_t = std::log(r_t);
 
     D value_sum = {}, w_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       const D t = load(&y[j]), s = load(&x[j]), log_q = (s - m) * rate - log_l;
       const D delta = F::sampled ? -log_q : (t - top) * tau - log_total - log_q;
-      const TopkColumns c{load(&p[j]) / total, load(&q[j]), delta, t == nothing(), s == -INFINITE<double>};
+      const TopkColumns c{load(&p[j]) * inv_total, load(&q[j]), delta, t == nothing(), s == -INFINITE<double>};
       const D value = F::value(c), w = F::grad_term(c, value, mass);
       store(&g[j], w);
       value_sum += value, w_sum += w;
@@ -217,11 +253,11 @@ template <class A> struct TopkRows {
     r.ce.m = A(cross_entropy.m), r.ce.target = A(cross_entropy.target()), r.ce.b = A(b), r.ce.squarings = squarings;
     r.ce.inv_l = A(cross_entropy.q_scale(e_1 == E1::power ? std::exp(m_c - cross_entropy.m) : 1));
     r.z_bytes = size_of(k.student.type);
-    const auto at = [&](int64_t j, double slope_of_d) {
-      const bool is_label = id[j] == label;
-      const double of_label = of_ce ? b * cross_entropy.gradient(is_label ? z_y : x[j], is_label) : 0;
-      return A((a * slope_of_d + of_label) * slope[j]);
-    };
+    const int64_t listed = label_listed ? std::find(id.begin(), id.begin() + n, label) - id.begin() : n;
+    double of_label = label_listed && of_kd ? g[listed] : 0;
+    if (!label_listed && dense && of_ce) of_label = rest * std::exp((z_y - m_c) / k.temperature);
+    if (of_ce) of_label = (a * of_label + b * cross_entropy.gradient(z_y, true)) * (k.transform ? slope[n] : 1);
+    if (of_kd || of_ce) on_list(of_kd, a, of_ce ? b : 0, cross_entropy);
     for (int64_t j = 0, size; j < V; j += size) {
       size = std::min(BLOCK, V - j), r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
       A* to = place(k.student.type, out, j, size, g_buffer);
@@ -231,11 +267,20 @@ template <class A> struct TopkRows {
       } else {
         std::fill_n(to, size, A(0));
       }
-      if (of_kd || of_ce)
-        for (int32_t c = first[j / BLOCK]; c >= 0; c = next[c]) to[id[c] - j] = at(c, of_kd ? g[c] : 0);
-      if (of_ce && !label_listed && label >= j && label < j + size)
-        to[label - j] = at(n, dense ? rest * std::exp((z_y - m_c) / k.temperature) : 0);
+      if (of_kd || of_ce) in_block(j, [&](int32_t c) { to[id[c] - j] = A(g[c]); });
+      if (of_ce && label >= j && label < j + size) to[label - j] = A(of_label);
       write(k.student.type, out, j, size, to);
+    }
+  }
+  // Makes of ∂D/∂s in g the gradient, as of columns that are not the label's.
+  void on_list(bool of_kd, double a, double b, const CrossEntropy<double>& cross_entropy) {
+    const double scale = cross_entropy.q_scale(), target = cross_entropy.target();
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      D sum = of_kd ? load(&g[j]) * a : D{};
+      if (b != 0) sum += (exp_of(load(&x[j]) - cross_entropy.m) * scale - target) * b;
+      if (k.transform)
+        for (int u = 0; u < WIDTH<double>; u++) sum[u] *= slope[j + u];
+      store(&g[j], sum);
     }
   }
   static void emit(const TopkTerms<A>& r, const A* block, int64_t size, A* to, bool dense, E1 e_1) {

@@ -121,6 +121,15 @@ template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   return combined(top, [](A x, A y) { return x > y ? x : y; });
 }
 
+// Of n numbers, filled up to vectors with −∞.
+INLINE double highest(const double* x, int64_t n) {
+  D most = splat(-INFINITE<double>);
+  for (int64_t j = 0; j < n; j += WIDTH<double>) most = max(load(x + j), most);
+  double top = most[0];
+  for (int u = 1; u < WIDTH<double>; u++) top = max(most[u], top);
+  return top;
+}
+
 // Σ_k c_k·x^k with c_k = c_(k−1)·ratio/(k + offset), Taylor series of exponentials, as a polynomial for |x| <= reach:
 // the highest powers are replaced by the closest polynomials of lower degree (Chebyshev's; Lanczos 1938). Even and odd
 // powers are summed apart: half the latency, and a series of −x beside that of x costs nothing.
@@ -207,7 +216,7 @@ template <class X> INLINE X log1p(X x, X u) {
   return fma(exponent, splat(A(0.693147180559945309417232)), (t + t) * sum);
 }
 
-INLINE double log1p(double x, double) { return std::log1p(x); }
+INLINE double log1p(double x, double u) { return std::abs(x) < 0.5 ? std::log1p(x) : std::log(u); }
 
 // log l of l = 1 + less_one >= 1, of what describes rows; a NaN stays one. And e^x for x <= 0, x^y for x >= 1.
 template <class R> INLINE R log_sum(R less_one, R l) { return l < INFINITE<Scalar<R>> ? log1p(less_one, l) : l; }
