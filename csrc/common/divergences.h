@@ -31,6 +31,7 @@
 //   Exp<X>(x)           for x <= 0: .value = e^x, .minus_one = e^x − 1 without cancellation
 //   exp2_any(x, grows)  2^x for any x: 0 below the range, +∞ above it; `grows` if x may be above 0
 //   log1p(x, u)         log u of u = 1 + x, normal and positive; x has the digits that u lacks near 1
+//   power(x, y)         x^y for x >= 1, of the R that describe rows
 // Conditions are X < X, for vectors a mask: write `c ? a : b`, which computes both sides.
 #ifndef FUSEDKD_DIVERGENCES
 #define FUSEDKD_DIVERGENCES
@@ -52,15 +53,16 @@ template <class X> struct Column {
   decltype(X{} < X{}) no_p, no_q;  // v = −∞, z = −∞
 };
 
-// And of its row. R: double or float. The log odds are those of the label y against all other columns, for forms that
+// And of its row. R: double or float, or a vector of one element per row. The log odds are those of the label y against all other columns, for forms that
 // exclude the label's column; l then is without it.
 template <class R> struct RowSums {
   R l_s, l_t;        // Σ exp(s − max), Σ exp(t − max)
-  R columns;         // C
+  double columns;    // C
   R odds_s, odds_t;  // log q_y/(1 − q_y), log p_y/(1 − p_y)
 };
 
-// A form is constructed once per row from a0 … a5 and the row's sums. The flags and what they default to:
+// A form is constructed once per row from a0 … a5 and the row's sums; or once per vector of rows, each of which has
+// one lane of the X: what depends on the row is a P, A itself or such a vector. The flags and what they default to:
 struct Defaults {
   static constexpr bool softmax = true;           // has p and q; without them, w is the gradient with respect to z
   static constexpr bool needs_weight_sum = true;  // W takes a pass of its own, and the gradient is 0 where D = ∞
@@ -77,7 +79,7 @@ template <class X> INLINE X excess(X p, X m, X x) {
   return absolute(x) < Scalar<X>(1) ? p * (x * x) * phi(x) : (m - p) + p * x;
 }
 
-template <class A> struct ForwardKL : Defaults {
+template <class A, class P = A> struct ForwardKL : Defaults {
   static constexpr bool needs_weight_sum = false, centred = false;
   template <class R> INLINE ForwardKL(const double*, const RowSums<R>&) {}
   template <class X> INLINE X value(const Column<X>& c) const {
@@ -87,7 +89,7 @@ template <class A> struct ForwardKL : Defaults {
   template <class X> INLINE X grad_term(const Column<X>& c) const { return c.q - c.p; }
 };
 
-template <class A> struct Jeffreys : Defaults {
+template <class A, class P = A> struct Jeffreys : Defaults {
   A a0, a1, alone_p, alone_q;  // alone_q: what a column adds that only the student has
   template <class R> INLINE Jeffreys(const double* a, const RowSums<R>&)
       : a0(a[0]), a1(a[1]), alone_p(infinite_if<A>(a[0] != 0)), alone_q(infinite_if<A>(a[1] != 0)) {}
@@ -104,7 +106,7 @@ template <class A> struct Jeffreys : Defaults {
 // With d = |δ|, μ = a2, γ the share in m of the smaller of p and q, and r = (1 − γ) + γ·e^−d: u = log r is log m over
 // the larger of them, and w = log r/e^−d is log m over the smaller, w − u = d. The nearer to 0 of the two is taken as a
 // log1p, the other follows. And (1 − μ)·q <= m, so that (1 − μ)·q/m is safe where q/m is not.
-template <class A> struct Mixture : Defaults {
+template <class A, class P = A> struct Mixture : Defaults {
   static constexpr bool has_logs = true;
   A a0, a1, mu, nu, slope, alone_p, alone_q;  // ν = 1 − μ, slope = a3/ν
   template <class R> INLINE Mixture(const double* a, const RowSums<R>&)
@@ -142,17 +144,17 @@ template <class A> struct Mixture : Defaults {
 // With X = p^s, Y = q^s, Δ = s·δ, ρ = β/s, or the same with p and q exchanged, α for β and −δ, whichever makes ρ <= ½:
 // G = p^α q^β = X·e^−ρΔ, E = (X − G)/ρ, value = (Y − X + E)/((1 − ρ)s²), w = (q^s − G)/α. With φ(x) = x²·P(x):
 // E = XΔ(1 − ρΔ·P(ρΔ)), and Y − X + E = XΔ²(P(Δ) − ρ·P(ρΔ)), both by series where nothing else has digits enough.
-template <class A> struct AlphaBeta : Defaults {
+template <class A, class P = A> struct AlphaBeta : Defaults {
   bool exchanged, grows;  // X = q^s; an exponent is negative, so that a power may exceed 1
   A alpha, beta, s, rho, inv_rho, value_scale, grad_scale, inv_rest, reach;
-  A scale_p, scale_q, scale_g;  // l_t^−s, l_s^−s, l_t^−α·l_s^−β
+  P scale_p, scale_q, scale_g;  // l_t^−s, l_s^−s, l_t^−α·l_s^−β
   A value_p, value_q, grad_q, alone_p, alone_q;
   template <class R> INLINE AlphaBeta(const double* a, const RowSums<R>& row)
       : exchanged(a[0] < a[1]), grows(a[0] < 0 || a[1] < 0), alpha(a[0]), beta(a[1]), s(a[0] + a[1]),
         rho((exchanged ? a[0] : a[1]) / (a[0] + a[1])), inv_rho(rho == 0 ? A(0) : 1 / rho),
         value_scale(1 / ((1 - rho) * s * s)), grad_scale(1 / s), inv_rest(1 / (1 - rho)),
-        reach(max(A(1), max(rho, -rho))), scale_p(std::pow(row.l_t, R(-s))), scale_q(std::pow(row.l_s, R(-s))),
-        scale_g(std::pow(row.l_t, R(-alpha)) * std::pow(row.l_s, R(-beta))), value_p(beta > 0 ? 1 / (beta * s) : A(0)),
+        reach(max(A(1), max(rho, -rho))), scale_p(power(row.l_t, R{} - s)), scale_q(power(row.l_s, R{} - s)),
+        scale_g(power(row.l_t, R{} - alpha) * power(row.l_s, R{} - beta)), value_p(beta > 0 ? 1 / (beta * s) : A(0)),
         value_q(alpha > 0 ? 1 / (alpha * s) : A(0)), grad_q(alpha > 0 ? 1 / alpha : A(0)),
         alone_p(infinite_if<A>(beta <= 0)), alone_q(infinite_if<A>(alpha <= 0)) {}
 
@@ -186,7 +188,7 @@ template <class A> struct AlphaBeta : Defaults {
   }
 };
 
-template <class A> struct TotalVariation : Defaults {
+template <class A, class P = A> struct TotalVariation : Defaults {
   template <class R> INLINE TotalVariation(const double*, const RowSums<R>&) {}
   template <class X> INLINE X value(const Column<X>& c) const { return A(0.5) * absolute(c.p - c.q); }
   template <class X> INLINE X grad_term(const Column<X>& c) const {
@@ -195,10 +197,10 @@ template <class A> struct TotalVariation : Defaults {
   }
 };
 
-template <class A> struct LogitMSE : Defaults {
+template <class A, class P = A> struct LogitMSE : Defaults {
   static constexpr bool softmax = false, centred = false;
   A a0, scale;
-  template <class R> INLINE LogitMSE(const double* a, const RowSums<R>& row) : a0(a[0]), scale(1 / row.columns) {}
+  template <class R> INLINE LogitMSE(const double* a, const RowSums<R>& row) : a0(a[0]), scale(A(1) / A(row.columns)) {}
   template <class X> INLINE X value(const Column<X>& c) const {
     const X difference = fma(X{} - a0, c.v, c.z), term = difference * difference * scale;
     return c.no_p ? (c.no_q ? X{} : X{} + INFINITE<A>) : term;  // of a student's −∞, it is +∞
@@ -235,7 +237,7 @@ template <class R> INLINE R binary_kl(R t, R s) {
 // a·x, and 0 where a is, even if x is infinite; a NaN stays one.
 template <class R> INLINE R weighted(R a, R x) { return a == 0 && x == INFINITE<R> ? R(0) : a * x; }
 
-template <class A> struct DKD : Defaults {
+template <class A, class P = A> struct DKD : Defaults {
   static constexpr bool needs_weight_sum = false, excludes_label = true;
   A a1, alone_p;
   A label_value, centre;  // a0·KL(b_T‖b_S), a0·(q_y − p_y)
@@ -251,13 +253,13 @@ template <class A> struct DKD : Defaults {
 };
 
 // use.operator()<F>() for the form F of a kernel.
-template <class A, class Use> auto with_divergence(KernelId kernel_id, const Use& use) {
+template <class A, class P = A, class Use> auto with_divergence(KernelId kernel_id, const Use& use) {
 #define FUSEDKD_CASE(id, Class) \
-  case KernelId::id: return use.template operator()<Class<A>>();
+  case KernelId::id: return use.template operator()<Class<A, P>>();
   switch (kernel_id) { FUSEDKD_KERNELS(FUSEDKD_CASE) }
 #undef FUSEDKD_CASE
   STD_TORCH_CHECK(false, "fusedkd: unknown kernel ", int64_t(kernel_id));
-  return use.template operator()<ForwardKL<A>>();
+  return use.template operator()<ForwardKL<A, P>>();
 }
 
 }  // namespace FUSEDKD_NAMESPACE

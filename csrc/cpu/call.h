@@ -9,6 +9,9 @@
 
 namespace fusedkd {
 
+// Up to so many columns, rows lie in the lanes of vectors (kd_lanes.h).
+constexpr int64_t LANE_COLUMNS = 256;
+
 // Of kd_loss, however the teacher is known.
 struct LogitsCall {
   Rows student, teacher;  // [B, L, V], [B, L, C]
@@ -63,6 +66,7 @@ struct TopkCall : LogitsCall {
 
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);
+void run_in_lanes(const KdCall& k);  // of at most LANE_COLUMNS columns, not DKD, and no shard
 void run(const TopkCall& k);
 
 // Of cosine_hidden_loss.

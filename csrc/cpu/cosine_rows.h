@@ -102,24 +102,41 @@ template <class A> struct CosineRows {
     return fma(a, x, -by) - fma(b, y, -by);
   }
 
+  // The partial sums of a loop: those of GROUP steps at a time, so that no addition waits for the one before it.
+  static constexpr int GROUP = 4;
+  struct Partial {
+    Vec<A> sum[GROUP][PER_STEP<A>] = {};
+    INLINE double total() {
+      for (int u = 0; u < PER_STEP<A>; u++) sum[0][u] = (sum[0][u] + sum[1][u]) + (sum[2][u] + sum[3][u]);
+      return FUSEDKD_NAMESPACE::total<A>(sum[0]);
+    }
+  };
+  // use(column, partial sum) for each vector of n columns.
+  template <class Use> static INLINE void over_vectors(int64_t n, const Use& use) {
+    int64_t j = 0;
+    for (; j + GROUP * STEP <= n; j += GROUP * STEP)
+      for (int i = 0; i < GROUP; i++)
+        for (int u = 0; u < PER_STEP<A>; u++) use(j + i * STEP + u * WIDTH<A>, i, u);
+    for (; j < n; j += STEP)
+      for (int u = 0; u < PER_STEP<A>; u++) use(j + u * WIDTH<A>, 0, u);
+  }
+
   static void squares(const A* x, const A* y, int64_t n, double& xx, double& yy) {
-    Vec<A> of_x[PER_STEP<A>] = {}, of_y[PER_STEP<A>] = {};
-    for (int64_t j = 0; j < n; j += STEP)
-      for (int u = 0; u < PER_STEP<A>; u++) {
-        const Vec<A> here = load(x + j + u * WIDTH<A>), there = load(y + j + u * WIDTH<A>);
-        of_x[u] = fma(here, here, of_x[u]), of_y[u] = fma(there, there, of_y[u]);
-      }
-    xx += total<A>(of_x), yy += total<A>(of_y);
+    Partial of_x, of_y;
+    over_vectors(n, [&](int64_t j, int i, int u) {
+      const Vec<A> here = load(x + j), there = load(y + j);
+      of_x.sum[i][u] = fma(here, here, of_x.sum[i][u]), of_y.sum[i][u] = fma(there, there, of_y.sum[i][u]);
+    });
+    xx += of_x.total(), yy += of_y.total();
   }
 
   static double difference(const A* x, const A* y, int64_t n, A a, A b) {
-    Vec<A> sum[PER_STEP<A>] = {};
-    for (int64_t j = 0; j < n; j += STEP)
-      for (int u = 0; u < PER_STEP<A>; u++) {
-        const Vec<A> d = apart(load(x + j + u * WIDTH<A>), load(y + j + u * WIDTH<A>), splat(a), splat(b));
-        sum[u] = fma(d, d, sum[u]);
-      }
-    return total<A>(sum);
+    Partial sums;
+    over_vectors(n, [&](int64_t j, int i, int u) {
+      const Vec<A> d = apart(load(x + j), load(y + j), splat(a), splat(b));
+      sums.sum[i][u] = fma(d, d, sums.sum[i][u]);
+    });
+    return sums.total();
   }
 
   static void gradient(const A* x, const A* y, int64_t n, A a, A b, A distance, A c, A* g) {

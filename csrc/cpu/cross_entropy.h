@@ -1,5 +1,5 @@
 // The cross-entropy of a row of logits z, with label smoothing ε and a z-loss of weight ζ: its value, and its gradient
-// at vectors of columns and at single ones. Compiled once per instruction set (isa.h).
+// at vectors of columns and at single ones. R, P: a row's numbers, or vectors of one lane per row. Compiled once per instruction set (isa.h).
 //
 //   CE = log l + (1 − ε)·(m − z_y) + ε·mean(m − z) + ζ·(m + log l)²       m = max z, l = Σ exp(z − m), y the label
 //   ∂CE/∂z = (1 + 2ζ·(m + log l))·q − (1 − ε)·1_y − ε/V,  q = exp(z − m)/l                            on V columns
@@ -12,32 +12,36 @@
 namespace FUSEDKD_NAMESPACE {
 
 // What is the same for all columns of a row.
-struct CrossEntropy {
-  double m, l, less_one;  // less_one: l − 1, which has the digits that l lacks near 1
-  double smoothing, columns, z_loss_weight;
-  double growth;  // 2ζ·(m + log l)
+template <class R> struct CrossEntropy {
+  using S = Scalar<R>;
+  R m, less_one, l;  // less_one: l − 1, which has the digits that l lacks near 1
+  S smoothing, columns, z_loss_weight;
+  R growth{};  // 2ζ·(m + log l)
 
-  CrossEntropy(const LogitsCall& k, double m, double l, double less_one)
-      : m(m), l(l), less_one(less_one), smoothing(k.smoothing), columns(double(k.vocabulary)),
-        z_loss_weight(k.z_loss_weight),
-        growth(z_loss_weight == 0 || l == 0 ? 0 : 2 * z_loss_weight * (m + std::log(l))) {}
+  CrossEntropy(const LogitsCall& k, R m, R less_one)
+      : m(m), less_one(less_one), l(less_one + S(1)), smoothing(k.smoothing), columns(k.vocabulary),
+        z_loss_weight(k.z_loss_weight) {
+    if (z_loss_weight != 0) growth = l == S(0) ? R{} : 2 * z_loss_weight * (m + log_sum(less_one, l));
+  }
 
-  // `sum`: of all logits, used if there is smoothing.
-  double value(double z_y, double sum) const {
-    if (l == 0) return INFINITE<double>;
-    const double hit = smoothing < 1 ? (1 - smoothing) * (m - z_y) : 0, log_l = std::log(l), log_sum = m + log_l;
-    const double nll = log_l + hit + (smoothing != 0 ? smoothing * (m - sum / columns) : 0);
-    return z_loss_weight == 0 ? nll : nll + z_loss_weight * log_sum * log_sum;
+  // `below`: the mean of m − z over all columns, used if there is smoothing.
+  R value(R z_y, R below) const {
+    const R log_l = log_sum(less_one, l);
+    R nll = log_l;
+    if (smoothing < 1) nll += (1 - smoothing) * (m - z_y);
+    if (smoothing != 0) nll += smoothing * below;
+    if (z_loss_weight != 0) nll += z_loss_weight * (m + log_l) * (m + log_l);
+    return l == S(0) ? R{} + INFINITE<S> : nll;
   }
   // What q's exponential is multiplied by, `scale` being that of the exponential.
-  double q_scale(double scale = 1) const { return scale * (1 + growth) / l; }
-  double target() const { return smoothing / columns; }
+  R q_scale(S scale = 1) const { return scale * (1 + growth) / l; }
+  S target() const { return smoothing / columns; }
 
   // ∂CE/∂z at one column. Of q − 1 little is left where the label is sure, so that it is not taken as a difference.
-  double gradient(double z, bool is_label) const {
-    const double q = (z == m ? 1 : std::exp(z - m)) / l, grown = growth == 0 ? 0 : growth * q;
+  R gradient(R z, bool is_label) const {
+    const R q = (z == m ? R{} + S(1) : exp_of(z - m)) / l, grown = z_loss_weight == 0 ? R{} : growth * q;
     if (!is_label) return q + grown - target();
-    return (z == m ? -less_one / l : q - 1) + smoothing + grown - target();
+    return (z == m ? -less_one / l : q - S(1)) + smoothing + grown - target();
   }
 };
 
@@ -50,9 +54,14 @@ inline double gap(double m, double sum, int64_t n) {
 // by an exponential of its own.
 enum class E1 { none, power, own };
 
+// How often exp(x/T) is to be squared to make exp(x): −1 if it cannot be made so.
+inline int squarings_at(double T) { return T == 1 ? 0 : T == 2 ? 1 : T == 4 ? 2 : -1; }
+
 // The same for the vectors of a pass: what it adds is b·(e·inv_l − target).
-template <class A> struct CrossEntropyTerms {
-  A m, inv_l, target, b;
+template <class A, class P = A> struct CrossEntropyTerms {
+  P m, inv_l;
+  A target;
+  P b;
   int squarings;  // that make e of the KD term's exponential, at most 2
 
   // z: logits; e: the KD term's exponential, if e_1 is a power of it; slope: the gradient of the KD term.
@@ -62,8 +71,10 @@ template <class A> struct CrossEntropyTerms {
       if (squarings > 0) e *= e;
       if (squarings > 1) e *= e;
     }
-    if constexpr (e_1 != E1::none) slope = fma(e * inv_l - target, splat(b), slope);
-    return slope;
+    if constexpr (e_1 == E1::none) return slope;
+    const Vec<A> sum = fma(e * inv_l - target, splat(b), slope);
+    if constexpr (std::is_same_v<P, A>) return sum;
+    else return b == A(0) ? slope : sum;  // rows without it
   }
 };
 

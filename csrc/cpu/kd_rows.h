@@ -69,30 +69,23 @@ template <class A> struct KdRows {
     stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
     if (k.stage) of_shard(LABEL_STUDENT) = z_y, of_shard(LABEL_TEACHER) = v_y, of_shard(COLUMNS) = A(V);
     if (k.stage) return of_shard(GAP) = k.smoothing == 0 ? 0 : A(gap(one.m, z_sum, V)), 0;
-    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
+    return ce ? CrossEntropy<double>(k, one.m, one.l - 1).value(z_y, one.m - z_sum / double(V)) : 0;
   }
 
   A& of_shard(ShardStat stat) const { return stats[int64_t(STATS) + stat]; }
   double l_s() const { return 1 + double(stats[STUDENT_SUM]); }
   double l_t() const { return 1 + double(stats[OTHER_SUM]); }
   double l_1() const { return 1 + double(stats[CE_SUM]); }
-  CrossEntropy cross_entropy() const { return {k, stats[CE_MAX], l_1(), stats[CE_SUM]}; }
+  CrossEntropy<double> cross_entropy() const { return {k, stats[CE_MAX], stats[CE_SUM]}; }
 
   // What the later passes need, from the statistics as stored.
   Terms<A> terms(double a, double b) const {
-    const double T_s = k.temperature, T_t = k.teacher_temperature, l_s = this->l_s(), l_t = this->l_t();
-    const double m_s = l_s == 0 ? A(0) : stats[STUDENT_MAX], m_t = l_t == 0 ? A(0) : stats[OTHER_MAX];
-    const double shift = m_t - m_s, b_shift = shift - m_t, lost = (m_t - (shift - b_shift)) - (m_s + b_shift);
-    const double excess = (double(stats[OTHER_SUM]) - stats[STUDENT_SUM]) / l_s;
     Terms<A> r{};
-    r.m_s = A(m_s), r.inv_l_s = l_s == 0 ? 0 : A(1 / l_s), r.c_s = A(LOG2E / T_s);
-    r.m_t = A(m_t), r.inv_l_t = l_t == 0 ? 0 : A(1 / l_t), r.c_t = A(LOG2E / T_t);
-    r.shift = A(shift), r.shift_rest = A(shift - r.shift + lost), r.rate = A(1 / T_s);
-    r.rate_excess = A((1 - T_t / T_s) / LOG2E);
-    r.log_ratio = A(std::abs(excess) < 0.5 ? std::log1p(excess) : std::log(l_t / l_s));
+    r.template set_softmaxes<double>(k, {double(stats[STUDENT_MAX]), double(stats[STUDENT_SUM])},
+                                     {double(stats[OTHER_MAX]), double(stats[OTHER_SUM])});
     r.a = A(a), r.ce.b = A(b), r.ce.squarings = squarings;
     if (ce) {
-      const CrossEntropy cross_entropy = this->cross_entropy();
+      const CrossEntropy<double> cross_entropy = this->cross_entropy();
       r.ce.m = stats[CE_MAX], r.ce.inv_l = A(cross_entropy.q_scale()), r.ce.target = A(cross_entropy.target());
     }
     r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);

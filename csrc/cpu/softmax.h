@@ -31,7 +31,7 @@ template <class A> struct Softmax {
 
   // As if the n columns x had been added: few, in float64, filled up with −∞ to whole steps. After settle().
   void merge(const double* x, int64_t n) {
-    const A most = n == 0 ? -INFINITE<A> : A(*std::max_element(x, x + n));
+    const A most = n == 0 ? -INFINITE<A> : A(highest(x, n));
     if (most > m) rise(most);
     const double from = m == -INFINITE<A> ? 0 : m;
     D sum = {}, sum_1 = {};
@@ -117,9 +117,6 @@ template <class A> struct Softmax {
     return {tops + total<A>(sum), squarings_ > 0 ? tops + total<A>(sum_1) : 0, highest<A>(highest_of)};
   }
 };
-
-// How often exp(x/T) is to be squared to make exp(x): −1 if it cannot be made so.
-inline int squarings_at(double T) { return T == 1 ? 0 : T == 2 ? 1 : T == 4 ? 2 : -1; }
 
 }  // namespace FUSEDKD_NAMESPACE
 #endif

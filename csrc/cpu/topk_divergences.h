@@ -35,13 +35,16 @@ inline double epsilon(ScalarType type) {
 
 // The teacher's tail before it is divided by the sum: |1 − Σp|, at least what rounding leaves open of it. 0 up to
 // MOST_LOST if it is not `possible`, for the student has nothing off the list (fusedkd/reference/sparse.py). `type`: of the
-// log-probabilities y; p = exp(y), `mass` its sum, `spread` that of p·|y|.
+// log-probabilities y; p = exp(y), `mass` its sum, `spread` that of p·|y|, of both filled up to vectors with p = 0.
 constexpr double MOST_LOST = 1. / 16;
 
 inline double spread(const double* p, const double* y, int64_t n) {
-  double sum = 0;
-  for (int64_t j = 0; j < n; j++) sum += p[j] == 0 ? 0 : p[j] * std::abs(y[j]);
-  return sum;
+  D sum = {};
+  for (int64_t j = 0; j < n; j += WIDTH<double>) {
+    const D p_j = load(p + j), of = p_j * absolute(load(y + j));
+    sum += p_j == 0 ? D{} : of;
+  }
+  return added(sum);
 }
 inline double teachers_tail(ScalarType type, double spread, double mass, bool possible) {
   const double left = 1 - mass;

@@ -56,11 +56,13 @@ template <class A> struct TopkRows {
   const bool reverse = with_topk_divergence(k.kernel_id, []<class F>() { return F::reverse; });
   Logits<A> student{k.student, k.transform, k.softcap, k.scale};
   alignas(64) A g_buffer[BLOCK];
-  // The list: n columns, the label's after them; of each block of the row the first of its columns, then the next, −1.
+  // The list: n columns, the label's after them; `order` has their positions block by block of the row, and `start`
+  // where in it a block's begin, and end. With one block, that is all of them in the order they are in.
+  const int64_t blocks = std::max<int64_t>(1, (V + BLOCK - 1) / BLOCK);
   std::vector<int64_t> id = std::vector<int64_t>(K_padded);
-  std::vector<int32_t> first = std::vector<int32_t>(V / BLOCK + 1), next = std::vector<int32_t>(K_padded);
+  std::vector<int32_t> start = std::vector<int32_t>(blocks + 1), order = std::vector<int32_t>(K_padded);
   std::vector<A> z = std::vector<A>(K_padded), slope = z;
-  std::vector<double> x = std::vector<double>(K_padded), y = x, p = x, q = x, g = x;  // z; teacher; ∂D/∂s
+  std::vector<double> x = std::vector<double>(K_padded), y = x, p = x, q = x, g = x;  // z; teacher; the gradient
   // Of a shard: the teacher's values at the ids of other shards.
   std::vector<double> y_away = std::vector<double>(k.stage ? K_padded : 0), p_away = y_away;
   int64_t n = 0, n_away = 0, label = 0;
@@ -70,7 +72,7 @@ template <class A> struct TopkRows {
   const int squarings = squarings_at(k.temperature);  // that make exp(z) of exp(z/T), −1 if none do
   double rest = 0;                                    // ∂D/∂s off the list, over exp((z − m_c)/T)
 
-  explicit TopkRows(const TopkCall& call) : k(call) {}
+  explicit TopkRows(const TopkCall& call) : k(call) { std::iota(order.begin(), order.end(), 0); }
   A& of_shard(ShardStat stat) const { return stats[int64_t(STATS) + stat]; }
 
   void row(int64_t i) {
@@ -97,57 +99,88 @@ template <class A> struct TopkRows {
 
   // The list of row i, y with it, or an empty one; false, and an empty one, if an id is no column.
   bool list(int64_t i) {
-    std::fill(first.begin(), first.end(), -1);
-    label_listed = false, n = n_away = 0;
-    for (int64_t j = 0; j < (i < 0 ? 0 : K); j++) {
-      const int64_t given = k.ids[i * K + j], column = k.column(given);
-      if (given == -1) continue;
-      if (!k.legal(given)) return list(-1), false;
-      const double known = element(k.teacher.type, k.teacher[i], j);
-      if (column < 0) {
-        y_away[n_away++] = known;
-        continue;
-      }
-      id[n] = column, y[n] = known, label_listed |= column == label;
-      next[n] = first[column / BLOCK], first[column / BLOCK] = int32_t(n++);
+    n = i < 0 ? 0 : K, n_away = 0;
+    const int64_t *const from = k.ids + std::max<int64_t>(i, 0) * K, V = this->V, label = this->label;
+    const int64_t offset = k.offset, vocabulary = k.vocabulary;
+    int64_t* const to = id.data();
+    int64_t outside = 0, leaving = 0, hits = 0;  // leaving: padding, and the columns of other shards
+    for (int64_t j = 0; j < n; j++) {
+      const int64_t column = from[j] - offset;
+      to[j] = column, outside += from[j] < -1 || from[j] >= vocabulary, hits += column == label;
+      leaving += from[j] == -1 || column < 0 || column >= V;
     }
+    label_listed = label >= 0 && hits > 0;
+    if (outside > 0) return list(-1), false;
+    if (n > 0) elements(k.teacher.type, k.teacher[i], n, y.data());
+    if (leaving > 0) {
+      int64_t kept = 0;
+      for (int64_t j = 0; j < n; j++)
+        if (from[j] != -1 && id[j] >= 0 && id[j] < V) id[kept] = id[j], y[kept++] = y[j];
+        else if (from[j] != -1) y_away[n_away++] = y[j];
+      n = kept;
+    }
+    if (blocks == 1) start[1] = int32_t(n);
+    else sort();
     if (sampled) add_up();
     std::fill(y.begin() + n, y.end(), nothing());
     std::fill(y_away.begin() + (k.stage ? n_away : 0), y_away.end(), nothing());
     return true;
+  }
+  // By blocks: counts, which become the ends, and then, from the last position down, the beginnings.
+  void sort() {
+    std::fill(start.begin(), start.end(), 0);
+    for (int64_t j = 0; j < n; j++) start[id[j] / BLOCK]++;
+    for (int64_t b = 1; b <= blocks; b++) start[b] += start[b - 1];
+    for (int64_t j = n - 1; j >= 0; j--) order[--start[id[j] / BLOCK]] = int32_t(j);
+  }
+  // use(j) for the positions whose columns are in the block at this column.
+  template <class Use> void in_block(int64_t column, const Use& use) {
+    const int64_t b = column / BLOCK;
+    for (int32_t at = start[b]; at < start[b + 1]; at++)
+      if (const int32_t j = order[at]; id[j] >= 0) use(j);
   }
   double nothing() const { return sampled ? 0 : -INFINITE<double>; }  // y where the teacher has none
 
   // One of equal ids keeps the sum of their weights; the others leave the list, −1.
   void add_up() {
     int32_t kept[BLOCK];
-    for (int32_t& head : first) {
-      for (int32_t j = head; j >= 0; j = next[j]) kept[id[j] % BLOCK] = -1;
-      for (int32_t* at = &head; *at >= 0;) {
-        const int32_t j = *at;
-        int32_t& keeper = kept[id[j] % BLOCK];
-        if (keeper < 0) keeper = j, at = &next[j];
-        else y[keeper] += y[j], y[j] = 0, id[j] = -1, *at = next[j];
-      }
+    for (int64_t block = 0; block < V; block += BLOCK) {
+      in_block(block, [&](int32_t j) { kept[id[j] - block] = -1; });
+      in_block(block, [&](int32_t j) {
+        int32_t& keeper = kept[id[j] - block];
+        if (keeper < 0) keeper = j;
+        else y[keeper] += y[j], y[j] = 0, id[j] = -1;
+      });
     }
   }
 
   // The student's values at the ids and at the label, before anything is written.
   void gather() {
     id[n] = ce ? label : -1;  // −1 too where it is in another shard
-    for (int64_t j = 0; j < K_padded; j++)
-      z[j] = j <= n && id[j] >= 0 ? A(element(k.student.type, student.row, id[j])) : -INFINITE<A>;
-    std::fill(slope.begin(), slope.end(), A(1));
+    switch (k.student.type) {
+      case ScalarType::Double: gather<double>(); break;
+      case ScalarType::Float: gather<float>(); break;
+      case ScalarType::BFloat16: gather<BFloat16>(); break;
+      default: gather<Half>();
+    }
+    std::fill(z.begin() + n + 1, z.end(), -INFINITE<A>);
     if (k.transform) cap_and_scale<A>(z.data(), K_padded, student.cap, student.scale, slope.data());
     std::copy(z.begin(), z.end(), x.begin());
     z_y = id[n] < 0 ? 0 : x[n], x[n] = -INFINITE<double>;
   }
-  static double element(ScalarType type, const char* row, int64_t j) {
+  template <class S> void gather() {
+    const S* row = (const S*)student.row;
+    for (int64_t j = 0; j <= n; j++) {
+      if (id[j] >= 0) convert(row + id[j], 1, &z[j]);
+      else z[j] = -INFINITE<A>;
+    }
+  }
+  static void elements(ScalarType type, const char* row, int64_t n, double* to) {
     switch (type) {
-      case ScalarType::Double: return ((const double*)row)[j];
-      case ScalarType::Float: return ((const float*)row)[j];
-      case ScalarType::BFloat16: return float(((const BFloat16*)row)[j]);
-      default: return float(((const Half*)row)[j]);
+      case ScalarType::Double: return convert((const double*)row, n, to);
+      case ScalarType::Float: return convert((const float*)row, n, to);
+      case ScalarType::BFloat16: return convert((const BFloat16*)row, n, to);
+      default: return convert((const Half*)row, n, to);
     }
   }
 
@@ -159,10 +192,9 @@ template <class A> struct TopkRows {
     double z_sum = 0;
     for (int64_t j = 0, size; j < (ce || tempered ? V : 0); j += size) {
       size = std::min(BLOCK, V - j);
-      const int32_t head = first[j / BLOCK];
-      const A* block = student.block(j, size, head >= 0);
+      const A* block = student.block(j, size, start[j / BLOCK] < start[j / BLOCK + 1]);
       if (ce && k.smoothing != 0) z_sum += sum_of(block, size);
-      for (int32_t c = head; c >= 0; c = next[c]) student.buffer[id[c] - j] = -INFINITE<A>;
+      in_block(j, [&](int32_t c) { student.buffer[id[c] - j] = -INFINITE<A>; });
       if (tempered) s.add(block, whole_steps(size));
       if (ce && !shared) one.add(block, whole_steps(size));
     }
@@ -180,7 +212,7 @@ template <class A> struct TopkRows {
       of_shard(VALUE) = of_shard(WEIGHT) = 0;
       return of_shard(GAP) = k.smoothing == 0 ? 0 : A(gap(one.m, z_sum, V)), 0;
     }
-    return ce ? CrossEntropy(k, one.m, one.l, one.l - 1).value(z_y, z_sum) : 0;
+    return ce ? CrossEntropy<double>(k, one.m, one.l - 1).value(z_y, one.m - z_sum / double(V)) : 0;
   }
 
   // D, from the statistics as stored; leaves ∂D/∂s on the list in g, and `rest`.
@@ -191,19 +223,18 @@ template <class A> struct TopkRows {
       if (k.at(Stage::VALUES)) of_shard(VALUE) = INFINITE<A>, of_shard(WEIGHT) = 0;
       return INFINITE<double>;
     }
-    const double log_l = std::log(l), q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
+    const double log_l = std::log(l), inv_l = 1 / l,
+                 q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
     const double r_s = l_c * q_c, log_r_s = (m_c - m) * rate + std::log(l_c) - log_l;
 
     // On the list q and p, its sum, and log p = (y − top)·tau − log_total
-    const auto most = [](const std::vector<double>& of) { return *std::max_element(of.begin(), of.end()); };
-    const double away = k.stage ? most(y_away) : -INFINITE<double>;
-    const double top =
-        F::renormalized ? std::max(n == 0 ? away : *std::max_element(y.begin(), y.begin() + n), away) : 0;
+    const double away = k.stage ? highest(y_away.data(), n_away) : -INFINITE<double>;
+    const double top = F::renormalized ? std::max(highest(y.data(), n), away) : 0;
     const double tau = F::renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
     D p_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       const D t = load(&y[j]), p_j = F::sampled ? t : exp2<double>((t - top) * (tau * LOG2E));
-      store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) / l);
+      store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) * inv_l);
       p_sum += p_j;
     }
     for (int64_t j = 0; j < n_away; j += WIDTH<double>) {
@@ -216,13 +247,14 @@ template <class A> struct TopkRows {
         F::bucket ? spread(p.data(), y.data(), n) + spread(p_away.data(), y_away.data(), n_away) : 0;
     const double left = F::bucket ? teachers_tail(k.teacher.type, spread_of_p, mass, l_c != 0) : 0;
     const double total = F::renormalized || F::bucket ? mass + left : 1, log_total = std::log(total);
+    const double inv_total = 1 / total;
     const double r_t = left / total, log_r_t = std::log(r_t);
 
     D value_sum = {}, w_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       const D t = load(&y[j]), s = load(&x[j]), log_q = (s - m) * rate - log_l;
       const D delta = F::sampled ? -log_q : (t - top) * tau - log_total - log_q;
-      const TopkColumns c{load(&p[j]) / total, load(&q[j]), delta, t == nothing(), s == -INFINITE<double>};
+      const TopkColumns c{load(&p[j]) * inv_total, load(&q[j]), delta, t == nothing(), s == -INFINITE<double>};
       const D value = F::value(c), w = F::grad_term(c, value, mass);
       store(&g[j], w);
       value_sum += value, w_sum += w;
@@ -247,17 +279,17 @@ template <class A> struct TopkRows {
     const bool of_ce = ce && legal && stats[CE_SUM] != -1 && b != 0, dense = of_kd && rest != 0;
     const E1 e_1 = !of_ce ? E1::none : dense && squarings >= 0 ? E1::power : E1::own;
     const double m_c = stats[OTHER_MAX] == -INFINITE<A> ? 0 : stats[OTHER_MAX];
-    const CrossEntropy cross_entropy(k, stats[CE_MAX], 1 + double(stats[CE_SUM]), stats[CE_SUM]);
+    const CrossEntropy<double> cross_entropy(k, stats[CE_MAX], stats[CE_SUM]);
     TopkTerms<A> r{};
     r.m_c = A(m_c), r.c_s = A(LOG2E / k.temperature), r.rest = dense ? A(a * rest) : 0;
     r.ce.m = A(cross_entropy.m), r.ce.target = A(cross_entropy.target()), r.ce.b = A(b), r.ce.squarings = squarings;
     r.ce.inv_l = A(cross_entropy.q_scale(e_1 == E1::power ? std::exp(m_c - cross_entropy.m) : 1));
     r.z_bytes = size_of(k.student.type);
-    const auto at = [&](int64_t j, double slope_of_d) {
-      const bool is_label = id[j] == label;
-      const double of_label = of_ce ? b * cross_entropy.gradient(is_label ? z_y : x[j], is_label) : 0;
-      return A((a * slope_of_d + of_label) * slope[j]);
-    };
+    const int64_t listed = label_listed ? std::find(id.begin(), id.begin() + n, label) - id.begin() : n;
+    double of_label = label_listed && of_kd ? g[listed] : 0;
+    if (!label_listed && dense && of_ce) of_label = rest * std::exp((z_y - m_c) / k.temperature);
+    if (of_ce) of_label = (a * of_label + b * cross_entropy.gradient(z_y, true)) * (k.transform ? slope[n] : 1);
+    if (of_kd || of_ce) on_list(of_kd, a, of_ce ? b : 0, cross_entropy);
     for (int64_t j = 0, size; j < V; j += size) {
       size = std::min(BLOCK, V - j), r.next_z = next_row(k.student, k.weights, i) + j * r.z_bytes;
       A* to = place(k.student.type, out, j, size, g_buffer);
@@ -267,11 +299,20 @@ template <class A> struct TopkRows {
       } else {
         std::fill_n(to, size, A(0));
       }
-      if (of_kd || of_ce)
-        for (int32_t c = first[j / BLOCK]; c >= 0; c = next[c]) to[id[c] - j] = at(c, of_kd ? g[c] : 0);
-      if (of_ce && !label_listed && label >= j && label < j + size)
-        to[label - j] = at(n, dense ? rest * std::exp((z_y - m_c) / k.temperature) : 0);
+      if (of_kd || of_ce) in_block(j, [&](int32_t c) { to[id[c] - j] = A(g[c]); });
+      if (of_ce && label >= j && label < j + size) to[label - j] = A(of_label);
       write(k.student.type, out, j, size, to);
+    }
+  }
+  // Makes of ∂D/∂s in g the gradient, as of columns that are not the label's.
+  void on_list(bool of_kd, double a, double b, const CrossEntropy<double>& cross_entropy) {
+    const double scale = cross_entropy.q_scale(), target = cross_entropy.target();
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      D sum = of_kd ? load(&g[j]) * a : D{};
+      if (b != 0) sum += (exp_of(load(&x[j]) - cross_entropy.m) * scale - target) * b;
+      if (k.transform)
+        for (int u = 0; u < WIDTH<double>; u++) sum[u] *= slope[j + u];
+      store(&g[j], sum);
     }
   }
   static void emit(const TopkTerms<A>& r, const A* block, int64_t size, A* to, bool dense, E1 e_1) {

@@ -54,6 +54,8 @@ template <class A> constexpr int PER_STEP = STEP / WIDTH<A>;  // vectors per ste
 template <class A> constexpr A INFINITE = std::numeric_limits<A>::infinity();
 
 template <class A> INLINE Vec<A> splat(A x) { return x - Vec<A>{}; }
+INLINE F splat(F x) { return x; }  // of what may be a vector already
+INLINE D splat(D x) { return x; }
 template <class A> INLINE Vec<A> load(const A* p) {
   Vec<A> x;
   std::memcpy(&x, p, sizeof x);
@@ -117,6 +119,15 @@ template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   A top[STEP];
   for (int i = 0; i < STEP; i++) top[i] = partial[i / WIDTH<A>][i % WIDTH<A>];
   return combined(top, [](A x, A y) { return x > y ? x : y; });
+}
+
+// Of n numbers, filled up to vectors with −∞.
+INLINE double highest(const double* x, int64_t n) {
+  D most = splat(-INFINITE<double>);
+  for (int64_t j = 0; j < n; j += WIDTH<double>) most = max(load(x + j), most);
+  double top = most[0];
+  for (int u = 1; u < WIDTH<double>; u++) top = max(most[u], top);
+  return top;
 }
 
 // Σ_k c_k·x^k with c_k = c_(k−1)·ratio/(k + offset), Taylor series of exponentials, as a polynomial for |x| <= reach:
@@ -204,6 +215,17 @@ template <class X> INLINE X log1p(X x, X u) {
   const X exponent = (X)(k + (Int<A>)splat(round)) - round;
   return fma(exponent, splat(A(0.693147180559945309417232)), (t + t) * sum);
 }
+
+INLINE double log1p(double x, double u) { return std::abs(x) < 0.5 ? std::log1p(x) : std::log(u); }
+
+// log l of l = 1 + less_one >= 1, of what describes rows; a NaN stays one. And e^x for x <= 0, x^y for x >= 1.
+template <class R> INLINE R log_sum(R less_one, R l) { return l < INFINITE<Scalar<R>> ? log1p(less_one, l) : l; }
+INLINE double exp_of(double x) { return std::exp(x); }
+INLINE F exp_of(F x) { return exp2<float>(x * float(LOG2E)); }
+INLINE D exp_of(D x) { return exp2<double>(x * LOG2E); }
+INLINE double power(double x, double y) { return std::pow(x, y); }
+INLINE F power(F x, F y) { return exp2_any(y * log1p(x - 1, x) * float(LOG2E), true); }
+INLINE D power(D x, D y) { return exp2_any(y * log1p(x - 1, x) * LOG2E, true); }
 
 // ------------------------------------------------------------------------------------------- columns of a row in A
 constexpr int64_t BLOCK = 2048;  // columns that are converted and worked on at a time: they stay in L1

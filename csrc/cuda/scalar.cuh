@@ -51,6 +51,7 @@ INLINE float excess(float p, float m, float x) {
 }
 
 INLINE float exp2_any(float x, bool) { return exp2_of(x); }
+INLINE float power(float x, float y) { return std::pow(x, y); }
 
 template <class X> struct Exp;
 template <> struct Exp<float> {
