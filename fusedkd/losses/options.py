@@ -269,6 +269,8 @@ def members(teacher: Any, options: KDOptions) -> list[Member]:
         raise ValueError("teacher is an empty list: it must hold at least one teacher")
     if not isinstance(weights, Sequence | None) or isinstance(weights, str):
         raise TypeError(f"teacher_weights must be a list of numbers, not {type(weights).__name__}")
+    if weights is not None and len(weights) == 0:
+        raise ValueError("teacher_weights is empty: it must hold one weight per teacher")
     if weights is None:
         weights = [1.0 / len(teacher)] * len(teacher)
     if len(weights) != len(teacher):
@@ -295,7 +297,7 @@ def checked_options(options: Mapping[str, Any], teacher: teachers.Teacher | None
     """
     given: KDOptions = {**DEFAULTS, **options, "kd_mask": None}  # type: ignore[typeddict-item]
     weights, row = given["teacher_weights"], torch.zeros(1, 2, device="cpu")
-    several = [row] * len(weights) if isinstance(weights, Sequence) else [row]
+    several = [row] * max(len(weights), 1) if isinstance(weights, Sequence) else [row]
     members(row if weights is None else several, given)
     needs_labels = resolve(given["divergence"]).needs_labels or not _is(0, given["ce_weight"])
     labels = torch.zeros(1, dtype=torch.int64, device="cpu") if needs_labels else None
