@@ -56,6 +56,11 @@ class TeacherColumnCollator:
             named = list(batch[self.column])
         rows = len(batch.get("input_ids", named))  # the trainer refuses a batch without
         if rows != len(named):
+            if not having:
+                raise ValueError(
+                    f"the collator made {rows} rows, but its column {self.column} has {len(named)} entries: it must name "
+                    "a teacher for each row"
+                )
             raise ValueError(
                 f"the collator made {rows} rows out of {len(named)} examples, each of which names a teacher in the "
                 f"column {self.column}: it must keep one row per example"

@@ -219,6 +219,9 @@ def test_the_column_says_what_is_wrong():
     examples = [{k: v.tolist() for k, v in row.items()} | {"teacher": "wide"} for row in rows()]
     with pytest.raises(ValueError, match="made 1 rows out of 8 examples, each of which names a teacher"):
         flat(examples)
+    short = TeacherColumnCollator(lambda rows: default_data_collator(rows) | {"teacher": ["wide"]}, "teacher", ["wide"])
+    with pytest.raises(ValueError, match="made 8 rows, but its column teacher has 1 entries"):
+        short(list(rows()))
     student, each = llamas()[0], teachers()
     message = "with a dict of teachers the data set must have the column teacher, but train_dataset has input_ids"
     with pytest.raises(ValueError, match=message):
