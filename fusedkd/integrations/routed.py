@@ -58,8 +58,8 @@ class TeacherColumnCollator:
         if rows != len(named):
             if not having:
                 raise ValueError(
-                    f"the collator made {rows} rows, but its column {self.column} has {len(named)} entries: it must name "
-                    "a teacher for each row"
+                    f"the collator made {rows} rows, but its column {self.column} has {len(named)} entries: "
+                    "it must name a teacher for each row"
                 )
             raise ValueError(
                 f"the collator made {rows} rows out of {len(named)} examples, each of which names a teacher in the "
