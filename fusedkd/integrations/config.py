@@ -8,8 +8,12 @@ from typing import Any, Literal
 
 from fusedkd import checks as check
 from fusedkd.divergences import Divergence, DivergenceName
+from fusedkd.integrations.offline import COLUMNS
 from fusedkd.losses.linear_kd import checked_linear_options
 from fusedkd.teachers import TAILS
+
+TAKEN = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", *COLUMNS)
+"""Columns that mean something else to the trainer."""
 
 
 @dataclass
@@ -48,11 +52,18 @@ class KDConfig:
         if self.kd_on not in ("labels", "attended"):
             raise ValueError(f"kd_on must be 'labels' or 'attended', not {self.kd_on!r}")
         checked_linear_options(self.options())
+        weights = self.teacher_weights
+        if weights is not None and not any(weights):
+            raise ValueError(
+                f"teacher_weights must not all be 0, but is {weights!r}: kd_weight=0 trains without teachers"
+            )
         if self.tail not in TAILS:
             raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {self.tail!r}")
         check.real("logprobs_temperature", self.logprobs_temperature, open_low=True)
         if not isinstance(self.teacher_column, str):
             raise TypeError(f"teacher_column must be the name of a column, not {type(self.teacher_column).__name__}")
+        if self.teacher_column in TAKEN:
+            raise ValueError(f"teacher_column must be a column of its own, not {self.teacher_column!r}")
 
     def options(self) -> dict[str, Any]:
         """Those of :func:`fusedkd.linear_kd_loss`."""

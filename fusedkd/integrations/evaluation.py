@@ -80,7 +80,7 @@ def sums(trainer: Any, pair: Pair) -> dict[str, Tensor]:
     _, plain = trainer.linear(pair, **options, ce_weight=float(pair.labels is not None))
     rows = {f"term {name}": terms[name] for name in trainer.parts()} | {"kl": plain.kd, "ce": plain.ce}
     rows |= {f"rows {i}": mask for i, mask in enumerate(pair.masks)}
-    for index, key in enumerate(trainer.teacher_keys if pair.teacher is not None else ()):
+    for index, key in enumerate(trainer.teacher_keys):
         own = pair.masks[0]
         if isinstance(pair.teacher, Routed):
             own = own & (pair.teacher.routes == index)[:, None]

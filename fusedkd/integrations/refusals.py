@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from fusedkd import checks as check
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
+from fusedkd.integrations.routed import is_none
 from fusedkd.integrations.sharded import units
 from fusedkd.losses.linear_kd import checked_linear_options
 from fusedkd.teachers import TeacherTopK
 
 
-def options(kd: Any, teacher: Any) -> None:
+def options(kd: Any, teacher: Any, move_teacher: Any) -> None:
     """Arguments of another type."""
+    if not isinstance(move_teacher, bool):
+        raise TypeError(
+            f"move_teacher must be True or False, not {move_teacher!r}: False leaves teachers where they are"
+        )
     if not isinstance(kd, KDConfig):
         wish = "KDConfig(**kd)" if isinstance(kd, Mapping) else "KDConfig(…)"
         raise TypeError(f"kd must be a KDConfig, not {type(kd).__name__}: pass {wish}")
@@ -33,14 +38,33 @@ def options(kd: Any, teacher: Any) -> None:
             )
     if not models:
         raise ValueError(f"teacher is an empty {type(teacher).__name__}: it must hold at least one model")
-    weights = kd.teacher_weights
-    if weights is None or (teacher is None and not kd.needs_teacher):
+    if isinstance(teacher, Mapping):
+        _keys(list(teacher))
+    if teacher is None and not kd.needs_teacher:
         return
-    if not isinstance(teacher, list | tuple):
-        found = "a dict" if several else "None" if teacher is None else "a single model"
+    listed = isinstance(teacher, list | tuple)
+    found = "a list" if listed else "a dict" if several else "None" if teacher is None else "a single model"
+    weights = kd.teacher_weights
+    if weights is not None and not listed:
         raise ValueError(f"teacher_weights is for a list of teachers, which all teach every row, not for {found}")
-    if len(weights) != len(models):
+    if weights is not None and len(weights) != len(models):
         raise ValueError(f"teacher_weights must hold one weight per teacher: {len(models)}, not {len(weights)}")
+    if kd.teacher_column != KDConfig.teacher_column and not isinstance(teacher, Mapping):
+        raise ValueError(f"teacher_column is for a dict of teachers, one of which each row names, not for {found}")
+
+
+def _keys(keys: list[Any]) -> None:
+    """Of a dict of teachers: what a row without a teacher has in its column, and two of which metrics have one name."""
+    named: dict[str, Any] = {}
+    for key in keys:
+        if is_none(key):
+            raise ValueError(
+                f"a key of the dict teacher is {key!r}, which in the column means that a row has no teacher"
+            )
+        if str(key) in named:
+            both = f"{named[str(key)]!r} and {key!r}"
+            raise ValueError(f"the keys {both} of the dict teacher would have one name in the metrics, kl_{key}")
+        named[str(key)] = key
 
 
 def other_shares(model: nn.Module) -> None:
@@ -132,6 +156,11 @@ def teachers(trainer: Any) -> None:
         raise ValueError(
             f"train_dataset has a column {column}, but a list of teachers teaches every row: pass a dict for a teacher "
             "per row, or remove the column"
+        )
+    if not trainer.teachers.several and column in (known_columns(data) or ()):
+        check.warn(
+            f"train_dataset has a column {column}, which is not read: teacher is a single model, which teaches every "
+            "row; pass a dict for a teacher per row"
         )
     if all(each.adapted is None for each in trainer.teachers.models.values()):
         return

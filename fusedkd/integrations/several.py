@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd.integrations.pair import Form, Group, Routed, part
+from fusedkd.integrations.routed import NONE
 from fusedkd.integrations.teacher import TeacherModel, load
 
 
@@ -53,9 +54,7 @@ class Teachers:
         """Those that all ranks must run together."""
         return [model for model in self.distinct if model.sharded]
 
-    def __call__(
-        self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor | None = None
-    ) -> tuple[Form | None, Any]:
+    def __call__(self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor | None = None) -> tuple[Form, Any]:
         """What the loss takes of them, and their outputs, those of teachers per row left out.
 
         Args:
@@ -63,7 +62,9 @@ class Teachers:
             routes: ``(B,)``, of teachers per row, the index of each sequence's; None: no sequence has one.
         """
         if self.routed:
-            return (None if routes is None else self._groups(batch, attended, routes)), None
+            if routes is None:  # no other way than with the column: another rank's batch may have it
+                routes = torch.full_like(attended[:, 0], NONE, dtype=torch.int64)
+            return self._groups(batch, attended, routes), None
         found = {model: model(batch, attended) for model in self.distinct}
         heads, outputs = zip(*(found[model] for model in self.models.values()), strict=True)
         return (list(heads), list(outputs)) if self.listed else (heads[0], outputs[0])

@@ -94,7 +94,7 @@ class DistillationTrainer(EvaluatingTrainer):
         **options: Any,
     ):
         self.kd = KDConfig() if kd is None else kd
-        refusals.options(self.kd, teacher)
+        refusals.options(self.kd, teacher, move_teacher)
         super().__init__(model, args, data_collator, *more, **options)
         self.offline = teacher is None and self.needs_teacher
         refusals.training_arguments(self)

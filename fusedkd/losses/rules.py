@@ -280,6 +280,8 @@ def members(teacher: Any, options: KDOptions) -> list[Member]:
         raise ValueError("teacher is an empty list: it must hold at least one teacher")
     if not isinstance(weights, Sequence | None) or isinstance(weights, str):
         raise TypeError(f"teacher_weights must be a list of numbers, not {type(weights).__name__}")
+    if weights is not None and len(weights) == 0:
+        raise ValueError("teacher_weights is empty: it must hold one weight per teacher")
     if weights is None:
         weights = [1.0 / len(teacher)] * len(teacher)
     if len(weights) != len(teacher):
@@ -307,7 +309,7 @@ def checked_options(options: Mapping[str, Any], teacher: teachers.Teacher | None
     """
     given: KDOptions = {name: value for name, value in options.items() if name != "kd_mask"}  # type: ignore[assignment]
     weights, row = given.get("teacher_weights"), torch.zeros(1, 2, device="cpu")
-    several = [row] * len(weights) if isinstance(weights, Sequence) else [row]
+    several = [row] * max(len(weights), 1) if isinstance(weights, Sequence) else [row]
     labels = torch.zeros(1, dtype=torch.int64, device="cpu")
     for member in members(row if weights is None else several, given):
         prepare(row, row if teacher is None else teacher, labels, None, member.rules)

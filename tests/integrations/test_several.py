@@ -1,5 +1,8 @@
 """Several teachers in the trainer: a list with weights, and one for each row, which a column of the data names."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
 from fusedkd.distilbert.trainer import DistilBertTrainer
 from fusedkd.integrations.check import kd_check
+from fusedkd.integrations.evaluation import sums
 from fusedkd.integrations.routed import TeacherColumnCollator
 from fusedkd.integrations.transformers import KDConfig
 
-from .distil_step import ROWS, SIZE, VOCAB, gradient, initialised, llamas, lora, make, rows, trainer
+from .distil_step import LENGTH, ROWS, SIZE, VOCAB, gradient, initialised, llamas, lora, make, rows, trainer
 from .test_transformers import Padding, aligned, assert_equal, collated
 
 KD = KDConfig(temperature=3.0, kd_weight=0.7, ce_weight=0.4)
@@ -208,19 +212,46 @@ def test_the_column_says_what_is_wrong():
     assert collator(named())["teacher"].tolist() == [1, 0, -1, 0, 1, 0, 0, -1]
     with pytest.raises(ValueError, match="column teacher must name one of the teachers 'wide', 'deep', or none, not 3"):
         collator(named(names=[3] * ROWS))
+    missing = TeacherColumnCollator(default_data_collator, "teacher", [0, 1])
+    numbers = [0, 1.0, -1, None, math.nan, np.int64(1), np.nan, type("NA", (), {"__eq__": lambda a, b: a})()]
+    assert missing(named(names=numbers))["teacher"].tolist() == [0, 1, -1, -1, -1, 1, -1, -1]
     flat = TeacherColumnCollator(transformers.DataCollatorWithFlattening(), "teacher", ["wide"])
     examples = [{k: v.tolist() for k, v in row.items()} | {"teacher": "wide"} for row in rows()]
     with pytest.raises(ValueError, match="made 1 rows out of 8 examples, each of which names a teacher"):
         flat(examples)
+    short = TeacherColumnCollator(lambda rows: default_data_collator(rows) | {"teacher": ["wide"]}, "teacher", ["wide"])
+    with pytest.raises(ValueError, match="made 8 rows, but its column teacher has 1 entries"):
+        short(list(rows()))
     student, each = llamas()[0], teachers()
     message = "with a dict of teachers the data set must have the column teacher, but train_dataset has input_ids"
     with pytest.raises(ValueError, match=message):
         trainer(student, each)
     with pytest.raises(ValueError, match="train_dataset has a column teacher, but a list of teachers"):
         trainer(student, list(each.values()), data=named())
+    with pytest.warns(UserWarning, match="column teacher, which is not read: teacher is a single model"):
+        trainer(student, each["wide"], data=named())
+    some = [row if i else {k: v for k, v in row.items() if k != "teacher"} for i, row in enumerate(named())]
+    with pytest.raises(ValueError, match="7 of 8 examples have the column teacher: all must have it"):
+        collator(some)
+    with pytest.raises(ValueError, match="must have input_ids instead of inputs_embeds"):
+        trainer(
+            student, each, data=named(), collator=lambda rows: {"inputs_embeds": torch.zeros(ROWS, LENGTH, 4)}
+        ).train()
     run = trainer(student, each, collator=Padding("right"))  # may make it
     with pytest.raises(ValueError, match="with a dict of teachers the data set must have the column teacher"):
         run.train()
+
+
+def test_a_batch_without_the_column_reports_the_same_sums():
+    """Ranks stack them and gather: one batch of an evaluation may have the column, and another rank's not."""
+    run, names = trainer(llamas()[0], teachers(), KD, named()), []
+    for data in (named(), list(rows())):
+        with torch.no_grad():
+            batch = run.data_collator(data)
+            found, _ = run._run(run.model, batch, lambda pair: sums(run, pair), False, True)
+        names.append(list(found))
+        assert found["rows 0"].any() == found["rows of wide"].any() == ("teacher" in batch)
+    assert names[0] == names[1]
 
 
 def test_groups_are_added_up_under_every_reduction():
@@ -279,6 +310,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path, kind):
         ),
         (lambda a, b: a, [1.0], ValueError, "teacher_weights is for a list of teachers.* not for a single model"),
         (lambda a, b: None, [1.0], ValueError, "teacher_weights is for a list of teachers.* not for None"),
+        (lambda a, b: {"a": a, None: b}, None, ValueError, "a key of the dict teacher is None, which in the column"),
+        (lambda a, b: {-1: a}, None, ValueError, "a key of the dict teacher is -1, which in the column means"),
+        (lambda a, b: {0: a, "0": b}, None, ValueError, "keys 0 and '0' .* one name in the metrics, kl_0"),
         (lambda a, b: [], None, ValueError, "teacher is an empty list"),
         (lambda a, b: {}, None, ValueError, "teacher is an empty dict"),
         (lambda a, b: [a, None], None, TypeError, "teacher must be a model.* or None, not NoneType in a list"),
@@ -296,8 +330,18 @@ def test_what_is_no_list_or_dict_of_teachers(make_teacher, weights, error, messa
 def test_options_of_several_teachers():
     with pytest.raises(ValueError, match="teacher_weights must be at least 0"):
         KDConfig(teacher_weights=[0.5, -0.5])
+    for weights, message in (([0, 0.0], r"must not all be 0, but is \[0, 0.0\]"), ([], "is empty: it must hold one")):
+        with pytest.raises(ValueError, match=f"teacher_weights {message}"):
+            KDConfig(teacher_weights=weights)
     with pytest.raises(TypeError, match="teacher_column must be the name of a column, not int"):
         KDConfig(teacher_column=3)
+    with pytest.raises(ValueError, match="teacher_column must be a column of its own, not 'labels'"):
+        KDConfig(teacher_column="labels")
+    for teacher, what in ((llamas()[1], "a single model"), ([llamas()[1]], "a list"), (None, "None")):
+        with pytest.raises(ValueError, match=f"teacher_column is for a dict of teachers.* not for {what}"):
+            trainer(llamas()[0], teacher, KDConfig(teacher_column="expert"))
+    with pytest.raises(TypeError, match="move_teacher must be True or False, not 'cuda:1'"):
+        trainer(*llamas(), move_teacher="cuda:1")
     kd = KDConfig(kd_weight=0.0, teacher_weights=[0.5, 0.5])
     trainer(llamas()[0], None, kd)  # the ablation of the same configuration
 
