@@ -71,11 +71,14 @@ CLUSTER = (
     "Tensor normalizers, Tensor? upstream, Tensor(a!)? row_losses, Tensor(b!) stats, Tensor(c!)? gradient, "
     f"{_FLAGS}, bool skip_if_one) -> bool"
 )
+PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
+"""out = a·b + bias, or out += a·b, float32; False, and nothing done, where the processor or the types are not served."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
 library.define(CLUSTER)  # called by kd_* alone, below everything that traces
+library.define(PRODUCT)  # by linear_kd
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
