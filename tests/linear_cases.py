@@ -206,7 +206,8 @@ def assert_gradients(
         bound = (1.75 if rounded in HALF else 1.25) * rounding
         if rounded in HALF:
             oracles = torch.stack([norm(float64(each[name].to(rounded)) - expected) for each in truth.oracles])
-            if gradient.is_cuda or rounds or rounded in linear_loop.own_products:  # rounds ∂z, too: its error scatters around √2 × rounding as the oracles' do
+            if gradient.is_cuda or rounds or rounded in linear_loop.own_products:
+                # ∂z is rounded, too: the error scatters around √2 × rounding as the oracles' do
                 bound = torch.maximum(bound, oracles.amax(0)).minimum(1.1 * oracles.amax(0))
             else:
                 bound = torch.minimum(bound, 1.1 * oracles[0])

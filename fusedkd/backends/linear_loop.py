@@ -6,10 +6,10 @@
     ∂W += gᵀ·x          [V_s, H_s] float32 over all tiles, the first of which writes
 
 6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of size N×V exists. The products are
-PyTorch's own, on a CPU with AVX-512 those of csrc/cpu/product.cpp, where PyTorch has none of 16-bit operands with a
-float32 result: they round ∂z to the operands' type, as on a GPU. The gradient is that of upstream 1, as in kd_loss, and backward only scales it. (The loop is that of
-QuACK's chunked linear cross-entropy; why the rows per tile matter, and not the number of tiles: Liger-Kernel's pull
-request 1472; why ∂W adds up in float32: 1391.)
+PyTorch's own or, on a CPU with AVX-512, those of csrc/cpu/product.cpp, because PyTorch has none of 16-bit operands with
+a float32 result there; they round ∂z to the operands' type, as on a GPU. The gradient is that of upstream 1, as in
+kd_loss, and backward only scales it. (The loop is that of QuACK's chunked linear cross-entropy; why the rows per tile
+matter, and not the number of tiles: Liger-Kernel's pull request 1472; why ∂W adds up in float32: 1391.)
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, bias: Tensor 
         bias = None if bias is None else bias.float().contiguous()
         ops.product(a=_unit_stride(a), b=_unit_stride(b), bias=bias, out=out, add=add)
         return
-    options = {}
+    options: dict[str, Any] = {}
     if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result
         options = {"out_dtype": out.dtype}
     else:

@@ -72,7 +72,7 @@ CLUSTER = (
     f"{_FLAGS}, bool skip_if_one) -> bool"
 )
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
-"""out = a·b + bias, or out += a·b, float32; False, and nothing done, where the processor or the types are not served."""
+"""out = a·b + bias, or out += a·b, in float32. False, and nothing done: this processor has no such product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():

@@ -163,9 +163,7 @@ def linear_kd_loss(
 
 def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None = None) -> None:
     """Refuses the options that `linear_kd_loss` would refuse whatever its tensors are: see `checked_options`."""
-    Tiles(
-        options.get("max_tile_bytes"), options.get("tile_dtype", torch.float32), options.get("max_rows")
-    ).check()
+    Tiles(options.get("max_tile_bytes"), options.get("tile_dtype", torch.float32), options.get("max_rows")).check()
     checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
 
 
