@@ -27,6 +27,7 @@ from truth import DTYPES, assert_value, noise_for
 
 from fusedkd import TeacherHead
 from fusedkd.backends import dispatch, linear_loop
+from fusedkd.losses.linear_kd import Tiles
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N = 18
@@ -85,6 +86,15 @@ def test_default_tiles_of_many_rows(device: str) -> None:
     assert sum(found) == 9000
     assert all(fewest <= m <= most for m in found)
     assert max(found) - min(found) <= len(found)
+
+
+def test_default_tiles_on_a_cpu() -> None:
+    """48 MB for student and teacher together, as long as that are 128 rows; otherwise what PyTorch's products need."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        size = linear_loop.tile_size(torch.device("cpu"), dtype, torch.float32)
+        for columns, expected in ((1000, 256), (30522, 206), (128256, 128)):
+            rows = Tiles(None, torch.float32, None).rows(tile_bytes(1, columns, columns), 10**6, size)
+            assert rows == (expected if dtype in linear_loop.own_products else 1024)
 
 
 def test_small_tiles_warn(device: str) -> None:

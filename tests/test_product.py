@@ -53,7 +53,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_product(m: int, n: int, k: int, turned: tuple[bool, bool], dtype: torch.dtype) -> None:
     """And nothing beside the result is written. A float32 operand beside one of bfloat16 is rounded."""
     b, bias = matrix(k, n, dtype, turned=turned[1], seed=1), torch.randn(n)
