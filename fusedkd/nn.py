@@ -67,7 +67,7 @@ class LinearKDLossOptions(KDOptions, total=False):
     """Those of :func:`fusedkd.linear_kd_loss`."""
 
     student_bias: Tensor | None
-    max_tile_bytes: int
+    max_tile_bytes: int | None
     tile_dtype: torch.dtype
     max_rows: int | None
 

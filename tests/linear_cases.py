@@ -182,7 +182,9 @@ def assert_gradients(
     dtype: torch.dtype | None = None,
     rounds: bool = False,
 ) -> None:
-    """`dtype` as in `linear_truth`. `rounds`: ∂z is rounded for the products, as on a GPU."""
+    """`dtype` as in `linear_truth`. `rounds`: ∂z is rounded for the products, as on a GPU and where a CPU multiplies
+    this type.
+    """
     for name, gradient in actual.items():
         expected, subtracted, operand = truth.gradients[name], truth.subtracted[name], p.operands[name]
         assert gradient.dtype == operand.dtype
@@ -204,7 +206,8 @@ def assert_gradients(
         bound = (1.75 if rounded in HALF else 1.25) * rounding
         if rounded in HALF:
             oracles = torch.stack([norm(float64(each[name].to(rounded)) - expected) for each in truth.oracles])
-            if gradient.is_cuda or rounds:  # rounds ∂z, too: its error scatters around √2 × rounding as the oracles' do
+            if gradient.is_cuda or rounds or rounded in linear_loop.own_products:
+                # ∂z is rounded, too: the error scatters around √2 × rounding as the oracles' do
                 bound = torch.maximum(bound, oracles.amax(0)).minimum(1.1 * oracles.amax(0))
             else:
                 bound = torch.minimum(bound, 1.1 * oracles[0])

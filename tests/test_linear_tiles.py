@@ -26,7 +26,8 @@ from torch import nn
 from truth import DTYPES, assert_value, noise_for
 
 from fusedkd import TeacherHead
-from fusedkd.backends import dispatch
+from fusedkd.backends import dispatch, linear_loop
+from fusedkd.losses.linear_kd import Tiles
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N = 18
@@ -76,26 +77,37 @@ def test_tiles_change_rounding_alone(device: str) -> None:
 
 
 def test_default_tiles_of_many_rows(device: str) -> None:
-    """2048 to 4096 rows each, in equal shares."""
+    """In equal shares: 2048 to 4096 rows each on a GPU, a few hundred on a CPU."""
+    fewest, most = (2048, 4096) if device != "cpu" else (128, 256) if linear_loop.own_products else (512, 1024)
     p = problem(9000, sizes=(8, 9), columns=(40, 40), device=device)
     with counted_products() as calls:
         check_linear(p, **BOTH, kd_mask=torch.ones_like(p.labels))
     found = heights(calls, p)
     assert sum(found) == 9000
-    assert all(2048 <= m <= 4096 for m in found)
+    assert all(fewest <= m <= most for m in found)
     assert max(found) - min(found) <= len(found)
 
 
+def test_default_tiles_on_a_cpu() -> None:
+    """48 MB for student and teacher together, as long as that are 128 rows; otherwise what PyTorch's products need."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        size = linear_loop.tile_size(torch.device("cpu"), dtype, torch.float32)
+        for columns, expected in ((1000, 256), (30522, 206), (128256, 128)):
+            rows = Tiles(None, torch.float32, None).rows(tile_bytes(1, columns, columns), 10**6, size)
+            assert rows == (expected if dtype in linear_loop.own_products else 1024)
+
+
 def test_small_tiles_warn(device: str) -> None:
-    p = problem(1500, sizes=(4, 4), columns=(30, 30), device=device, bias=False)
-    few = problem(900, sizes=(4, 4), columns=(30, 30), device=device)
-    with pytest.warns(UserWarning, match="max_tile_bytes"):
-        p.loss(max_tile_bytes=tile_bytes(1000, 30, 30))
+    fewest = linear_loop.tile_size(torch.device(device), torch.float32, torch.float32).fewest
+    p = problem(fewest + 400, sizes=(4, 4), columns=(30, 30), device=device, bias=False)
+    few = problem(fewest - 30, sizes=(4, 4), columns=(30, 30), device=device)
+    with pytest.warns(UserWarning, match=f"max_tile_bytes.* {fewest - 1} rows .* below {fewest}"):
+        p.loss(max_tile_bytes=tile_bytes(fewest - 1, 30, 30))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         p.loss()
-        p.loss(max_tile_bytes=tile_bytes(1100, 30, 30))
-        few.loss(max_tile_bytes=tile_bytes(900, 30, 30))  # all of its rows
+        p.loss(max_tile_bytes=tile_bytes(fewest, 30, 30))
+        few.loss(max_tile_bytes=tile_bytes(fewest - 30, 30, 30))  # all of its rows
 
 
 @pytest.mark.parametrize("tile_dtype", [torch.bfloat16, torch.float32], ids=describe)

@@ -2,7 +2,8 @@
 // defines its functions in, and FUSEDKD_VECTOR_BYTES the size of a vector; what the body includes is compiled with it.
 //
 // FUSEDKD_CALL(f, …) then calls the best f that this processor runs, or the one that the environment variable
-// FUSEDKD_ISA = avx512 | avx2 | plain asks for, if that is not beyond it.
+// FUSEDKD_ISA = avx512_bf16 | avx512 | avx2 | plain asks for, if that is not beyond it.
+// avx512_bf16 has one function of its own, in product.cpp, which includes this for the choice alone, without a body.
 //
 // The headers that are compiled so, vec.h and all that include it, have guards as others do. each_isa.h undefines them
 // for the next instruction set; headers with #pragma once are compiled once, for any processor.
@@ -28,8 +29,8 @@
 
 namespace fusedkd {
 
-enum class Isa { plain, avx2, avx512 };
-constexpr const char* ISA_NAMES[] = {"plain", "avx2", "avx512"};
+enum class Isa { plain, avx2, avx512, avx512_bf16 };
+constexpr const char* ISA_NAMES[] = {"plain", "avx2", "avx512", "avx512_bf16"};
 
 inline Isa isa() {
   static const Isa chosen = [] {
@@ -39,20 +40,23 @@ inline Isa isa() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;  // all of them have F16C
     if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      best = Isa::avx512;
+      best = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
 #endif
     const char* variable = std::getenv("FUSEDKD_ISA");
-    const std::string_view wish = variable ? variable : "";
-    return std::min(best, wish == "plain" ? Isa::plain : wish == "avx2" ? Isa::avx2 : Isa::avx512);
+    for (const Isa wish : {Isa::plain, Isa::avx2, Isa::avx512})
+      if (variable && std::string_view(variable) == ISA_NAMES[int(wish)]) return std::min(best, wish);
+    return best;
   }();
   return chosen;
 }
 
 }  // namespace fusedkd
 
+#ifdef FUSEDKD_BODY
 #ifdef FUSEDKD_X86
 #define FUSEDKD_CALL(function, ...)                                                   \
   switch (isa()) {                                                                    \
+    case Isa::avx512_bf16:                                                              \
     case Isa::avx512: avx512::function(__VA_ARGS__); break;                           \
     case Isa::avx2: avx2::function(__VA_ARGS__); break;                               \
     case Isa::plain: plain::function(__VA_ARGS__); break;                             \
@@ -76,3 +80,4 @@ FUSEDKD_END_TARGET
 #define FUSEDKD_NAMESPACE fusedkd::plain
 #define FUSEDKD_VECTOR_BYTES 16
 #include "each_isa.h"
+#endif

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import composed, eager
+from fusedkd.backends import composed, eager, linear_loop
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -91,12 +91,23 @@ class _Slow:
 
 def _serve_loops(device: str) -> None:
     """The operators that are PyTorch everywhere."""
-    reason = "products by torch.mm, tiles by the operators above"
-    _serve(LINEAR_OPERATORS, device, "PyTorch", reason, import_module("fusedkd.backends.linear_loop"))
+    reason = "products by torch.mm or `product`, tiles by the operators above"
+    _serve(LINEAR_OPERATORS, device, "PyTorch", reason, linear_loop)
     for name in DEFINED_OPERATORS:
         serving[name, device] = "PyTorch", "autograd on some rows at a time"
         function = getattr(import_module("fusedkd.backends.defined"), name.replace("defined", "kd"))
         library.impl(name, function, device)
+
+
+def _ask_for_products() -> None:
+    """The types that the library multiplies on this processor faster than PyTorch."""
+    matrices = {dtype: torch.empty(0, 0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    out, product = matrices[torch.float32], torch.ops.fusedkd.product
+    found = [dtype for dtype, x in matrices.items() if product(a=x, b=x, bias=None, out=out, add=False)]
+    linear_loop.own_products = frozenset(found)
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
+    reason = f"of {names}, on this processor" if found else "this processor has no AVX-512, or a library that uses it"
+    _serve(["product"], "CPU", "C++" if found else "PyTorch", reason)
 
 
 def _dispatch_cpu() -> None:
@@ -113,6 +124,7 @@ def _dispatch_cpu() -> None:
         missing = load("_C")
         if missing is None:
             _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _ask_for_products()
         else:
             _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
             _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)

@@ -5,17 +5,18 @@
     ∂x = g·W            [R, H_s]
     ∂W += gᵀ·x          [V_s, H_s] float32 over all tiles, the first of which writes
 
-Every product is PyTorch's own, 6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of
-size N×V exists. The gradient is that of upstream 1, as in kd_loss, and backward only scales it. (The loop is that of
-QuACK's chunked linear cross-entropy; why the rows per tile matter, and not the number of tiles: Liger-Kernel's pull
-request 1472; why ∂W adds up in float32: 1391.)
+6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of size N×V exists. The products are
+PyTorch's own or, on a CPU with AVX-512, those of csrc/cpu/product.cpp, because PyTorch has none of 16-bit operands with
+a float32 result there; they round ∂z to the operands' type, as on a GPU. The gradient is that of upstream 1, as in
+kd_loss, and backward only scales it. (The loop is that of QuACK's chunked linear cross-entropy; why the rows per tile
+matter, and not the number of tiles: Liger-Kernel's pull request 1472; why ∂W adds up in float32: 1391.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,19 +29,47 @@ from fusedkd.backends.schema import gradients_like
 from fusedkd.backends.shard import Shard
 from fusedkd.backends.slopes import BOUNDS, DEFINED_BOUND, SPARSE_BOUNDS
 
+ops = torch.ops.fusedkd
+
 ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
 MOST_ROWS = 4096
-"""Of a tile: more gain nothing. On a CPU a quarter does as well (benchmarks/results/cpu-linear.json)."""
+"""Of a tile: more gain nothing."""
 FLOAT16_TOP = 8192.0
 """Of 65504: an eighth, because some bounds of `slopes.py` hold for usual rows only."""
 PANEL = 8192
-"""Rows of a 16-bit weight that the CPU converts to float32 at a time."""
+"""Rows of a 16-bit weight that the CPU converts to float32 at a time, where it has no product of 16 bits."""
+own_products: frozenset[torch.dtype] = frozenset()
+"""Types that csrc/cpu/product.cpp multiplies on this processor: :mod:`fusedkd.backends.dispatch` asks it."""
 
 
 def tile_type(operands: torch.dtype, wish: torch.dtype) -> torch.dtype:
     """Of logits: what PyTorch's products can give, which is the operands' type, or float32 from 16 bits."""
     return wish if wish == operands else torch.promote_types(operands, torch.float32)
+
+
+def own_product(operands: torch.dtype, result: torch.dtype) -> bool:
+    """Whether products on a CPU are those of csrc/cpu/product.cpp. ∂z, float32, counts as the other operand's type."""
+    return operands in own_products and result == torch.float32
+
+
+class TileSize(NamedTuple):
+    """What is best where nobody said otherwise, and how few rows starve the products."""
+
+    max_bytes: int
+    fewest: int
+    most: int
+
+
+def tile_size(device: torch.device, operands: torch.dtype, wish: torch.dtype) -> TileSize:
+    """On a CPU what a tile holds should be in the cache still when it is read again, and each row more is one that the
+    packing of the head is shared by: 256 rows are fastest, 128 cost 5 % more, 64 a quarter (H of 256 to 2048, V of
+    30522 to 128256).
+    """
+    if device.type != "cpu":
+        return TileSize(4 << 30, 1024, MOST_ROWS)
+    own = own_product(operands, tile_type(operands, wish))
+    return TileSize(48 << 20, 128, 256) if own else TileSize(4 << 30, 1024, 1024)
 
 
 def row_bytes(columns: int, dtype: torch.dtype) -> int:
@@ -268,36 +297,45 @@ def _operand(g: Tensor, dtype: torch.dtype, tiles: _Tiles) -> Tensor:
     return tiles.get("gradient", g.shape[1], dtype)[: len(g)].copy_(g) if g.is_cuda and g.dtype != dtype else g
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out (+)= a·b. Every product of the loss is made here."""
-    if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result
-        if add:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, bias: Tensor | None = None) -> None:
+    """out = a·b + bias, or out += a·b. Every product of the loss is made here."""
+    if not a.is_cuda and own_product(b.dtype, out.dtype):
+        a = a if a.dtype == b.dtype else a.to(out.dtype)
+        bias = None if bias is None else bias.float().contiguous()
+        ops.product(a=_unit_stride(a), b=_unit_stride(b), bias=bias, out=out, add=add)
         return
-    a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.addmm(out, a, b, out=out)
+    options: dict[str, Any] = {}
+    if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result
+        options = {"out_dtype": out.dtype}
     else:
-        torch.mm(a, b, out=out)
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, **options, out=out)
+    else:
+        torch.mm(a, b, **options, out=out)
+    if bias is not None:
+        out.add_(bias)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() else x.contiguous()
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Tensor:
     """x·weightᵀ + bias, in the first rows of the tile."""
     out = tile[: len(x)]
-    if x.is_cuda or x.dtype == out.dtype:
-        _product(x, weight.t(), out)
-    else:
-        x = x.to(out.dtype)
-        for panel, part in zip(weight.split(PANEL), out.split(PANEL, 1), strict=True):
-            _product(x, panel.t(), part)
+    if x.is_cuda or x.dtype == out.dtype or own_product(x.dtype, out.dtype):
+        _product(x, weight.t(), out, bias=bias)
+        return out
+    x = x.to(out.dtype)
+    for panel, part in zip(weight.split(PANEL), out.split(PANEL, 1), strict=True):
+        _product(x, panel.t(), part)
     return out if bias is None else out.add_(bias)
 
 
 def _pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out = g·weight."""
-    if g.is_cuda or g.dtype == weight.dtype:
+    if g.is_cuda or g.dtype == weight.dtype or own_product(weight.dtype, out.dtype):
         _product(g, weight, out)
         return out
     for i, (panel, part) in enumerate(zip(weight.split(PANEL), g.split(PANEL, 1), strict=True)):

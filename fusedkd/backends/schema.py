@@ -95,12 +95,15 @@ SHARD = (
     f"kd_shard(*, Tensor? upstream, {_INPUTS}, Tensor(a!) stats, Tensor(b!)? gradient, {_FLAGS}, bool skip_if_one, "
     "int stage, int offset, int vocabulary) -> ()"
 )
+PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
+"""out = a·b + bias, or out += a·b, in float32. False, and nothing done: this processor has no such product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
 library.define(CLUSTER)  # called by kd_* alone, below everything that traces
 library.define(SHARD)  # called in eager mode alone
+library.define(PRODUCT)  # by linear_kd
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

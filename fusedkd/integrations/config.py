@@ -41,7 +41,7 @@ class KDConfig:
     z_loss_weight: float = 0.0
     kd_on: Literal["labels", "attended"] = "labels"
     vocab_mismatch: Literal["error", "truncate"] = "error"
-    max_tile_bytes: int = 4 << 30
+    max_tile_bytes: int | None = None
     max_rows: int | None = None
     tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
     logprobs_temperature: float = 1.0

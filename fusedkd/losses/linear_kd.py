@@ -13,7 +13,7 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.linear_loop import MOST_ROWS, row_bytes, tile_type
+from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, row_bytes, tile_size, tile_type
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
 from fusedkd.losses.common import refuse_double_backward, save_for_backward, save_teachers, saved_teachers
@@ -22,10 +22,6 @@ from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_op
 from fusedkd.losses.rules import Prepared, checked_options, members, prepare
 
 ops = torch.ops.fusedkd
-
-MAX_TILE_BYTES = 4 << 30
-FEWEST_ROWS = 1024
-"""Of a tile: below it the matrix products starve."""
 
 
 @overload
@@ -36,7 +32,7 @@ def linear_kd_loss(
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
-    max_tile_bytes: int = MAX_TILE_BYTES,
+    max_tile_bytes: int | None = None,
     tile_dtype: torch.dtype = torch.float32,
     max_rows: int | None = None,
     return_terms: Literal[False] = False,
@@ -52,7 +48,7 @@ def linear_kd_loss(
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
-    max_tile_bytes: int = MAX_TILE_BYTES,
+    max_tile_bytes: int | None = None,
     tile_dtype: torch.dtype = torch.float32,
     max_rows: int | None = None,
     return_terms: Literal[True],
@@ -68,7 +64,7 @@ def linear_kd_loss(
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
-    max_tile_bytes: int = MAX_TILE_BYTES,
+    max_tile_bytes: int | None = None,
     tile_dtype: torch.dtype = torch.float32,
     max_rows: int | None = None,
     return_terms: bool = False,
@@ -91,8 +87,10 @@ def linear_kd_loss(
         labels: class indices ``(*)``, int64, already shifted for causal models.
         {options}
         student_bias: ``(V_s,)``.
-        max_tile_bytes: what the tiles of student and teachers may take together. Rows per tile are at most 4096; below
-            1024 the products starve, of which a warning tells. It changes results by rounding alone.
+        max_tile_bytes: what the tiles of student and teachers may take together; rows per tile are at most 4096. None:
+            on a GPU 4 GiB; on a CPU what stays near its caches, 48 MB or 128 rows, of products of our own, and 1024
+            rows of PyTorch's. Fewer rows than 128, or 1024, starve the products, of which a warning tells. It changes
+            results by rounding alone.
         tile_dtype: of the logits in a tile, on a GPU: float32, or the inputs' own type where that is wished for;
             float64 inputs always have float64 ones.
         max_rows: how many rows, at most, carry a term. Only a GPU needs to know: if there are more, loss and gradients
@@ -144,7 +142,7 @@ def linear_kd_loss(
         wanted=wanted,
         families=tuple([part.rules.family for part in parts]),
         flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
-        tile=tiles.rows(bytes_per_row, lead.numel()),
+        tile=tiles.rows(bytes_per_row, lead.numel(), tile_size(device, dtype, tile_dtype)),
         tile_dtype=tile_dtype,
         dtype=dtype,
         max_rows=max_rows,
@@ -161,31 +159,31 @@ def linear_kd_loss(
 
 def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None = None) -> None:
     """Refuses the options that `linear_kd_loss` would refuse whatever its tensors are: see `checked_options`."""
-    Tiles(
-        options.get("max_tile_bytes", MAX_TILE_BYTES), options.get("tile_dtype", torch.float32), options.get("max_rows")
-    ).check()
+    Tiles(options.get("max_tile_bytes"), options.get("tile_dtype", torch.float32), options.get("max_rows")).check()
     checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
 
 
 class Tiles(NamedTuple):
     """What `linear_kd_loss` is told of them."""
 
-    max_bytes: int
+    max_bytes: int | None
     dtype: torch.dtype
     max_rows: int | None
 
     def check(self) -> None:
-        check.count("max_tile_bytes", self.max_bytes)
+        check.count("max_tile_bytes", 1 if self.max_bytes is None else self.max_bytes)
         check.count("max_rows", 1 if self.max_rows is None else self.max_rows)
         if self.dtype not in check.FLOATING:
             raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {self.dtype}")
 
-    def rows(self, bytes_per_row: int, count: int) -> int:
+    def rows(self, bytes_per_row: int, count: int, size: TileSize) -> int:
         """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
+        if self.max_bytes is None:
+            return max(size.fewest, min(size.most, size.max_bytes // bytes_per_row))
         rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
-        if rows < min(FEWEST_ROWS, count) and not torch.compiler.is_compiling():
+        if rows < min(size.fewest, count) and not torch.compiler.is_compiling():
             check.warn(
-                f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {FEWEST_ROWS} "
+                f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {size.fewest} "
                 "the matrix products of linear_kd_loss are slow"
             )
         return rows

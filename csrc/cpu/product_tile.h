@@ -1,0 +1,146 @@
+// What a matrix product is made of on AVX-512: operands packed for it, and a tile of the result that stays in
+// registers. product.cpp compiles this once per instruction set, with FUSEDKD_NAMESPACE, and with FUSEDKD_BF16 where
+// vdpbf16ps multiplies bfloat16.
+//
+// A step of a product is what one instruction takes of the summed dimension: a float32, or two bfloat16 side by side,
+// whose products it adds to a float32. Either is 32 bits wide, so that both types are packed and multiplied alike.
+namespace FUSEDKD_NAMESPACE {
+
+#ifdef FUSEDKD_BF16
+constexpr int PER_STEP = 2;
+INLINE __m512 multiplied(__m512i a, __m512i b, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#else
+constexpr int PER_STEP = 1;
+INLINE __m512 multiplied(__m512i a, __m512i b, __m512 sum) { return _mm512_fmadd_ps((__m512)a, (__m512)b, sum); }
+#endif
+
+INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+// ------------------------------------------------------------------------------------------------------- packing
+
+// Steps of the summed dimension at which it is contiguous: elements [0, count) of `from`, 0 from there to 16 steps.
+INLINE __m512i steps_of(ScalarType type, const char* from, int64_t count) {
+#ifdef FUSEDKD_BF16
+  if (type == ScalarType::BFloat16) {
+    const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+    return _mm512_maskz_loadu_epi16(mask, from);
+  }
+  const float* x = (const float*)from;
+  const __m512 low = _mm512_maskz_loadu_ps(first(count), x), high = _mm512_maskz_loadu_ps(first(count - 16), x + 16);
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+  (void)type;
+  return _mm512_maskz_loadu_epi32(first(count), from);
+#endif
+}
+
+#ifdef FUSEDKD_BF16
+// 16 elements as bfloat16, each in the low half of 32 bits.
+INLINE __m512i halves(ScalarType type, const char* from, __mmask16 mask) {
+  if (type == ScalarType::BFloat16) return _mm512_maskz_cvtepu16_epi32(mask, _mm256_maskz_loadu_epi16(mask, from));
+  return _mm512_maskz_cvtepu16_epi32(mask, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from)));
+}
+#endif
+
+// One step of 16 rows, where those are contiguous. `next` is the row of the step's second element, null for 0.
+INLINE __m512i step_of(ScalarType type, const char* from, const char* next, __mmask16 mask) {
+#ifdef FUSEDKD_BF16
+  const __m512i low = halves(type, from, mask);
+  if (!next) return low;
+  return _mm512_or_si512(low, _mm512_maskz_slli_epi32(mask, halves(type, next, mask), 16));
+#else
+  (void)type, (void)next;
+  return _mm512_maskz_loadu_epi32(mask, from);
+#endif
+}
+
+// 16×16 elements of 32 bits, transposed: element pairs, pairs of pairs, then quarters of vectors change places.
+INLINE void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_maskz_unpacklo_epi32(0xffff, x[i], x[i + 1]);
+    y[i + 1] = _mm512_maskz_unpackhi_epi32(0xffff, x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      x[i + 2 * j] = _mm512_maskz_unpacklo_epi64(0xff, y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_maskz_unpackhi_epi64(0xff, y[i + j], y[i + j + 2]);
+    }
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 16; j += 8) {
+      y[j + i] = _mm512_maskz_shuffle_i32x4(0xffff, x[j + i], x[j + i + 4], 0x88);
+      y[j + i + 4] = _mm512_maskz_shuffle_i32x4(0xffff, x[j + i], x[j + i + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    x[i] = _mm512_maskz_shuffle_i32x4(0xffff, y[i], y[i + 8], 0x88);
+    x[i + 8] = _mm512_maskz_shuffle_i32x4(0xffff, y[i], y[i + 8], 0xdd);
+  }
+}
+
+// Rows [row, row + count) of an operand, elements [k, k + depth) of each, into `to`: [steps][width], with 0 where there
+// are no more rows. width is a multiple of 16.
+inline void pack(const Operand& from, int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t width,
+                 uint32_t* to) {
+  const int64_t steps = (depth + PER_STEP - 1) / PER_STEP, size = size_of(from.type);
+  const char* start = from.data + (row * from.stride + k * from.depth_stride) * size;
+  for (int64_t i = 0; i < width; i += 16) {
+    if (from.depth_stride == 1) {
+      for (int64_t s = 0; s < steps; s += 16) {
+        __m512i x[16];
+        for (int64_t r = 0; r < 16; r++) {
+          const char* at = start + ((i + r) * from.stride + s * PER_STEP) * size;
+          x[r] = i + r < rows ? steps_of(from.type, at, depth - s * PER_STEP) : __m512i{};
+        }
+        transpose(x);
+        for (int64_t j = 0; j < std::min<int64_t>(16, steps - s); j++)
+          _mm512_store_si512(to + (s + j) * width + i, x[j]);
+      }
+    } else {
+      for (int64_t s = 0; s < steps; s++) {
+        const char *at = start + (i + s * PER_STEP * from.depth_stride) * size, *next = at + from.depth_stride * size;
+        const bool odd = s * PER_STEP + 1 == depth;
+        _mm512_store_si512(to + s * width + i, step_of(from.type, at, odd ? nullptr : next, first(rows - i)));
+      }
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- tile
+
+// Of packed operands: TILE_ROWS × TILE_COLUMNS sums in registers, over `steps`. The first rows × columns of them go to
+// c, on top of what is there, or of the bias, unless it is null.
+inline void multiply(const uint32_t* a, const uint32_t* b, int64_t steps, float* c, int64_t stride, int64_t rows,
+                     int64_t columns, bool add, const float* bias) {
+  constexpr int vectors = TILE_COLUMNS / 16;
+  for (int r = 0; r < std::min<int64_t>(rows, TILE_ROWS); r++)
+    for (int v = 0; v < vectors; v++) _mm_prefetch((const char*)(c + r * stride + 16 * v), _MM_HINT_T0);
+  __m512 sum[TILE_ROWS][vectors] = {};
+  for (int64_t s = 0; s < steps; s++, a += BLOCK_ROWS, b += TILE_COLUMNS) {
+    __m512i x[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) x[v] = _mm512_load_si512(b + 16 * v);
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE_ROWS; r++) {
+      const __m512i y = _mm512_set1_epi32(a[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; v++) sum[r][v] = multiplied(y, x[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < TILE_ROWS; r++) {
+    if (r >= rows) break;
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) {
+      const __mmask16 mask = first(columns - 16 * v);
+      float* to = c + r * stride + 16 * v;
+      __m512 x = sum[r][v];
+      if (add) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, to));
+      else if (bias) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, bias + 16 * v));
+      _mm512_mask_storeu_ps(to, mask, x);
+    }
+  }
+}
+
+constexpr Kernel KERNEL{PER_STEP, pack, multiply};
+
+}  // namespace FUSEDKD_NAMESPACE
