@@ -92,6 +92,7 @@ def compiled(
         teacher=teacher,
         resident=constants["RESIDENT"],
         transform=constants["TRANSFORM"],
+        surplus=constants["SURPLUS"],
         ce=constants["CE"],
         in_phase=constants["TEACHER_IN_PHASE"] and constants["GRADIENT_IN_PHASE"],
         hip=target.backend == "hip",
@@ -201,12 +202,13 @@ def test_resident_rows_are_read_once(form: KernelId, ce: bool, shared: int, tmp_
 def test_every_layout_can_be_launched() -> None:
     """What ptxas may use of a processor's registers is there for all threads of a block."""
     rows = product((BF16, FP32), NAMES, (1, 512, 513, 1025, 2049, RESIDENT_COLUMNS, 50257))
-    options = list(product(KernelId, *[(False, True)] * 4))
-    for (student, teacher, columns), (form, resident, transform, ce, in_phase) in product(rows, options):
-        flags = {"resident": resident, "transform": transform, "ce": ce, "in_phase": in_phase}
+    names = "resident", "transform", "surplus", "ce", "in_phase"
+    options = list(product(KernelId, *[(False, True)] * len(names)))
+    for (student, teacher, columns), (form, *values) in product(rows, options):
+        flags = dict(zip(names, values, strict=True))
         block = layout(student, columns, form, teacher=teacher, **flags)
         assert block["maxnreg"] * block["num_warps"] * 32 <= PROCESSOR_REGISTERS
-        assert block["BLOCK"] >= columns or not resident or columns > RESIDENT_COLUMNS
+        assert block["BLOCK"] >= columns or not flags["resident"] or columns > RESIDENT_COLUMNS
 
 
 # Everything at once, and each kernel of the others that is not the above

@@ -105,8 +105,8 @@ PROCESSOR_REGISTERS = 65536
 
 STEP = {KernelId.JEFFREYS: 1, KernelId.MIXTURE: 2, KernelId.ALPHA_BETA: 2, KernelId.DKD: 2}
 """Index into REGISTERS and COLUMNS, for two or three passes over 16-bit rows; 0 for other forms. A soft-cap, rows of 32
-bits and rows that stay in registers take one step more each. Rows that stay in registers take none if the step is 0 and
-there is no cross-entropy.
+bits and rows that stay in registers take one step more each, surplus columns of the student if there is none of these.
+Rows that stay in registers take none if the step is 0 and there is no cross-entropy.
 """
 
 FUSED = {"enable_fp_fusion": True}
@@ -121,6 +121,7 @@ def layout(
     teacher: torch.dtype = torch.bfloat16,
     resident: bool = False,
     transform: bool = False,
+    surplus: bool = False,
     ce: bool = True,
     in_phase: bool = True,
     hip: bool = False,
@@ -132,7 +133,8 @@ def layout(
     rows have 16 bits; others have what the table says, twice as many where accesses are narrow.
     """
     wide = dtype == torch.float64
-    step = STEP.get(KernelId(kernel_id), 0) + transform + (max(dtype.itemsize, teacher.itemsize) > 2)
+    step = STEP.get(KernelId(kernel_id), 0) + transform
+    step += max(dtype.itemsize, teacher.itemsize) > 2 or (surplus and not transform and not resident)
     step = min(step + (resident and (ce or step > 0)), len(REGISTERS) - 1)
     largest = RESIDENT_COLUMNS if resident else min(COLUMNS[step], 2048 if wide else 4096)
     threads = min(_columns(columns), largest) // 8

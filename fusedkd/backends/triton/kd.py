@@ -124,6 +124,7 @@ def _given(call: Call, stats: Tensor, gradient: Tensor | None, parts: int, resid
         teacher=call.teacher.dtype,
         resident=resident,
         transform=call.transform,
+        surplus=V > C,
         ce=call.ce,
         in_phase=teacher_in_phase and gradient_in_phase,
         hip=hip,
