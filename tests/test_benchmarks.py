@@ -129,15 +129,25 @@ def test_peers_are_measured_in_the_cases_they_know_where_installed(options, expe
     case = linear.linear(6, 5, 7, 33, "float32", **options)
     monkeypatch.setattr(providers, "_imports", lambda module: True)
     assert set(available(case, "cuda")) == expected
-    assert set(available(case, "cpu")) == expected - set(PEERS)
+    assert set(available(case, "cpu")) == expected - {name for name, peer in PEERS.items() if not peer.cpu}
     monkeypatch.setattr(providers, "_imports", lambda module: not module.startswith(("liger", "fla")))
     assert set(available(case, "cuda")) == expected - {"liger chunked", "liger JSD", "liger KL", "fla"}
 
 
+def test_cross_entropy_alone_has_a_peer_in_pytorch(monkeypatch):
+    case = linear.linear(6, 5, 7, 33, "float32", kd=False)
+    monkeypatch.setattr(providers, "_imports", lambda module: True)
+    own = {"torch linear CE"} if hasattr(torch.nn.functional, "linear_cross_entropy") else set()
+    assert set(available(case, "cpu")) == PLAIN | own
+
+
 def test_every_peer_is_measured_somewhere(monkeypatch):
     monkeypatch.setattr(providers, "_imports", lambda module: True)
-    cuda = [case for cases in ("cuda", "cuda-linear") for case in CASES[cases]]
-    assert {(case.loss, p) for case in cuda for p in available(case, "cuda")} == {
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", None, raising=False)  # of 2.13
+    measured = [
+        (case, device) for device in ("cpu", "cuda") for cases in (device, f"{device}-linear") for case in CASES[cases]
+    ]
+    assert {(case.loss, p) for case, device in measured for p in available(case, device)} == {
         (loss, provider) for loss, of_loss in PROVIDERS.items() for provider in of_loss
     }
 
