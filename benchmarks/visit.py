@@ -69,6 +69,7 @@ def plan(folder: Path, device: str) -> list[Step]:
         Step("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 300),
         Step("environment", [*module, "fusedkd.env"], 60),
         *map(smoke, ("cluster", "resident", "whole", "split", "topk", "linear", "cosine")),
+        Step("smoke-shard", [*tests, "tests/test_shards.py"], 120),
         *(headline(case, 150) for case in cases),
         *(
             Step(f"tests-{name}", [*tests, f"tests/gpu/test_{name}.py"], 600)

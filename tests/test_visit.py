@@ -71,7 +71,8 @@ def test_plan(device: str, tmp_path: Path) -> None:
     groups = [name.split("-")[0] for name in names]
     order = ["build", "environment", "smoke", "headline", "tests", "bench", "accuracy", "step", "report"]
     assert list(dict.fromkeys(groups)) == (order if device == "cuda" else order[2:4])
-    cases = {"smoke": smoke.CASES[device], "headline": headline.CASES[device]}
+    shard = ["shard"] if device == "cuda" else []  # tests/test_shards.py
+    cases = {"smoke": [*smoke.CASES[device], *shard], "headline": headline.CASES[device]}
     for group, expected in cases.items():
         assert {name for name in names if name.startswith(group)} == {f"{group}-{case}" for case in expected}
     for step in steps:
