@@ -254,7 +254,8 @@ def class_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
         return
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
     if wrong.numel():
-        raise ValueError(f"labels must be {ignore_index} (ignored) or in [0, {classes}), but one is {wrong[0].item()}")
+        within = "at least 0" if classes == ANY_CLASS else f"in [0, {classes})"
+        raise ValueError(f"labels must be {ignore_index} (ignored) or {within}, but one is {wrong[0].item()}")
 
 
 def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -57,7 +57,12 @@ KD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": Y.int()}, TypeError, "labels must be int64, not torch.int32"),
     ({"labels": Y.tolist()}, TypeError, "labels must be a tensor, not list"),
     ({"labels": Y.clamp(min=0) + 10}, ValueError, r"labels must be -100 \(ignored\) or in \[0, 10\), but one is 1\d"),
-    ({"labels": Y.clamp(max=-1)}, ValueError, "labels must be -100.*but one is -1"),
+    ({"labels": Y.clamp(max=-1)}, ValueError, "labels must be -100 .ignored. or .*, but one is -1"),
+    (
+        {"labels": Y.clamp(max=-1), "ce_weight": 0.0},
+        ValueError,
+        r"labels must be -100 .ignored. or at least 0, but one is -1",
+    ),
     ({"labels": None, "ce_weight": 1.0}, ValueError, "ce_weight is not 0.*needs labels"),
     ({"kd_mask": Y[:2]}, ValueError, "kd_mask must have"),
     ({"kd_mask": torch.ones(3, 4, dtype=torch.complex64)}, TypeError, "kd_mask must be bool, integer or floating"),
