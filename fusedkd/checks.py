@@ -28,6 +28,8 @@ PADDED_TO = (64, 128, 256)
 ANY_CLASS = 1 << 62
 """Of labels that no kernel reads: they only say which rows count."""
 
+LARGEST = sys.float_info.max
+
 TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
@@ -252,7 +254,8 @@ def class_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
         return
     wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
     if wrong.numel():
-        raise ValueError(f"labels must be {ignore_index} (ignored) or in [0, {classes}), but one is {wrong[0].item()}")
+        within = "at least 0" if classes == ANY_CLASS else f"in [0, {classes})"
+        raise ValueError(f"labels must be {ignore_index} (ignored) or {within}, but one is {wrong[0].item()}")
 
 
 def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -268,10 +271,24 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
             )
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, not {type(value).__name__}")
-    elif not (low < value if open_low else low <= value) or value > high or value in (math.inf, -math.inf):
+    elif not (low < value if open_low else low <= value) or value > high or abs(value) > LARGEST:
         floor = f"{'above' if open_low else 'at least'} {low:g}"
         ceiling = f"at most {high:g}" if high < math.inf else "finite"
         raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")
+
+
+def integer(name: str, value: int) -> None:
+    """Of 64 bits, as the operators take it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name} must be an integer of 64 bits, not {value}")
+
+
+def flag(name: str, value: object) -> None:
+    """Not a text such as ``"false"``, which would count as true."""
+    if isinstance(value, Tensor) or value not in (True, False):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def count(name: str, value: int) -> None:

@@ -125,6 +125,20 @@ def test_labels(device: str) -> None:
         kd_loss(student, teacher, divergence=AtLabel())
 
 
+def test_a_term_of_weight_0_reads_no_labels(device: str) -> None:
+    """Alone, and of the first of two teachers; labels or none."""
+    student, teacher = pair(6, 33, device=device)
+    labels = targets(6, classes=33, device=device)
+    for given in (labels, None):
+        leaf = student.clone().requires_grad_()
+        loss = kd_loss(leaf, teacher, given, divergence=AtLabel(), kd_weight=0)
+        loss.backward()
+        assert loss == 0
+        assert not leaf.grad.any()
+    both = kd_loss(student, [teacher, teacher], labels, divergence=AtLabel(), teacher_weights=[0, 1])
+    torch.testing.assert_close(both, torch.nn.functional.cross_entropy(student, labels))
+
+
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cpu_cases import kd_inputs
 from families import DEFAULTS, PARAMETERS, describe, divergences
 from torch import Tensor
 from torch.nn import functional as F
 from truth import pair, targets
 
 from fusedkd import DKD, JSD, AlphaBeta, SkewKL, SkewReverseKL
+from fusedkd.backends import eager
 from fusedkd.backends.eager import DEFINITIONS
 from fusedkd.backends.layout import KernelId
 from fusedkd.divergences import FAMILIES, Divergence
@@ -268,6 +270,26 @@ def test_dkd_without_a_legal_label() -> None:
     value, gradient = defined(DKD(), z, v, torch.tensor([6, -1, 5]))
     assert value.isnan().tolist() == [True, True, False]
     assert gradient.any(-1).tolist() == [False, False, True]
+
+
+# -------------------------------------------------- the operators
+
+
+def test_operators_keep_float64() -> None:
+    """T² in float32 would be wrong from the eighth digit on."""
+    z, v = double(3, 6)
+    inputs = kd_inputs(z.unsqueeze(0), v.unsqueeze(0), None, temperature=1.7, kd_scale=1.7**2)
+    expected = 1.7**2 * defined(FAMILIES["forward_kl"](), z / 1.7, v / 1.7)[0]
+    torch.testing.assert_close(eager.kd_forward(**inputs, gradient=None)[0][0], expected, rtol=1e-13, atol=0)
+
+
+def test_dkd_of_no_row_needs_no_labels() -> None:
+    z, v = double(3, 6)
+    inputs = kd_inputs(z.unsqueeze(0), v.unsqueeze(0), None, torch.zeros(3), DKD())
+    gradient = torch.full_like(inputs["student"], torch.nan)
+    losses, _ = eager.kd_forward(**inputs, gradient=gradient)
+    assert not losses.any()
+    assert not gradient.any()
 
 
 # -------------------------------------------------- cross-entropy, soft-cap, cosine

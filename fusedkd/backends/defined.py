@@ -93,7 +93,7 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
     t_s, t_t = call.options[Option.TEMPERATURE], call.options[Option.TEACHER_TEMPERATURE]
     log_p, log_q = log_softmax(v / t_t), log_softmax(z / t_s)
-    labels = call.labels
+    labels = call.some_labels() if family.needs_labels else call.labels
     if labels is not None:
         labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)
 

@@ -107,7 +107,7 @@ class EagerCall(Call):
         a = self.options[Option.COEFFICIENTS :]
         if self.ids is None:
             z = z[:, : v.shape[1]]
-            rows = Rows(log_softmax(v / t_t), log_softmax(z / t_s), v, z, self.labels)
+            rows = Rows(log_softmax(v / t_t), log_softmax(z / t_s), v, z, self.some_labels())
             value, gradient = DEFINITIONS[KernelId(self.kernel_id)](rows, a)
             finite = self.kernel_id in FINITE_GRADIENT
             illegal = torch.zeros_like(value, dtype=torch.bool)
@@ -121,6 +121,10 @@ class EagerCall(Call):
         masked = (z == -torch.inf).all(-1)
         dead = illegal | masked | (value == torch.inf if not finite else False)
         return torch.where(masked & ~illegal, torch.inf, value), torch.where(dead.unsqueeze(-1), 0, gradient / t_s)
+
+    def some_labels(self) -> Tensor:
+        """Of a divergence that needs them. None are given where no row has its term: any do."""
+        return torch.zeros_like(self.row_weights, dtype=torch.int64) if self.labels is None else self.labels
 
     def illegal(self) -> Tensor:
         """The rows with an id out of range."""
@@ -136,7 +140,7 @@ class EagerCall(Call):
     def row_losses(self, divergence: Tensor) -> Tensor:
         z, _ = self.logits()
         losses = torch.zeros(2, len(z), dtype=torch.float64, device=z.device)
-        kd = self.options[Option.KD_SCALE] * self.row_weights * divergence
+        kd = self.options[Option.KD_SCALE] * self.row_weights.double() * divergence
         losses[0] = torch.where(self.row_weights != 0, kd, 0)
         if self.ce and self.labels is not None:
             smoothing, z_loss = self.options[Option.LABEL_SMOOTHING], self.options[Option.Z_LOSS_WEIGHT]

@@ -56,6 +56,8 @@ class Rules(NamedTuple):
         temperatures = temperature, temperature if teacher_temperature is None else teacher_temperature
         for name, value in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
             check.real(name, value, open_low=True)
+        check.flag("scale_by_t2", options["scale_by_t2"])
+        check.integer("ignore_index", options["ignore_index"])
         check.real("kd_weight", options["kd_weight"])
         check.real("ce_weight", options["ce_weight"])
         check.real("label_smoothing", options["label_smoothing"], high=1.0)
