@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
+import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
@@ -80,6 +81,8 @@ def command_line(main: Callable[[], None]) -> int:
     datasets.disable_progress_bars()
     try:
         main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # its threads may outlive the interpreter, and abort the process
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

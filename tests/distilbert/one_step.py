@@ -141,3 +141,5 @@ if __name__ == "__main__":
     }
     if torch.distributed.get_rank() == 0:
         torch.save(result, Path(sys.argv[1]))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may still run when the interpreter takes them down, and abort the process

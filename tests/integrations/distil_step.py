@@ -1,6 +1,7 @@
 """The gradient of one step of DistillationTrainer; under torchrun: `distil_step.py BATCH ACCUMULATION OUT`."""
 
 import importlib.util
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -153,3 +154,5 @@ if __name__ == "__main__":
         result["refusal"] = str(error)
     if torch.distributed.get_rank() == 0:
         torch.save(result, Path(sys.argv[3]))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may still run when the interpreter takes them down, and abort the process

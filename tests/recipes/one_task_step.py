@@ -1,5 +1,6 @@
 """The gradient of one optimiser step of TaskTrainer; under torchrun: `one_task_step TASK BATCH ACCUMULATION OUT`."""
 
+import os
 import sys
 import tempfile
 
@@ -124,3 +125,5 @@ if __name__ == "__main__":
     result = gradient(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), count=8)
     if torch.distributed.get_rank() == 0:
         torch.save(result, sys.argv[4])
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may still run when the interpreter takes them down, and abort the process
