@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,12 +32,6 @@ class TeacherRows(NamedTuple):
     normalizers: Tensor
     kernel_id: int
 
-    @classmethod
-    def unflatten(cls, values: Sequence[Any]) -> list[TeacherRows]:
-        """From their fields, one teacher after the other, as ``torch.autograd.Function`` wants its tensors."""
-        size = len(cls._fields)
-        return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
-
 
 class WholeTeacher(NamedTuple):
     """What the operator kd_loss is given of one teacher, whose rows it selects itself."""
@@ -52,11 +46,14 @@ class WholeTeacher(NamedTuple):
     kd: bool
     needs_labels: bool
 
-    @classmethod
-    def unflatten(cls, values: Sequence[Any]) -> list[WholeTeacher]:
-        """As that of `TeacherRows`."""
-        size = len(cls._fields)
-        return [cls(*values[start : start + size]) for start in range(0, len(values), size)]
+
+OfTeacher = TypeVar("OfTeacher", TeacherRows, WholeTeacher)
+
+
+def unflatten(kind: type[OfTeacher], values: Sequence[Any]) -> list[OfTeacher]:
+    """Teachers from their fields, one after the other, as ``torch.autograd.Function`` wants its tensors."""
+    size = len(kind._fields)
+    return [kind(*values[start : start + size]) for start in range(0, len(values), size)]
 
 
 class Flags(NamedTuple):

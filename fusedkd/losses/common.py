@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import checks as check
-from fusedkd.backends.block import TeacherRows
+from fusedkd.backends.block import TeacherRows, unflatten
 
 
 def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -> bool:
@@ -64,7 +64,7 @@ def save_teachers(ctx: Any, teachers: Sequence[TeacherRows], *tensors: Tensor | 
 def saved_teachers(ctx: Any, tensors: int) -> tuple[list[TeacherRows], tuple[Any, ...]]:
     """The teachers, and the first so many of the tensors that were kept with them."""
     saved = ctx.saved_tensors
-    teachers = zip(TeacherRows.unflatten(saved[tensors:]), ctx.kernel_ids, strict=True)
+    teachers = zip(unflatten(TeacherRows, saved[tensors:]), ctx.kernel_ids, strict=True)
     return [t._replace(kernel_id=kernel_id) for t, kernel_id in teachers], saved[:tensors]
 
 

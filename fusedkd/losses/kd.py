@@ -208,7 +208,7 @@ class KDLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, labels: Tensor | None, plan: Plan, *fields: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        given: list[WholeTeacher] = fields[0] if len(fields) == 1 else WholeTeacher.unflatten(fields)
+        given: list[WholeTeacher] = fields[0] if len(fields) == 1 else block.unflatten(WholeTeacher, fields)
         loss, terms, gradient, found = plan.run(student, labels, given)
         ctx.plan, ctx.gradient, ctx.spent = plan, gradient, False
         ctx.set_materialize_grads(False)

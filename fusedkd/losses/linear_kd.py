@@ -294,7 +294,7 @@ class LinearKDLossFunction(torch.autograd.Function):
         plan: LinearPlan,
         *fields: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        teachers = TeacherRows.unflatten(fields)
+        teachers = block.unflatten(TeacherRows, fields)
         wanted = [False] * 3 if plan.per_row else plan.wanted
         row_losses, *gradients = plan.run(hidden, weight, bias, labels, teachers, None, wanted)
         ctx.plan = plan

@@ -19,7 +19,7 @@ from fusedkd.backends.triton.kd_kernel import (
     kd_forward_kernel,
 )
 from fusedkd.backends.triton.kd_shard import kd_shard_kernel
-from fusedkd.backends.triton.row import aligned, in_phase
+from fusedkd.backends.triton.row import aligned, in_phase, upstream_of
 
 
 def launch(
@@ -60,40 +60,18 @@ def launch(
             )
 
 
-def launch_shard(
-    call: Call,
-    stats: Tensor,
-    stage: int,
-    offset: int,
-    vocabulary: int,
-    upstream: Tensor | None,
-    gradient: Tensor | None,
-    skip_if_one: bool,
-) -> None:
-    """A stage of one rank's columns of a vocabulary."""
+def launch_shard(call: Call, stats: Tensor, gradient: Tensor | None, **place: Any) -> None:
+    """A stage of one rank's columns of a vocabulary; `place`: what the kernel is told of both, and of the upstream."""
     hip = describe(call.student.device).hip
     given = _given(call, stats, gradient, parts=1, resident=False, hip=hip)
     for of_whole in ("parts", "C", "SURPLUS", "SPLIT"):
         del given[of_whole]
     with torch.cuda.device_of(call.student):
-        kd_shard_kernel[call.student.shape[0] * call.student.shape[1], 1](
-            **given,
-            offset=offset,
-            vocabulary=vocabulary,
-            upstream=upstream,
-            upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-            SKIP_IF_ONE=skip_if_one,
-            STAGE=stage,
-        )
+        kd_shard_kernel[call.student.shape[0] * call.student.shape[1], 1](**given, **place)
 
 
 def _backward(given: dict[str, Any], upstream: Tensor | None, skip_if_one: bool, grid: tuple[int, int]) -> None:
-    kd_backward_kernel[grid](
-        **given,
-        upstream=upstream,
-        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-        SKIP_IF_ONE=skip_if_one,
-    )
+    kd_backward_kernel[grid](**given, **upstream_of(upstream, skip_if_one))
 
 
 def _split_forward(given: dict[str, Any], row_losses: Tensor, rows: int, parts: int) -> None:

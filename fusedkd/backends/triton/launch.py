@@ -16,6 +16,7 @@ from fusedkd.backends.layout import Stat
 from fusedkd.backends.schema import losses_and_stats, weights_and_counts
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
+from fusedkd.backends.triton.row import upstream_of
 from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel
 
 
@@ -116,8 +117,8 @@ def kd_shard(
 ) -> None:
     call = Call(**inputs)
     if call.student.shape[0] * call.student.shape[1] > 0:
-        launch_shard = kd.launch_shard if call.ids is None else topk.launch_shard
-        launch_shard(call, stats, stage, offset, vocabulary, upstream, gradient, skip_if_one)
+        place = {"offset": offset, "vocabulary": vocabulary, "STAGE": stage} | upstream_of(upstream, skip_if_one)
+        (kd if call.ids is None else topk).launch_shard(call, stats, gradient, **place)
 
 
 def _launch(call: Call, stats: Tensor, **outputs: Any) -> None:

@@ -145,6 +145,12 @@ def logits(side, o, m, A: tl.constexpr, TRANSFORM: tl.constexpr, POLICY: tl.cons
     return b, slope
 
 
+def upstream_of(upstream: Tensor | None, skip_if_one: bool) -> dict[str, Any]:
+    """What a kernel is given of the upstream gradient, ``()`` or ``(N,)``; None: 1."""
+    stride = upstream.stride(0) if upstream is not None and upstream.dim() else 0
+    return {"upstream": upstream, "upstream_stride": stride, "SKIP_IF_ONE": skip_if_one}
+
+
 def aligned(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """x from the 16-byte boundary at or below its first element, for Triton to see that accesses may be wide; and its
     first element and strides from there.

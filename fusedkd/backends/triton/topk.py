@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedkd.backends.call import Call
 from fusedkd.backends.layout import Stage, TopkKernelId
 from fusedkd.backends.triton.choice import FUSED
-from fusedkd.backends.triton.row import UNIT, aligned, in_phase
+from fusedkd.backends.triton.row import UNIT, aligned, in_phase, upstream_of
 from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
 from fusedkd.backends.triton.topk_shard import topk_shard_kernel
 
@@ -33,31 +33,12 @@ def block_options(dtype: torch.dtype, V: int, K: int, in_phase: bool = True, hip
     return options if hip or wide else options | {"maxnreg": 80 if in_phase and block_k <= 512 else 128}
 
 
-def launch_shard(
-    call: Call,
-    stats: Tensor,
-    stage: int,
-    offset: int,
-    vocabulary: int,
-    upstream: Tensor | None,
-    gradient: Tensor | None,
-    skip_if_one: bool,
-) -> None:
-    """A stage of one rank's columns of a vocabulary."""
+def launch_shard(call: Call, stats: Tensor, gradient: Tensor | None, **place: Any) -> None:
+    """A stage of one rank's columns of a vocabulary; `place`: what the kernel is told of both, and of the upstream."""
     rows, given = call.student.shape[0] * call.student.shape[1], _given(call, stats, gradient)
     with torch.cuda.device_of(call.student):
-        marks, words = _marks(call) if stage == Stage.STATISTICS else (None, 0)
-        topk_shard_kernel[(rows,)](
-            **given,
-            marks=marks,
-            marks_stride=words,
-            offset=offset,
-            vocabulary=vocabulary,
-            upstream=upstream,
-            upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-            SKIP_IF_ONE=skip_if_one,
-            STAGE=stage,
-        )
+        marks, words = _marks(call) if place["STAGE"] == Stage.STATISTICS else (None, 0)
+        topk_shard_kernel[(rows,)](**given, **place, marks=marks, marks_stride=words)
 
 
 def launch(
@@ -74,8 +55,7 @@ def launch(
     with torch.cuda.device_of(call.student):
         if row_losses is None:
             assert upstream is not None
-            stride = upstream.stride(0) if upstream.dim() else 0
-            topk_backward_kernel[(B * L,)](**given, upstream=upstream, upstream_stride=stride, SKIP_IF_ONE=skip_if_one)
+            topk_backward_kernel[(B * L,)](**given, **upstream_of(upstream, skip_if_one))
             return
         marks, words = _marks(call)
         topk_forward_kernel[(B * L,)](**given, row_losses=row_losses, marks=marks, marks_stride=words)
