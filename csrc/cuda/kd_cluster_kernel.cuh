@@ -2,8 +2,8 @@
 // there. The formulas are those of divergences.h; m, l, W of a row as in kd_rows.h.
 //
 //   copies    a cluster of 1 … 16 blocks shares a row; each gets its columns by bulk copies, in stages
-//   pass 1    m and l − 1, l = Σ exp((x − m)/T), of both sides, and of the student at T = 1, as the stages arrive; merged over
-//             threads, warps and, through distributed shared memory, blocks (cluster_statistics.cuh)
+//   pass 1    m and l − 1, l = Σ exp((x − m)/T), of both sides, and of the student at T = 1, as the stages arrive;
+//             merged over threads, warps and, through distributed shared memory, blocks (cluster_statistics.cuh)
 //   pass 2    D and W, where the gradient needs W or needs to know whether D is finite
 //   pass 3    the gradient, and D where there was no pass 2
 //
