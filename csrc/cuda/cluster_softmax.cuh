@@ -46,9 +46,9 @@ INLINE void at_one(const float (&e)[W], const float (&x)[W], Exponent exponent, 
   }
 }
 
-// The maximum m of the columns seen so far; rest = Σ 2^(x·k − M) over all of them but one at the maximum, and rest_1, the
-// same at T = 1, which is not kept at power 1. In a sure row, whose maximum is far above the others, a float32 sum would
-// have a 1 and no digits left for the others, which are all its loss.
+// The maximum m of the columns seen so far; rest = Σ 2^(x·k − M) over all of them but one at the maximum, and rest_1,
+// the same at T = 1, which is not kept at power 1. In a sure row, whose maximum is far above the others, a float32 sum
+// would have a 1 and no digits left for the others, which are all its loss.
 struct ThreadSoftmax {
   float m = -INFINITE<float>, M = m, rest = 0, rest_1 = 0;
 
@@ -93,8 +93,8 @@ INLINE float over_lanes(float x, const Combine& combine) {
 INLINE float sum_over_lanes(float x) {
   return over_lanes(x, [](float a, float b) { return a + b; });
 }
-// The rest of the columns of all lanes, from those of each, relative to maxima of their own; and m becomes the maximum of
-// all: its column is left out in one lane, and the maxima of the other lanes join the rest.
+// The rest of the columns of all lanes, from those of each, relative to maxima of their own; and m becomes the maximum
+// of all: its column is left out in one lane, and the maxima of the other lanes join the rest.
 INLINE float merge_over_lanes(float& m, float rest, float k) {
   const float own = m;
   m = over_lanes(m, [](float a, float b) { return max(a, b); });
