@@ -208,7 +208,10 @@ def frozen(name: str, teacher: Tensor, student_needs_gradient: bool) -> None:
             f"the {name} requires a gradient and the student does not: are the two swapped? If not, detach the {name}"
         )
     if not torch.compiler.is_compiling():
-        warn(f"the {name} requires a gradient, but gets none: run it under torch.no_grad(), or detach it")
+        warn(
+            f"the {name} requires a gradient, but gets none: run it under torch.no_grad(), or detach it; "
+            "or, if it shall have one, pass teacher_gradient=True"
+        )
 
 
 def warn(message: str) -> None:

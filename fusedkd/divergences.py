@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from fusedkd.backends.layout import KernelId
@@ -55,12 +56,31 @@ class Divergence:
         """
         raise NotImplementedError
 
+    def exchanged(self) -> tuple[Real, Divergence]:
+        """(c, D') with c·D'(q, p) = D(p, q): the divergence seen from the other side. c is a weight ≥ 0."""
+        return 1.0, _Exchanged(self)
+
+
+class _Exchanged(Divergence):
+    """The `definition` of another with its sides exchanged."""
+
+    def __init__(self, other: Divergence) -> None:
+        self.other = other
+        self.name, self.temperature_power = other.name, other.temperature_power  # type: ignore[misc]
+        self.needs_labels = other.needs_labels  # type: ignore[misc]
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return self.other.definition(log_q, log_p, labels)
+
 
 @dataclass(frozen=True, eq=False)
 class ForwardKL(Divergence):
     """KL(p‖q) (Hinton et al. 2015, arXiv:1503.02531, §2)."""
 
     name, kernel_id = "forward_kl", KernelId.FORWARD_KL
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, ReverseKL()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +91,9 @@ class ReverseKL(Divergence):
 
     def coefficients(self) -> tuple[Real, ...]:
         return 0.0, 1.0
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, ForwardKL()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +110,9 @@ class Jeffreys(Divergence):
 
     def coefficients(self) -> tuple[Real, ...]:
         return self.forward, self.reverse
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, Jeffreys(self.reverse, self.forward)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +133,9 @@ class JSD(Divergence):
         teacher = beta + (beta == 0) - (beta == 1) * 1.0
         return _mixture(teacher, 1 - teacher, beta)
 
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, JSD(1 - exact(self.beta))
+
 
 @dataclass(frozen=True, eq=False)
 class SkewKL(Divergence):
@@ -120,6 +149,9 @@ class SkewKL(Divergence):
 
     def coefficients(self) -> tuple[Real, ...]:
         return _mixture(1.0, 0.0, exact(self.alpha))
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, SkewReverseKL(self.alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +171,11 @@ class SkewReverseKL(Divergence):
     def coefficients(self) -> tuple[Real, ...]:
         *weights, pull = _mixture(0.0, 1.0, 1 - exact(self.alpha))
         return *weights, 0.0 if self.detach_mixture else pull
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        if self.detach_mixture:
+            raise ValueError("SkewReverseKL(detach_mixture=True) has no teacher_gradient: p is in the mixture alone")
+        return 1.0, SkewKL(self.alpha)
 
 
 def _mixture(teacher: Real, student: Real, share: Real) -> tuple[Real, ...]:
@@ -167,12 +204,18 @@ class AlphaBeta(Divergence):
     def coefficients(self) -> tuple[Real, ...]:
         return self.alpha, self.beta
 
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, AlphaBeta(self.beta, self.alpha)
+
 
 @dataclass(frozen=True, eq=False)
 class TotalVariation(Divergence):
     """½·Σ|p − q| (Wen et al. 2023, arXiv:2307.15190, §3)."""
 
     name, kernel_id, temperature_power = "total_variation", KernelId.TOTAL_VARIATION, 1
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        return 1.0, self
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +232,10 @@ class LogitMSE(Divergence):
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.scale,)
+
+    def exchanged(self) -> tuple[Real, Divergence]:
+        scale = exact(self.scale)
+        return scale * scale, LogitMSE(1 / scale)  # (z − c·v)² = c²·(v − z/c)²
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +254,27 @@ class DKD(Divergence):
 
     def coefficients(self) -> tuple[Real, ...]:
         return self.alpha, self.beta
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        """For the gradient of the teacher, which has no kernel."""
+        assert labels is not None
+        y = labels.unsqueeze(-1)
+        others = torch.ones_like(log_p, dtype=torch.bool).scatter(-1, y, False)
+        (target_p, rest_p, hat_p), (target_q, rest_q, hat_q) = (_decoupled(x, y, others) for x in (log_p, log_q))
+        binary = (target_p.exp() * (target_p - target_q) + rest_p.exp() * (rest_p - rest_q)).squeeze(-1)
+        known = torch.minimum(rest_p, rest_q) > MASKED  # a finite column beside the label on either side
+        among = torch.where(others & known, hat_p.exp() * (hat_p - hat_q), 0).sum(-1)
+        return self.alpha * binary + self.beta * among
+
+
+MASKED = -1e29
+"""Log-probabilities below this are those of masked columns (:meth:`Divergence.definition`)."""
+
+
+def _decoupled(log_x: Tensor, y: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log x_y, log (1 − x_y), and log x̂ of the other columns."""
+    rest = torch.where(others, log_x, -torch.inf).logsumexp(-1, keepdim=True)
+    return log_x.gather(-1, y), rest, torch.where(others, log_x - rest, 0)
 
 
 FAMILIES: dict[str, type[Divergence]] = {

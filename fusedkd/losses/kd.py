@@ -21,6 +21,7 @@ from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_bac
 from fusedkd.losses.inplace import overwritable
 from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import members, prepare
+from fusedkd.losses.teacher_gradient import wants_teacher_gradient, with_teacher_gradient
 
 Teacher: TypeAlias = teachers.Teacher
 Teachers: TypeAlias = Teacher | Sequence[Teacher]
@@ -73,10 +74,10 @@ def kd_loss(
             free.
         teacher: logits v, ``(*, V_t)``, of any of these dtypes; a :class:`~fusedkd.TeacherLogits`; a
             :class:`~fusedkd.TeacherHead`, whose logits are then computed whole; a few columns per row,
-            :class:`~fusedkd.TeacherTopK` or :class:`~fusedkd.TeacherSamples`; or a list of these. Never receives a
-            gradient, and is warned of where it requires one. Where V_t differs from V_s (padded heads) the common
-            prefix is distilled and counts as the whole distribution; the student's surplus columns keep their
-            cross-entropy.
+            :class:`~fusedkd.TeacherTopK` or :class:`~fusedkd.TeacherSamples`; or a list of these. Receives a gradient
+            with `teacher_gradient` alone; a warning tells where it requires one. Where V_t differs from V_s (padded
+            heads) the common prefix is distilled and counts as the whole distribution; the student's surplus columns
+            keep their cross-entropy.
         labels: class indices ``(*)``, int64, already shifted for causal models. Rows with ``ignore_index`` carry no
             cross-entropy, and without a `kd_mask` no KD term. Labels alone add no cross-entropy: `ce_weight` does.
         {options}
@@ -103,7 +104,9 @@ def kd_loss(
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
     shard = None
-    if vocabulary.is_split(options, student_logits):
+    split = vocabulary.is_split(options, student_logits)
+    teacher_gradient = wants_teacher_gradient(options, split, inplace)
+    if split:
         if torch.compiler.is_compiling():
             more = {"inplace": inplace, "return_terms": return_terms, **options}
             return vocabulary.eagerly(kd_loss, student_logits, teacher, labels, **more)
@@ -117,7 +120,7 @@ def kd_loss(
             part.check_values(shard.columns)
     first = parts[0]
     for part in parts:
-        if part.rules.kd:
+        if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, student_logits.requires_grad)
     student = student_logits
     if len(parts) > 1 and student.dtype in (torch.float16, torch.bfloat16):
@@ -141,15 +144,15 @@ def kd_loss(
         families=[part.rules.family for part in parts],
         flags=flags,
     )
-    teachers: list[Any] = [part.whole_teacher(each) for part, each in zip(parts, rows, strict=True)]
+    given: list[Any] = [part.whole_teacher(each) for part, each in zip(parts, rows, strict=True)]
     try:
         if torch.compiler.is_compiling():  # a compiled graph sees tensors among the arguments alone
-            fields = [field for each in teachers for field in each]
+            fields = [field for each in given for field in each]
             loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, *fields)
         elif student.requires_grad and torch.is_grad_enabled():  # fewer arguments take less time
-            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, teachers)
+            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, given)
         else:
-            loss, terms, _, _ = plan.run(student, first.labels, teachers)
+            loss, terms, _, _ = plan.run(student, first.labels, given)
     except RuntimeError:
         if plan.checked:
             for part in parts:
@@ -158,6 +161,10 @@ def kd_loss(
     if plan.per_row:
         loss = loss.view(student_logits.shape[:-1])
         terms = None if terms is None else terms.view(len(parts), 2, *student_logits.shape[:-1])
+    if teacher_gradient:
+        own = first.rules.options
+        side = teachers.TeacherLogits(student_logits, own["logit_softcap"], own["logit_scale"])
+        loss = with_teacher_gradient(loss, side, asked, parts)
     return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
 
 

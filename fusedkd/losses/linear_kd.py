@@ -20,6 +20,8 @@ from fusedkd.losses.common import refuse_double_backward, save_for_backward, sav
 from fusedkd.losses.kd import Teacher, Teachers
 from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import Prepared, checked_options, members, prepare
+from fusedkd.losses.teacher_gradient import wants_teacher_gradient, with_teacher_gradient
+from fusedkd.teachers import TeacherHead
 
 ops = torch.ops.fusedkd
 
@@ -104,9 +106,11 @@ def linear_kd_loss(
         ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
     """
     shard = None
-    if vocabulary.is_split(options, student_weight, student_hidden):
+    split = vocabulary.is_split(options, student_weight, student_hidden)
+    teacher_gradient = wants_teacher_gradient(options, split)
+    tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
+    if split:
         if torch.compiler.is_compiling():
-            tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
             more = {"student_bias": student_bias, "return_terms": return_terms, **tiling, **options}
             return vocabulary.eagerly(linear_kd_loss, student_hidden, student_weight, teacher, labels, **more)
         student_hidden, student_weight, student_bias, teacher, shard = vocabulary.split_head(
@@ -131,7 +135,7 @@ def linear_kd_loss(
     for part in parts:
         if check.readable(student_hidden):
             part.check_values(columns if shard is None else shard.columns)
-        if part.rules.kd:
+        if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
     given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
     columns = vocabulary.rows_alike(columns, shard)
@@ -154,6 +158,10 @@ def linear_kd_loss(
     if plan.per_row:
         loss = loss.view(lead)
         terms = None if terms is None else terms.view(len(parts), 2, *lead)
+    if teacher_gradient:
+        own = first.rules.options
+        side = TeacherHead(*heads, own["logit_softcap"], own["logit_scale"])
+        loss = with_teacher_gradient(loss, side, asked, parts, **tiling)
     return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
 
 

@@ -51,6 +51,9 @@ class KDOptions(TypedDict, total=False):
         twice its size; ``"truncate"``: by anything.
     teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default. Under ``"mean"`` each
         teacher's is divided by its own count of rows.
+    teacher_gradient: the loss is differentiable in the teacher as well (its logits, or its hidden states, head and
+        bias): for methods that train what both models read. It costs about a second call. Not for teachers of few
+        columns, nor with `inplace` or a split vocabulary.
     vocab_group: the ``torch.distributed.ProcessGroup`` over which the vocabulary is split evenly: each rank passes its
         own columns of both sides' logits, or its rows of the heads and biases; all else, labels and ids of listed
         teachers among it, counts over the whole vocabulary and is the same on each rank, as is the loss. DTensors that
@@ -76,6 +79,7 @@ class KDOptions(TypedDict, total=False):
     logit_scale: Real | None
     vocab_mismatch: Literal["error", "truncate"]
     teacher_weights: Sequence[Real] | None
+    teacher_gradient: bool
     vocab_group: Any
     vocab_size: int | None
 
@@ -98,6 +102,7 @@ DEFAULTS: KDOptions = {
     "logit_scale": None,
     "vocab_mismatch": "error",
     "teacher_weights": None,
+    "teacher_gradient": False,
     "vocab_group": None,
     "vocab_size": None,
 }
