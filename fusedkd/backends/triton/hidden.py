@@ -67,11 +67,15 @@ def hidden_backward(
 
 
 def _launch(*, student: Tensor, teacher: list[Tensor], stats: Tensor, gradient: Tensor | None, **given: Any) -> None:
-    B, L, H = student.shape
+    B, L, _ = student.shape
     if B * L == 0:
         return
     rows = [student, *teacher, *([] if gradient is None else [gradient])]
-    sizes = [size for t in rows for size in (t.shape[2], *t.stride()[:2])]
+    sizes = [(t.shape[2], *t.stride()[:2]) for t in rows]
+    unit = WIDE if all([size % WIDE == 0 for each in sizes for size in each]) else 1
+    (H, *of_student), *of_pieces = [[size // unit for size in each] for each in sizes]
+    of_gradient = of_pieces.pop()[1:] if gradient is not None else (0, 0)
+    widths, teacher_b, teacher_l = (tuple(column) for column in zip(*of_pieces, strict=True))
     with torch.cuda.device_of(student):
         hidden_kernel[(B * L,)](
             student=student,
@@ -80,14 +84,14 @@ def _launch(*, student: Tensor, teacher: list[Tensor], stats: Tensor, gradient: 
             gradient=gradient,
             L=L,
             H=H,
-            student_b=student.stride(0),
-            student_l=student.stride(1),
-            teacher_b=tuple([piece.stride(0) for piece in teacher]),
-            teacher_l=tuple([piece.stride(1) for piece in teacher]),
-            widths=tuple([piece.shape[2] for piece in teacher]),
-            gradient_b=0 if gradient is None else gradient.stride(0),
-            gradient_l=0 if gradient is None else gradient.stride(1),
-            MULTIPLE=WIDE if all([size % WIDE == 0 for size in sizes]) else 1,
+            student_b=of_student[0],
+            student_l=of_student[1],
+            teacher_b=teacher_b,
+            teacher_l=teacher_l,
+            widths=widths,
+            gradient_b=of_gradient[0],
+            gradient_l=of_gradient[1],
+            MULTIPLE=unit,
             **given,
-            **layout(H, stats.dtype, torch.version.hip is not None),
+            **layout(student.shape[2], stats.dtype, torch.version.hip is not None),
         )

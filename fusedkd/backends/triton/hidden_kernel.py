@@ -37,7 +37,8 @@ from fusedkd.backends.triton.math import INFINITY
 
 NORM_EPSILON = tl.constexpr(1e-12)
 VARIANCE_EPSILON = tl.constexpr(1e-5)
-INTEGERS = ["upstream_stride", "L", "H", "student_b", "student_l", "gradient_b", "gradient_l"]
+INTEGERS = ["upstream_stride", "L", "H", "student_b", "student_l", "teacher_b", "teacher_l", "widths"]
+INTEGERS += ["gradient_b", "gradient_l"]
 VECTORS = ["weights", "normalizer", "upstream", "row_losses", "stats"]
 
 
@@ -50,27 +51,28 @@ class Scale(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A row of both sides: where it lies, and its columns if they are held."""
+    """A row of both sides."""
 
     student: Any
     teacher: Any
-    widths: Any
+    """A tuple: where column 0 of the whole row would lie in front of each piece."""
+    stops: Any
+    """And the column at which it ends."""
     H: Any
     x: Any
+    """All columns, if they are held."""
     y: Any
 
 
 @triton.jit
-def read(row, start, A: tl.constexpr, BLOCK: tl.constexpr):
+def read(student, teacher, stops, H, start, A: tl.constexpr, BLOCK: tl.constexpr):
     """Columns from `start` of both sides, 0 beyond the row."""
     o = start + tl.arange(0, BLOCK)
-    x = tl.load(row.student + o, o < row.H, other=0.0).to(A)
-    y = tl.zeros([BLOCK], A)
-    first = 0
-    for k in tl.static_range(len(row.widths)):
-        within = o - first
-        y += tl.load(row.teacher[k] + within, (within >= 0) & (within < row.widths[k]), other=0.0).to(A)
-        first += row.widths[k]
+    x = tl.load(student + o, o < H, other=0.0).to(A)
+    y = tl.load(teacher[0] + o, o < stops[0], other=0.0).to(A)
+    for k in tl.static_range(1, len(stops)):
+        m = (o >= stops[k - 1]) & (o < stops[k])
+        y = tl.where(m, tl.load(teacher[k] + o, m, other=0.0).to(A), y)
     return x, y
 
 
@@ -79,7 +81,7 @@ def columns(row, start, HELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
     x = row.x
     y = row.y
     if not HELD:
-        x, y = read(row, start, A, BLOCK)
+        x, y = read(row.student, row.teacher, row.stops, row.H, start, A, BLOCK)
     return x, y
 
 
@@ -246,6 +248,7 @@ def hidden_kernel(
     row_losses,
     stats,
     gradient,
+    # Sizes and strides; those in elements are in units of MULTIPLE, of which Triton sees that accesses may be wide
     upstream_stride,
     L,
     H,
@@ -259,7 +262,7 @@ def hidden_kernel(
     DISTANCE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     SKIP_IF_ONE: tl.constexpr,  # the gradient is right if the upstream is 1
-    MULTIPLE: tl.constexpr,  # of all widths and strides
+    MULTIPLE: tl.constexpr,
     HELD: tl.constexpr,  # BLOCK ≥ H
     BLOCK: tl.constexpr,
 ):
@@ -275,13 +278,13 @@ def hidden_kernel(
     weight = tl.full([], 1.0, A)
     if weights is not None:
         weight = tl.load(weights + i).to(A)
-    H = tl.multiple_of(H, MULTIPLE)
+    H = H * MULTIPLE
     l_row = i % L
     b_row = i // L
     p_stats = stats + i * HIDDEN_STATS
     p_gradient = gradient
     if gradient is not None:
-        p_gradient += b_row * tl.multiple_of(gradient_b, MULTIPLE) + l_row * tl.multiple_of(gradient_l, MULTIPLE)
+        p_gradient += (b_row * gradient_b + l_row * gradient_l) * MULTIPLE
     if weight == 0:  # not read
         if row_losses is not None:
             tl.store(row_losses + i, weight)
@@ -291,14 +294,20 @@ def hidden_kernel(
                 o = start + tl.arange(0, BLOCK)
                 tl.store(p_gradient + o, tl.zeros([BLOCK], gradient.dtype.element_ty), o < H)
         return
-    p_student = student + b_row * tl.multiple_of(student_b, MULTIPLE) + l_row * tl.multiple_of(student_l, MULTIPLE)
-    row = Pair(
-        student=p_student, teacher=piece_rows(teacher, teacher_b, teacher_l, b_row, l_row, MULTIPLE),
-        widths=widths, H=H, x=None, y=None,
-    )  # fmt: skip
+    p_student = student + (b_row * student_b + l_row * student_l) * MULTIPLE
+    p_teacher = ()
+    stops = ()
+    stop = 0
+    for k in tl.static_range(len(teacher)):
+        o_piece = (b_row * teacher_b[k] + l_row * teacher_l[k]) * MULTIPLE
+        p_teacher = p_teacher + (teacher[k] + o_piece - stop,)
+        stop += widths[k] * MULTIPLE
+        stops = stops + (stop,)
+    held_x = None
+    held_y = None
     if HELD:
-        x, y = read(row, 0, A, BLOCK)
-        row = Pair(student=row.student, teacher=row.teacher, widths=widths, H=H, x=x, y=y)
+        held_x, held_y = read(p_student, p_teacher, stops, H, 0, A, BLOCK)
+    row = Pair(student=p_student, teacher=p_teacher, stops=stops, H=H, x=held_x, y=held_y)
     share = 1.0 / H.to(A)
     zero = tl.zeros([], A)
     if row_losses is not None:
@@ -353,11 +362,3 @@ def hidden_kernel(
             o = start + tl.arange(0, BLOCK)
             tl.store(p_gradient + o, c * g, o < H)
 
-
-@triton.jit
-def piece_rows(teacher, teacher_b, teacher_l, b_row, l_row, MULTIPLE: tl.constexpr):
-    """The same row of each piece."""
-    rows = ()
-    for k in tl.static_range(len(teacher)):
-        rows = rows + (teacher[k] + b_row * teacher_b[k] + l_row * teacher_l[k],)
-    return rows
