@@ -123,8 +123,7 @@ def _dispatch_cpu() -> None:
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
-            _serve(HIDDEN_OPERATORS, "CPU", "definitions", "there is no C++ for it", eager)
+            _serve(KD_OPERATORS + SHARD_OPERATORS + HIDDEN_OPERATORS, "CPU", "C++", "fusedkd._C is built")
             _ask_for_products()
         else:
             _serve(KD_OPERATORS + HIDDEN_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
