@@ -44,7 +44,7 @@ def test_one_graph_of_pieces_means_and_a_teachers_gradient(device: str) -> None:
     p = given(3, 7, device=device, dtype=torch.float64)
     options: dict[str, Any] = {"pool": "mean", "teacher_gradient": True, "normalizer": torch.tensor(4, device=device)}
     found = []
-    for function in (step, graph(step, "inductor")):
+    for function in (step, graph(step)):
         leaves = p.leaves()
         pieces = [*leaves.teacher.split([5, H_T - 5], -1)]
         loss = function(*leaves._replace(teacher=[piece.contiguous() for piece in pieces]), masked(p), **options)
