@@ -119,7 +119,8 @@ def _dispatch_cpu() -> None:
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
-        _serve(HIDDEN_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
+        hidden = import_module("fusedkd.backends.triton.hidden")
+        _serve(HIDDEN_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", hidden)
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
@@ -138,10 +139,11 @@ def _dispatch_cuda() -> None:
     try:
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
+        hidden = import_module("fusedkd.backends.triton.hidden")
+        _serve(HIDDEN_OPERATORS, "CUDA", "Triton", "Triton is installed", hidden)
     except ImportError as error:
-        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
+        _serve(KD_OPERATORS + HIDDEN_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
         _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
-    _serve(HIDDEN_OPERATORS, "CUDA", "definitions", "there is no Triton kernel for it", eager)
     _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:
