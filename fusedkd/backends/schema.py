@@ -36,6 +36,10 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
                     in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
                     wanted.
+``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
+                    ``(H_t,)`` or None, ``tile`` rows at a time. Products are made in ``dtype``. `upstream` and
+                    ``wanted`` as of linear_kd, and after those of hidden states, projection and bias the gradient of
+                    the teacher's side, ``(N, H_t)``. Returns the loss and these four.
 ``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
                     ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
                     ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
@@ -85,6 +89,9 @@ SCHEMAS = {
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
     "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
     " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
+    f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "hidden_forward": f"(*, {_HIDDEN}, Tensor(a!)? gradient, {_COMPARED}) -> (Tensor, Tensor)",
     "hidden_loss": "(*, Tensor student, Tensor[] teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -141,6 +148,15 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     return d_hidden, d_weight, d_bias
 
 
+def projected_gradients_like(
+    hidden: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `gradients_like`, and for that of the teacher's side."""
+    of_student = gradients_like(hidden, weight, wanted)
+    shape = (hidden.shape[0], weight.shape[0]) if wanted[3] else (0,)
+    return *of_student, of_student[0].new_empty(shape)
+
+
 @torch.library.register_fake("fusedkd::kd_row_weights")
 def _(*, teacher: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return weights_and_counts(teacher)
@@ -191,3 +207,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
     return row_losses, *gradients_like(hidden, weight, wanted)
+
+
+@torch.library.register_fake("fusedkd::linear_hidden")
+def _(
+    *, hidden: Tensor, weight: Tensor, per_row: bool, dtype: torch.dtype, wanted: list[bool], **_: Any
+) -> tuple[Tensor, ...]:
+    loss = hidden.new_empty(hidden.shape[0] if per_row else (), dtype=accumulation_dtype(dtype))
+    return loss, *projected_gradients_like(hidden, weight, wanted)

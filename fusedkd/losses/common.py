@@ -20,6 +20,9 @@ from torch import Tensor
 from fusedkd import checks as check
 from fusedkd.backends.block import TeacherRows, unflatten
 
+ROUNDED_AT_ONCE = 1 << 18
+"""Elements, which a cache holds."""
+
 
 def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -> bool:
     """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
@@ -74,3 +77,18 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("fusedkd's losses have no second derivative: backward was called with create_graph=True")
+
+
+def rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient · factor in another type: one pass, one rounding."""
+    if factor is None:
+        return gradient.to(dtype)
+    if torch.compiler.is_compiling() or gradient.dtype == dtype:
+        return (gradient * factor).to(dtype)
+    found = gradient.new_empty(gradient.shape, dtype=dtype)
+    if not gradient.is_cpu:
+        return torch.mul(gradient, factor, out=found)
+    rows = max(1, ROUNDED_AT_ONCE // max(1, gradient[:1].numel()))  # a CPU's product has memory of its own type first
+    for part, to in zip(gradient.split(rows), found.split(rows), strict=True):
+        to.copy_(part * factor)
+    return found
