@@ -23,15 +23,17 @@ from torch import Tensor
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.layout import KernelId, Option
-from fusedkd.backends.linear_loop import _aligned, _in_range, _product, own_product
+from fusedkd.backends.linear_loop import _aligned, _in_range, own_product
 from fusedkd.backends.schema import attention_memory
 
+ops = torch.ops.fusedkd
+
 CPU_TILE, GPU_TILE = 3 << 20, 512 << 20
-"""Bytes of both sides' scores. What a CPU's caches hold; products of fewer rows are slower."""
+"""Bytes of both sides' scores: what a CPU's caches hold, and not fewer, for products of few rows are slow."""
 FEWEST = 16
 """Rows of a tile, however many keys there are."""
-SMALL = 64 * 64
-"""Scores of a pair below which one call of PyTorch's product for all pairs costs less than ours for each."""
+FEWEST_CAUSAL = 64
+"""Of a tile with fewer than it has room for, so that keys after all of its queries can be left out."""
 
 
 def attention(
@@ -156,7 +158,7 @@ class _Tiles:
         self.made: dict[str, Tensor] = {}
 
     def get(self, role: str, pairs: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        width = _aligned(columns)
+        width = _aligned(columns) if self.like.is_cuda else columns
         size = pairs * rows * width
         if role not in self.made or self.made[role].numel() < size:
             self.made.pop(role, None)  # before the larger one is made
@@ -188,7 +190,9 @@ def _run(
         q = torch.where(group.of_keys(call.rows, heads).unsqueeze(2), q, 0)
     weights, losses = group.of(teacher.row_weights), row_losses[group.batch, group.heads]
     pairs = len(q)
-    most = max(FEWEST, tiles.scores // (pairs * _aligned(right - left)))
+    most = max(FEWEST, tiles.scores // (pairs * (right - left)))
+    if call.causal:  # smaller tiles leave out more
+        most = min(most, max(FEWEST_CAUSAL, (last - first) // 8))
     size = -(-(last - first) // -(-(last - first) // most))  # tiles of equal height
     for start in range(first, last, size):
         part = slice(start, min(start + size, last))
@@ -248,9 +252,8 @@ def _operand(x: Tensor, result: torch.dtype) -> Tensor:
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a·b, or out += a·b, of each pair."""
-    if not a.is_cuda and own_product(b.dtype, out.dtype) and (len(a) == 1 or out[0].numel() >= SMALL):
-        for each in zip(a, b, out, strict=True):
-            _product(*each, add=add)
+    if not a.is_cuda and own_product(b.dtype, out.dtype):
+        ops.product(a=a, b=b, bias=None, out=out, add=add)
         return
     options: dict[str, Any] = {}
     if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result

@@ -104,7 +104,8 @@ SHARD = (
     "int stage, int offset, int vocabulary) -> ()"
 )
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
-"""out = a·b + bias, or out += a·b, in float32. False, and nothing done: this processor has no such product."""
+"""out = a·b + bias, or out += a·b, in float32, of one pair of matrices or of several. False, and nothing done: this
+processor has no such product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
