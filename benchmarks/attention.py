@@ -122,6 +122,6 @@ CASES = {
     "smoke-attention": [
         attention("kl", 2, 9, heads=3),
         attention("mse", 2, 9, heads=3, backward=False),
-        attention("kl", 2, 9, "bfloat16", heads=3, causal=True),
+        attention("kl", 2, 9, heads=3, causal=True),
     ],
 }
