@@ -31,7 +31,7 @@ def own_product(operands: torch.dtype, result: torch.dtype) -> bool:
 
 
 def row_bytes(columns: int, dtype: torch.dtype) -> int:
-    return _aligned(columns) * dtype.itemsize
+    return aligned(columns) * dtype.itemsize
 
 
 class Tiles:
@@ -44,7 +44,7 @@ class Tiles:
     def get(self, role: str, columns: int, dtype: torch.dtype) -> Tensor:
         if (role, dtype) not in self.made or self.made[role, dtype].shape[1] < columns:
             self.made.pop((role, dtype), None)  # before the wider one is made
-            self.made[role, dtype] = self.like.new_empty(self.rows, _aligned(columns), dtype=dtype)
+            self.made[role, dtype] = self.like.new_empty(self.rows, aligned(columns), dtype=dtype)
         return self.made[role, dtype][:, :columns]
 
 
@@ -99,5 +99,5 @@ def pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _aligned(width: int) -> int:
+def aligned(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT

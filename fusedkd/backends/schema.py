@@ -40,6 +40,11 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     ``(H_t,)`` or None, ``tile`` rows at a time. Products are made in ``dtype``. `upstream` and
                     ``wanted`` as of linear_kd, and after those of hidden states, projection and bias the gradient of
                     the teacher's side, ``(N, H_t)``. Returns the loss and these four.
+``attention``       the loss between attention maps, from queries and keys ``(B, heads, L, d)``; keys None: those are
+                    the queries. ``rows`` and ``keys``, ``(B, L)`` bool or None for all: the queries that have a loss,
+                    the keys that are seen. ``upstream``: ``(B, heads, L)``, or None for 1. Returns row losses
+                    ``(B, heads, L)`` and the gradients of the student's queries and keys in A, each empty if not
+                    wanted, the sum of both in the first where they are the same.
 ``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
                     ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
                     ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
@@ -97,6 +102,9 @@ SCHEMAS = {
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
     "hidden_backward": f"(*, Tensor upstream, {_HIDDEN}, Tensor stats, Tensor(a!) gradient, {_COMPARED}, "
     "bool skip_if_one) -> ()",
+    "attention": "(*, Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? rows, "
+    "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, int kernel_id, bool causal, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor)",
 }
 CLUSTER = (
     "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -108,7 +116,8 @@ SHARD = (
     "int stage, int offset, int vocabulary) -> ()"
 )
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
-"""out = a·b + bias, or out += a·b, in float32. False, and nothing done: this processor has no such product."""
+"""out = a·b + bias, or out += a·b, in float32, of one pair of matrices or of several. False, and nothing done: this
+processor has no such product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -155,6 +164,14 @@ def projected_gradients_like(
     of_student = gradients_like(hidden, weight, wanted)
     shape = (hidden.shape[0], weight.shape[0]) if wanted[3] else (0,)
     return *of_student, of_student[0].new_empty(shape)
+
+
+def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what the operator attention returns."""
+    total = torch.promote_types(q.dtype, torch.float32)
+    d_q = q.new_empty(q.shape if wanted[0] else 0, dtype=total)
+    d_k = q.new_empty(q.shape if wanted[1] and k is not None else 0, dtype=total)
+    return q.new_empty(q.shape[:3], dtype=total), d_q, d_k
 
 
 @torch.library.register_fake("fusedkd::kd_row_weights")
@@ -215,3 +232,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     loss = hidden.new_empty(hidden.shape[0] if per_row else (), dtype=accumulation_dtype(dtype))
     return loss, *projected_gradients_like(hidden, weight, wanted)
+
+
+@torch.library.register_fake("fusedkd::attention")
+def _(*, student_q: Tensor, student_k: Tensor | None, wanted: list[bool], **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_memory(student_q, student_k, wanted)
