@@ -126,12 +126,15 @@ def _dispatch_cpu() -> None:
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
+        _serve(
+            LAYER_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", import_module("fusedkd.backends.triton.layers")
+        )
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
-            _serve(LAYER_OPERATORS, "CPU", "definitions", "for now", eager)
+            built = KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS + LAYER_OPERATORS
+            _serve(built, "CPU", "C++", "fusedkd._C is built")
             _ask_for_products()
         else:
             _serve(KD_OPERATORS + COSINE_OPERATORS + LAYER_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
@@ -146,8 +149,11 @@ def _dispatch_cuda() -> None:
     try:
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
+        _serve(
+            LAYER_OPERATORS, "CUDA", "Triton", "Triton is installed", import_module("fusedkd.backends.triton.layers")
+        )
     except ImportError as error:
-        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
+        _serve(KD_OPERATORS + LAYER_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
         _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
     _serve_loops("CUDA")
     missing = load("_C_cuda")

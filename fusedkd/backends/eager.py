@@ -276,7 +276,7 @@ def layer_distances_backward(
     normalizer: Tensor,
 ) -> Tensor:
     x, y = _layers(student, weights), _layers(teacher, weights)
-    gradient = layers.pairwise_mse_gradient(x, y, upstream.double()) / normalizer
+    gradient = layers.pairwise_mse_gradient(x, y, upstream) / normalizer
     if weights is not None:
         gradient *= weights.double().unsqueeze(-1)
     return gradient.to(student[0].dtype).view(len(student), *student[0].shape)
