@@ -20,6 +20,7 @@ from fusedkd.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from fusedkd.losses.gumbel import gumbel_rows
 from fusedkd.losses.hidden import cosine_hidden_loss
 from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.linear_kd import linear_kd_loss
@@ -46,6 +47,7 @@ __all__ = [
     "TeacherTopK",
     "TotalVariation",
     "cosine_hidden_loss",
+    "gumbel_rows",
     "kd_loss",
     "linear_kd_loss",
     "nn",

@@ -80,4 +80,16 @@ struct CosineCall {
   std::optional<PerRow> upstream = {};     // 1 if none
 };
 
+// Of gumbel_rows.
+struct GumbelCall {
+  Rows logits;  // [1, N, V], float32 or float64; where there are slopes, the gradient goes over them
+  int64_t seed;
+  double temperature;
+  int64_t first_row;                // of these rows, which the noise is counted by
+  int64_t* ids = nullptr;           // [N]
+  void* stats = nullptr;            // [N, GUMBEL_STATS] of the logits' type
+  std::optional<Rows> slopes = {};  // like the logits: of the loss in the relaxed one-hot rows; then ids, stats are given
+  double scale = 1;                 // of the gradient
+};
+
 }  // namespace fusedkd

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import composed, eager, linear_loop
+from fusedkd.backends import composed, eager, gumbel_loop, linear_loop
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -25,6 +25,8 @@ DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
 GATHERED = "the logits of all ranks are gathered"
 LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
+GUMBEL_OPERATORS = ["gumbel_forward", "gumbel_backward"]
+GUMBEL_LOOPS = ["gumbel_ids", "gumbel_gradients"]
 
 
 def load(library: str) -> str | None:
@@ -93,6 +95,7 @@ def _serve_loops(device: str) -> None:
     """The operators that are PyTorch everywhere."""
     reason = "products by torch.mm or `product`, tiles by the operators above"
     _serve(LINEAR_OPERATORS, device, "PyTorch", reason, linear_loop)
+    _serve(GUMBEL_LOOPS, device, "PyTorch", reason, gumbel_loop)
     for name in DEFINED_OPERATORS:
         serving[name, device] = "PyTorch", "autograd on some rows at a time"
         function = getattr(import_module("fusedkd.backends.defined"), name.replace("defined", "kd"))
@@ -114,19 +117,24 @@ def _dispatch_cpu() -> None:
     choice = os.environ.get("FUSEDKD_BACKEND", "auto")
     _serve_loops("CPU")
     if choice == "definitions":
-        _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
+        defined = KD_OPERATORS + COSINE_OPERATORS + GUMBEL_OPERATORS
+        _serve(defined, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
         _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
+        gumbel = import_module("fusedkd.backends.triton.gumbel")
+        _serve(GUMBEL_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", gumbel)
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            built = KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS + GUMBEL_OPERATORS
+            _serve(built, "CPU", "C++", "fusedkd._C is built")
             _ask_for_products()
         else:
-            _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
+            defined = KD_OPERATORS + COSINE_OPERATORS + GUMBEL_OPERATORS
+            _serve(defined, "CPU", "definitions", missing, _Slow(missing))
             _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     else:
         raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")
@@ -138,8 +146,10 @@ def _dispatch_cuda() -> None:
     try:
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
+        gumbel = import_module("fusedkd.backends.triton.gumbel")
+        _serve(GUMBEL_OPERATORS, "CUDA", "Triton", "Triton is installed", gumbel)
     except ImportError as error:
-        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
+        _serve(KD_OPERATORS + GUMBEL_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
         _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
     _serve_loops("CUDA")
     missing = load("_C_cuda")

@@ -23,7 +23,7 @@ from fusedkd.backends.layout import (
     Stat,
     TopkKernelId,
 )
-from fusedkd.reference import divergences, hidden, softmax, sparse
+from fusedkd.reference import divergences, gumbel, hidden, softmax, sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax
 
@@ -230,3 +230,31 @@ def cosine_backward(
     scale = (torch.ones_like(x[:, 0]) if weights is None else weights.double()) * upstream.double() / normalizer
     grad = torch.where(scale.unsqueeze(-1) != 0, scale.unsqueeze(-1) * hidden.cosine_distance_gradient(x, y), 0)
     gradient.copy_(grad.view(student.shape))
+
+
+def gumbel_forward(logits: Tensor, seed: Tensor, temperature: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    noisy = _noisy(logits, seed, first_row)
+    most = noisy.amax(1)
+    total = ((noisy - most.unsqueeze(1)) / temperature).exp().sum(1)
+    total = torch.where(most == -torch.inf, 0, total)  # of nothing but −inf
+    return gumbel.choice(noisy), torch.stack([most, total], 1).to(logits.dtype)
+
+
+def gumbel_backward(
+    logits: Tensor,
+    slopes: Tensor,
+    ids: Tensor,
+    stats: Tensor,
+    seed: Tensor,
+    temperature: Tensor,
+    scale: Tensor,
+    first_row: int,
+) -> None:
+    gradient = gumbel.relaxed_gradient(_noisy(logits, seed, first_row), slopes[0].double(), temperature)
+    logits.copy_((gradient * (scale * temperature)).unsqueeze(0))
+
+
+def _noisy(logits: Tensor, seed: Tensor, first_row: int) -> Tensor:
+    """In float64, of sums in the logits' type: the order of columns is that of the kernels, ties included."""
+    _, rows, columns = logits.shape
+    return (logits[0] + gumbel.noise(seed, rows, columns, first_row)).double()

@@ -82,6 +82,15 @@ class CosineStat(IntEnum):
     """1 − cos."""
 
 
+class GumbelStat(IntEnum):
+    """Columns of the statistics ``(N, len(GumbelStat))`` of the Gumbel operators."""
+
+    NOISY_MAX = 0
+    """Of the logits with their noise."""
+    NOISY_SUM = 1
+    """Σ exp((x − max)/T)."""
+
+
 class ShardStat(IntEnum):
     """Of a shard of the vocabulary there are more, ``(N, STATS + SHARD_STATS)``: these come after those of `Stat`. All
     but the last two are what a rank tells the others.

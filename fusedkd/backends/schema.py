@@ -41,6 +41,15 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``cosine_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
                     normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
                     float64, the first of those given as for kd_row_weights; statistics.
+``gumbel_forward``  of logits ``(1, N, V)`` in A and their noise, that of the rows from ``first_row`` on under the `seed`
+                    (``()`` int64): the highest column of each row, ``(N,)`` int64, and statistics ``(N, 2)`` at the
+                    `temperature`, ``()`` float64.
+``gumbel_backward`` over the logits, the gradient of the relaxed one-hot rows y, times `scale` (``()`` float64), from
+                    `slopes` like the logits, ∂loss/∂y; 1/T is a part of the scale.
+``gumbel_ids``      gumbel_forward from hidden states ``(N, H)``, a head ``(V, H)`` and a bias ``(V,)`` or None, ``tile``
+                    rows at a time. Products are made in ``dtype``.
+``gumbel_gradients``  the gradients of the three that are ``wanted``, from those of the rows ``(N, E)`` of each
+                    table ``(V, E)``: as those of linear_kd.
 """
 
 from __future__ import annotations
@@ -51,7 +60,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import CosineStat, Stat
+from fusedkd.backends.layout import CosineStat, GumbelStat, Stat
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -66,6 +75,9 @@ _LOSS = (
     "bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
+_GUMBEL = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor temperature, SymInt tile, ScalarType dtype"
+)
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
@@ -85,6 +97,12 @@ SCHEMAS = {
     "cosine_loss": "(*, Tensor student, Tensor teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
     "bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
     "cosine_backward": f"(*, Tensor upstream, {_COSINE}, Tensor stats, Tensor(a!) gradient, bool skip_if_one) -> ()",
+    "gumbel_forward": "(*, Tensor logits, Tensor seed, Tensor temperature, int first_row) -> (Tensor, Tensor)",
+    "gumbel_backward": "(*, Tensor(a!) logits, Tensor slopes, Tensor ids, Tensor stats, Tensor seed, "
+    "Tensor temperature, Tensor scale, int first_row) -> ()",
+    "gumbel_ids": f"(*, {_GUMBEL}) -> (Tensor, Tensor)",
+    "gumbel_gradients": f"(*, Tensor[] upstreams, Tensor[] tables, Tensor ids, Tensor stats, {_GUMBEL}, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
 }
 CLUSTER = (
     "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -125,6 +143,11 @@ def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[T
     return student.new_empty(shape, dtype=dtype), student.new_empty((rows, stats), dtype=dtype)
 
 
+def ids_and_stats(like: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for what the Gumbel operators return of so many rows, whose accumulation type this is."""
+    return like.new_empty(rows, dtype=torch.int64), like.new_empty((rows, len(GumbelStat)), dtype=dtype)
+
+
 def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the three gradients of linear_kd, empty where one is not wanted: float32, in which those of the head
     add up over the tiles and all of them wait for the upstream gradient, so that each is rounded once.
@@ -160,7 +183,23 @@ def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple
     return loss, weights, student.new_empty((), dtype=torch.float64), stats
 
 
+@torch.library.register_fake("fusedkd::gumbel_forward")
+def _(*, logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return ids_and_stats(logits, logits.shape[1], logits.dtype)
+
+
+@torch.library.register_fake("fusedkd::gumbel_ids")
+def _(*, hidden: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor]:
+    return ids_and_stats(hidden, hidden.shape[0], accumulation_dtype(dtype))
+
+
+@torch.library.register_fake("fusedkd::gumbel_gradients")
+def _(*, hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: list[bool], **_: Any) -> tuple[Tensor, ...]:
+    return gradients_like(hidden.to(dtype), weight.to(dtype), wanted)
+
+
 @torch.library.register_fake("fusedkd::kd_backward")
+@torch.library.register_fake("fusedkd::gumbel_backward")
 @torch.library.register_fake("fusedkd::defined_backward")
 @torch.library.register_fake("fusedkd::cosine_backward")
 def _(**_: Any) -> None:
