@@ -3,7 +3,7 @@
 import triton.language as tl
 
 from fusedkd.backends import layout
-from fusedkd.backends.layout import KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
+from fusedkd.backends.layout import GumbelStat, KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
 
 TEMPERATURE = tl.constexpr(int(Option.TEMPERATURE))
 TEACHER_TEMPERATURE = tl.constexpr(int(Option.TEACHER_TEMPERATURE))
@@ -35,6 +35,10 @@ COLUMNS = tl.constexpr(int(ShardStat.COLUMNS))
 VALUE = tl.constexpr(int(ShardStat.VALUE))
 WEIGHT = tl.constexpr(int(ShardStat.WEIGHT))
 SHARD_STATS = tl.constexpr(layout.SHARD_STATS)
+
+NOISY_MAX = tl.constexpr(int(GumbelStat.NOISY_MAX))
+NOISY_SUM = tl.constexpr(int(GumbelStat.NOISY_SUM))
+GUMBEL_STATS = tl.constexpr(len(GumbelStat))
 
 STATISTICS = tl.constexpr(int(Stage.STATISTICS))
 VALUES = tl.constexpr(int(Stage.VALUES))
