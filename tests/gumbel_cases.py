@@ -40,9 +40,7 @@ class Problem(NamedTuple):
         return self._replace(**copies)
 
     def rows(self, **options: Any) -> tuple[Tensor, ...]:
-        return fusedkd.gumbel_rows(
-            self.hidden, self.weight, *self.tables, bias=self.bias, **{"seed": SEED, **options}
-        )
+        return fusedkd.gumbel_rows(self.hidden, self.weight, *self.tables, bias=self.bias, **{"seed": SEED, **options})
 
     def gradients(self, rows: tuple[Tensor, ...], **options: Any) -> dict[str, Tensor]:
         wanted = {k: x for k, x in self.operands.items() if x.requires_grad}
@@ -139,7 +137,8 @@ def check_choice(p: Problem, ids: Tensor, dtype: torch.dtype | None = None) -> N
     noisy = noisy_logits(p)
     chosen = noisy.gather(1, ids.cpu().reshape(-1, 1)).squeeze(1)
     size = float64(p.hidden).reshape(len(noisy), -1).norm(dim=1) * float64(p.weight).norm(dim=1).max() + 25
-    assert ((noisy.amax(1) - chosen) <= (2.0**-51 if (dtype or p.hidden.dtype) == torch.float64 else 2.0**-22) * size).all()
+    unit = 2.0**-51 if (dtype or p.hidden.dtype) == torch.float64 else 2.0**-22
+    assert ((noisy.amax(1) - chosen) <= unit * size).all()
 
 
 def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
@@ -148,13 +147,15 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
     for name in ("forward", "backward", "ids", "gradients"):
         found[f"gumbel_{name}"] = []
     shared = {"seed": torch.tensor(SEED, device=device), "temperature": torch.tensor(0.5).double().to(device)}
-    for dtype, bias, wanted in ((torch.bfloat16, True, [True, True, True]), (torch.float64, False, [False, True, False])):
+    forms = (torch.bfloat16, True, [True, True, True]), (torch.float64, False, [False, True, False])
+    for dtype, bias, wanted in forms:
         p = problem(7, dtype=dtype, bias=bias, device=device)
         linear = {**shared, "hidden": p.hidden, "weight": p.weight, "bias": p.bias, "tile": 3, "dtype": dtype}
         ids, stats = ops.gumbel_ids(**linear)
         found["gumbel_ids"].append(linear)
         rows = {"ids": ids, "stats": stats}
-        found["gumbel_gradients"].append({**linear, **rows, "upstreams": p.upstreams, "tables": p.tables, "wanted": wanted})
+        upward = {"upstreams": p.upstreams, "tables": p.tables, "wanted": wanted}
+        found["gumbel_gradients"].append({**linear, **rows, **upward})
         logits, slopes = torch.randn(2, 1, 7, 110, device=device).to(stats.dtype)[:, :, :, :101]
         found["gumbel_forward"].append({**shared, "logits": logits, "first_row": 2})
         given = {**shared, **rows, "slopes": slopes, "scale": shared["temperature"], "first_row": 2}

@@ -423,7 +423,7 @@ P = problem(5)
         ({"weight": None}, {}, TypeError, "weight must be a tensor"),
         ({"bias": P.bias[:-1]}, {}, ValueError, r"bias must have the shape \(101,\)"),
         ({"tables": ()}, {}, ValueError, "embeddings must be at least one table"),
-        ({"tables": (P.tables[0], P.tables[1][:40])}, {}, ValueError, r"embeddings\[1\] must have a row for each of .*40"),
+        ({"tables": (P.tables[0], P.tables[1][:40])}, {}, ValueError, r"embeddings\[1\] must have a row for each .*40"),
         ({"tables": (P.tables[0].long(),)}, {}, TypeError, r"embeddings\[0\] must be float16.*int64"),
         ({"tables": (P.tables[0][0],)}, {}, ValueError, r"embeddings\[0\] must have the shape \(V, E\), not \(8,\)"),
         ({"tables": ("wte",)}, {}, TypeError, r"embeddings\[0\] must be a tensor, not str"),
@@ -441,4 +441,3 @@ P = problem(5)
 def test_bad_arguments(changes: Any, options: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         made(**changes).rows(**options)
-

@@ -88,7 +88,7 @@ struct GumbelCall {
   int64_t first_row;                // of these rows, which the noise is counted by
   int64_t* ids = nullptr;           // [N]
   void* stats = nullptr;            // [N, GUMBEL_STATS] of the logits' type
-  std::optional<Rows> slopes = {};  // like the logits: of the loss in the relaxed one-hot rows; then ids, stats are given
+  std::optional<Rows> slopes = {};  // like the logits: of the loss in the relaxed rows; then ids and stats are given
   double scale = 1;                 // of the gradient
 };
 

@@ -41,15 +41,15 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``cosine_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
                     normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
                     float64, the first of those given as for kd_row_weights; statistics.
-``gumbel_forward``  of logits ``(1, N, V)`` in A and their noise, that of the rows from ``first_row`` on under the `seed`
-                    (``()`` int64): the highest column of each row, ``(N,)`` int64, and statistics ``(N, 2)`` at the
-                    `temperature`, ``()`` float64.
+``gumbel_forward``  of logits ``(1, N, V)`` in A and their noise, that of the rows from ``first_row`` on under the
+                    `seed` (``()`` int64): the highest column of each row, ``(N,)`` int64, and statistics ``(N, 2)`` at
+                    the `temperature`, ``()`` float64.
 ``gumbel_backward`` over the logits, the gradient of the relaxed one-hot rows y, times `scale` (``()`` float64), from
                     `slopes` like the logits, ∂loss/∂y; 1/T is a part of the scale.
-``gumbel_ids``      gumbel_forward from hidden states ``(N, H)``, a head ``(V, H)`` and a bias ``(V,)`` or None, ``tile``
-                    rows at a time. Products are made in ``dtype``.
-``gumbel_gradients``  the gradients of the three that are ``wanted``, from those of the rows ``(N, E)`` of each
-                    table ``(V, E)``: as those of linear_kd.
+``gumbel_ids``      gumbel_forward from hidden states ``(N, H)``, a head ``(V, H)`` and a bias ``(V,)`` or None,
+                    ``tile`` rows at a time. Products are made in ``dtype``.
+``gumbel_gradients``  the gradients of the three that are ``wanted``, from those of the rows ``(N, E)`` of each table
+                    ``(V, E)``: as those of linear_kd.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ _LOSS = (
     "bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
-_GUMBEL = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor temperature, SymInt tile, ScalarType dtype"
-)
+_GUMBEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor temperature, SymInt tile, ScalarType dtype"
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "

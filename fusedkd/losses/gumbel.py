@@ -89,12 +89,12 @@ def gumbel_rows(
         operands=tuple([_operand_type(table.dtype, exact, cast) for table in embeddings]),
     )
     *rows, ids = GumbelRowsFunction.apply(
+        plan,
         hidden.reshape(lead.numel(), hidden.shape[-1]),
         weight[:columns],
         None if bias is None else bias[:columns],
         _seed(seed, generator, device),
         real_tensor(temperature, device),
-        plan,
         *[table[:columns] for table in embeddings],
     )
     found = [each.view(*lead, each.shape[-1]) for each in rows]
@@ -163,19 +163,14 @@ class GumbelPlan(NamedTuple):
 
 
 class GumbelRowsFunction(torch.autograd.Function):
-    """(rows of each table …, ids). The logits are made again in backward."""
+    """(rows of each table …, ids) of hidden states, weight, bias, seed, temperature and the tables. The logits are made
+    again in backward. (The tensors are one parameter, for Dynamo drops `ctx` where no tensor requires a gradient and
+    there are as many arguments, without `ctx`, as parameters, with it: so it was of two tables.)
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        seed: Tensor,
-        temperature: Tensor,
-        plan: GumbelPlan,
-        *tables: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: GumbelPlan, *tensors: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias, seed, temperature, *tables = tensors
         ids, stats = ops.gumbel_ids(
             hidden=hidden,
             weight=weight,
@@ -196,7 +191,7 @@ class GumbelRowsFunction(torch.autograd.Function):
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         hidden, weight, bias, seed, temperature, ids, stats, *tables = ctx.saved_tensors
-        plan, wanted = ctx.plan, list(ctx.needs_input_grad[:3])
+        plan, wanted = ctx.plan, list(ctx.needs_input_grad[1:4])
         given = [i for i, upstream in enumerate(upstreams[:-1]) if upstream is not None]
         gradients: list[Tensor | None] = [None] * 3
         if any(wanted) and given:
@@ -220,7 +215,7 @@ class GumbelRowsFunction(torch.autograd.Function):
         for i in given:
             if ctx.needs_input_grad[6 + i]:
                 of_tables[i] = _table_gradient(upstreams[i], tables[i], ids, stats)  # type: ignore[arg-type]
-        return *gradients, None, None, None, *of_tables
+        return None, *gradients, None, None, *of_tables
 
 
 def _undefined(stats: Tensor) -> Tensor:
