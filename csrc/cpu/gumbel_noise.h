@@ -80,9 +80,11 @@ struct Noise {
     constexpr int32_t root = 0x3f3504f3;
     const Int<float> above = (Int<float>)u - root, exponent = above >> 23;
     const F of_u = (F)((above & 0x7fffff) + root) - 1, f = exponent == 0 ? less_one : of_u;
-    F sum = splat(series[7]);
-    for (int i = 6; i >= 0; i--) sum = sum * f + series[i];
-    return __builtin_convertvector(exponent, F) * 0.693147182464599609375f + (f + f * f * sum);
+    const F square = f * f;
+    const F low = (series[1] * f + series[0]) + square * (series[3] * f + series[2]);
+    const F high = (series[5] * f + series[4]) + square * (series[7] * f + series[6]);
+    return __builtin_convertvector(exponent, F) * 0.693147182464599609375f +
+           (f + square * (low + square * square * high));
   }
 };
 

@@ -71,10 +71,10 @@ def _log(u: Tensor, less_one: Tensor) -> Tensor:
     above = u.view(torch.int32) - ROOT
     exponent = above >> 23
     f = torch.where(exponent == 0, less_one, ((above & 0x7FFFFF) + ROOT).view(torch.float32) - 1)
-    series = torch.full_like(f, LOG_SERIES[-1])
-    for coefficient in reversed(LOG_SERIES[:-1]):
-        series = series * f + coefficient
-    return exponent.to(torch.float32) * LN2 + (f + f * f * series)
+    c, square = LOG_SERIES, f * f
+    low = (c[1] * f + c[0]) + square * (c[3] * f + c[2])
+    high = (c[5] * f + c[4]) + square * (c[7] * f + c[6])
+    return exponent.to(torch.float32) * LN2 + (f + square * (low + square * square * high))
 
 
 def choice(noisy: Tensor) -> Tensor:

@@ -173,11 +173,7 @@ def log_of(u, less_one):
     exponent = above >> 23
     of_u = ((above & 0x7FFFFF) + ROOT).to(tl.float32, bitcast=True) - 1.0
     f = tl.where(exponent == 0, less_one, of_u)
-    y = f * R7 + R6
-    y = y * f + R5
-    y = y * f + R4
-    y = y * f + R3
-    y = y * f + R2
-    y = y * f + R1
-    y = y * f + R0
-    return exponent.to(tl.float32) * LN2 + (f + f * f * y)
+    square = f * f
+    low = (f * R1 + R0) + square * (f * R3 + R2)
+    high = (f * R5 + R4) + square * (f * R7 + R6)
+    return exponent.to(tl.float32) * LN2 + (f + square * (low + square * square * high))
