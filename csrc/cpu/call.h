@@ -102,4 +102,16 @@ struct LayersCall {
   double weight(int64_t i) const { return weights ? weights[i] : 1; }
 };
 
+// Of gumbel_rows.
+struct GumbelCall {
+  Rows logits;  // [1, N, V], float32 or float64; where there are slopes, the gradient goes over them
+  int64_t seed;
+  double temperature;
+  int64_t first_row;                // of these rows, which the noise is counted by
+  int64_t* ids = nullptr;           // [N]
+  void* stats = nullptr;            // [N, GUMBEL_STATS] of the logits' type
+  std::optional<Rows> slopes = {};  // like the logits: of the loss in the relaxed rows; then ids and stats are given
+  double scale = 1;                 // of the gradient
+};
+
 }  // namespace fusedkd

@@ -5,6 +5,8 @@
 // would be missing in the second namespace.
 #undef FUSEDKD_CROSS_ENTROPY
 #undef FUSEDKD_DIVERGENCES
+#undef FUSEDKD_GUMBEL_NOISE
+#undef FUSEDKD_GUMBEL_ROWS
 #undef FUSEDKD_HIDDEN_ROWS
 #undef FUSEDKD_KD_LANES
 #undef FUSEDKD_KD_PASS

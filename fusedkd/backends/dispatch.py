@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import attention_loop, eager, linear_loop, products, projected
+from fusedkd.backends import attention_loop, eager, gumbel_loop, linear_loop, products, projected
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -20,18 +20,23 @@ PACKAGE = Path(__file__).parent.parent
 serving: dict[tuple[str, str], tuple[str, str]] = {}
 """(operator, device) → (backend, reason): what ``python -m fusedkd.env`` prints."""
 
-KERNELS = {"kd_": "launch", "hidden_": "hidden", "layer_": "layers"}
-"""How the names of operators that have kernels begin → the module of :mod:`fusedkd.backends.triton` that starts them.
-The C++ library has the same on a CPU, and so have the definitions.
-"""
-KERNEL_OPERATORS = {module: [name for name in SCHEMAS if name.startswith(prefix)] for prefix, module in KERNELS.items()}
-WITH_KERNELS = list(chain.from_iterable(KERNEL_OPERATORS.values()))
 LOOPS = {
     "linear_kd": linear_loop,
     "linear_hidden": projected,
     "attention": attention_loop,
+    "gumbel_ids": gumbel_loop,
+    "gumbel_gradients": gumbel_loop,
 }
 """Operators that are PyTorch everywhere: products, and the operators above on tiles."""
+KERNELS = {"kd_": "launch", "hidden_": "hidden", "layer_": "layers", "gumbel_": "gumbel"}
+"""How the names of operators that have kernels begin → the module of :mod:`fusedkd.backends.triton` that starts them.
+The C++ library has the same on a CPU, and so have the definitions.
+"""
+KERNEL_OPERATORS = {
+    module: [name for name in SCHEMAS if name.startswith(prefix) and name not in LOOPS]
+    for prefix, module in KERNELS.items()
+}
+WITH_KERNELS = list(chain.from_iterable(KERNEL_OPERATORS.values()))
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
 GATHERED = "the logits of all ranks are gathered"

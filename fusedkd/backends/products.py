@@ -77,15 +77,15 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Tensor:
-    """x·weightᵀ + bias, in the first rows of the tile."""
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor, add: bool = False) -> Tensor:
+    """x·weightᵀ + bias in the first rows of the tile, or `add` it to what is there."""
     out = tile[: len(x)]
     if x.is_cuda or x.dtype == out.dtype or own_product(x.dtype, out.dtype):
-        product(x, weight.t(), out, bias=bias)
+        product(x, weight.t(), out, add=add, bias=bias)
         return out
     x = x.to(out.dtype)
     for panel, part in zip(weight.split(PANEL), out.split(PANEL, 1), strict=True):
-        product(x, panel.t(), part)
+        product(x, panel.t(), part, add=add)
     return out if bias is None else out.add_(bias)
 
 

@@ -60,6 +60,15 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     one of j's. ``skip_if_one`` as in kd_backward.
 ``layer_distances`` mean over H and weighted sum over rows, by the normaliser, of (s_j − t_k)², ``(M, K)``.
 ``layer_distances_backward``  its gradient ``(M, B, L, H)``, of the first side, for an upstream ``(M, K)`` float64.
+``gumbel_forward``  of logits ``(1, N, V)`` in A and their noise, that of the rows from ``first_row`` on under the
+                    `seed` (``()`` int64): the highest column of each row, ``(N,)`` int64, and statistics ``(N, 2)`` at
+                    the `temperature`, ``()`` float64.
+``gumbel_backward`` over the logits, the gradient of the relaxed one-hot rows y, times `scale` (``()`` float64), from
+                    `slopes` like the logits, ∂loss/∂y; 1/T is a part of the scale.
+``gumbel_ids``      gumbel_forward from hidden states ``(N, H)``, a head ``(V, H)`` and a bias ``(V,)`` or None,
+                    ``tile`` rows at a time. Products are made in ``dtype``.
+``gumbel_gradients``  the gradients of the three that are ``wanted``, from those of the rows ``(N, E)`` of each table
+                    ``(V, E)``: as those of linear_kd.
 """
 
 from __future__ import annotations
@@ -70,7 +79,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import HIDDEN_STATS, Stat
+from fusedkd.backends.layout import HIDDEN_STATS, GumbelStat, Stat
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -87,6 +96,7 @@ _LOSS = (
 _HIDDEN = "Tensor student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
 _COMPARED = "int distance, int normalize"
 _LAYERS = "Tensor[] student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
+_GUMBEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor temperature, SymInt tile, ScalarType dtype"
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
@@ -117,6 +127,12 @@ SCHEMAS = {
     "Tensor(b!)? teacher_gradient, bool skip_if_one) -> Tensor",
     "layer_distances": f"(*, {_LAYERS}) -> Tensor",
     "layer_distances_backward": f"(*, Tensor upstream, {_LAYERS}) -> Tensor",
+    "gumbel_forward": "(*, Tensor logits, Tensor seed, Tensor temperature, int first_row) -> (Tensor, Tensor)",
+    "gumbel_backward": "(*, Tensor(a!) logits, Tensor slopes, Tensor ids, Tensor stats, Tensor seed, "
+    "Tensor temperature, Tensor scale, int first_row) -> ()",
+    "gumbel_ids": f"(*, {_GUMBEL}) -> (Tensor, Tensor)",
+    "gumbel_gradients": f"(*, Tensor[] upstreams, Tensor[] tables, Tensor ids, Tensor stats, {_GUMBEL}, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
 }
 CLUSTER = (
     "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -161,6 +177,11 @@ def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[T
 def layers_like(layers: Sequence[Tensor]) -> Tensor:
     """Memory for the gradient of layers ``(B, L, H)``, one after the other."""
     return layers[0].new_empty((len(layers), *layers[0].shape))
+
+
+def ids_and_stats(like: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for what the Gumbel operators return of so many rows, whose accumulation type this is."""
+    return like.new_empty(rows, dtype=torch.int64), like.new_empty((rows, len(GumbelStat)), dtype=dtype)
 
 
 def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +236,23 @@ def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple
     return loss, weights, student.new_empty((), dtype=torch.float64), stats
 
 
+@torch.library.register_fake("fusedkd::gumbel_forward")
+def _(*, logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return ids_and_stats(logits, logits.shape[1], logits.dtype)
+
+
+@torch.library.register_fake("fusedkd::gumbel_ids")
+def _(*, hidden: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor]:
+    return ids_and_stats(hidden, hidden.shape[0], accumulation_dtype(dtype))
+
+
+@torch.library.register_fake("fusedkd::gumbel_gradients")
+def _(*, hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: list[bool], **_: Any) -> tuple[Tensor, ...]:
+    return gradients_like(hidden.to(dtype), weight.to(dtype), wanted)
+
+
 @torch.library.register_fake("fusedkd::kd_backward")
+@torch.library.register_fake("fusedkd::gumbel_backward")
 @torch.library.register_fake("fusedkd::defined_backward")
 @torch.library.register_fake("fusedkd::hidden_backward")
 def _(**_: Any) -> None:

@@ -4,6 +4,7 @@ import triton.language as tl
 
 from fusedkd.backends import layout
 from fusedkd.backends.layout import (
+    GumbelStat,
     HiddenDistance,
     HiddenNormalize,
     HiddenStat,
@@ -45,6 +46,10 @@ COLUMNS = tl.constexpr(int(ShardStat.COLUMNS))
 VALUE = tl.constexpr(int(ShardStat.VALUE))
 WEIGHT = tl.constexpr(int(ShardStat.WEIGHT))
 SHARD_STATS = tl.constexpr(layout.SHARD_STATS)
+
+NOISY_MAX = tl.constexpr(int(GumbelStat.NOISY_MAX))
+NOISY_SUM = tl.constexpr(int(GumbelStat.NOISY_SUM))
+GUMBEL_STATS = tl.constexpr(len(GumbelStat))
 
 STATISTICS = tl.constexpr(int(Stage.STATISTICS))
 VALUES = tl.constexpr(int(Stage.VALUES))
