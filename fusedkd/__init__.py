@@ -20,7 +20,7 @@ from fusedkd.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from fusedkd.losses.hidden import cosine_hidden_loss
+from fusedkd.losses.hidden import cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDOptions, KDTerms
@@ -46,6 +46,7 @@ __all__ = [
     "TeacherTopK",
     "TotalVariation",
     "cosine_hidden_loss",
+    "hidden_loss",
     "kd_loss",
     "linear_kd_loss",
     "nn",

@@ -33,10 +33,11 @@ LARGEST = sys.float_info.max
 TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
-def plain(name: str, tensor: object) -> Tensor:
-    """A tensor whose memory a kernel can read as it is."""
+def plain(name: str, tensor: object, hidden: bool = False) -> Tensor:
+    """A tensor whose memory a kernel can read as it is; of hidden states, where that is meant."""
     if not isinstance(tensor, Tensor):
-        wanted = ("last_hidden_state", "hidden_states") if name.endswith("hidden") else ("logits", "last_hidden_state")
+        hidden = hidden or name.endswith("hidden")
+        wanted = ("last_hidden_state", "hidden_states") if hidden else ("logits", "last_hidden_state")
         fields = [field for field in wanted if getattr(tensor, field, None) is not None]
         last = "[-1]" if fields and fields[0] == "hidden_states" else ""
         advice = f": pass its .{fields[0]}{last}" if fields else ""

@@ -1,4 +1,4 @@
-"""The operators kd_loss and cosine_loss of a backend in Python, made of its other operators."""
+"""The operators kd_loss and hidden_loss of a backend in Python, made of its other operators."""
 
 from __future__ import annotations
 
@@ -79,26 +79,34 @@ def whole_loss(row_weights: Operator, forward_loss: Operator) -> Operator:
     return kd_loss
 
 
-def cosine_loss(
+def hidden_loss(
     *,
     student: Tensor,
-    teacher: Tensor,
+    teacher: list[Tensor],
     mask: Tensor | None,
     normalizers: Tensor,
     gradient: Tensor | None,
+    distance: int,
+    normalize: int,
     per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights = None
+    weights, counts = None, normalizers
     if mask is not None:
         every_row = pack([0.0], student.device).expand(1, len(mask), 1)
-        weights, normalizers = ops.kd_row_weights(
+        weights, counts = ops.kd_row_weights(
             teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
         )
     else:
-        normalizers = torch.where(normalizers <= 0, 1, normalizers)
-    normalizer = normalizers[0].clone()  # no operator returns a view of what it is given
-    row_losses, stats = ops.cosine_forward(
-        student=student, teacher=teacher, weights=weights, normalizer=normalizer, gradient=gradient
+        counts = torch.where(normalizers <= 0, 1, normalizers)
+    normalizer = counts[0] / normalizers[1]
+    row_losses, stats = ops.hidden_forward(
+        student=student,
+        teacher=teacher,
+        weights=weights,
+        normalizer=normalizer,
+        gradient=gradient,
+        distance=distance,
+        normalize=normalize,
     )
     loss = row_losses if per_row else row_losses.sum().div_(normalizer)
     return loss, student.new_empty(0, dtype=torch.float32) if weights is None else weights, normalizer, stats

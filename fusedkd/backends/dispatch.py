@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import composed, eager, linear_loop
+from fusedkd.backends import eager, linear_loop
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ serving: dict[tuple[str, str], tuple[str, str]] = {}
 """(operator, device) → (backend, reason): what ``python -m fusedkd.env`` prints."""
 
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
-COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
+HIDDEN_OPERATORS = [name for name in SCHEMAS if name.startswith("hidden_")]
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
 GATHERED = "the logits of all ranks are gathered"
@@ -114,19 +114,20 @@ def _dispatch_cpu() -> None:
     choice = os.environ.get("FUSEDKD_BACKEND", "auto")
     _serve_loops("CPU")
     if choice == "definitions":
-        _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
+        _serve(KD_OPERATORS + HIDDEN_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
         _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         triton = import_module("fusedkd.backends.triton.launch")
         _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
-        _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
+        _serve(HIDDEN_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(HIDDEN_OPERATORS, "CPU", "definitions", "there is no C++ for it", eager)
             _ask_for_products()
         else:
-            _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
+            _serve(KD_OPERATORS + HIDDEN_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
             _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     else:
         raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")
@@ -141,18 +142,14 @@ def _dispatch_cuda() -> None:
     except ImportError as error:
         _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
         _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
+    _serve(HIDDEN_OPERATORS, "CUDA", "definitions", "there is no Triton kernel for it", eager)
     _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:
-        built = [name for name in COSINE_OPERATORS if name != "cosine_loss"]
-        _serve(built, "CUDA", "CUDA C++", "fusedkd._C_cuda is built")
-        _serve(["cosine_loss"], "CUDA", "PyTorch", "made of the operators of the CUDA library", composed)
         if torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::kd_cluster", "CUDA"):
             _serve(["kd_cluster"], "CUDA", "CUDA C++", "fusedkd._C_cuda is built; Triton's kd_* call it on Hopper GPUs")
         else:
             _serve(["kd_cluster"], "CUDA", "nobody", "fusedkd._C_cuda is built without 90a in FUSEDKD_CUDA_ARCHS")
-    else:
-        _serve(COSINE_OPERATORS, "CUDA", "definitions", missing, eager)
 
 
 _dispatch_cpu()

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends.call import Call
-from fusedkd.backends.composed import cosine_loss as cosine_loss
+from fusedkd.backends.composed import hidden_loss as hidden_loss
 from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.layout import (
     COUNTED,
     FINITE_GRADIENT,
+    HIDDEN_STATS,
     REVERSE,
     TOPK_KERNELS,
+    HiddenDistance,
+    HiddenNormalize,
     KernelId,
     Option,
     Stat,
@@ -199,34 +202,53 @@ def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_on
 kd_loss = whole_loss(kd_row_weights, in_turn(kd_forward, kd_terms))
 
 
-def cosine_forward(
-    student: Tensor, teacher: Tensor, weights: Tensor | None, normalizer: Tensor, gradient: Tensor | None
+def _rows_and_names(
+    student: Tensor, teacher: list[Tensor], distance: int, normalize: int
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """The rows ``(N, H)`` in float64, and what the reference calls distance and normalisation."""
+    x, y = student.flatten(0, 1).double(), torch.cat([piece.flatten(0, 1).double() for piece in teacher], -1)
+    by = None if normalize == HiddenNormalize.NONE else HiddenNormalize(normalize).name.lower()
+    return x, y, HiddenDistance(distance).name.lower(), by
+
+
+def hidden_forward(
+    student: Tensor,
+    teacher: list[Tensor],
+    weights: Tensor | None,
+    normalizer: Tensor,
+    gradient: Tensor | None,
+    distance: int,
+    normalize: int,
 ) -> tuple[Tensor, Tensor]:
-    x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
+    compared = _rows_and_names(student, teacher, distance, normalize)
     dtype = _accumulation_dtype(student)
-    w = torch.ones_like(x[:, 0]) if weights is None else weights.double()
-    distance = hidden.cosine_distance(x, y)
-    stats = torch.stack([hidden.inverse_norm(x)[:, 0], hidden.inverse_norm(y)[:, 0], distance], -1).to(dtype)
-    row_losses = torch.where(w != 0, w * distance, 0).to(dtype)
+    found = hidden.hidden_distance(*compared)
+    w = torch.ones_like(found) if weights is None else weights.double()
+    row_losses = torch.where(w != 0, w * found, 0).to(dtype)
+    stats = row_losses.new_zeros(len(row_losses), HIDDEN_STATS)  # which nothing here reads
     if gradient is not None:
-        one = row_losses.new_ones(())
-        cosine_backward(one, student, teacher, weights, normalizer, stats, gradient, skip_if_one=False)
+        inputs: dict[str, Any] = {"student": student, "teacher": teacher, "weights": weights, "normalizer": normalizer}
+        inputs |= {"stats": stats, "gradient": gradient, "distance": distance, "normalize": normalize}
+        hidden_backward(row_losses.new_ones(()), **inputs, skip_if_one=False)
     return row_losses, stats
 
 
-def cosine_backward(
+def hidden_backward(
     upstream: Tensor,
     student: Tensor,
-    teacher: Tensor,
+    teacher: list[Tensor],
     weights: Tensor | None,
     normalizer: Tensor,
     stats: Tensor,
     gradient: Tensor,
+    distance: int,
+    normalize: int,
     skip_if_one: bool,
 ) -> None:
     if skipped(upstream, skip_if_one):
         return
-    x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
-    scale = (torch.ones_like(x[:, 0]) if weights is None else weights.double()) * upstream.double() / normalizer
-    grad = torch.where(scale.unsqueeze(-1) != 0, scale.unsqueeze(-1) * hidden.cosine_distance_gradient(x, y), 0)
+    compared = _rows_and_names(student, teacher, distance, normalize)
+    w = torch.ones_like(compared[0][:, 0]) if weights is None else weights.double()
+    scale = (w * upstream.double() / normalizer).unsqueeze(-1)
+    grad = torch.where(scale != 0, scale * hidden.hidden_gradient(*compared), 0)
     gradient.copy_(grad.view(student.shape))

@@ -72,14 +72,40 @@ COUNTED = float("-inf")
 """In place of a normaliser that is not given: the number of rows is counted."""
 
 
-class CosineStat(IntEnum):
-    """Columns of the statistics ``(N, len(CosineStat))`` of the cosine operators."""
+class HiddenDistance(IntEnum):
+    """How the operators of hidden states compare two rows: their ``distance``."""
 
-    STUDENT_INVERSE_NORM = 0
-    """1/√(Σx² + ε)."""
-    TEACHER_INVERSE_NORM = 1
-    DISTANCE = 2
-    """1 − cos."""
+    MSE = 0
+    COSINE = 1
+    SMOOTH_L1 = 2
+
+
+class HiddenNormalize(IntEnum):
+    """What they do to both rows first: their ``normalize``."""
+
+    NONE = 0
+    L2 = 1
+    LAYER_NORM = 2
+
+
+class HiddenStat(IntEnum):
+    """Columns of the statistics ``(N, HIDDEN_STATS)`` of the operators of hidden states: a row is normalised to
+    x̂ = scale·(x − mean − rest), and ∂D/∂x is a multiple of g − shift − pull·x̂, g the derivative by x̂.
+    """
+
+    STUDENT_SCALE = 0
+    """1/√(Σx² + ε) or 1/√(variance + ε); of the cosine of rows that layer norm normalises, both in one."""
+    STUDENT_MEAN = 1
+    STUDENT_REST = 2
+    """What the rounding of the mean took from it."""
+    TEACHER_SCALE = 3
+    TEACHER_MEAN = 4
+    TEACHER_REST = 5
+    SHIFT = 6
+    PULL = 7
+
+
+HIDDEN_STATS = len(HiddenStat)
 
 
 class ShardStat(IntEnum):

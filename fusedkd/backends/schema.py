@@ -36,11 +36,14 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
                     in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
                     wanted.
-``cosine_*``        kd_forward and kd_backward for hidden states ``(B, L, H)``: row losses ``(N,)``: w·(1 − cos);
-                    statistics ``(N, 3)``.
-``cosine_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
+``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
+                    ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
+                    ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
+                    `weights`, all are 1.
+``hidden_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
                     normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
-                    float64, the first of those given as for kd_row_weights; statistics.
+                    float64; statistics. `normalizers` ``(2,)`` float64: the normaliser, or COUNTED as for
+                    kd_row_weights, and what it is then divided by, a weight of the loss.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import CosineStat, Stat
+from fusedkd.backends.layout import HIDDEN_STATS, Stat
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -65,7 +68,8 @@ _LOSS = (
     "Tensor? normalizers, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, int kernel_id, bool transform, "
     "bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-_COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
+_HIDDEN = "Tensor student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
+_COMPARED = "int distance, int normalize"
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
@@ -81,10 +85,11 @@ SCHEMAS = {
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
     "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
     " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    "cosine_forward": f"(*, {_COSINE}, Tensor(a!)? gradient) -> (Tensor, Tensor)",
-    "cosine_loss": "(*, Tensor student, Tensor teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
-    "bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
-    "cosine_backward": f"(*, Tensor upstream, {_COSINE}, Tensor stats, Tensor(a!) gradient, bool skip_if_one) -> ()",
+    "hidden_forward": f"(*, {_HIDDEN}, Tensor(a!)? gradient, {_COMPARED}) -> (Tensor, Tensor)",
+    "hidden_loss": "(*, Tensor student, Tensor[] teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
+    f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
+    "hidden_backward": f"(*, Tensor upstream, {_HIDDEN}, Tensor stats, Tensor(a!) gradient, {_COMPARED}, "
+    "bool skip_if_one) -> ()",
 }
 CLUSTER = (
     "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -147,14 +152,14 @@ def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return losses_and_stats(student, 2, len(Stat))
 
 
-@torch.library.register_fake("fusedkd::cosine_forward")
+@torch.library.register_fake("fusedkd::hidden_forward")
 def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    return losses_and_stats(student, None, len(CosineStat))
+    return losses_and_stats(student, None, HIDDEN_STATS)
 
 
-@torch.library.register_fake("fusedkd::cosine_loss")
+@torch.library.register_fake("fusedkd::hidden_loss")
 def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_losses, stats = losses_and_stats(student, None, len(CosineStat))
+    row_losses, stats = losses_and_stats(student, None, HIDDEN_STATS)
     weights = student.new_empty(0 if mask is None else row_losses.shape[0], dtype=torch.float32)
     loss = row_losses if per_row else row_losses.new_empty(())
     return loss, weights, student.new_empty((), dtype=torch.float64), stats
@@ -162,7 +167,7 @@ def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple
 
 @torch.library.register_fake("fusedkd::kd_backward")
 @torch.library.register_fake("fusedkd::defined_backward")
-@torch.library.register_fake("fusedkd::cosine_backward")
+@torch.library.register_fake("fusedkd::hidden_backward")
 def _(**_: Any) -> None:
     return None
 
