@@ -20,6 +20,7 @@ from fusedkd.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from fusedkd.losses.attention import attention_kl_loss, attention_mse_loss
 from fusedkd.losses.hidden import cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.linear_kd import linear_kd_loss
@@ -45,6 +46,8 @@ __all__ = [
     "TeacherSamples",
     "TeacherTopK",
     "TotalVariation",
+    "attention_kl_loss",
+    "attention_mse_loss",
     "cosine_hidden_loss",
     "hidden_loss",
     "kd_loss",

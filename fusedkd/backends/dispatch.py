@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import eager, linear_loop
+from fusedkd.backends import attention_loop, eager, linear_loop
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -93,6 +93,7 @@ def _serve_loops(device: str) -> None:
     """The operators that are PyTorch everywhere."""
     reason = "products by torch.mm or `product`, tiles by the operators above"
     _serve(LINEAR_OPERATORS, device, "PyTorch", reason, linear_loop)
+    _serve(["attention"], device, "PyTorch", reason, attention_loop)
     for name in DEFINED_OPERATORS:
         serving[name, device] = "PyTorch", "autograd on some rows at a time"
         function = getattr(import_module("fusedkd.backends.defined"), name.replace("defined", "kd"))

@@ -36,6 +36,11 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
                     in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
                     wanted.
+``attention``       the loss between attention maps, from queries and keys ``(B, heads, L, d)``; keys None: those are
+                    the queries. ``rows`` and ``keys``, ``(B, L)`` bool or None for all: the queries that have a loss,
+                    the keys that are seen. ``upstream``: ``(B, heads, L)``, or None for 1. Returns row losses
+                    ``(B, heads, L)`` and the gradients of the student's queries and keys in A, each empty if not
+                    wanted, the sum of both in the first where they are the same.
 ``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
                     ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
                     ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
@@ -85,6 +90,9 @@ SCHEMAS = {
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
     "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
     " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention": "(*, Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? rows, "
+    "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, int kernel_id, bool causal, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor)",
     "hidden_forward": f"(*, {_HIDDEN}, Tensor(a!)? gradient, {_COMPARED}) -> (Tensor, Tensor)",
     "hidden_loss": "(*, Tensor student, Tensor[] teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -141,6 +149,14 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     return d_hidden, d_weight, d_bias
 
 
+def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what the operator attention returns."""
+    total = torch.promote_types(q.dtype, torch.float32)
+    d_q = q.new_empty(q.shape if wanted[0] else 0, dtype=total)
+    d_k = q.new_empty(q.shape if wanted[1] and k is not None else 0, dtype=total)
+    return q.new_empty(q.shape[:3], dtype=total), d_q, d_k
+
+
 @torch.library.register_fake("fusedkd::kd_row_weights")
 def _(*, teacher: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return weights_and_counts(teacher)
@@ -191,3 +207,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
     return row_losses, *gradients_like(hidden, weight, wanted)
+
+
+@torch.library.register_fake("fusedkd::attention")
+def _(*, student_q: Tensor, student_k: Tensor | None, wanted: list[bool], **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return attention_memory(student_q, student_k, wanted)
