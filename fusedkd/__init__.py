@@ -5,7 +5,7 @@
 >>> loss = fusedkd.cosine_hidden_loss(student_hidden, teacher_hidden, mask=attention_mask)
 """
 
-from fusedkd import nn
+from fusedkd import layer_maps, nn
 from fusedkd.backends import dispatch  # noqa: F401  registers the operators
 from fusedkd.divergences import (
     DKD,
@@ -21,8 +21,10 @@ from fusedkd.divergences import (
     TotalVariation,
 )
 from fusedkd.losses.attention import attention_kl_loss, attention_mse_loss
+from fusedkd.losses.contrastive import contrastive_hidden_loss
 from fusedkd.losses.hidden import cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import kd_loss
+from fusedkd.losses.layers import layer_attention_loss, pairwise_layer_mse
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDOptions, KDTerms
 from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
@@ -48,9 +50,13 @@ __all__ = [
     "TotalVariation",
     "attention_kl_loss",
     "attention_mse_loss",
+    "contrastive_hidden_loss",
     "cosine_hidden_loss",
     "hidden_loss",
     "kd_loss",
+    "layer_attention_loss",
+    "layer_maps",
     "linear_kd_loss",
     "nn",
+    "pairwise_layer_mse",
 ]

@@ -21,6 +21,7 @@ serving: dict[tuple[str, str], tuple[str, str]] = {}
 
 KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
 HIDDEN_OPERATORS = [name for name in SCHEMAS if name.startswith("hidden_")]
+LAYER_OPERATORS = [name for name in SCHEMAS if name.startswith("layer_")]
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
 GATHERED = "the logits of all ranks are gathered"
@@ -115,7 +116,13 @@ def _dispatch_cpu() -> None:
     choice = os.environ.get("FUSEDKD_BACKEND", "auto")
     _serve_loops("CPU")
     if choice == "definitions":
-        _serve(KD_OPERATORS + HIDDEN_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
+        _serve(
+            KD_OPERATORS + HIDDEN_OPERATORS + LAYER_OPERATORS,
+            "CPU",
+            "definitions",
+            "FUSEDKD_BACKEND=definitions",
+            eager,
+        )
         _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         triton = import_module("fusedkd.backends.triton.launch")
@@ -125,10 +132,10 @@ def _dispatch_cpu() -> None:
         missing = load("_C")
         if missing is None:
             _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
-            _serve(HIDDEN_OPERATORS, "CPU", "definitions", "there is no C++ for it", eager)
+            _serve(HIDDEN_OPERATORS + LAYER_OPERATORS, "CPU", "definitions", "there is no C++ for it", eager)
             _ask_for_products()
         else:
-            _serve(KD_OPERATORS + HIDDEN_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
+            _serve(KD_OPERATORS + HIDDEN_OPERATORS + LAYER_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
             _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
     else:
         raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")

@@ -4,7 +4,7 @@ extension, and the truth the kernels are tested with. Memory and time are those 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fusedkd.backends.layout import (
     Stat,
     TopkKernelId,
 )
-from fusedkd.reference import divergences, hidden, softmax, sparse
+from fusedkd.reference import divergences, hidden, layers, softmax, sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax
 
@@ -252,3 +252,53 @@ def hidden_backward(
     scale = (w * upstream.double() / normalizer).unsqueeze(-1)
     grad = torch.where(scale != 0, scale * hidden.hidden_gradient(*compared), 0)
     gradient.copy_(grad.view(student.shape))
+
+
+def _layers(layers: Sequence[Tensor], weights: Tensor | None) -> Tensor:
+    """``(layers, N, H)`` in float64. Rows that are not selected are 0, whatever they hold."""
+    stacked = torch.stack([layer.flatten(0, 1).double() for layer in layers])
+    return stacked if weights is None else torch.where((weights != 0).unsqueeze(-1), stacked, 0)
+
+
+def layer_attention(
+    upstream: Tensor | None,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor | None,
+    normalizer: Tensor,
+    buckets: Tensor,
+    gradient: Tensor | None,
+    teacher_gradient: Tensor | None,
+    skip_if_one: bool,
+) -> Tensor:
+    x, y = _layers(student, weights), _layers(teacher, weights)
+    losses, of_student, of_teacher = layers.layer_attention(x, y, buckets != 0)
+    w = torch.ones_like(losses) if weights is None else weights.double()
+    if upstream is None or not skipped(upstream, skip_if_one):
+        scale = (w * (1.0 if upstream is None else upstream.double()) / normalizer).unsqueeze(-1)
+        for to, of in ((gradient, of_student), (teacher_gradient, of_teacher)):
+            if to is not None:
+                to.copy_(torch.where(scale != 0, scale * of, 0).view(to.shape))
+    return torch.where(w != 0, w * losses, 0).to(_accumulation_dtype(student[0]))
+
+
+def layer_distances(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Tensor | None, normalizer: Tensor
+) -> Tensor:
+    rows = layers.pairwise_mse(_layers(student, weights), _layers(teacher, weights))
+    w = torch.ones_like(rows[:, 0, 0]) if weights is None else weights.double()
+    return (torch.einsum("n,njk->jk", w, rows) / normalizer).to(_accumulation_dtype(student[0]))
+
+
+def layer_distances_backward(
+    upstream: Tensor,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor | None,
+    normalizer: Tensor,
+) -> Tensor:
+    x, y = _layers(student, weights), _layers(teacher, weights)
+    gradient = layers.pairwise_mse_gradient(x, y, upstream.double()) / normalizer
+    if weights is not None:
+        gradient *= weights.double().unsqueeze(-1)
+    return gradient.to(student[0].dtype).view(len(student), *student[0].shape)

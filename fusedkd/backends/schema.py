@@ -49,6 +49,13 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
                     float64; statistics. `normalizers` ``(2,)`` float64: the normaliser, or COUNTED as for
                     kd_row_weights, and what it is then divided by, a weight of the loss.
+``layer_attention`` ALP-KD over M student and K teacher layers, each ``(B, L, H)``, of one type a side: row losses
+                    ``(N,)``, Σ_j w·|s_j − c_j|²/H; and, unless None, the gradients of their sum over the normaliser, times
+                    `upstream`, ``()`` or ``(N,)``, None for 1, into `gradient` ``(M, B, L, H)`` and `teacher_gradient`
+                    ``(K, B, L, H)``. `buckets` ``(M, K)`` float64, not 0 where the layer k is one of j's. With
+                    ``skip_if_one`` as in kd_backward.
+``layer_distances`` mean over H and weighted sum over rows, by the normaliser, of (s_j − t_k)², ``(M, K)``.
+``layer_distances_backward``  its gradient ``(M, B, L, H)``, of the first side, for an upstream ``(M, K)``.
 """
 
 from __future__ import annotations
@@ -75,6 +82,7 @@ _LOSS = (
 )
 _HIDDEN = "Tensor student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
 _COMPARED = "int distance, int normalize"
+_LAYERS = "Tensor[] student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
@@ -98,6 +106,10 @@ SCHEMAS = {
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
     "hidden_backward": f"(*, Tensor upstream, {_HIDDEN}, Tensor stats, Tensor(a!) gradient, {_COMPARED}, "
     "bool skip_if_one) -> ()",
+    "layer_attention": f"(*, Tensor? upstream, {_LAYERS}, Tensor buckets, Tensor(a!)? gradient, "
+    "Tensor(b!)? teacher_gradient, bool skip_if_one) -> Tensor",
+    "layer_distances": f"(*, {_LAYERS}) -> Tensor",
+    "layer_distances_backward": f"(*, Tensor upstream, {_LAYERS}) -> Tensor",
 }
 CLUSTER = (
     "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -136,6 +148,11 @@ def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[T
     rows, dtype = student.shape[0] * student.shape[1], accumulation_dtype(student.dtype)
     shape = (rows,) if losses is None else (losses, rows)
     return student.new_empty(shape, dtype=dtype), student.new_empty((rows, stats), dtype=dtype)
+
+
+def layers_like(layers: Sequence[Tensor]) -> Tensor:
+    """Memory for the gradient of layers ``(B, L, H)``, one after the other."""
+    return layers[0].new_empty((len(layers), *layers[0].shape))
 
 
 def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,3 +229,18 @@ def _(
 @torch.library.register_fake("fusedkd::attention")
 def _(*, student_q: Tensor, student_k: Tensor | None, wanted: list[bool], **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention_memory(student_q, student_k, wanted)
+
+
+@torch.library.register_fake("fusedkd::layer_attention")
+def _(*, student: list[Tensor], **_: Any) -> Tensor:
+    return losses_and_stats(student[0], None, 0)[0]
+
+
+@torch.library.register_fake("fusedkd::layer_distances")
+def _(*, student: list[Tensor], teacher: list[Tensor], **_: Any) -> Tensor:
+    return student[0].new_empty(len(student), len(teacher), dtype=accumulation_dtype(student[0].dtype))
+
+
+@torch.library.register_fake("fusedkd::layer_distances_backward")
+def _(*, student: list[Tensor], **_: Any) -> Tensor:
+    return layers_like(student)
