@@ -25,7 +25,7 @@ from truth import Term, assert_value, float64, kd_truth, targets
 
 import fusedkd
 from fusedkd import TeacherLogits
-from fusedkd.backends import linear_loop
+from fusedkd.backends import products
 from fusedkd.losses.kd import Teacher
 
 HALF = (torch.float16, torch.bfloat16)
@@ -206,7 +206,7 @@ def assert_gradients(
         bound = (1.75 if rounded in HALF else 1.25) * rounding
         if rounded in HALF:
             oracles = torch.stack([norm(float64(each[name].to(rounded)) - expected) for each in truth.oracles])
-            if gradient.is_cuda or rounds or rounded in linear_loop.own_products:
+            if gradient.is_cuda or rounds or rounded in products.own_products:
                 # ∂z is rounded, too: the error scatters around √2 × rounding as the oracles' do
                 bound = torch.maximum(bound, oracles.amax(0)).minimum(1.1 * oracles.amax(0))
             else:
@@ -252,12 +252,12 @@ def counted_products() -> Iterator[list[tuple[int, int, int]]]:
     """The m, k and n of the matrix products inside."""
 
     found: list[tuple[int, int, int]] = []
-    product = linear_loop._product
+    product = products.product
 
     def record(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Any:
         found.append((*a.shape, b.shape[1]))
         return product(a, b, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_loop, "_product", record)
+        patch.setattr(products, "product", record)
         yield found

@@ -44,13 +44,13 @@ def pytest_load_initial_conftests() -> None:
     _run_faster()
     counts = running.enter_context(sanitize.session(90, "<pytest>"))
     os.environ["FUSEDKD_BACKEND"] = "triton"
-    from fusedkd.backends import dispatch, linear_loop
+    from fusedkd.backends import dispatch, products
     from fusedkd.backends.triton import choice, kd
 
     kd.describe = choice.describe = lambda device: choice.Device(108, cluster=False, hip=False)
     dispatch.serving |= {(name, "CUDA"): backend for (name, _), backend in dispatch.serving.items()}
-    product = linear_loop._product  # operands of 16 bits, result of 32: here, they are converted first
-    linear_loop._product = lambda a, b, out, *x, **y: product(a.to(out.dtype), b.to(out.dtype), out, *x, **y)
+    product = products.product  # operands of 16 bits, result of 32: here, they are converted first
+    products.product = lambda a, b, out, *x, **y: product(a.to(out.dtype), b.to(out.dtype), out, *x, **y)
     Tensor.is_cpu = property(lambda self: False)
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.Generator = Generator

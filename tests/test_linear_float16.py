@@ -23,7 +23,7 @@ from fusedkd import (
     TeacherHead,
     TeacherSamples,
 )
-from fusedkd.backends import eager, linear_loop, slopes
+from fusedkd.backends import eager, products, slopes
 from fusedkd.backends.eager import DEFINITIONS
 from fusedkd.backends.layout import KernelId, TopkKernelId
 from fusedkd.divergences import Divergence
@@ -34,7 +34,7 @@ BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 
 @pytest.fixture
 def _rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_loop, "_operand", lambda g, dtype, tiles: g.to(dtype))
+    monkeypatch.setattr(products, "operand", lambda g, dtype, tiles: g.to(dtype))
 
 
 def check(p: Problem, upstream: Any = 1.0, **options: Any) -> None:

@@ -26,7 +26,7 @@ from torch import nn
 from truth import DTYPES, assert_value, noise_for
 
 from fusedkd import TeacherHead
-from fusedkd.backends import dispatch, linear_loop
+from fusedkd.backends import dispatch, linear_loop, products
 from fusedkd.losses.linear_kd import Tiles
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
@@ -78,7 +78,7 @@ def test_tiles_change_rounding_alone(device: str) -> None:
 
 def test_default_tiles_of_many_rows(device: str) -> None:
     """In equal shares: 2048 to 4096 rows each on a GPU, a few hundred on a CPU."""
-    fewest, most = (2048, 4096) if device != "cpu" else (128, 256) if linear_loop.own_products else (512, 1024)
+    fewest, most = (2048, 4096) if device != "cpu" else (128, 256) if products.own_products else (512, 1024)
     p = problem(9000, sizes=(8, 9), columns=(40, 40), device=device)
     with counted_products() as calls:
         check_linear(p, **BOTH, kd_mask=torch.ones_like(p.labels))
@@ -94,7 +94,7 @@ def test_default_tiles_on_a_cpu() -> None:
         size = linear_loop.tile_size(torch.device("cpu"), dtype, torch.float32)
         for columns, expected in ((1000, 256), (30522, 206), (128256, 128)):
             rows = Tiles(None, torch.float32, None).rows(tile_bytes(1, columns, columns), 10**6, size)
-            assert rows == (expected if dtype in linear_loop.own_products else 1024)
+            assert rows == (expected if dtype in products.own_products else 1024)
 
 
 def test_small_tiles_warn(device: str) -> None:

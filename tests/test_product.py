@@ -14,7 +14,7 @@ from families import describe
 from linear_cases import check_linear, problem
 from torch import Tensor
 
-from fusedkd.backends import linear_loop
+from fusedkd.backends import products
 from fusedkd.backends.dispatch import serving
 
 if serving["kd_forward", "CPU"][0] != "C++":
@@ -26,7 +26,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(params=BOTH, ids=describe)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    if request.param not in linear_loop.own_products:
+    if request.param not in products.own_products:
         pytest.skip("this processor leaves it to PyTorch")
     found: torch.dtype = request.param
     return found
@@ -146,5 +146,5 @@ def test_where_the_processor_has_less(lower: str) -> None:
 
 @pytest.mark.skipif("FUSEDKD_ISA" not in os.environ, reason="no instruction set was asked for")
 def test_less_is_obeyed() -> None:
-    assert torch.bfloat16 not in linear_loop.own_products or isa() == "avx512_bf16"
-    assert torch.float32 not in linear_loop.own_products or isa().startswith("avx512")
+    assert torch.bfloat16 not in products.own_products or isa() == "avx512_bf16"
+    assert torch.float32 not in products.own_products or isa().startswith("avx512")

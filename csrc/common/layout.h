@@ -36,12 +36,20 @@ enum Stat : int64_t {
   STATS,
 };
 
-// Columns of the statistics [N, COSINE_STATS] of the cosine operators.
-enum CosineStat : int64_t {
-  STUDENT_INVERSE_NORM,
-  TEACHER_INVERSE_NORM,
-  DISTANCE,
-  COSINE_STATS,
+// How the operators of hidden states compare two rows, what they do to both first, and the columns of their statistics
+// [N, HIDDEN_STATS].
+enum class HiddenDistance : int64_t { MSE, COSINE, SMOOTH_L1 };
+enum class HiddenNormalize : int64_t { NONE, L2, LAYER_NORM };
+enum HiddenStat : int64_t {
+  STUDENT_FACTOR,
+  STUDENT_MEAN,
+  STUDENT_REST,
+  TEACHER_FACTOR,
+  TEACHER_MEAN,
+  TEACHER_REST,
+  SHIFT,
+  PULL,
+  HIDDEN_STATS,
 };
 
 // Of a shard of the vocabulary there are more, [N, STATS + SHARD_STATS]: these come after the others.

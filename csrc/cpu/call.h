@@ -69,13 +69,16 @@ void run(const KdCall& k);
 void run_in_lanes(const KdCall& k);  // of at most LANE_COLUMNS columns, not DKD, and no shard
 void run(const TopkCall& k);
 
-// Of cosine_hidden_loss.
-struct CosineCall {
-  Rows student, teacher;  // [B, L, H]
-  const float* weights;   // [N] or null: all 1
+// Of hidden_loss.
+struct HiddenCall {
+  Rows student;               // [B, L, H]
+  std::vector<Rows> teacher;  // pieces [B, L, H_k], which count as their concatenation
+  const float* weights;       // [N] or null: all 1
   double normalizer;
+  HiddenDistance distance;
+  HiddenNormalize normalize;
   bool forward = false;                    // rows and stats are results, else stats are given
-  void *rows = nullptr, *stats = nullptr;  // [N] and [N, 3] of the accumulation type
+  void *rows = nullptr, *stats = nullptr;  // [N] and [N, HIDDEN_STATS] of the accumulation type
   std::optional<Rows> gradient = {};       // [B, L, H] like the student
   std::optional<PerRow> upstream = {};     // 1 if none
 };

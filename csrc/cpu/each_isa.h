@@ -3,9 +3,9 @@
 
 // The guards of all headers that belong to an instruction set. One that is missing here does not compile: its functions
 // would be missing in the second namespace.
-#undef FUSEDKD_COSINE_ROWS
 #undef FUSEDKD_CROSS_ENTROPY
 #undef FUSEDKD_DIVERGENCES
+#undef FUSEDKD_HIDDEN_ROWS
 #undef FUSEDKD_KD_LANES
 #undef FUSEDKD_KD_PASS
 #undef FUSEDKD_KD_ROWS

@@ -35,20 +35,6 @@ template <class A, int stage = 1> INLINE void transpose(Vec<A> (&x)[WIDTH<A>]) {
 // WIDTH rows.
 template <class A> using RowsOfLanes = char * [WIDTH<A>];
 
-// WIDTH elements of a row.
-template <class A, class S> INLINE Vec<A> load_as(const S* p) {
-  if constexpr (std::is_same_v<A, S>) return load(p);
-  A x[WIDTH<A>];
-  convert(p, WIDTH<A>, x);
-  return load(x);
-}
-template <class A, class S> INLINE void store_as(S* p, Vec<A> x) {
-  if constexpr (std::is_same_v<A, S>) return store(p, x);
-  A y[WIDTH<A>];
-  store(y, x);
-  convert(y, WIDTH<A>, p);
-}
-
 // Whether the columns that fill no square go through one too: the instruction set has loads and stores of n elements.
 template <class A, class S>
 constexpr bool masked = std::is_same_v<A, float> && std::is_same_v<S, float> && FUSEDKD_VECTOR_BYTES >= 32;

@@ -12,6 +12,8 @@
 
 #undef INLINE
 #define INLINE inline __attribute__((always_inline))
+#undef FLAT
+#define FLAT __attribute__((always_inline))  // of a lambda
 
 namespace FUSEDKD_NAMESPACE {
 
@@ -265,6 +267,36 @@ INLINE void convert(const float* from, int64_t n, Half* to) {
   for (; i < n; i++) to[i].x = _cvtss_sh(from[i], nearest);
 }
 #endif
+
+// A vector of columns, from memory of type S and to it.
+typedef uint16_t Halves __attribute__((vector_size(FUSEDKD_VECTOR_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(FUSEDKD_VECTOR_BYTES)));
+template <class A, class S> INLINE Vec<A> load_as(const S* p) {
+  if constexpr (std::is_same_v<A, S>) {
+    return load(p);
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<S, BFloat16>) {
+    Halves x;
+    std::memcpy(&x, (const void*)p, sizeof x);
+    return (F)(__builtin_convertvector(x, Words) << 16);
+  } else {
+    A x[WIDTH<A>];
+    convert(p, WIDTH<A>, x);
+    return load(x);
+  }
+}
+template <class A, class S> INLINE void store_as(S* p, Vec<A> x) {
+  if constexpr (std::is_same_v<A, S>) {
+    store(p, x);
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<S, BFloat16>) {
+    const Words bits = (Words)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves y = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc0 : rounded, Halves);
+    std::memcpy((void*)p, &y, sizeof y);
+  } else {
+    A y[WIDTH<A>];
+    store(y, x);
+    convert(y, WIDTH<A>, p);
+  }
+}
 
 constexpr int64_t whole_steps(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
 

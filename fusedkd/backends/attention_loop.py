@@ -23,7 +23,8 @@ from torch import Tensor
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.layout import KernelId, Option
-from fusedkd.backends.linear_loop import _aligned, _in_range, _product, own_product
+from fusedkd.backends.linear_loop import _in_range
+from fusedkd.backends.products import _aligned, own_product, product
 from fusedkd.backends.schema import attention_memory
 
 CPU_TILE, GPU_TILE = 3 << 20, 512 << 20
@@ -250,7 +251,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a·b, or out += a·b, of each pair."""
     if not a.is_cuda and own_product(b.dtype, out.dtype) and (len(a) == 1 or out[0].numel() >= SMALL):
         for each in zip(a, b, out, strict=True):
-            _product(*each, add=add)
+            product(*each, add=add)
         return
     options: dict[str, Any] = {}
     if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result

@@ -90,15 +90,7 @@ def hidden_loss(
     normalize: int,
     per_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, counts = None, normalizers
-    if mask is not None:
-        every_row = pack([0.0], student.device).expand(1, len(mask), 1)
-        weights, counts = ops.kd_row_weights(
-            teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
-        )
-    else:
-        counts = torch.where(normalizers <= 0, 1, normalizers)
-    normalizer = counts[0] / normalizers[1]
+    weights, normalizer = hidden_weights(mask, normalizers)
     row_losses, stats = ops.hidden_forward(
         student=student,
         teacher=teacher,
@@ -110,3 +102,16 @@ def hidden_loss(
     )
     loss = row_losses if per_row else row_losses.sum().div_(normalizer)
     return loss, student.new_empty(0, dtype=torch.float32) if weights is None else weights, normalizer, stats
+
+
+def hidden_weights(mask: Tensor | None, normalizers: Tensor) -> tuple[Tensor | None, Tensor]:
+    """What hidden_forward is given of the mask and of the `normalizers` of hidden_loss: the weights of the rows, or
+    None for 1, and the normaliser.
+    """
+    if mask is None:
+        return None, torch.where(normalizers <= 0, 1, normalizers)[0] / normalizers[1]
+    every_row = pack([0.0], mask.device).expand(1, len(mask), 1)
+    weights, counts = ops.kd_row_weights(
+        teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
+    )
+    return weights, counts[0] / normalizers[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import attention_loop, eager, linear_loop
+from fusedkd.backends import attention_loop, eager, linear_loop, products, projected
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -25,7 +25,6 @@ LAYER_OPERATORS = [name for name in SCHEMAS if name.startswith("layer_")]
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
 GATHERED = "the logits of all ranks are gathered"
-LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
 
 
 def load(library: str) -> str | None:
@@ -93,7 +92,8 @@ class _Slow:
 def _serve_loops(device: str) -> None:
     """The operators that are PyTorch everywhere."""
     reason = "products by torch.mm or `product`, tiles by the operators above"
-    _serve(LINEAR_OPERATORS, device, "PyTorch", reason, linear_loop)
+    _serve(["linear_kd"], device, "PyTorch", reason, linear_loop)
+    _serve(["linear_hidden"], device, "PyTorch", reason, projected)
     _serve(["attention"], device, "PyTorch", reason, attention_loop)
     for name in DEFINED_OPERATORS:
         serving[name, device] = "PyTorch", "autograd on some rows at a time"
@@ -106,7 +106,7 @@ def _ask_for_products() -> None:
     matrices = {dtype: torch.empty(0, 0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
     out, product = matrices[torch.float32], torch.ops.fusedkd.product
     found = [dtype for dtype, x in matrices.items() if product(a=x, b=x, bias=None, out=out, add=False)]
-    linear_loop.own_products = frozenset(found)
+    products.own_products = frozenset(found)
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
     reason = f"of {names}, on this processor" if found else "this processor has no AVX-512, or a library that uses it"
     _serve(["product"], "CPU", "C++" if found else "PyTorch", reason)
@@ -131,8 +131,8 @@ def _dispatch_cpu() -> None:
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
-            _serve(HIDDEN_OPERATORS + LAYER_OPERATORS, "CPU", "definitions", "there is no C++ for it", eager)
+            _serve(KD_OPERATORS + SHARD_OPERATORS + HIDDEN_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(LAYER_OPERATORS, "CPU", "definitions", "for now", eager)
             _ask_for_products()
         else:
             _serve(KD_OPERATORS + HIDDEN_OPERATORS + LAYER_OPERATORS, "CPU", "definitions", missing, _Slow(missing))

@@ -90,15 +90,15 @@ class HiddenNormalize(IntEnum):
 
 class HiddenStat(IntEnum):
     """Columns of the statistics ``(N, HIDDEN_STATS)`` of the operators of hidden states: a row is normalised to
-    x̂ = scale·(x − mean − rest), and ∂D/∂x is a multiple of g − shift − pull·x̂, g the derivative by x̂.
+    x̂ = factor·(x − mean − rest), and ∂D/∂x is a multiple of g − shift − pull·x̂, g the derivative by x̂.
     """
 
-    STUDENT_SCALE = 0
+    STUDENT_FACTOR = 0
     """1/√(Σx² + ε) or 1/√(variance + ε); of the cosine of rows that layer norm normalises, both in one."""
     STUDENT_MEAN = 1
     STUDENT_REST = 2
     """What the rounding of the mean took from it."""
-    TEACHER_SCALE = 3
+    TEACHER_FACTOR = 3
     TEACHER_MEAN = 4
     TEACHER_REST = 5
     SHIFT = 6

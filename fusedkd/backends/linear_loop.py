@@ -5,11 +5,10 @@
     ∂x = g·W            [R, H_s]
     ∂W += gᵀ·x          [V_s, H_s] float32 over all tiles, the first of which writes
 
-6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of size N×V exists. The products are
-PyTorch's own or, on a CPU with AVX-512, those of csrc/cpu/product.cpp, because PyTorch has none of 16-bit operands with
-a float32 result there; they round ∂z to the operands' type, as on a GPU. The gradient is that of upstream 1, as in
-kd_loss, and backward only scales it. (The loop is that of QuACK's chunked linear cross-entropy; why the rows per tile
-matter, and not the number of tiles: Liger-Kernel's pull request 1472; why ∂W adds up in float32: 1391.)
+6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of size N×V exists. The gradient is
+that of upstream 1, as in kd_loss, and backward only scales it. (The loop is that of QuACK's chunked linear
+cross-entropy; why the rows per tile matter, and not the number of tiles: Liger-Kernel's pull request 1472; why ∂W adds
+up in float32: 1391.)
 """
 
 from __future__ import annotations
@@ -21,36 +20,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd.backends import block
+from fusedkd.backends import block, products
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import rows_of
 from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option, TopkKernelId
+from fusedkd.backends.products import Tiles, own_product, tile_type
 from fusedkd.backends.schema import gradients_like
 from fusedkd.backends.shard import Shard
 from fusedkd.backends.slopes import BOUNDS, DEFINED_BOUND, SPARSE_BOUNDS
 
-ops = torch.ops.fusedkd
-
-ALIGNMENT = 64
-"""Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
 MOST_ROWS = 4096
 """Of a tile: more gain nothing."""
 FLOAT16_TOP = 8192.0
 """Of 65504: an eighth, because some bounds of `slopes.py` hold for usual rows only."""
-PANEL = 8192
-"""Rows of a 16-bit weight that the CPU converts to float32 at a time, where it has no product of 16 bits."""
-own_products: frozenset[torch.dtype] = frozenset()
-"""Types that csrc/cpu/product.cpp multiplies on this processor: :mod:`fusedkd.backends.dispatch` asks it."""
-
-
-def tile_type(operands: torch.dtype, wish: torch.dtype) -> torch.dtype:
-    """Of logits: what PyTorch's products can give, which is the operands' type, or float32 from 16 bits."""
-    return wish if wish == operands else torch.promote_types(operands, torch.float32)
-
-
-def own_product(operands: torch.dtype, result: torch.dtype) -> bool:
-    """Whether products on a CPU are those of csrc/cpu/product.cpp. ∂z, float32, counts as the other operand's type."""
-    return operands in own_products and result == torch.float32
 
 
 class TileSize(NamedTuple):
@@ -70,10 +52,6 @@ def tile_size(device: torch.device, operands: torch.dtype, wish: torch.dtype) ->
         return TileSize(4 << 30, 1024, MOST_ROWS)
     own = own_product(operands, tile_type(operands, wish))
     return TileSize(48 << 20, 128, 256) if own else TileSize(4 << 30, 1024, 1024)
-
-
-def row_bytes(columns: int, dtype: torch.dtype) -> int:
-    return _aligned(columns) * dtype.itemsize
 
 
 def linear_kd(
@@ -139,7 +117,7 @@ def _linear_kd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, grad = hidden.shape[0], any(wanted)
     row_weights = [each.row_weights for each in members]
-    active, places, overflow = _selected(row_weights, labels if flags.ce else None, flags.ignore_index, max_rows)
+    active, places, overflow = selected(row_weights, labels if flags.ce else None, flags.ignore_index, max_rows)
     if overflow is not None:
         members = [t._replace(normalizers=torch.where(overflow, torch.nan, t.normalizers)) for t in members]
     unit = None
@@ -156,14 +134,14 @@ def _linear_kd(
         d_hidden.zero_()
     if wanted[2]:
         d_bias.zero_()
-    tiles = _Tiles(size, hidden)
+    tiles = Tiles(size, hidden)
     for start in range(0, count, max(1, size)):
         stop = min(start + size, count)
         part = slice(start, stop) if places is None else places[start:stop]
         x, y = hidden[part], None if labels is None else labels[part]
         if active is not None:  # what is in a row without a term must not reach ∂W, not even as 0·NaN
             x = torch.where(active[part].unsqueeze(1), x, 0)
-        z = _project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
+        z = products.project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
         logits, of_tile = z.unsqueeze(0), _TeacherTiles(members, part, z, tiles, tile_dtype)
         found, _ = block.forward(logits, y, of_tile, flags, logits if grad else None)
         if size == n and places is None:
@@ -177,14 +155,14 @@ def _linear_kd(
             g.mul_(upstream[part].unsqueeze(1))
         if wanted[2]:
             d_bias.add_(g.sum(0, dtype=d_bias.dtype))
-        g = _operand(g, dtype, tiles)
+        g = products.operand(g, dtype, tiles)
         if wanted[0]:
             if isinstance(part, slice):
-                _pull_back(g, head, d_hidden[part])
+                products.pull_back(g, head, d_hidden[part])
             else:
-                d_hidden[part] = _pull_back(g, head, d_hidden.new_empty(len(part), head.shape[1]))
+                d_hidden[part] = products.pull_back(g, head, d_hidden.new_empty(len(part), head.shape[1]))
         if wanted[1]:
-            _product(g.t(), x, d_weight, add=start > 0)
+            products.product(g.t(), x, d_weight, add=start > 0)
     if wanted[1] and count == 0:
         d_weight.zero_()
     if flags.shard is not None and wanted[0]:
@@ -197,25 +175,11 @@ def _linear_kd(
     return row_losses, *gradients
 
 
-class _Tiles:
-    """Memory that is used again for every tile, and by one teacher after the other."""
-
-    def __init__(self, rows: int, like: Tensor):
-        self.rows, self.like = rows, like
-        self.made: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def get(self, role: str, columns: int, dtype: torch.dtype) -> Tensor:
-        if (role, dtype) not in self.made or self.made[role, dtype].shape[1] < columns:
-            self.made.pop((role, dtype), None)  # before the wider one is made
-            self.made[role, dtype] = self.like.new_empty(self.rows, _aligned(columns), dtype=dtype)
-        return self.made[role, dtype][:, :columns]
-
-
 class _TeacherTiles(Sequence[TeacherRows]):
     """The teachers' rows of one tile, made when they are asked for: their logits share memory."""
 
     def __init__(
-        self, members: list[TeacherRows], part: slice | Tensor, student: Tensor, tiles: _Tiles, dtype: torch.dtype
+        self, members: list[TeacherRows], part: slice | Tensor, student: Tensor, tiles: Tiles, dtype: torch.dtype
     ):
         self.members, self.part, self.student, self.tiles, self.dtype = members, part, student, tiles, dtype
 
@@ -227,7 +191,7 @@ class _TeacherTiles(Sequence[TeacherRows]):
         rows = rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
         if t.head is not None:
             to = tile_type(t.head.dtype, self.dtype)
-            rows = _project(rows, t.head, t.bias, self.tiles.get("teacher", t.head.shape[0], to))
+            rows = products.project(rows, t.head, t.bias, self.tiles.get("teacher", t.head.shape[0], to))
         return t._replace(
             rows=rows.unsqueeze(0),
             ids=None if t.ids is None else t.ids[self.part],
@@ -235,7 +199,7 @@ class _TeacherTiles(Sequence[TeacherRows]):
         )
 
 
-def _selected(
+def selected(
     row_weights: Sequence[Tensor], labels: Tensor | None, ignore_index: int, max_rows: int | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(which rows have a term, the places of those that are projected, whether they are more than `max_rows`). The
@@ -287,61 +251,3 @@ def _reach(teacher: TeacherRows, columns: int) -> Tensor:
 def _largest(x: Tensor) -> Tensor:
     """max |x|, 0 of nothing."""
     return x.abs().amax() if x.numel() else x.new_zeros(())
-
-
-# -------------------------------------------------- products
-
-
-def _operand(g: Tensor, dtype: torch.dtype, tiles: _Tiles) -> Tensor:
-    """∂z as the products read it: on a GPU rounded to their type, for the matrix units."""
-    return tiles.get("gradient", g.shape[1], dtype)[: len(g)].copy_(g) if g.is_cuda and g.dtype != dtype else g
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, bias: Tensor | None = None) -> None:
-    """out = a·b + bias, or out += a·b. Every product of the loss is made here."""
-    if not a.is_cuda and own_product(b.dtype, out.dtype):
-        a = a if a.dtype == b.dtype else a.to(out.dtype)
-        bias = None if bias is None else bias.float().contiguous()
-        ops.product(a=_unit_stride(a), b=_unit_stride(b), bias=bias, out=out, add=add)
-        return
-    options: dict[str, Any] = {}
-    if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result
-        options = {"out_dtype": out.dtype}
-    else:
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.addmm(out, a, b, **options, out=out)
-    else:
-        torch.mm(a, b, **options, out=out)
-    if bias is not None:
-        out.add_(bias)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if 1 in x.stride() else x.contiguous()
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Tensor:
-    """x·weightᵀ + bias, in the first rows of the tile."""
-    out = tile[: len(x)]
-    if x.is_cuda or x.dtype == out.dtype or own_product(x.dtype, out.dtype):
-        _product(x, weight.t(), out, bias=bias)
-        return out
-    x = x.to(out.dtype)
-    for panel, part in zip(weight.split(PANEL), out.split(PANEL, 1), strict=True):
-        _product(x, panel.t(), part)
-    return out if bias is None else out.add_(bias)
-
-
-def _pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out = g·weight."""
-    if g.is_cuda or g.dtype == weight.dtype or own_product(weight.dtype, out.dtype):
-        _product(g, weight, out)
-        return out
-    for i, (panel, part) in enumerate(zip(weight.split(PANEL), g.split(PANEL, 1), strict=True)):
-        _product(part, panel, out, add=i > 0)
-    return out
-
-
-def _aligned(width: int) -> int:
-    return -(-width // ALIGNMENT) * ALIGNMENT

@@ -41,6 +41,10 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     the keys that are seen. ``upstream``: ``(B, heads, L)``, or None for 1. Returns row losses
                     ``(B, heads, L)`` and the gradients of the student's queries and keys in A, each empty if not
                     wanted, the sum of both in the first where they are the same.
+``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
+                    ``(H_t,)`` or None, ``tile`` rows at a time. Products are made in ``dtype``. `upstream` and
+                    ``wanted`` as of linear_kd, and after those of hidden states, projection and bias the gradient of
+                    the teacher's side, ``(N, H_t)``. Returns the loss and these four.
 ``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
                     ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
                     ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
@@ -101,6 +105,9 @@ SCHEMAS = {
     "attention": "(*, Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? rows, "
     "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, int kernel_id, bool causal, bool[] wanted) -> "
     "(Tensor, Tensor, Tensor)",
+    "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
+    f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "hidden_forward": f"(*, {_HIDDEN}, Tensor(a!)? gradient, {_COMPARED}) -> (Tensor, Tensor)",
     "hidden_loss": "(*, Tensor student, Tensor[] teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -172,6 +179,13 @@ def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tup
     d_q = q.new_empty(q.shape if wanted[0] else 0, dtype=total)
     d_k = q.new_empty(q.shape if wanted[1] and k is not None else 0, dtype=total)
     return q.new_empty(q.shape[:3], dtype=total), d_q, d_k
+def projected_gradients_like(
+    hidden: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `gradients_like`, and for that of the teacher's side."""
+    of_student = gradients_like(hidden, weight, wanted)
+    shape = (hidden.shape[0], weight.shape[0]) if wanted[3] else (0,)
+    return *of_student, of_student[0].new_empty(shape)
 
 
 @torch.library.register_fake("fusedkd::kd_row_weights")
@@ -244,3 +258,11 @@ def _(*, student: list[Tensor], teacher: list[Tensor], **_: Any) -> Tensor:
 @torch.library.register_fake("fusedkd::layer_distances_backward")
 def _(*, student: list[Tensor], **_: Any) -> Tensor:
     return layers_like(student)
+
+
+@torch.library.register_fake("fusedkd::linear_hidden")
+def _(
+    *, hidden: Tensor, weight: Tensor, per_row: bool, dtype: torch.dtype, wanted: list[bool], **_: Any
+) -> tuple[Tensor, ...]:
+    loss = hidden.new_empty(hidden.shape[0] if per_row else (), dtype=accumulation_dtype(dtype))
+    return loss, *projected_gradients_like(hidden, weight, wanted)

@@ -74,3 +74,12 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("fusedkd's losses have no second derivative: backward was called with create_graph=True")
+
+
+def rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient · factor in another type: one pass, one rounding."""
+    if factor is None:
+        return gradient.to(dtype)
+    if torch.compiler.is_compiling() or gradient.dtype == dtype:
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))

@@ -17,6 +17,7 @@ from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_bac
 from fusedkd.losses.names import by_name
 from fusedkd.losses.options import Reduction
 from fusedkd.losses.pool import pooled, token_weights
+from fusedkd.losses.projected import Projection, projected_rows_loss, projections
 from fusedkd.reference.hidden import DistanceName, NormalizeName
 
 ops = torch.ops.fusedkd
@@ -30,8 +31,8 @@ def hidden_loss(
     *,
     distance: DistanceName = "mse",
     normalize: NormalizeName | None = None,
-    projection: Tensor | None = None,
-    bias: Tensor | None = None,
+    projection: Tensor | Sequence[Tensor | None] | None = None,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
     pool: Literal["mean"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Real | None = None,
@@ -58,9 +59,10 @@ def hidden_loss(
             :func:`torch.nn.functional.cosine_embedding_loss`.
         normalize: what is done to each row first: ``"l2"``, x/√(Σx² + 1e-12), which the cosine does by itself;
             ``"layer_norm"``, :func:`torch.nn.functional.layer_norm` without weight and bias.
-        projection: ``(H_t, H_s)``, applied to the student's rows first; it gets a gradient. TinyBERT shares one among
-            all layers, and so does a list of layers here.
-        bias: ``(H_t,)``, of the projection.
+        projection: W, ``(H_t, H_s)``, as :attr:`torch.nn.Linear.weight`: the student's rows are x·Wᵀ + bias, which
+            exist a tile of rows at a time (:mod:`fusedkd.backends.projected`). Of the student's type; under autocast of
+            any. A list of layers shares it, as TinyBERT's do, or has a list of them, where None is none.
+        bias: ``(H_t,)``, of the projection, likewise. Both get gradients.
         pool: ``"mean"``: the rows compared are the means over the selected tokens of each sequence, the second to last
             dimension, and the loss is one of ``(*)`` sequences ``(*, L, H)``. With a float mask the means are weighted.
             A sequence without a selected token counts as not selected. Means are taken by a product with the mask.
@@ -82,21 +84,20 @@ def hidden_loss(
     check.flag("teacher_gradient", teacher_gradient)
     if pool not in (None, "mean"):
         raise ValueError(f"pool must be None or 'mean', not {pool!r}")
-    if bias is not None and projection is None:
-        raise ValueError("bias is given, but no projection that it belongs to")
-    if projection is not None:
-        raise NotImplementedError("hidden_loss has no projection yet: project the student's hidden states first")
     losses = []
-    for layer in _layers(student, teacher, layer_weights):
-        _check_sides(*layer[:3])
+    layers = _layers(student, teacher, layer_weights)
+    for layer, projected in zip(layers, projections(projection, bias, student), strict=True):
+        _check_sides(*layer[:3], projected)
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
+            trained = x.requires_grad or (projected is not None and projected.weight.requires_grad)
             for piece in pieces:
-                check.frozen(layer.name("teacher"), piece, x.requires_grad)
+                check.frozen(layer.name("teacher"), piece, trained)
             pieces = [piece.detach() for piece in pieces]
         if pool is not None:
             x, pieces, selected = _pooled(layer.name("student"), x, pieces, mask)
-        losses.append(rows_loss(x, pieces, selected, compared, reduction, normalizer, layer.weight))
+        given = pieces, selected, compared, reduction, normalizer, layer.weight
+        losses.append(rows_loss(x, *given) if projected is None else projected_rows_loss(x, projected, *given))
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
 
@@ -194,7 +195,7 @@ def _pieces(teacher: Any, of: str) -> list[Tensor]:
     return list(teacher)
 
 
-def _check_sides(student: Tensor, teacher: list[Tensor], of: str) -> None:
+def _check_sides(student: Tensor, teacher: list[Tensor], of: str, projection: Projection | None = None) -> None:
     check.plain(f"student{of}", student, hidden=True)
     check.float_rows(f"student{of}", student)
     for i, piece in enumerate(teacher):
@@ -202,11 +203,13 @@ def _check_sides(student: Tensor, teacher: list[Tensor], of: str) -> None:
         check.plain(name, piece, hidden=True)
         check.float_rows(name, piece, like=student)
     columns = [piece.shape[-1] for piece in teacher]
-    if student.shape[-1] != sum(columns):
+    if projection is not None:
+        projection.check(student, sum(columns))
+    elif student.shape[-1] != sum(columns):
         theirs = columns[0] if len(columns) == 1 else f"{sum(columns)}, the sum of {columns}"
         raise ValueError(
             f"student{of} and teacher{of} must have the same last dimension, not {student.shape[-1]} and {theirs}: "
-            "project one of them first"
+            "pass a projection"
         )
 
 

@@ -13,10 +13,11 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, row_bytes, tile_size, tile_type
+from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, tile_size
+from fusedkd.backends.products import row_bytes, tile_type
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
-from fusedkd.losses.common import refuse_double_backward, save_for_backward, save_teachers, saved_teachers
+from fusedkd.losses.common import refuse_double_backward, rounded, save_for_backward, save_teachers, saved_teachers
 from fusedkd.losses.kd import Teacher, Teachers
 from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import Prepared, checked_options, members, prepare
@@ -331,13 +332,4 @@ class LinearKDLossFunction(torch.autograd.Function):
         else:
             gradients, factor = ctx.saved_tensors, upstream
         typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
-        return *[_rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *unused
-
-
-def _rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """gradient · factor in another type: one pass, one rounding."""
-    if factor is None:
-        return gradient.to(dtype)
-    if torch.compiler.is_compiling() or gradient.dtype == dtype:
-        return (gradient * factor).to(dtype)
-    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+        return *[rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *unused

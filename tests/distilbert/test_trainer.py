@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fusedkd.backends import linear_loop
+from fusedkd.backends import products
 from fusedkd.nn import DistilBertLoss
 
 from . import one_step
@@ -150,13 +150,13 @@ def test_a_teacher_without_weight_is_asked_in_evaluation_only(tmp_path, monkeypa
 def test_the_rows_that_a_loss_does_not_need_are_not_projected(tmp_path, monkeypatch):
     """Plain language modelling on the CPU pays for the labelled tokens alone."""
 
-    seen, product = [], linear_loop._product
+    seen, product = [], products.product
 
     def counted(a, *rest, **options):
         seen.append(len(a))
         product(a, *rest, **options)
 
-    monkeypatch.setattr(linear_loop, "_product", counted)
+    monkeypatch.setattr(products, "product", counted)
     trainer = make("masked", PLAIN, 8, 1, str(tmp_path))
     trainer.train()
     labelled = sum(int((row["labels"] != -100).sum()) for row in one_step.rows())
