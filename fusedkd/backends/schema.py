@@ -179,6 +179,8 @@ def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tup
     d_q = q.new_empty(q.shape if wanted[0] else 0, dtype=total)
     d_k = q.new_empty(q.shape if wanted[1] and k is not None else 0, dtype=total)
     return q.new_empty(q.shape[:3], dtype=total), d_q, d_k
+
+
 def projected_gradients_like(
     hidden: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

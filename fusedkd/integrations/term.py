@@ -46,11 +46,11 @@ class Given(NamedTuple):
         """Options of a loss."""
         return {"reduction": "none"} if self.normalizer is None else {"normalizer": self.normalizer}
 
-    def projected(self) -> list[Tensor]:
-        """The student's hidden states of the pairs."""
-        hidden = [self.student.hidden[i] for i, _ in self.pairs]
-        linears = [*self.projections] * (len(hidden) if len(self.projections) == 1 else 1)
-        return [linear(h) for linear, h in zip(linears, hidden, strict=True)] if linears else hidden
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """For each pair, or none."""
+        one_for_all = len(self.projections) == 1
+        return [*self.projections] * (len(self.pairs) if one_for_all else 1)
 
 
 @dataclass(frozen=True)

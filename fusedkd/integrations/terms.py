@@ -127,17 +127,20 @@ class HiddenTerm(_OfHiddenStates):
 
     def loss(self, given: Given) -> Tensor:
         attended, share = given.pair.attended, self.weight / (len(given.pairs) if self.average else 1)
-        student = given.projected()
+        student = [given.student.hidden[i] for i, _ in given.pairs]
         teacher = [[given.teacher.hidden[j] for j in group] for _, group in given.pairs]
         if self.pool == "first":
             student, teacher = [first(h, attended) for h in student], [[first(h, attended) for h in t] for t in teacher]
             attended = attended.any(1)
+        linears = given.linears
         loss = hidden_loss(
             student,
             teacher,
             attended,
             distance=self.distance,
             normalize=self.normalize,
+            projection=[linear.weight for linear in linears] or None,
+            bias=[linear.bias for linear in linears] or None,
             pool="mean" if self.pool == "mean" else None,
             layer_weights=[share] * len(student),
             **given.reduced,
@@ -177,7 +180,9 @@ class ContrastiveTerm(_OfHiddenStates):
 
     def loss(self, given: Given) -> Tensor:
         losses = []
-        for h, (_, (j,)) in zip(given.projected(), given.pairs, strict=True):
+        for n, (i, (j,)) in enumerate(given.pairs):
+            h = given.student.hidden[i]
+            h = given.linears[n](h) if given.linears else h
             shares, selected = token_weights(h, given.pair.attended)
             sides = pooled(h, shares), pooled(given.teacher.hidden[j].to(h.dtype), shares)
             options: Any = {"temperature": self.temperature, "mask": selected, **given.reduced}
