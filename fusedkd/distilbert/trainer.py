@@ -5,6 +5,7 @@ whole optimiser step, all micro-batches and all ranks. The same class trains the
 student of the language-modelling term alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from fusedkd.divergences import Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.interrupt import Interruptible
+from fusedkd.integrations.term import Term
 from fusedkd.integrations.terms import HiddenTerm, LogitsTerm
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.nn import DistilBertLoss
@@ -29,6 +31,7 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
             KD term. It knows no temperature.
         cos_layers: pairs of indices into the `hidden_states` of student and teacher; the cosine term is their mean.
         eval_collator: of the held-out blocks, always in the same way; None: the data collator.
+        terms: further ones.
 
     The head goes through `linear_kd_loss` at every size. On a CPU that takes as long as logits and `kd_loss` at 1024
     rows × 4096 columns, 5 % less at 512 × 30522, and less than half where the labelled tokens alone count; below a few
@@ -49,6 +52,7 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
         alpha_mse: float = 0.0,
         cos_layers: tuple[tuple[int, int], ...] = ((-1, -1),),
         eval_collator: Any = None,
+        terms: Sequence[Term] = (),
         **options: Any,
     ):
         self.loss, self.eval_collator = DistilBertLoss() if loss is None else loss, eval_collator
@@ -63,11 +67,11 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
         teacher = options.get("teacher", args[1] if len(args) > 1 else None)
         if isinstance(teacher, list | tuple | dict):
             raise ValueError(f"teacher must be one model for the triple loss, not a {type(teacher).__name__}")
-        terms = [
+        own = [
             HiddenTerm(cos_layers, distance="cosine", average=True, weight=loss.alpha_cos, name="cos"),
             LogitsTerm("logit_mse", weight=alpha_mse, name="mse"),
         ]
-        super().__init__(*args, kd=kd, terms=terms, **options)
+        super().__init__(*args, kd=kd, terms=[*own, *terms], **options)
         self.add_callback(EpochSetter(self.data_collator))
 
     def use_columns(self) -> None:

@@ -81,7 +81,7 @@ def minilm_v2(teacher_layer: int = -1, *, relation_heads: int = 48) -> Recipe:
 
 
 def mobilebert(*, alpha: float = 0.5, hidden_weight: float = 100.0, attention_weight: float = 1.0) -> Recipe:
-    """MobileBERT (arXiv:2004.02984, §3.3): for each layer the mean squared difference of the hidden states after a layer
+    """MobileBERT (arXiv:2004.02984, §3.3): of each layer the mean squared difference of the hidden states after a layer
     norm without parameters, and the KL divergence of the attention maps, a mean over heads; and
     α·CE + (1 − α)·KL at temperature 1. Both models have equally many layers, heads and columns.
 

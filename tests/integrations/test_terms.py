@@ -10,13 +10,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from fusedkd.integrations import presets
+from fusedkd.integrations.check import kd_check
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.terms import AttentionTerm, ContrastiveTerm, HiddenTerm, LayerAttentionTerm, LogitsTerm
 
 from . import term_step
 from .distil_step import LENGTH, lora, rows, trainer
 from .term_step import EVERYTHING, KINDS, NONE, models, step
-from .test_transformers import collated
+from .test_transformers import Padding, collated, top_k
 from .test_transformers import truth as truth_of_logits
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -193,18 +194,23 @@ def test_layers_by_attention_and_contrast():
 
 
 def test_logits_have_several_divergences():
-    """Of several teachers as well."""
+    """Of several teachers as well, of one for each row, and of those on disk."""
     student, (teacher, other) = models()[0], (models(width=width)[1] for width in (48, 32))
     terms = [LogitsTerm("reverse_kl", temperature=2.0, weight=0.4)]
     _, logs, _ = step(student, teacher, terms, KDConfig())
-    plain = trainer(models()[0], teacher, KDConfig(divergence="reverse_kl"), eval_dataset=list(rows()))
     expected = step(models()[0], teacher, [], KDConfig(divergence="reverse_kl"))[1]["kd"]
     assert logs["logits"] == pytest.approx(expected, rel=1e-5)
-    assert plain.evaluate()["eval_kl"] > 0
     weights = KDConfig(teacher_weights=[0.5, 0.25])
     _, logs, _ = step(models()[0], [teacher, other], [LogitsTerm("reverse_kl", temperature=2.0)], weights)
     alone = step(models()[0], other, [], KDConfig(divergence="reverse_kl"))[1]["kd"]
     assert logs["logits"] == pytest.approx(0.5 * expected + 0.25 * alone, rel=1e-5)
+    data = [row | {"teacher": "a"} for row in rows()]
+    _, logs, _ = step(models()[0], {"a": teacher, "b": other}, terms, KDConfig(), data=data)
+    assert logs["logits"] == pytest.approx(expected, rel=1e-5)
+    stored, collator = list(top_k(teacher, rows(), 5)), Padding("right")
+    _, logs, _ = step(models()[0], None, terms, KDConfig(), data=stored, collator=collator)
+    kd = KDConfig(divergence="reverse_kl")
+    assert logs["logits"] == pytest.approx(step(models()[0], None, [], kd, data=stored, collator=collator)[1]["kd"])
 
 
 # ---- one gradient
@@ -235,6 +241,13 @@ def test_the_whole_is_the_sum_of_its_parts(whole):
     both |= {name: g for name, g in gradient.items() if name not in alone[0]}
     assert_same(whole[0], both)
     assert whole[1]["loss"] == pytest.approx(logs["loss"] + alone[1]["loss"], rel=1e-5)
+
+
+def test_the_check_of_any_trainer_finds_no_fault():
+    """As it does not for what depends on padding, the scores."""
+    terms = [term for term in EVERYTHING if term.name != "scores"]
+    report = kd_check(trainer(*models(), KDConfig(), terms=terms))
+    assert report.ok, report
 
 
 def test_an_evaluation_is_a_mean_over_rows(whole):
