@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -159,9 +158,9 @@ class Step:
         """A function of the provider: from the input of both heads to the loss and its gradient there."""
         with self.autocast(), torch.no_grad():
             pair, _ = self.trainer._run(self.student, dict(self.batch), lambda pair: pair, False, True)
-        leaves = [x.requires_grad_() for x in (pair.hidden, pair.outputs.hidden_states[-1])]
-        teacher_state = pair.teacher_outputs.hidden_states[-1]
-        pair = pair._replace(outputs=SimpleNamespace(hidden_states=[leaves[1]]))
+        leaves = [x.requires_grad_() for x in (pair.hidden, pair.states.hidden[-1])]
+        teacher_state = pair.teacher_states.hidden[-1]
+        pair = pair._replace(states=pair.states._replace(hidden=(*pair.states.hidden[:-1], leaves[1])))
         counts = torch.stack([mask.sum() for mask in pair.masks])
         wanted = [*leaves, pair.weight, pair.bias]
 

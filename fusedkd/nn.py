@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -197,8 +197,6 @@ class DistilBertLoss(nn.Module):
     ``restrict_ce_to_mask``), MLM over the masked tokens (label not ``ignore_index``), cosine of the last hidden states
     over the attended tokens: each divided by its own count, as in the published code, or by the normaliser given. The
     defaults are the published run's: T = 2, weights 5, 2, 1.
-
-    The driver's Trainer computes the same sum without logits, by :meth:`of`.
     """
 
     def __init__(
@@ -253,54 +251,22 @@ class DistilBertLoss(nn.Module):
         if self.alpha_cos and (student_hidden is None or teacher_hidden is None):
             raise ValueError("student_hidden or teacher_hidden is None, but alpha_cos is not 0")
         teacher_logits = student_logits.detach() if teacher_logits is None else teacher_logits  # unread
-        options: KDOptions = {"kd_mask": kd_mask, "ignore_index": self.ignore_index}
-        known: Tensor = teacher_logits
-
-        def distil(**more: Any) -> tuple[Tensor, KDTerms]:
-            return kd_loss(student_logits, known, labels, return_terms=True, **options, **more)
-
-        return self.of(
-            distil,
-            [(student_hidden, teacher_hidden)],  # type: ignore[list-item]
-            attention_mask,
-            kd_normalizer=kd_normalizer,
-            mlm_normalizer=mlm_normalizer,
-            cos_normalizer=cos_normalizer,
-        )
-
-    def of(
-        self,
-        distil: Callable[..., tuple[Tensor, KDTerms]],
-        hidden: Sequence[tuple[Tensor, Tensor]],
-        attention_mask: Tensor | None = None,
-        *,
-        kd_normalizer: Real | None = None,
-        mlm_normalizer: Real | None = None,
-        cos_normalizer: Real | None = None,
-        reduction: Reduction = "mean",
-    ) -> tuple[Tensor, DistilBertTerms]:
-        """The loss and its terms, whichever function distils.
-
-        Args:
-            distil: :func:`fusedkd.kd_loss` or :func:`fusedkd.linear_kd_loss` with its tensors, the mask of the KD term
-                and ``return_terms=True``; it is called with temperature, weights, normalisers and reduction.
-            hidden: pairs of hidden states ``(B, L, H)`` of student and teacher; the cosine term is the mean over them.
-            attention_mask: ``(B, L)``, the rows of the cosine term; None: all.
-            reduction: "mean", or "none" for a loss and terms ``(B, L)``, which takes no normalisers.
-        """
-        loss, terms = distil(
+        loss, terms = kd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            kd_mask=kd_mask,
+            ignore_index=self.ignore_index,
             temperature=self.temperature,
             kd_weight=self.alpha_distil,
             ce_weight=self.alpha_mlm,
             kd_normalizer=kd_normalizer,
             ce_normalizer=mlm_normalizer,
-            reduction=reduction,
+            return_terms=True,
         )
         cos = loss.new_zeros(())
-        if self.alpha_cos:
-            options: dict[str, Any] = {"reduction": reduction, "normalizer": cos_normalizer}
-            each = [cosine_hidden_loss(*pair, attention_mask, **options) for pair in hidden]
-            cos = torch.stack(each).mean(0)
+        if student_hidden is not None and teacher_hidden is not None and self.alpha_cos:
+            cos = cosine_hidden_loss(student_hidden, teacher_hidden, attention_mask, normalizer=cos_normalizer)
             loss = loss + self.alpha_cos * cos
         return loss, DistilBertTerms(terms.kd, terms.ce, cos.detach())
 

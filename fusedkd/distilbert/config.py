@@ -3,19 +3,24 @@
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers.integrations import get_available_reporting_integrations
 
 from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd.integrations import presets
 from fusedkd.integrations.command import UsageError, option, parse_into
 from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.term import Term
 from fusedkd.nn import DistilBertLoss
 
 PUBLISHED_LOSS = DistilBertLoss()
+METHODS = ("pkd", "tinybert", "minilm", "minilm_v2", "mobilebert", "ckd", "rail_kd", "alp_kd")
+"""Those of :mod:`fusedkd.integrations.presets`."""
 
 
 @dataclass
@@ -82,6 +87,9 @@ class LossOptions:
         "forward_kl", "of the KD term, parameters after a colon (jsd:beta=0.3): " + ", ".join(FAMILIES)
     )
     kd_on: Literal["attended", "masked"] = option("attended", "tokens of the KD term")
+    terms: list[str] = option(
+        [], "further terms, of the papers; a factor of their weights after a colon (minilm:0.5): " + ", ".join(METHODS)
+    )
     cos_layers: Literal["last", "copied"] = option(
         "last", "hidden states of the cosine term: the last, or of each student layer and the one it was copied from"
     )
@@ -188,10 +196,13 @@ def check(config: Config) -> None:
         "--max_steps must be positive": training.max_steps <= 0,
         "--fsdp needs an accelerator: on CPUs it would be data parallelism alone": training.fsdp and training.use_cpu,
         "several accelerators: torchrun --nproc_per_node N -m ..., or CUDA_VISIBLE_DEVICES=0": training.n_gpu > 1,
-        "every weight of the loss is 0": not any((loss.alpha_distil, loss.alpha_mlm, loss.alpha_cos, loss.alpha_mse)),
+        "every weight of the loss is 0": not any(
+            (loss.alpha_distil, loss.alpha_mlm, loss.alpha_cos, loss.alpha_mse, loss.terms)
+        ),
     }
     refuse(wrong, *(getattr(config, f.name) for f in fields(config)))
     parse_divergence(loss)
+    parse_terms(loss)
 
 
 def refuse(wrong: dict[str, Any], *groups: Any) -> None:
@@ -221,3 +232,20 @@ def parse_divergence(options: Any) -> Divergence:
     if divergence.temperature_power == 0 and options.temperature != 1:
         raise UsageError(f"--divergence {text} needs --temperature 1")
     return divergence
+
+
+def parse_terms(options: Any) -> list[Term]:
+    """The terms that `name` or `name:factor` describe."""
+    found = []
+    for text in options.terms:
+        name, _, given = text.partition(":")
+        if name not in METHODS:
+            raise UsageError(f"--terms {name}: it must be one of {', '.join(METHODS)}")
+        try:
+            factor = float(given or 1)
+        except ValueError:
+            raise UsageError(f"--terms {text}: a factor must follow the colon, not {given!r}") from None
+        if not 0 < factor < math.inf:
+            raise UsageError(f"--terms {text}: the factor must be positive")
+        found += [replace(term, weight=factor * term.weight) for term in getattr(presets, name)()["terms"]]
+    return found

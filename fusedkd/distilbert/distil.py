@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedModel, Traine
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert import data
-from fusedkd.distilbert.config import Config, by_name, parse_divergence
+from fusedkd.distilbert.config import Config, by_name, parse_divergence, parse_terms
 from fusedkd.distilbert.student import (
     Teacher,
     check_folding,
@@ -140,6 +140,7 @@ def student_of(run: Run, config: Config, teacher: Teacher, name: str = "student"
         "loss": DistilBertLoss(of.temperature, of.alpha_distil, of.alpha_mlm, of.alpha_cos, of.kd_on),
         "divergence": parse_divergence(of),
         "alpha_mse": of.alpha_mse,
+        "terms": parse_terms(of),
         "cos_layers": copied if of.cos_layers == "copied" else ((-1, -1),),
     }
     frozen = options.freeze_position_embeddings, options.freeze_token_embeddings

@@ -5,18 +5,18 @@ whole optimiser step, all micro-batches and all ranks. The same class trains the
 student of the language-modelling term alone.
 """
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from fusedkd.divergences import Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.interrupt import Interruptible
-from fusedkd.integrations.pair import Pair
-from fusedkd.integrations.transformers import Batch, DistillationTrainer
+from fusedkd.integrations.term import Term
+from fusedkd.integrations.terms import HiddenTerm, LogitsTerm
+from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.nn import DistilBertLoss
 
 
@@ -31,6 +31,7 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
             KD term. It knows no temperature.
         cos_layers: pairs of indices into the `hidden_states` of student and teacher; the cosine term is their mean.
         eval_collator: of the held-out blocks, always in the same way; None: the data collator.
+        terms: further ones.
 
     The head goes through `linear_kd_loss` at every size. On a CPU that takes as long as logits and `kd_loss` at 1024
     rows × 4096 columns, 5 % less at 512 × 30522, and less than half where the labelled tokens alone count; below a few
@@ -41,6 +42,8 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
             the last checkpoint is complete.
     """
 
+    names = ("distil", "mlm")
+
     def __init__(
         self,
         *args: Any,
@@ -49,10 +52,11 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
         alpha_mse: float = 0.0,
         cos_layers: tuple[tuple[int, int], ...] = ((-1, -1),),
         eval_collator: Any = None,
+        terms: Sequence[Term] = (),
         **options: Any,
     ):
-        self.loss = loss = DistilBertLoss() if loss is None else loss
-        self.alpha_mse, self.cos_layers, self.eval_collator = alpha_mse, cos_layers, eval_collator
+        self.loss, self.eval_collator = DistilBertLoss() if loss is None else loss, eval_collator
+        loss = self.loss
         kd = KDConfig(
             temperature=loss.temperature,
             divergence=divergence,
@@ -60,47 +64,21 @@ class DistilBertTrainer(Interruptible, DistillationTrainer):
             ce_weight=loss.alpha_mlm,
             kd_on="labels" if loss.kd_on == "masked" else "attended",
         )
-        super().__init__(*args, kd=kd, **options)
-        if self.teachers and self.teachers.several:
-            raise ValueError(f"teacher must be one model for the triple loss, not a {type(self.teacher).__name__}")
+        teacher = options.get("teacher", args[1] if len(args) > 1 else None)
+        if isinstance(teacher, list | tuple | dict):
+            raise ValueError(f"teacher must be one model for the triple loss, not a {type(teacher).__name__}")
+        own = [
+            HiddenTerm(cos_layers, distance="cosine", average=True, weight=loss.alpha_cos, name="cos"),
+            LogitsTerm("logit_mse", weight=alpha_mse, name="mse"),
+        ]
+        super().__init__(*args, kd=kd, terms=[*own, *terms], **options)
         self.add_callback(EpochSetter(self.data_collator))
 
-    @property
-    def needs_teacher(self) -> bool:
-        return any((self.loss.alpha_distil, self.loss.alpha_cos, self.alpha_mse))
-
     def use_columns(self) -> None:
-        raise ValueError("teacher is None, but alpha_distil, alpha_cos or alpha_mse is not 0")
-
-    # ---- the loss
-
-    def masks(self, batch: Batch) -> list[Tensor]:
-        return [*super().masks(batch), self.attended(batch)]
+        raise ValueError("teacher is None, but alpha_distil or alpha_mse is not 0")
 
     def parts(self) -> dict[str, tuple[float, int]]:
-        loss = self.loss
-        known = {"distil": (loss.alpha_distil, 0), "mlm": (loss.alpha_mlm, 1), "cos": (loss.alpha_cos, 2)}
-        return {name: part for name, part in (known | {"mse": (self.alpha_mse, 0)}).items() if part[0] != 0}
-
-    def wanted(self) -> dict[str, Any]:
-        return {"output_hidden_states": True} if self.loss.alpha_cos else {}
-
-    def losses(self, pair: Pair, counts: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        kd, mlm, cos = [None] * 3 if counts is None else counts
-        hidden = []
-        if self.loss.alpha_cos:
-            states = pair.outputs.hidden_states, pair.teacher_outputs.hidden_states
-            hidden = [(states[0][i], states[1][j]) for i, j in self.cos_layers]
-        reduction: Any = "none" if counts is None else "mean"
-        normalizers: Any = {"kd_normalizer": kd, "mlm_normalizer": mlm, "cos_normalizer": cos}
-        distil = partial(self.linear, pair)
-        loss, found = self.loss.of(distil, hidden, pair.masks[2], reduction=reduction, **normalizers)
-        terms = found._asdict()
-        if self.alpha_mse:
-            distil = partial(distil, divergence="logit_mse", temperature=1.0, reduction=reduction)
-            mse, (terms["mse"], _) = distil(kd_weight=self.alpha_mse, ce_weight=0.0, kd_normalizer=kd)
-            loss = loss + mse
-        return loss, terms
+        return {name: part for name, part in super().parts().items() if part[0] != 0}
 
     # ---- the run
 

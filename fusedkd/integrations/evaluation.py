@@ -96,6 +96,9 @@ def means(trainer: Any, sums: Mapping[str, float]) -> dict[str, float]:
     used = {name: part for name, part in trainer.parts().items() if part[0] != 0 and sums[f"rows {part[1]}"]}
     found = [weight * sums[f"term {name}"] / sums[f"rows {i}"] for name, (weight, i) in used.items()]
     result = {"loss": float(sum(found)) if found else math.nan}
+    result |= {
+        name: sums[f"term {name}"] / sums[f"rows {used[name][1]}"] for name in trainer.parts_of_terms() if name in used
+    }
     if sums["rows 1"]:
         ce = sums["ce"] / sums["rows 1"]
         result |= {"ce": ce, "perplexity": float(torch.tensor(ce, dtype=torch.float64).exp())}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fusedkd.integrations.states import States
 from fusedkd.losses.options import KDTerms
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
@@ -47,12 +48,15 @@ class Pair(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    outputs: Any
     teacher: Form | TeacherTopK | None
-    teacher_outputs: Any
     labels: Tensor | None
     masks: list[Tensor]
     """The rows that :meth:`DistillationTrainer.masks` names."""
+    attended: Tensor
+    """The tokens that are no padding, ``(B, L)``."""
+    states: States | None = None
+    teacher_states: States | None = None
+    """Where a term compares them, of one teacher for all rows."""
 
     def of(self, group: Group) -> Pair:
         """These sequences alone, with their teacher."""
@@ -64,6 +68,7 @@ class Pair(NamedTuple):
             teacher=group.teacher,
             labels=None if self.labels is None else self.labels[rows],
             masks=[mask[rows] for mask in self.masks],
+            attended=self.attended[rows],
         )
 
 

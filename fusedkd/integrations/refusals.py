@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd import checks as check
+from fusedkd.divergences import resolve
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
+from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator, restarts
 from fusedkd.integrations.routed import is_none
 from fusedkd.integrations.sharded import units
+from fusedkd.integrations.term import Term
+from fusedkd.integrations.terms import LogitsTerm
 from fusedkd.losses.linear_kd import checked_linear_options
 from fusedkd.teachers import TeacherTopK
 
@@ -225,6 +228,66 @@ def uneven_evaluation(batches: list[int]) -> None:
         raise ValueError(
             f"the processes have {' and '.join(map(str, batches))} batches to evaluate, and must have equally many: "
             "leave even_batches of accelerator_config as it is, True"
+        )
+
+
+RESERVED = ("loss", "kd", "ce", "kl", "kl_top_k", "perplexity", "distil", "mlm", "epoch", "step", "learning_rate")
+"""Names that mean something else in logs."""
+
+
+def terms_given(terms: Any, kd: KDConfig, teacher: Any) -> None:
+    """Arguments of another type, and terms that these teachers cannot serve."""
+    if isinstance(terms, Term) or not isinstance(terms, list | tuple):
+        raise TypeError(f"terms must be a list of terms, not {type(terms).__name__}")
+    names = set(RESERVED)
+    for term in terms:
+        if not isinstance(term, Term):
+            raise TypeError(f"terms must hold terms of fusedkd.integrations.terms, not {type(term).__name__}")
+        if term.name in names:
+            raise ValueError(f"the name {term.name!r} of a term is taken: pass another name= to each")
+        names.add(term.name)
+        if term.weight == 0:
+            continue
+        if isinstance(term, LogitsTerm):
+            needs_labels = resolve(term.divergence).needs_labels
+            if needs_labels and kd.kd_on != "labels" and not resolve(kd.divergence).needs_labels:
+                raise ValueError(
+                    f"divergence {resolve(term.divergence).name} of the term {term.name!r} needs labels, and its rows "
+                    f"are those of kd_on={kd.kd_on!r}: pass KDConfig(kd_on='labels')"
+                )
+        elif teacher is None or isinstance(teacher, list | tuple | Mapping):
+            what = f"the term {term.name!r}, a {type(term).__name__}, compares more than logits"
+            if teacher is None:
+                raise ValueError(f"teacher is None, but {what}")
+            raise ValueError(f"teacher must be a single model, not a {type(teacher).__name__}: {what}")
+
+
+def terms(trainer: Any) -> None:
+    """What the Trainer is asked for beside terms that compare more than logits."""
+    kwargs = trainer.args.gradient_checkpointing_kwargs or {}
+    for wrong, message in (
+        (
+            trainer.projections and trainer.is_fsdp_enabled,
+            "projection=True does not go with FSDP, which would shard the projections: use DistributedDataParallel",
+        ),
+        (
+            trainer.recorders[0].layers and trainer.args.gradient_checkpointing and kwargs.get("use_reentrant"),
+            "an AttentionTerm does not go with use_reentrant=True, under which queries and keys carry no gradient: "
+            "pass gradient_checkpointing_kwargs={'use_reentrant': False}",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+
+
+def attention_batch(inputs: Mapping[str, Any]) -> None:
+    """A batch of which attention maps are not those of one text per row."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if isinstance(mask, Tensor) and mask.dim() != 2:
+        raise ValueError(f"an AttentionTerm needs an attention_mask (B, L), not {tuple(mask.shape)}")
+    if isinstance(positions, Tensor) and mask is None and restarts(positions)[..., 1:].any():
+        raise ValueError(
+            "an AttentionTerm knows no packed documents, but position_ids start anew within a row: pad them instead"
         )
 
 

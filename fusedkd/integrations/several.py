@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fusedkd.integrations.pair import Form, Group, Routed, part
 from fusedkd.integrations.routed import NONE
+from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import TeacherModel, load
 
 
@@ -54,8 +55,10 @@ class Teachers:
         """Those that all ranks must run together."""
         return [model for model in self.distinct if model.sharded]
 
-    def __call__(self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor | None = None) -> tuple[Form, Any]:
-        """What the loss takes of them, and their outputs, those of teachers per row left out.
+    def __call__(
+        self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor | None = None
+    ) -> tuple[Form, States | None]:
+        """What the loss takes of them, and of a single teacher the states, if they are recorded.
 
         Args:
             batch, attended: as for :class:`TeacherModel`.
@@ -66,8 +69,8 @@ class Teachers:
                 routes = torch.full_like(attended[:, 0], NONE, dtype=torch.int64)
             return self._groups(batch, attended, routes), None
         found = {model: model(batch, attended) for model in self.distinct}
-        heads, outputs = zip(*(found[model] for model in self.models.values()), strict=True)
-        return (list(heads), list(outputs)) if self.listed else (heads[0], outputs[0])
+        heads, states = zip(*(found[model] for model in self.models.values()), strict=True)
+        return (list(heads), None) if self.listed else (heads[0], states[0])
 
     def _groups(self, batch: Mapping[str, Any], attended: Tensor, routes: Tensor) -> Routed:
         """Waits for the device: which rows a model runs on is decided on the host."""

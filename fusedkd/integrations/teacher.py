@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, base_model, checked
 from fusedkd.integrations.offline import COLUMNS
 from fusedkd.integrations.sharded import Shares, is_sharded
+from fusedkd.integrations.states import Recorder, States
 from fusedkd.teachers import TeacherHead, TeacherTopK
 
 
@@ -54,6 +55,7 @@ class TeacherModel:
             model.eval().requires_grad_(False)
         self.student = student
         self.takes = Takes(model)
+        self.recorder: Recorder | None = None
         self.dropped: set[str] = set()
         if self.head.causal != causal:
             kinds = [
@@ -79,8 +81,15 @@ class TeacherModel:
     def release(self) -> None:
         self.shares.release()
 
-    def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[TeacherHead, Any]:
-        """Its hidden states at the head, and its outputs.
+    def record(self, causal: bool) -> None:
+        """From now on keep what terms of the loss compare."""
+        self.release()  # what the head was asked is still whole
+        with _evaluating(self.model):
+            self.recorder = Recorder(self.model, causal)
+        self.release()
+
+    def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[TeacherHead, States | None]:
+        """Its hidden states at the head, and what else is recorded of it.
 
         Args:
             batch: what the student is given.
@@ -98,16 +107,20 @@ class TeacherModel:
         if self.placed:
             own = {name: across(value, self.entry) for name, value in own.items()}
         with _evaluating(self.model), _without_adapters(self.adapted):
-            hidden, outputs = self.head.hidden_states(self.model, own)
+            with nullcontext() if self.recorder is None else self.recorder() as states_of:
+                hidden, outputs = self.head.hidden_states(self.model, own)
             if self.sharded:
                 self.shares.gather(self.head.linear)
-        hidden = across(hidden, ids.device)
-        if lost is not None:
-            hidden = hidden.masked_fill(lost[:, None, None], torch.nan)
+
+        def here(states: Tensor) -> Tensor:
+            states = across(states, ids.device)
+            return states if lost is None else states.masked_fill(lost.view(-1, *[1] * (states.dim() - 1)), torch.nan)
+
+        hidden, states = here(hidden), None if states_of is None else states_of(outputs).map(here)
         head = self.head
         weight, bias = head.parameters()  # which a resize makes anew, and not frozen
-        here = [self._copied(name, x, ids.device) for name, x in (("weight", weight), ("bias", bias))]
-        return TeacherHead(hidden, here[0], here[1], softcap=head.softcap, scale=head.scale), outputs
+        weight, bias = (self._copied(name, x, ids.device) for name, x in (("weight", weight), ("bias", bias)))
+        return TeacherHead(hidden, weight, bias, softcap=head.softcap, scale=head.scale), states
 
     def _copied(self, name: str, parameter: Any, device: torch.device) -> Any:
         """Of the head, on the student's device: a copy is kept until the parameter changes or is another."""

@@ -7,7 +7,7 @@ step, all micro-batches and all ranks, so that one step has one gradient however
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from fusedkd.divergences import resolve
 from fusedkd.integrations import refusals
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.evaluation import EvaluatingTrainer
 from fusedkd.integrations.heads import Head, replaced_forward
 from fusedkd.integrations.offline import COLUMNS, Batch, OfflineTeacherCollator
 from fusedkd.integrations.pair import Form, Pair, Routed, joined
 from fusedkd.integrations.routed import NONE, TeacherColumnCollator
 from fusedkd.integrations.several import Teachers, loaded
+from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import Takes, listed
+from fusedkd.integrations.term import Term
+from fusedkd.integrations.term_trainer import TermTrainer
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDTerms
 from fusedkd.teachers import TeacherHead, TeacherTopK
@@ -32,7 +34,7 @@ from fusedkd.teachers import TeacherHead, TeacherTopK
 IGNORE = -100
 
 
-class DistillationTrainer(EvaluatingTrainer):
+class DistillationTrainer(TermTrainer):
     """A Trainer whose loss is the distillation of a teacher, for causal and masked LMs of transformers.
 
     Scales, soft-caps and biases of either model's logits are honoured (:class:`fusedkd.integrations.heads.Head`). Logs
@@ -62,6 +64,11 @@ class DistillationTrainer(EvaluatingTrainer):
             there is no teacher, and the example has its cross-entropy alone. So has evaluation data without the column.
             A teacher runs on its own rows only.
         kd: the loss's options.
+        terms: further terms of the loss, of :mod:`fusedkd.integrations.terms` or its presets: hidden states, attention
+            maps, layers, other divergences. Each is logged, evaluated as `eval_…`, and a mean over its rows of the
+            whole optimiser step. What compares more than logits takes a single teacher. Projections are trained with
+            the student, under its optimiser and gradient norm, are saved in checkpoints, and are no part of the student
+            that is saved.
         move_teacher: False leaves teachers on the devices on which they are. Their hidden states come to the student's
             device, to which their heads are copied once.
         args, data_collator, …: as for :class:`transformers.Trainer`. For an offline teacher the collator is wrapped in
@@ -81,6 +88,8 @@ class DistillationTrainer(EvaluatingTrainer):
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the counts of the whole optimiser step
+    names = ("kd", "ce")
+    """Of KDConfig's terms, in the logs."""
 
     def __init__(
         self,
@@ -90,11 +99,14 @@ class DistillationTrainer(EvaluatingTrainer):
         data_collator: Callable[[list[Any]], Batch] | None = None,
         *more: Any,
         kd: KDConfig | None = None,
+        terms: Sequence[Term] = (),
         move_teacher: bool = True,
         **options: Any,
     ):
         self.kd = KDConfig() if kd is None else kd
         refusals.options(self.kd, teacher, move_teacher)
+        refusals.terms_given(terms, self.kd, teacher)
+        self._start_terms(terms)
         super().__init__(model, args, data_collator, *more, **options)
         self.offline = teacher is None and self.needs_teacher
         refusals.training_arguments(self)
@@ -110,7 +122,8 @@ class DistillationTrainer(EvaluatingTrainer):
             device = self.args.device if move_teacher else None
             with self.accelerator.autocast():
                 self.teachers = Teachers(self.teacher, self.student, causal, device)
-            refusals.teachers(self)
+                refusals.teachers(self)
+                self._bind_terms()
         self._start_sums()
         self.warned: set[str] = set()  # names of terms
 
@@ -122,7 +135,7 @@ class DistillationTrainer(EvaluatingTrainer):
     @property
     def needs_teacher(self) -> bool:
         """Whether a term of the loss compares student and teacher."""
-        return self.kd.needs_teacher
+        return self.kd.needs_teacher or bool(self.given_terms)
 
     @property
     def routed(self) -> bool:
@@ -145,17 +158,11 @@ class DistillationTrainer(EvaluatingTrainer):
             self.known_head = Head.current(self.known_head, self.student)
         return self.known_head
 
-    def _start_sums(self) -> None:
-        self.terms: Any = 0
-        """The sums of the terms over this rank's micro-batches since the last log."""
-        self.steps, self.last_step = 0, -1  # optimiser steps in that sum
-        self.blank: Any = 0
-        """How many of this rank's batches had no row of each of `masks`."""
-
     def _inner_training_loop(self, *args: Any, **options: Any) -> Any:
         self._bind()
         self._start_sums()
-        return super()._inner_training_loop(*args, **options)
+        with self.training_projections():
+            return super()._inner_training_loop(*args, **options)
 
     def _bind(self) -> None:
         """To the models as they are now, before anything wraps them."""
@@ -163,6 +170,7 @@ class DistillationTrainer(EvaluatingTrainer):
             _ = self.head
             if self.teachers:
                 self.teachers.bind()
+                self._bind_terms()
         for each in self.teachers.distinct if self.teachers and self.model_init is not None else ():
             refusals.shared_parameters(self.student, each.model)
 
@@ -207,25 +215,34 @@ class DistillationTrainer(EvaluatingTrainer):
         return listed(batch, self.kd, self.head.linear.out_features)
 
     def masks(self, batch: Batch) -> list[Tensor]:
-        """The rows ``(B, L)`` over which terms are means: those of KD and of the cross-entropy."""
+        """The rows ``(B, …)`` over which terms are means: those of KD, of the cross-entropy, of further terms."""
         labels, mask = self.rows(batch)
-        return [mask, torch.zeros_like(mask) if labels is None else labels != IGNORE]
+        hard = torch.zeros_like(mask) if labels is None else labels != IGNORE
+        return [mask, hard, *self.masks_of_terms(self.attended(batch))]
 
     def parts(self) -> dict[str, tuple[float, int]]:
         """Of each term of the loss, by its name in the logs: its weight, and the number of its rows among `masks`."""
-        return {"kd": (self.kd.kd_weight, 0), "ce": (self.kd.ce_weight, 1)}
+        kd, ce = self.names
+        return {kd: (self.kd.kd_weight, 0), ce: (self.kd.ce_weight, 1)} | self.parts_of_terms()
 
-    def losses(self, pair: Pair, counts: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, pair: Pair, counts: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The loss, and the terms that `parts` names, detached and without their weights.
 
-        Sums divided by `counts`, which are those of `masks` in the whole optimiser step; with None ``(B, L)``, a loss
-        and terms per row.
+        Sums divided by `counts`, which are those of `masks` in the whole optimiser step; with None no loss, and terms
+        per row.
         """
         if counts is None:
             loss, terms = self.linear(pair, reduction="none")
-        else:
+        elif self.kd.kd_weight or self.kd.ce_weight:
             loss, terms = self.linear(pair, kd_normalizer=counts[0], ce_normalizer=counts[1])
-        return loss, terms._asdict()
+        else:
+            loss = pair.hidden.new_zeros((), dtype=torch.float32)
+            terms = KDTerms(loss, loss)
+        found = dict(zip(self.names, terms, strict=True))
+        for name, weighted in self.losses_of_terms(pair, counts, self.linear).items():
+            loss = loss + weighted if counts is not None else loss
+            found[name] = weighted.detach() / self.parts_of_terms()[name][0]
+        return (None if counts is None else loss), found
 
     def linear(self, pair: Pair, **options: Any) -> tuple[Tensor, KDTerms]:
         """`linear_kd_loss` of the pair, with the options of KDConfig where none are given."""
@@ -275,14 +292,12 @@ class DistillationTrainer(EvaluatingTrainer):
             with torch.no_grad(), self.accelerator.autocast():
                 self.teachers.keep_up(self._given(inputs), self.attended(inputs))
 
-        def compute(pair: Pair) -> tuple[Tensor, dict[str, Tensor]]:
+        def compute(pair: Pair) -> tuple[Tensor | None, dict[str, Tensor]]:
             return self.losses(pair, counts)
 
         (loss, terms), outputs = self._run(model, inputs, compute, return_outputs, self.needs_teacher)
         if model.training and self.is_in_train:
-            self.terms = self.terms + torch.stack([terms[name] for name in self.parts()]).double()
-            self.steps += self.state.global_step != self.last_step
-            self.last_step = self.state.global_step
+            self._add(terms)
         # Data parallelism averages the gradients of the ranks, each of which has its part of the sum.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -291,18 +306,19 @@ class DistillationTrainer(EvaluatingTrainer):
         self, model: nn.Module, inputs: Batch, compute: Callable[[Pair], Any], with_logits: bool, with_teacher: bool
     ) -> tuple[Any, Any]:
         """What `compute` makes of the batch, and the student's outputs."""
-        (labels, _), masks = self.rows(inputs), self.masks(inputs)
+        (labels, _), masks, attended = self.rows(inputs), self.masks(inputs), self.attended(inputs)
         given = self._given(inputs)
-        teacher, teacher_outputs = self._teacher(inputs, given) if with_teacher else (None, None)
+        teacher, teacher_states = self._teacher(inputs, given) if with_teacher else (None, None)
         inner = self.accelerator.unwrap_model(model)
         given |= Takes(inner).cache
         forward = inner.forward
 
         def computation(**inputs: Any) -> tuple[Any, Any]:
-            hidden, outputs = self.head.hidden_states(forward, inputs, with_logits)
-            weight, bias = self.head.parameters()
+            with self.recording(given) as states:
+                hidden, outputs = self.head.hidden_states(forward, inputs, with_logits)
+            head, beside = self.head.parameters(), (states(outputs), teacher_states)
             with self.accelerator.autocast():
-                return compute(Pair(hidden, weight, bias, outputs, teacher, teacher_outputs, labels, masks)), outputs
+                return compute(Pair(hidden, *head, teacher, labels, masks, attended, *beside)), outputs
 
         # Called through the wrapper, whose hooks gather sharded weights and prepare the reduction of gradients.
         with replaced_forward(inner, computation):
@@ -316,12 +332,8 @@ class DistillationTrainer(EvaluatingTrainer):
         ours = ("labels", "shift_labels", *COLUMNS, *((self.kd.teacher_column,) if self.routed else ()))
         return {name: value for name, value in batch.items() if name not in ours} | self.wanted()
 
-    def wanted(self) -> dict[str, Any]:
-        """Further arguments of both models."""
-        return {}
-
     @torch.no_grad()
-    def _teacher(self, inputs: Batch, given: Batch) -> tuple[Form | TeacherTopK | None, Any]:
+    def _teacher(self, inputs: Batch, given: Batch) -> tuple[Form | TeacherTopK | None, States | None]:
         """Of the batch, of which the student is `given` a part."""
         if self.offline:
             return self._listed(inputs), None
@@ -329,16 +341,3 @@ class DistillationTrainer(EvaluatingTrainer):
             return None, None
         with self.accelerator.autocast():
             return self.teachers(given, self.attended(inputs), inputs.get(self.kd.teacher_column))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the terms beside the loss: means over the optimiser steps since the last time."""
-        if isinstance(self.blank, Tensor):
-            blank, self.blank = self.blank.tolist(), 0  # waits for the device, as a log does anyway
-            names = {name for name, (weight, i) in self.parts().items() if weight != 0 and blank[i]} - self.warned
-            refusals.warn_of_blank(names)
-            self.warned |= names
-        if "loss" in logs and self.steps:
-            means = self.accelerator.reduce(self.terms / self.steps, "sum").tolist()
-            logs |= dict(zip(self.parts(), means, strict=True))
-            self.terms, self.steps = 0, 0
-        super().log(logs, start_time)

@@ -20,7 +20,7 @@ ARMS = {
     "no_mlm": Arm("without MLM", {"alpha_mlm": 0.0}, "#448361", -0.31),
     "no_distil": Arm("without the distillation loss", {"alpha_distil": 0.0}, "#c29343", -2.96),
     "random_init": Arm("random initialisation", {"init": "random"}, "#c4554d", -3.69),
-    "mlm_alone": Arm("MLM alone", {"alpha_distil": 0.0, "alpha_cos": 0.0, "alpha_mse": 0.0}, "#d9730d"),
+    "mlm_alone": Arm("MLM alone", {"alpha_distil": 0.0, "alpha_cos": 0.0, "alpha_mse": 0.0, "terms": []}, "#d9730d"),
 }
 
 

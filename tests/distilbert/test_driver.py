@@ -147,6 +147,7 @@ def test_gpt2_from_a_stream_with_every_term(tmp_path, gpt2_tokenizer, text_files
     out = tmp_path / "out"
     arguments = [*files(text_files), "--streaming", "--teacher", str(teacher), *SHORT, "--output_dir", str(out)]
     arguments += ["--divergence", "jsd:beta=0.3", "--alpha_mse", "0.1", "--cos_layers", "copied", "--layers", "1,3"]
+    arguments += ["--terms", "minilm:0.5", "tinybert"]
     assert main([*arguments, "--freeze_token_embeddings", "--bf16", "--dataloader_num_workers", "2"]) == 0
     assert "a stream" in capsys.readouterr().out
     student, source = (GPT2LMHeadModel.from_pretrained(folder) for folder in (out / "student", teacher))

@@ -24,7 +24,7 @@ from transformers import (
 from fusedkd.integrations.transformers import DistillationTrainer, KDConfig
 
 VOCAB, ROWS, LENGTH = 61, 8, 10
-TRAINERS = ("eval_dataset", "compute_metrics", "model_init", "move_teacher")
+TRAINERS = ("eval_dataset", "compute_metrics", "model_init", "move_teacher", "terms", "optimizers", "callbacks")
 """Arguments of a Trainer; the others are those of TrainingArguments."""
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 GPT = {"n_embd": 32, "n_layer": 1, "n_head": 2, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -144,6 +144,10 @@ if __name__ == "__main__":
         batch, accumulation = int(sys.argv[1]), int(sys.argv[2])
         options = {"batch": batch, "accumulation": accumulation, "folder": temporary}
         result = {"DDP": gradient(*llamas(), KDConfig(), **options)}
+        from integrations import term_step
+
+        more = {"terms": term_step.EVERYTHING, "kd": KDConfig(), "folder": temporary}
+        result["terms"] = [term_step.step(*term_step.models(), **more, **cut)[:2] for cut in term_step.CUTS]
         if importlib.util.find_spec("peft"):
             base = llamas()[0]
             result["adapters off"] = gradient(lora(base, target_modules=["q_proj"]).eval(), base, **options)

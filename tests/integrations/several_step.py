@@ -16,11 +16,13 @@ from transformers.distributed import DistributedConfig
 from fusedkd.integrations.heads import Head
 from fusedkd.integrations.sharded import units
 from integrations.distil_step import SIZE, VOCAB, gradient, llamas, rows, sharded_gradient, trainer
+from integrations.term_step import AttentionTerm, HiddenTerm
 from integrations.test_heads import Biased
 from integrations.test_several import KD, named, teachers, weighted
 
 ROUTES = ["wide", None, "also", "deep", "wide", None, "wide", None]
 """Whichever way they are dealt out, a batch has none of one teacher's rows, or of any."""
+TERMS = [HiddenTerm("uniform", projection=True), AttentionTerm(relations=("qk", "vv"))]
 
 
 def zero3(model):
@@ -72,6 +74,7 @@ def of_both(shard, folder: Path):
     options = {"eval_dataset": list(rows())[:5], "per_device_eval_batch_size": 1}
     yield "one", gradient(llamas()[0], wide, KD, **cut)
     yield "given back", (not whole(wide), all(p.grad is None and not p.requires_grad for p in wide.parameters()))
+    yield "terms", gradient(llamas()[0], wide, KD, terms=TERMS, **cut)
     yield "list", gradient(llamas()[0], [wide, teachers()["deep"]], weighted([0.8, 0.5]), **cut)
     yield "dict", gradient(llamas()[0], each, KD, data=named(names=ROUTES), **cut)
     yield "eval", evaluated(each, KD, named(names=ROUTES))

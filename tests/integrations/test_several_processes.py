@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 from fusedkd.integrations.transformers import KDConfig
 
 from . import several_step
-from .distil_step import llamas, rows
+from .distil_step import gradient, llamas, rows
 from .test_several import KD, teachers, truth
 from .test_transformers import assert_equal
 from .test_transformers import truth as truth_of_rows
@@ -61,6 +61,11 @@ def named_thrice():
 def test_a_sharded_teacher_is_the_whole_one(run, kind):
     assert_equal(run(kind)["one"], of_one())
     assert run(kind)["given back"] == (True, True)
+
+
+@both
+def test_hidden_states_and_attention_maps_of_a_sharded_teacher(run, kind):
+    assert_equal(run(kind)["terms"], gradient(llamas()[0], teachers()["wide"], KD, terms=several_step.TERMS))
 
 
 def test_other_ways_to_shard(run):

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 import fusedkd
 from fusedkd.integrations.transformers import KDConfig, OfflineTeacherCollator
 
-from . import distil_step
+from . import distil_step, term_step
 from .distil_step import LENGTH, MODELS, VOCAB, gradient, llamas, lora, make, rows, trainer
 
 
@@ -85,7 +85,7 @@ def test_accumulation_is_exact(batch, accumulation, kd_on):
 
 def test_two_processes_are_exact(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(__file__).parents[2])
+    root = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [*launch, distil_step.__file__, "2", "2", str(tmp_path / "result.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -99,6 +99,9 @@ def test_two_processes_are_exact(tmp_path):
     sharded, loss = result["FSDP2"]
     assert_equal((sharded, {"loss": loss}), (expected[0], {"loss": expected[1]["loss"]}))
     assert "the output head of LlamaForCausalLM is an FSDP unit of its own" in result["refusal"]
+    expected = term_step.step(*term_step.models(), term_step.EVERYTHING, KDConfig())[:2]
+    for found in result["terms"]:
+        assert_equal(found, (expected[0], {term.name: expected[1][term.name] for term in term_step.EVERYTHING}))
 
 
 @pytest.mark.parametrize(("mine", "teachers"), [(VOCAB, VOCAB + 3), (VOCAB + 7, VOCAB)])

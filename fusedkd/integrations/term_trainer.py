@@ -1,0 +1,211 @@
+"""What a distilling Trainer does with its terms: those beside the logits' are bound to its models, their projections
+trained and saved, and all are logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fusedkd.integrations import refusals
+from fusedkd.integrations.evaluation import EvaluatingTrainer
+from fusedkd.integrations.offline import Batch
+from fusedkd.integrations.pair import Pair
+from fusedkd.integrations.states import Recorder
+from fusedkd.integrations.term import Given, Term
+
+MODULE = "distillation_terms"
+"""Of a student, while it is trained: the projections."""
+FILE = f"{MODULE}.safetensors"
+"""In a checkpoint."""
+
+
+class TermTrainer(EvaluatingTrainer):
+    """The terms of :class:`fusedkd.integrations.transformers.DistillationTrainer`."""
+
+    teachers: Any
+    head: Any
+    parts: Callable[[], dict[str, tuple[float, int]]]
+    warned: set[str]
+    given_terms: list[Term]
+    """Beside those of KDConfig; without those of weight 0."""
+    projections: nn.ModuleDict
+    """Of each term that has some: a linear map for each pair of layers, or one for all."""
+
+    # ---- models
+
+    def _start_terms(self, terms: Sequence[Term]) -> None:
+        self.given_terms = [term for term in terms if term.weight != 0]
+        self.kinds = list(dict.fromkeys(term.rows for term in self.given_terms if term.rows != "kd"))
+        self.compared: list[Term] = [term for term in self.given_terms if not term.of_logits]
+        self.recorders: tuple[Recorder, Recorder] | None = None
+        self.bound_to: Any = None
+        self.epoch = 0
+        self.pairs: dict[str, Any] = {}
+        self.projections = nn.ModuleDict()
+
+    def _bind_terms(self) -> None:
+        """To the models as they are now, new projections with them."""
+        if not self.compared or self.bound_to is self.model:
+            return
+        teacher, causal, draw = self.teachers.distinct[0], self.head.causal, torch.Generator()
+        if teacher.recorder is None:
+            teacher.record(causal)
+        student: Any = self.model
+        self.recorders = Recorder(student, causal), teacher.recorder
+        self._draw_layers()
+        draw.manual_seed(self.args.seed)
+        kind = {"device": self.args.device, "dtype": self.head.linear.weight.dtype}
+        for term in self.compared:
+            widths = term.widths(self.pairs[term.name], *self.recorders)
+            if widths:
+                self.projections[term.name] = nn.ModuleList([_linear(*each, draw).to(**kind) for each in widths])
+        refusals.terms(self)
+        self.bound_to = self.model
+
+    def _draw_layers(self) -> None:
+        """Of this epoch."""
+        assert self.recorders is not None
+        for recorder in self.recorders:
+            recorder.hidden, recorder.layers = False, frozenset()
+        draw = torch.Generator().manual_seed(self.args.seed + self.epoch)
+        self.pairs = {term.name: term.pairs(*self.recorders, draw) for term in self.compared}
+
+    @contextmanager
+    def recording(self, batch: Batch) -> Iterator[Callable[[Any], Any]]:
+        """Within, the student runs once; yields what makes States of its outputs."""
+        if self.recorders is None:
+            yield lambda outputs: None
+            return
+        if self.recorders[0].layers:
+            refusals.attention_batch(batch)
+        with self.recorders[0]() as states:
+            yield states
+
+    def wanted(self) -> dict[str, Any]:
+        """Further arguments of both models."""
+        epoch = int(self.state.epoch or 0)
+        if self.recorders is not None and epoch != self.epoch:
+            self.epoch = epoch
+            self._draw_layers()
+        return {"output_hidden_states": True} if self.recorders and self.recorders[0].hidden else {}
+
+    # ---- the loss
+
+    def masks_of_terms(self, attended: Tensor) -> list[Tensor]:
+        """The rows of `kinds`, ``(B, L)`` or ``(B, 1)``."""
+        made = {"attended": lambda: attended, "sequences": lambda: attended.any(1, keepdim=True)}
+        made["positions"] = lambda: torch.ones_like(attended)
+        return [made[kind]() for kind in self.kinds]
+
+    def parts_of_terms(self) -> dict[str, tuple[float, int]]:
+        """As `parts`, behind the KD term's rows and those of the cross-entropy."""
+        index = {"kd": 0} | {kind: i for i, kind in enumerate(self.kinds, start=2)}
+        return {term.name: (term.weight, index[term.rows]) for term in self.given_terms}
+
+    def losses_of_terms(self, pair: Pair, counts: Tensor | None, linear: Callable[..., Any]) -> dict[str, Tensor]:
+        """Times their weights, by name: scalars, or per row."""
+        found, parts, trained = {}, self.parts_of_terms(), self.projections.keys()
+        for term in self.given_terms:
+            normalizer = None if counts is None else counts[parts[term.name][1]]
+            own: Any = self.projections[term.name] if term.name in trained else ()
+            pairs = self.pairs.get(term.name, ())
+            found[term.name] = term.loss(Given(pair, pairs, own, normalizer, partial(linear, pair), self.head.causal))
+        return found
+
+    # ---- training and checkpoints
+
+    @contextmanager
+    def training_projections(self) -> Iterator[None]:
+        """Within, they are the student's: in its optimiser, its gradient norm and its reduction, but not in what
+        `save_pretrained` saves.
+        """
+        model: Any = self.model
+        if not self.projections:
+            yield
+            return
+        held = {p for group in self.optimizer.param_groups for p in group["params"]} if self.optimizer else None
+        if held is not None and not held.issuperset(self.projections.parameters()):
+            raise ValueError(
+                "optimizers holds an optimizer without the projections of the terms: add "
+                "trainer.projections.parameters() to its groups, or leave it to the Trainer"
+            )
+        ignored = getattr(model, "_keys_to_ignore_on_save", None)
+        model.add_module(MODULE, self.projections)
+        model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{MODULE}.{k}" for k in self.projections.state_dict())}
+        try:
+            yield
+        finally:
+            delattr(model, MODULE)
+            model._keys_to_ignore_on_save = ignored
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.projections and self.args.should_save:  # of a checkpoint
+            values = {name: value.contiguous() for name, value in self.projections.state_dict().items()}
+            save_file(values, Path(str(output_dir)) / FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._bind_terms()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_projections(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_projections(str(self.state.best_model_checkpoint))
+
+    def _load_projections(self, checkpoint: str) -> None:
+        if not self.projections:
+            return
+        file = Path(checkpoint) / FILE
+        if not file.is_file():
+            raise ValueError(f"{checkpoint} has no {FILE}, the projections of the terms: it is of another run")
+        saved, own = load_file(file), self.projections.state_dict()
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise ValueError(f"{file} holds {', '.join(saved)}, but the terms have {', '.join(own)}, in their shapes")
+        self.projections.load_state_dict(saved)
+
+    # ---- logs
+
+    def _start_sums(self) -> None:
+        self.terms: Any = 0
+        """The sums of the terms over this rank's micro-batches since the last log."""
+        self.steps, self.last_step = 0, -1  # optimiser steps in that sum
+        self.blank: Any = 0
+        """How many of this rank's batches had no row of each of `masks`."""
+
+    def _add(self, terms: dict[str, Tensor]) -> None:
+        """Of a micro-batch."""
+        self.terms = self.terms + torch.stack([terms[name] for name in self.parts()]).double()
+        self.steps += self.state.global_step != self.last_step
+        self.last_step = self.state.global_step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the terms beside the loss: means over the optimiser steps since the last time."""
+        if isinstance(self.blank, Tensor):
+            blank, self.blank = self.blank.tolist(), 0  # waits for the device, as a log does anyway
+            names = {name for name, (weight, i) in self.parts().items() if weight != 0 and blank[i]} - self.warned
+            refusals.warn_of_blank(names)
+            self.warned |= names
+        if "loss" in logs and self.steps:
+            means = self.accelerator.reduce(self.terms / self.steps, "sum").tolist()
+            logs |= dict(zip(self.parts(), means, strict=True))
+            self.terms, self.steps = 0, 0
+        super().log(logs, start_time)
+
+
+def _linear(student: int, teacher: int, draw: torch.Generator) -> nn.Linear:
+    """With the values of a new `torch.nn.Linear`, from a generator."""
+    with torch.device("cpu"):
+        linear = nn.utils.skip_init(nn.Linear, student, teacher)
+    bound = student**-0.5
+    for parameter in (linear.weight, linear.bias):
+        nn.init.uniform_(parameter, -bound, bound, generator=draw)
+    return linear
