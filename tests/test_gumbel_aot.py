@@ -9,7 +9,20 @@ import pytest
 
 pytest.importorskip("triton")
 
-from test_triton_aot import AMD, FP32, FP64, NAMES, SM80, SM90, SM100, _compile, cache, describe, does_not_spill, specialised
+from test_triton_aot import (
+    AMD,
+    FP32,
+    FP64,
+    NAMES,
+    SM80,
+    SM90,
+    SM100,
+    _compile,
+    cache,
+    describe,
+    does_not_spill,
+    specialised,
+)
 
 from fusedkd.backends.triton.gumbel import OPTIONS
 from fusedkd.backends.triton.gumbel_kernel import gumbel_backward_kernel, gumbel_forward_kernel
