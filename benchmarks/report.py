@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, history, speed, step
+from benchmarks import accuracy, gumbel, history, speed, step
 from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,12 @@ EXCERPTS = {
     ),
 }
 """Of the record: a few groups of a JSON file, under a name of their own, quoted by a picture and the first in words."""
-SUBJECTS = {"accuracy": accuracy, "benchmarks": speed, "driver_step": step}  # by what the JSON has
+SUBJECTS = {
+    "accuracy": accuracy,
+    "benchmarks": speed,
+    "driver_step": step,
+    "straight_through": gumbel,
+}  # by what the JSON has
 DIVERGENCES = re.compile(r"(<!-- divergences -->\n).*?(<!-- /divergences -->)", re.DOTALL)
 
 

@@ -82,6 +82,7 @@ def plan(folder: Path, device: str) -> list[Step]:
             [*speed, "--cases", f"{device}-linear", f"--benchmark-json={folder}/{device}-linear.json"],
             1800,
         ),
+        Step("bench-gumbel", [*module, "benchmarks.gumbel", str(folder), *on], 300),
         Step("accuracy", [*module, "benchmarks.accuracy", str(folder), *on], 600),
         Step("step", [*module, "benchmarks.step", str(folder), *on], 600),
         Step("report", [*module, "benchmarks.report", str(folder)], 120),

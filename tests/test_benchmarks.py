@@ -19,7 +19,7 @@ from fusedkd.reference.divergences import kl_terms
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import accuracy, attention, cases, eager, history, linear, providers, report, step  # noqa: E402
+from benchmarks import accuracy, attention, cases, eager, gumbel, history, linear, providers, report, step  # noqa: E402
 from benchmarks.cases import Case, family, kd, listed  # noqa: E402
 from benchmarks.measure import evaluate, interleave, peak_bytes  # noqa: E402
 from benchmarks.providers import PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
@@ -251,6 +251,21 @@ def test_training_step_is_measured_beside_eager(tmp_path, monkeypatch):
     ((name, table),) = report.render(tmp_path)
     assert name == "step-cpu"
     assert "| 2×16 → 1×16, 3×8 tokens, 50% masked | step | **" in table
+
+
+def test_straight_through_samples_are_measured_beside_eager(tmp_path, monkeypatch):
+    monkeypatch.setattr(gumbel, "SECONDS", 0.0)
+    shape = gumbel.Shape(3, 8, 0.5, vocabulary=97, hidden=16, student=8, teacher=12, dtype="float32")
+    providers = [name for name in gumbel.PROVIDERS if "compile" not in name]
+    data = gumbel.record([shape], providers, "cpu", "as a test")
+    entries = data["straight_through"]
+    assert [entry["provider"] for entry in entries] == providers
+    assert all(0 < entry["gradient_error"] < 1e-6 for entry in entries)
+    assert all(0 < entry["p20"] <= entry["median"] <= entry["p80"] for entry in entries)
+    (tmp_path / "gumbel-cpu.json").write_text(json.dumps(data))
+    ((name, table),) = report.render(tmp_path)
+    assert name == "gumbel-cpu"
+    assert "| 3×8, 50% masked, V = 97, 16 → 8, 12, float32 | fusedkd | **" in table
 
 
 def test_eager_triple_loss_is_that_of_the_sums():

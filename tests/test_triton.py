@@ -39,4 +39,4 @@ def test_rules_under_the_interpreter() -> None:
 
 
 def test_gumbel_under_the_interpreter() -> None:
-    interpreted("test_gumbel.py", "-k", GUMBEL, FUSEDKD_BACKEND="triton")
+    interpreted("test_gumbel_operators.py", "-k", GUMBEL, FUSEDKD_BACKEND="triton")

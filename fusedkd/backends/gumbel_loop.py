@@ -73,8 +73,9 @@ def gumbel_gradients(
         unit = temperature.new_ones(())
         if dtype == torch.float16:
             unit = _unit(upstreams, tables, temperature)
-        for each in gradients[1:]:
-            each.zero_()
+        d_bias.zero_()
+        if len(hidden) == 0:
+            d_weight.zero_()
         for part in _parts(hidden, tile):
             x = hidden[part].to(dtype)
             g, slopes = _logits(x, head, bias, tiles), tiles.get("slopes", len(head), accumulation_dtype(dtype))
@@ -96,7 +97,7 @@ def gumbel_gradients(
             if wanted[0]:
                 products.pull_back(g, head, d_hidden[part])
             if wanted[1]:
-                products.product(g.t(), x, d_weight, add=True)
+                products.product(g.t(), x, d_weight, add=part.start > 0)
         if dtype == torch.float16:
             for each in gradients:
                 each.div_(unit)

@@ -92,11 +92,11 @@ def gumbel_rows(
     *rows, ids = GumbelRowsFunction.apply(
         plan,
         hidden.reshape(lead.numel(), hidden.shape[-1]),
-        weight[:columns],
-        None if bias is None else bias[:columns],
+        _first(columns, weight),
+        None if bias is None else _first(columns, bias),
         _seed(seed, generator, device),
         real_tensor(temperature, device),
-        *[table[:columns] for table in embeddings],
+        *[_first(columns, table) for table in embeddings],
     )
     found = [each.view(*lead, each.shape[-1]) for each in rows]
     return (*found, ids.view(lead)) if return_ids else tuple(found)
@@ -122,6 +122,11 @@ def _columns(hidden: Tensor, weight: Tensor, embeddings: tuple[Tensor, ...]) -> 
                 f"not {table.shape[0]}"
             )
     return min([weight.shape[0], *[table.shape[0] for table in embeddings]])
+
+
+def _first(rows: int, x: Tensor) -> Tensor:
+    """Some rows; all of them as they are, for a view would copy its gradient."""
+    return x if x.shape[0] == rows else x[:rows]
 
 
 def _operand_type(table: torch.dtype, exact: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
