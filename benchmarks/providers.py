@@ -1,7 +1,8 @@
 """Who is measured: the loss of each provider, called as its users call it, and whether it is installed.
 
 A provider makes of a case a function of (student, teacher, labels). For kd_loss and linear_kd_loss that is
-(1 − ce_weight)·T^k·D + ce_weight·CE, for cosine_hidden_loss 1 − cos; the mean over rows.
+(1 − ce_weight)·T^k·D + ce_weight·CE, for cosine_hidden_loss 1 − cos, behind a projection the mean squared error; the
+mean over rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedkd
-from benchmarks import eager
+from benchmarks import eager, projected
 from benchmarks.cases import Case
 from benchmarks.linear import Head, LinearCase
 
@@ -251,6 +252,12 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "fla": fla_linear,
         "orda": orda_linear,
         "torch linear CE": torch_linear_ce,
+    },
+    "projected_hidden_loss": {
+        "fusedkd": projected.fused,
+        PRODUCTS: projected.products,
+        "eager": projected.eager,
+        "torch.compile": projected.eager,
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
 }
