@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import top_k
 from torch import Tensor, nn
-from truth import check_cosine, check_kd, pair, targets
+from truth import check_hidden, check_kd, pair, targets
 
 import fusedkd
 from fusedkd import JSD
@@ -180,7 +180,7 @@ def test_options_follow_the_module_to_a_device(device: str) -> None:
 def test_cosine_module(device: str) -> None:
     student, teacher = pair(3, 4, H, device=device)
     mask = torch.arange(12, device=device).view(3, 4) % 3
-    expected = check_cosine(student, teacher, mask, reduction="sum").loss.value
+    expected = check_hidden(student, teacher, mask, distance="cosine", reduction="sum").loss.value
     actual = CosineHiddenLoss("sum")(student, teacher, mask)
     torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-5, atol=0)
     scaled = CosineHiddenLoss()(student, teacher, mask, normalizer=4)

@@ -290,29 +290,27 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
 
   // Finds both scales. Σd², if it follows from the sums with enough digits, else NaN.
   double scales() {
-    Sums s;
-    if constexpr (centred) {
-      // Squares of the distance to the first column, or where that is far from the mean, to the mean.
-      A p = A(x[0]), q = A(y[0]);
-      s = sums(p, q);
-      if (const auto far = [&](double sum, double squares) { return sum * sum * share > 0.9 * squares; };
-          far(s.x, s.xx) || far(s.y, s.yy)) {
-        p = A(p + s.x * share), q = A(q + s.y * share);
-        s = sums(p, q);
+    // Squares of the distance to the first column; where that is far from the mean, or digits are needed, to the mean.
+    A p = centred ? A(x[0]) : 0, q = centred ? A(y[0]) : 0;
+    for (bool again = !centred;; again = true) {
+      Sums s = sums(p, q);
+      const double off_x = s.x * share, off_y = s.y * share;
+      const double lost = std::max(s.x * off_x / s.xx, s.y * off_y / s.yy);
+      if (centred) {
+        mean_is(a, p, off_x), mean_is(b, q, off_y);
+        s.xx -= s.x * off_x, s.yy -= s.y * off_y, s.xy -= s.x * off_y;
       }
-      const double x_off = s.x * share, y_off = s.y * share;
-      mean_is(a, p, x_off), mean_is(b, q, y_off);
-      s.xx -= s.x * x_off, s.yy -= s.y * y_off, s.xy -= s.x * y_off;
-    } else {
-      s = sums(0, 0);
+      const bool far_x = !std::isfinite(s.xx), far_y = !std::isfinite(s.yy);
+      if (far_x) s.xx = far_squares(x, a);
+      if (far_y) s.yy = far_squares(y, b);
+      a.scale = scale_of(s.xx, far_x ? FAR : 1, added_x), b.scale = scale_of(s.yy, far_y ? FAR : 1, added_y);
+      if (far_x || far_y) return NAN;
+      const double aa = double(a.scale) * a.scale * s.xx, bb = double(b.scale) * b.scale * s.yy;
+      const double squares = aa + bb - 2 * (double(a.scale) * b.scale * s.xy);
+      const bool enough = squares > 0.1 * (aa + bb);
+      if (again || !(lost > (enough ? 0.9 : 1e-3))) return enough ? squares : NAN;
+      p = a.mean, q = b.mean;
     }
-    const bool far = !std::isfinite(s.xx) || !std::isfinite(s.yy);
-    if (far) s.xx = far_squares(x, a), s.yy = far_squares(y, b);
-    a.scale = scale_of(s.xx, far ? FAR : 1, added_x), b.scale = scale_of(s.yy, far ? FAR : 1, added_y);
-    if (far) return NAN;
-    const double aa = double(a.scale) * a.scale * s.xx, bb = double(b.scale) * b.scale * s.yy;
-    const double squares = aa + bb - 2 * (double(a.scale) * b.scale * s.xy);
-    return squares > 0.1 * (aa + bb) ? squares : NAN;
   }
 
   static void mean_is(Scale& side, A near, double off) {
