@@ -24,7 +24,7 @@ import gpu_stub
 
 from fusedkd import TeacherHead, TeacherTopK, hidden_loss, kd_loss, linear_kd_loss
 from fusedkd import checks as check
-from fusedkd.backends import composed, linear_loop
+from fusedkd.backends import composed, linear_loop, projected
 from fusedkd.backends.triton import hidden, launch
 
 N, V, H = 6, 300, 16
@@ -53,6 +53,7 @@ class Count(TorchDispatchMode):
                 return kwargs["out"]
             return function(*args, **kwargs)
         own = {"linear_kd": linear_loop.linear_kd, "hidden_loss": composed.hidden_loss}
+        own["linear_hidden"] = projected.linear_hidden
         answer = own.get(name) or getattr(launch, name, None) or getattr(hidden, name)
         with self:
             return answer(**kwargs)
@@ -150,3 +151,18 @@ def test_hidden_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         launches, operations, _ = cost(lambda mask=mask: hidden_loss(STUDENT, TEACHER, mask), [STUDENT], monkeypatch)
         assert launches == launched
         assert operations == ONE | {"sum": 1, "div_": 1, "div": 1} | more
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 9)], ids=str)
+def test_hidden_loss_with_a_projection(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one tile: normaliser and sum, the row losses in their place, two gradients times the upstream one; in 16 bits
+    the gradient of the projected rows is rounded for the products.
+    """
+    x, w = (torch.randn(n, H).to(dtype).requires_grad_() for n in (N, V))
+    for mask, more in ((None, []), (MASK, ["kd_row_weights"])):
+        launches, operations, products = cost(
+            lambda mask=mask: hidden_loss(x, TEACHER, mask, projection=w), [x, w], monkeypatch
+        )
+        assert launches == [*more, "hidden"]
+        assert sum(operations.values()) <= most, operations
+        assert products == 3
