@@ -90,7 +90,7 @@ def hidden_loss(
         _check_sides(*layer[:3], projected)
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
-            trained = x.requires_grad or (projected is not None and projected.weight.requires_grad)
+            trained = x.requires_grad or (projected is not None and projected.trained())
             for piece in pieces:
                 check.frozen(layer.name("teacher"), piece, trained)
             pieces = [piece.detach() for piece in pieces]
