@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from truth import check_hidden, check_kd, pair, targets
 
 import fusedkd
-from fusedkd import JSD
+from fusedkd import JSD, hidden_loss
 from fusedkd.divergences import FAMILIES
-from fusedkd.nn import CosineHiddenLoss, DistilBertLoss, KDLoss
+from fusedkd.nn import CosineHiddenLoss, DistilBertLoss, HiddenLoss, KDLoss
 
 B, L, V, H = 4, 9, 61, 24
 
@@ -186,6 +186,19 @@ def test_cosine_module(device: str) -> None:
     scaled = CosineHiddenLoss()(student, teacher, mask, normalizer=4)
     torch.testing.assert_close(scaled.double().cpu(), expected / 4, rtol=1e-5, atol=0)
     assert "reduction=sum" in repr(CosineHiddenLoss("sum"))
+
+
+def test_hidden_module(device: str) -> None:
+    student, teacher = pair(3, 4, H, device=device)
+    mask = torch.arange(12, device=device).view(3, 4) % 3
+    module = HiddenLoss("smooth_l1", "layer_norm")
+    expected = hidden_loss(student, teacher, mask, distance="smooth_l1", normalize="layer_norm")
+    torch.testing.assert_close(module(student, teacher, mask), expected)
+    both = module([student, student], [teacher, teacher], mask, layer_weights=[1.0, 2.0])
+    torch.testing.assert_close(both, 3 * expected)
+    assert "normalize=layer_norm" in repr(module)
+    with pytest.raises(ValueError, match="distance must be one of"):
+        HiddenLoss("l2")
 
 
 def test_public_names() -> None:
