@@ -69,6 +69,7 @@ bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-attention.json --cases cpu-attention
 	.venv/bin/python -m benchmarks.gumbel $(RESULTS)
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-projected.json --cases cpu-projected
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 

@@ -16,6 +16,7 @@ from fusedkd.backends.layout import TOPK_KERNELS, TopkKernelId
 from fusedkd.divergences import FAMILIES, Divergence
 from fusedkd.reference import hidden, softmax
 from fusedkd.reference.divergences import Rows
+from fusedkd.reference.hidden import DistanceName, NormalizeName
 
 CACHE_BYTES = 64 << 20  # at least the last-level cache of the machines measured (L3 32 MB, L2 of an H200 60 MB)
 ROWS_AT_A_TIME = 64  # of the float64 truth: temporaries small enough for malloc to keep
@@ -28,9 +29,9 @@ Inputs = tuple[Tensor, Tensor | TeacherTopK | TeacherSamples, Tensor]
 class Case:
     """One loss at one shape. ``backward``: loss and gradient; otherwise the loss alone, in ``no_grad``."""
 
-    loss: str  # kd_loss or cosine_hidden_loss
+    loss: str  # kd_loss, cosine_hidden_loss or hidden_loss
     rows: int
-    columns: int  # V for kd_loss, H for cosine_hidden_loss
+    columns: int  # V for kd_loss, H for hidden states
     dtype: str = "float32"
     temperature: float = 1.0
     ce: bool = False
@@ -41,6 +42,8 @@ class Case:
     listed: int = 0
     upstream: float = 1.0
     sure: bool = False  # one column of every row is far above the others
+    distance: DistanceName = "cosine"  # of hidden states
+    normalize: NormalizeName | None = None
     graph: bool = False  # replayed as a CUDA graph: the whole call without its launches
 
     @property
@@ -68,6 +71,11 @@ class Case:
         return side + teacher + self.gradient_bytes
 
     @property
+    def compared(self) -> list[str]:
+        """Of hidden_loss."""
+        return [self.distance, self.normalize or ""] if self.loss == "hidden_loss" else []
+
+    @property
     def label(self) -> str:
         """The case, as a heading."""
         kd = [
@@ -78,6 +86,7 @@ class Case:
             "sure rows" if self.sure else "",
         ]
         mode = [
+            *self.compared,
             "" if self.backward else "forward only",
             "" if self.upstream == 1 else f"upstream {self.upstream:g}",
             "CUDA graph" if self.graph else "",
@@ -94,6 +103,7 @@ class Case:
             "sure" if self.sure else "",
         ]
         mode = [
+            *self.compared,
             "fwd+bwd" if self.backward else "fwd",
             "" if self.upstream == 1 else f"upstream{self.upstream:g}",
             "graph" if self.graph else "",
@@ -126,9 +136,10 @@ class Case:
         for start in range(0, self.rows, ROWS_AT_A_TIME):
             rows = slice(start, start + ROWS_AT_A_TIME)
             x, y = student.detach()[rows].double(), labels[rows]
-            if self.loss == "cosine_hidden_loss":
-                terms = [(1.0, hidden.cosine_distance(x, t := teacher[rows].double()))]
-                gradient[rows] = hidden.cosine_distance_gradient(x, t)
+            if "hidden" in self.loss:
+                compared = (x, teacher[rows].double(), self.distance, self.normalize)
+                terms = [(1.0, hidden.hidden_distance(*compared))]
+                gradient[rows] = hidden.hidden_gradient(*compared)
             else:
                 divergence, slope = self._divergence(x, teacher, y, rows)
                 terms = [(self.kd_scale, divergence)]
@@ -189,7 +200,20 @@ def cosine(rows: int, columns: int, dtype: str = "float32", **mode: Any) -> Case
     return Case("cosine_hidden_loss", rows, columns, dtype, **mode)
 
 
+def states(
+    distance: DistanceName,
+    normalize: NormalizeName | None,
+    rows: int,
+    columns: int,
+    dtype: str = "float32",
+    **mode: Any,
+) -> Case:
+    return Case("hidden_loss", rows, columns, dtype, distance=distance, normalize=normalize, **mode)
+
+
 OTHERS = [name for name in FAMILIES if name != "forward_kl"]
+HIDDEN: list[tuple[DistanceName, NormalizeName | None]]
+HIDDEN = [("mse", None), ("mse", "l2"), ("mse", "layer_norm"), ("smooth_l1", None)]
 KNOWN_AT_K = ("renormalize", "bucket", "samples")
 
 CASES = {
@@ -225,6 +249,11 @@ CASES = {
         cosine(4096, 768, backward=False),
         cosine(32, 768, backward=False),
     ],
+    "cpu-hidden": [
+        states(distance, normalize, 4096, 768, dtype)
+        for distance, normalize in HIDDEN
+        for dtype in ("float32", "bfloat16")
+    ],
     # Six minutes on an H200, of which half is torch.compile. So temperature, cross-entropy, upstream and the other
     # divergences vary at one shape, Llama 3's, in bfloat16; forward alone and float32 are measured at two vocabularies,
     # one below and one above what the L2 cache holds.
@@ -253,6 +282,7 @@ CASES = {
         cosine(16384, 4096, "bfloat16"),
         cosine(32768, 8192, "bfloat16"),
         cosine(16384, 4096),
+        *(states(distance, normalize, 16384, 4096, "bfloat16") for distance, normalize in HIDDEN),
     ],
     "smoke": [  # tests the harness, in seconds
         kd(6, 33),
@@ -261,5 +291,6 @@ CASES = {
         *(family(name, 6, 33) for name in OTHERS),
         *(listed(teacher, 6, 33, k=5) for teacher in KNOWN_AT_K),
         cosine(6, 20, "bfloat16"),
+        *(states(distance, normalize, 6, 20) for distance, normalize in HIDDEN),
     ],
 }

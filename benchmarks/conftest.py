@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, cases, linear, providers
+from benchmarks import providers
 from benchmarks.measure import MALLOC, set_malloc
+from benchmarks.providers import CASES
 from benchmarks.record import machine
-
-CASES = {**cases.CASES, **linear.CASES, **attention.CASES}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cases",
         default=None,
         choices=tuple(CASES),
-        help="a list of cases.py, linear.py or attention.py; the device's",
+        help="a list of cases.py or a file beside it; the device's",
     )
 
 

@@ -1,7 +1,7 @@
 """Who is measured: the loss of each provider, called as its users call it, and whether it is installed.
 
 A provider makes of a case a function of (student, teacher, labels). For kd_loss and linear_kd_loss that is
-(1 − ce_weight)·T^k·D + ce_weight·CE, for cosine_hidden_loss 1 − cos; the mean over rows.
+(1 − ce_weight)·T^k·D + ce_weight·CE, for hidden states their distance; the mean over rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedkd
-from benchmarks import eager
+from benchmarks import attention, cases, eager, linear, projected
 from benchmarks.attention import AttentionCase, QueriesAndKeys
 from benchmarks.cases import Case
 from benchmarks.linear import Head, LinearCase
@@ -28,6 +28,9 @@ PRODUCTS = "products alone"
 """Not a loss, but what bounds the one from hidden states."""
 
 Loss = Callable[[Tensor, Any, Tensor], Tensor]
+
+CASES: dict[str, list[Any]] = {**cases.CASES, **linear.CASES, **attention.CASES, **projected.CASES}
+"""Lists of cases by name, of all losses."""
 
 
 def fusedkd_options(case: Case) -> dict[str, Any]:
@@ -118,6 +121,23 @@ def eager_cosine(case: Case) -> Loss:
 
 def fusedkd_cosine(case: Case) -> Loss:
     return lambda student, teacher, labels: fusedkd.cosine_hidden_loss(student, teacher)
+
+
+def eager_hidden(case: Case) -> Loss:
+    """In float32, as autocast runs these."""
+
+    def normalized(x: Tensor) -> Tensor:
+        if case.normalize == "l2":
+            return F.normalize(x.float(), dim=-1)
+        return F.layer_norm(x.float(), x.shape[-1:]) if case.normalize else x.float()
+
+    loss = F.mse_loss if case.distance == "mse" else F.smooth_l1_loss
+    return lambda student, teacher, labels: loss(normalized(student), normalized(teacher))
+
+
+def fusedkd_hidden(case: Case) -> Loss:
+    options: dict[str, Any] = {"distance": case.distance, "normalize": case.normalize}
+    return lambda student, teacher, labels: fusedkd.hidden_loss(student, teacher, **options)
 
 
 def fusedkd_linear(case: LinearCase) -> Loss:
@@ -303,9 +323,16 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "orda": orda_linear,
         "torch linear CE": torch_linear_ce,
     },
+    "projected_hidden_loss": {
+        "fusedkd": projected.fused,
+        PRODUCTS: projected.products,
+        "eager": projected.eager,
+        "torch.compile": projected.eager,
+    },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
     "attention_kl_loss": ATTENTION,
     "attention_mse_loss": ATTENTION,
+    "hidden_loss": {"fusedkd": fusedkd_hidden, "eager": eager_hidden, "torch.compile": eager_hidden},
 }
 
 

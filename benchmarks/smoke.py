@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import KNOWN_AT_K, OTHERS, Case, cosine, family, kd, listed
+from benchmarks.cases import HIDDEN, KNOWN_AT_K, OTHERS, Case, cosine, family, kd, listed, states
 from benchmarks.linear import linear
 from benchmarks.measure import error_of, evaluate
 from benchmarks.providers import loss_of
@@ -33,12 +33,14 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "topk": [listed(teacher, 512, 32000, "bfloat16") for teacher in KNOWN_AT_K],
         "linear": [linear(512, 256, 512, 32000, dtype) for dtype in ("bfloat16", "float16", "float32")],
         "cosine": [cosine(4096, 768, "bfloat16"), cosine(512, 4096), cosine(64, 20001, "bfloat16")],
+        "hidden": [states(*kind, 512, 1024, "bfloat16") for kind in HIDDEN],
     },
     "cpu": {  # tests the harness
         "kd": [kd(6, 33), *(family(name, 6, 33) for name in OTHERS)],
         "topk": [listed(teacher, 6, 33, k=5) for teacher in KNOWN_AT_K],
         "linear": [linear(6, 5, 7, 33, dtype) for dtype in ("float16", "float32")],
         "cosine": [cosine(6, 20, "bfloat16")],
+        "hidden": [states(*kind, 6, 20) for kind in HIDDEN],
     },
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.attention import AttentionCase
 from benchmarks.cases import Case
 from benchmarks.linear import LinearCase
+from benchmarks.projected import ProjectedCase
 from benchmarks.providers import PRODUCTS
 
 Entry = dict[str, Any]
@@ -23,6 +24,8 @@ MEMORY = {
     "fresh": "Tensors above 32 MB are made of fresh pages, which the system zeroes: glibc's default. ",
     "kept": "Freed memory is kept and reused, as by jemalloc: no pages to zero. ",
 }
+KINDS: dict[str, type[Case]] = {"linear_kd_loss": LinearCase, "projected_hidden_loss": ProjectedCase}
+"""The losses that products bound."""
 RESOLUTION = 0.2e6  # bytes: Linux counts resident pages in batches per core
 
 

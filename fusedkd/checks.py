@@ -58,11 +58,11 @@ def is_dtensor(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"  # whose module takes a second to import
 
 
-def float_rows(name: str, tensor: object, like: Tensor | None = None) -> None:
+def float_rows(name: str, tensor: object, like: Tensor | None = None, hidden: bool = False) -> None:
     """A floating-point tensor ``(*, V)`` whose last dimension is contiguous, with the leading shape and device of
     `like`.
     """
-    tensor = plain(name, tensor)
+    tensor = plain(name, tensor, hidden)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, not {tensor.dtype}")
     if tensor.dim() == 0 or tensor.shape[-1] == 0:

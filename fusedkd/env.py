@@ -60,7 +60,7 @@ def main() -> None:
     for (operator, device), (backend, reason) in dispatch.serving.items():
         print(f"  {operator:<15} {device:<5} {backend:<12} {reason}")
     if not any(device == "CUDA" for _, device in dispatch.serving):
-        print("  (built without CUDA and ROCm: with either, Triton serves kd_* and gumbel_*, CUDA C++ cosine_*)")
+        print("  (this torch is built without CUDA and ROCm: with either, Triton serves what C++ serves here)")
 
 
 if __name__ == "__main__":

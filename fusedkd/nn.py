@@ -14,11 +14,12 @@ from typing_extensions import Unpack
 from fusedkd import checks as check
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence
-from fusedkd.losses.hidden import cosine_hidden_loss
+from fusedkd.losses.hidden import comparison, cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import Teachers, kd_loss
 from fusedkd.losses.linear_kd import checked_linear_options, linear_kd_loss
 from fusedkd.losses.names import unknown
 from fusedkd.losses.options import KDOptions, KDTerms, Reduction
+from fusedkd.reference.hidden import DistanceName, NormalizeName
 
 
 class _Options(nn.Module):
@@ -179,6 +180,37 @@ class CosineHiddenLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction}"
+
+
+class HiddenLoss(nn.Module):
+    """:func:`fusedkd.hidden_loss` with its distance, normalisation, pooling and reduction fixed."""
+
+    def __init__(
+        self,
+        distance: DistanceName = "mse",
+        normalize: NormalizeName | None = None,
+        *,
+        pool: Literal["mean"] | None = None,
+        reduction: Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        comparison(distance, normalize)
+        check.reduction(reduction)
+        self.options: dict[str, Any] = {"distance": distance, "normalize": normalize, "pool": pool}
+        self.options["reduction"] = reduction
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor] | Sequence[Tensor | Sequence[Tensor]],
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Also takes what else :func:`fusedkd.hidden_loss` does, by keyword."""
+        return hidden_loss(student, teacher, mask, **self.options, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
 class DistilBertTerms(NamedTuple):

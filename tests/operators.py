@@ -1,5 +1,5 @@
 """The operators as tests call them: what kd_forward and kd_backward are both given is one dictionary, `Inputs`, and so
-is what cosine_forward and cosine_backward are. Which of the two is meant is seen by what it holds.
+is what hidden_forward and hidden_backward are. Which of the two is meant is seen by what it holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fusedkd.backends.layout import OPTIONS, Option
 
 Inputs = dict[str, Any]
 """student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce; of the
-cosine operators student, teacher, weights, normalizer."""
+operators of hidden states student, teacher (a list), weights, normalizer, distance, normalize."""
 
 
 def options_tensor(coefficients: Iterable[Any] = (), fill: float = 0.0, **values: float) -> Tensor:
@@ -29,7 +29,7 @@ def options_tensor(coefficients: Iterable[Any] = (), fill: float = 0.0, **values
 
 
 def _operator(inputs: Inputs, which: str, ops: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(ops, f"kd_{which}" if "kernel_id" in inputs else f"cosine_{which}")
+    found: Callable[..., Any] = getattr(ops, f"kd_{which}" if "kernel_id" in inputs else f"hidden_{which}")
     return found
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from ttsem import harness, mlir, sanitize
 
 SKIPPED = {
-    "cosine": "the kernels for hidden states are CUDA C++",
     "compile": "Inductor has no GPU to compile for",
     "no_host_synchronisation": "nothing is ever waited for",
     "cuda_graph": "CUDA graphs",

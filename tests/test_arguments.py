@@ -22,6 +22,7 @@ from fusedkd import (
     TeacherSamples,
     TeacherTopK,
     cosine_hidden_loss,
+    hidden_loss,
     kd_loss,
 )
 from fusedkd.backends.call import as_rows, pack
@@ -214,6 +215,36 @@ COSINE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": "sum", "normalizer": 2}, ValueError, "normalizer .*reduction='sum'"),
     ({"normalizer": -1}, ValueError, "normalizer must be at least 0"),
 ]
+
+
+HIDDEN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student": None}, TypeError, "student must be a tensor"),
+    ({"teacher": V[..., :5]}, ValueError, "student and teacher must have the same last dimension, not 10 and 5"),
+    ({"teacher": [V, V]}, ValueError, r"not 10 and 20, the sum of \[10, 10\]"),
+    ({"teacher": []}, ValueError, "teacher must be a tensor or a list of at least one"),
+    ({"teacher": [V[..., :5].contiguous(), V.int()]}, TypeError, r"teacher\[1\] must be float16"),
+    ({"student": [Z, Z]}, ValueError, "as many layers as student.*2 layers and Tensor"),
+    ({"student": [Z, Z], "teacher": [V]}, ValueError, "2 layers and 1 layers"),
+    ({"student": [Z, Z], "teacher": [V, V[:1]]}, ValueError, r"teacher\[1\] must have the student's leading shape"),
+    ({"student": [Z], "teacher": [V], "layer_weights": [1, 2]}, ValueError, "one for each of 1 layers, not 2"),
+    ({"student": [Z], "teacher": [V], "layer_weights": [-1]}, ValueError, r"layer_weights\[0\] must be at least 0"),
+    ({"layer_weights": [1.0]}, ValueError, "layer_weights are given, but student is one tensor"),
+    ({"distance": "l2"}, ValueError, "distance must be one of .*'mse'.*not 'l2'"),
+    ({"normalize": "batch"}, ValueError, "normalize must be None or one of .*not 'batch'"),
+    ({"pool": "max"}, ValueError, "pool must be None or 'mean', not 'max'"),
+    ({"student": Z[0, 0], "teacher": V[0, 0], "pool": "mean"}, ValueError, r"pool='mean' needs sequences"),
+    ({"bias": V[0, 0]}, ValueError, "bias is given, but no projection"),
+    ({"teacher_gradient": "yes"}, TypeError, "teacher_gradient must be True or False"),
+    ({"mask": Y[:1]}, ValueError, "mask must have"),
+    ({"reduction": "sum", "normalizer": 2}, ValueError, "normalizer .*reduction='sum'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), HIDDEN_ERRORS, ids=lambda x: x if isinstance(x, str) else "")
+def test_hidden_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with operator_calls() as calls, pytest.raises(error, match=message):
+        hidden_loss(**{"student": Z, "teacher": V, **change})
+    assert not calls
 
 
 @pytest.mark.parametrize(("change", "error", "message"), COSINE_ERRORS, ids=lambda x: x if isinstance(x, str) else "")

@@ -19,24 +19,25 @@ from fusedkd.reference.divergences import kl_terms
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import accuracy, attention, cases, eager, gumbel, history, linear, providers, report, step  # noqa: E402
+from benchmarks import accuracy, attention, eager, gumbel, history, linear, providers, report, step  # noqa: E402
 from benchmarks.cases import Case, family, kd, listed  # noqa: E402
 from benchmarks.measure import evaluate, interleave, peak_bytes  # noqa: E402
-from benchmarks.providers import PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
+from benchmarks.providers import CASES, PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
 from benchmarks.speed import label  # noqa: E402
 
-CASES = {**cases.CASES, **linear.CASES, **attention.CASES}
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # or no clock runs
 NUMBERS = {"median", "p20", "p80", "ratio", "peak_bytes"}
 SPEEDS = {
     "smoke": {"bytes_moved", "gb_per_s", "of_copy"},
     "smoke-linear": {"tflop_per_s"},
     "smoke-attention": {"tflop_per_s"},
+    "smoke-projected": {"tflop_per_s"},
 }
 HEADINGS = {
     "smoke": "cosine_hidden_loss 6×20 bfloat16",
     "smoke-linear": "linear_kd_loss 6×(5, 7)×33 bfloat16, T = 2, with CE, 4 rows per tile",
     "smoke-attention": "attention_mse_loss 2×3×9×64 float32, forward only",
+    "smoke-projected": "hidden_loss 6×(5 → 7) bfloat16, l2",
 }
 
 
@@ -150,7 +151,10 @@ def test_every_peer_is_measured_somewhere(monkeypatch):
     monkeypatch.setattr(providers, "_imports", lambda module: True)
     monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", None, raising=False)  # of 2.13
     measured = [
-        (case, device) for device in ("cpu", "cuda") for cases in (device, f"{device}-linear") for case in CASES[cases]
+        (case, device)
+        for device in ("cpu", "cuda")
+        for kind in ("", "-linear", "-projected")
+        for case in CASES[f"{device}{kind}"]
     ]
     assert {(case.loss, p) for case, device in measured for p in available(case, device)} == {
         (loss, provider) for loss, of_loss in PROVIDERS.items() for provider in of_loss

@@ -14,9 +14,9 @@ from families import at, families, samples, top_k
 from operators import Inputs, forward, options_tensor
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from truth import Truth, assert_gradient, assert_value, cosine_truth, kd_truth, pair, targets
+from truth import Truth, assert_gradient, assert_value, hidden_truth, kd_truth, pair, targets
 
-from fusedkd import TeacherLogits, cosine_hidden_loss, kd_loss
+from fusedkd import TeacherLogits, hidden_loss, kd_loss
 from fusedkd.backends import defined
 from fusedkd.backends.call import pack
 from fusedkd.backends.layout import KernelId, TopkKernelId
@@ -108,12 +108,13 @@ def test_inplace_is_ignored(device: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_cosine(device: str, reduction: str) -> None:
+def test_hidden(device: str, reduction: str) -> None:
     student, teacher = pair(3, 5, 33, device=device)
     mask = torch.arange(15, device=device).view(3, 5) % 4
     leaf = student.requires_grad_()
-    loss = graph(cosine_hidden_loss)(leaf, teacher, mask, reduction=reduction)
-    check(loss, leaf, cosine_truth(student, teacher, mask, reduction=reduction))
+    kind: Any = {"distance": "smooth_l1", "normalize": "layer_norm", "reduction": reduction}
+    loss = graph(hidden_loss)(leaf, [teacher[..., :9].contiguous(), teacher[..., 9:].contiguous()], mask, **kind)
+    check(loss, leaf, hidden_truth(student, teacher, mask, **kind))
 
 
 def test_distilbert_loss(device: str) -> None:
@@ -338,13 +339,13 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
             cases["linear_kd"].append({**linear, "upstream": u, "wanted": wanted})
 
-        cosine = {"student": student, "teacher": teacher, "weights": weights if some else None}
-        cosine["normalizer"] = normalizers[0].clone()
-        _, stats, gradient = forward(cosine)
-        add_calls(cases, "cosine", cosine, stats, gradient, upstream, n)
-        whole = {"student": student, "teacher": teacher, "mask": mask, "normalizers": normalizers}
+        sides = {"student": student, "teacher": list(teacher.split(9, -1)), "distance": int(some), "normalize": 2}
+        inputs = {**sides, "weights": weights if some else None, "normalizer": normalizers[0].clone()}
+        _, stats, gradient = forward(inputs)
+        add_calls(cases, "hidden", inputs, stats, gradient, upstream, n)
+        whole = {**sides, "mask": mask, "normalizers": normalizers}
         to = torch.full_like(gradient, torch.nan)
-        cases["cosine_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
+        cases["hidden_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
     return cases | gumbel_cases.operator_arguments(device)
 
 

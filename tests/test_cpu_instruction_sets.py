@@ -1,7 +1,7 @@
 """The C++ kernels on each instruction set of the processor, and what each has of its own: exponential and logarithm.
 
 A plain run uses the best instruction set; `test_other_instruction_sets` runs this file, test_cpu_kernels.py, those of
-the losses, test_kd_loss.py and test_cosine.py, and some of test_few_columns.py, test_divergences.py and
+the losses, test_kd_loss.py and test_hidden.py, and some of test_few_columns.py, test_divergences.py and
 test_gumbel_operators.py again with each lower one, which FUSEDKD_ISA asks for.
 """
 
@@ -32,7 +32,7 @@ def test_other_instruction_sets(lower: str) -> None:
     if isa() in (lower, "plain"):
         pytest.skip(f"{isa()} is what the processor has")
     here = Path(__file__).parent
-    tests = ["test_cpu_instruction_sets.py", "test_cpu_kernels.py", "test_kd_loss.py", "test_cosine.py"]
+    tests = ["test_cpu_instruction_sets.py", "test_cpu_kernels.py", "test_kd_loss.py", "test_hidden.py"]
     names = ("every_backend_has_the_same_noise", "choice_and_gradient")
     tests += [f"test_gumbel_operators.py::test_{name}" for name in names]
     tests += [f"test_few_columns.py::test_{name}" for name in ("every_width", "operators_agree")]

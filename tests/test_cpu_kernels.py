@@ -4,6 +4,7 @@ set: test_cpu_instruction_sets.py.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,7 +28,16 @@ from truth import DTYPES, pair, targets
 from fusedkd import DKD, JSD
 from fusedkd.backends import eager
 from fusedkd.backends.dispatch import serving
-from fusedkd.backends.layout import COUNTED, FINITE_GRADIENT, OPTIONS, KernelId, Option, Stat
+from fusedkd.backends.layout import (
+    COUNTED,
+    FINITE_GRADIENT,
+    OPTIONS,
+    HiddenDistance,
+    HiddenNormalize,
+    KernelId,
+    Option,
+    Stat,
+)
 from fusedkd.divergences import Divergence, ForwardKL
 
 if serving["kd_forward", "CPU"][0] != "C++":
@@ -53,9 +63,13 @@ def row_weights(
     return found
 
 
-def cosine_inputs(student: Tensor, teacher: Tensor, weights: Tensor | None = None, normalizer: float = 1.0) -> Inputs:
+def hidden_inputs(
+    student: Tensor, teacher: Tensor, weights: Tensor | None = None, normalizer: float = 1.0, kind: tuple = (1, 0)
+) -> Inputs:
+    """Of the cosine, or of a distance and a normalisation."""
     divisor = torch.tensor(normalizer, dtype=torch.float64)
-    return {"student": student, "teacher": teacher, "weights": weights, "normalizer": divisor}
+    given = {"student": student, "teacher": [teacher], "weights": weights, "normalizer": divisor}
+    return given | dict(zip(("distance", "normalize"), kind, strict=True))
 
 
 @families
@@ -188,12 +202,13 @@ def test_infinite_divergence(divergence: Divergence) -> None:
             assert_gradient(gradient[0, row], exact[0, row], 20.0)
 
 
+@pytest.mark.parametrize("kind", [*product(HiddenDistance, HiddenNormalize)], ids=str)
 @pytest.mark.parametrize("width", [1, 7, 31, 768, 4099])
 @dtypes
-def test_cosine_operators(dtype: torch.dtype, width: int) -> None:
+def test_hidden_operators(dtype: torch.dtype, width: int, kind: tuple) -> None:
     for noise in (1.0, 1e-2):
         student, teacher = pair(2, 2, width, dtype=dtype, teacher_dtype=torch.float32, noise=noise)
-        inputs = cosine_inputs(guarded(student), guarded(teacher), torch.tensor([1.0, 0.0, 0.5, 1.0]), 2.0)
+        inputs = hidden_inputs(guarded(student), guarded(teacher), torch.tensor([1.0, 0.0, 0.5, 1.0]), 2 / width, kind)
         rows, stats, gradient = forward(inputs)
         exact_rows, exact = truth(inputs)
         torch.testing.assert_close(rows.double(), exact_rows, rtol=3e-5, atol=1e-12)
@@ -204,8 +219,8 @@ def test_cosine_operators(dtype: torch.dtype, width: int) -> None:
         assert_guards(rescaled)
         assert identical(rescaled, backward(three, inputs, stats))
         if width > 1:
-            assert_gradient(gradient, exact, float((1 / student.double().norm(dim=-1)).sum()))
-            assert_gradient(rescaled, 3 * exact, float((3 / student.double().norm(dim=-1)).sum()))
+            assert_gradient(gradient, exact, float(exact.norm()) / noise)
+            assert_gradient(rescaled, 3 * exact, 3 * float(exact.norm()) / noise)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 31, 1040, 50257])
@@ -215,10 +230,10 @@ def test_last_row_ends_at_a_fault(dtype: torch.dtype, vocabulary: int) -> None:
     student, teacher = pair(1, 3, vocabulary, dtype=dtype)
     expected = forward(kd_inputs(student, teacher, None))[2]
     student, teacher = before_a_fault(student), before_a_fault(teacher)
-    cosine = cosine_inputs(student, teacher)
-    rows, stats, gradient = forward(cosine)
+    sides = hidden_inputs(student, teacher)
+    rows, stats, gradient = forward(sides)
     gradient = before_a_fault(gradient)
-    rescale_(gradient, torch.zeros_like(rows[0]), cosine, stats)
+    rescale_(gradient, torch.zeros_like(rows[0]), sides, stats)
     assert not gradient.any()
     row_weights(teacher)
     forward(kd_inputs(student, teacher, None, None, JSD()))
@@ -240,7 +255,7 @@ def test_unselected_rows_are_not_read(divergence: Divergence, dtype: torch.dtype
     assert rows[:, 1].tolist() == [0, 0]
     assert gradient.isfinite().all()
     assert gradient.any(-1).flatten().tolist() == [True, False, True, True, True, True]
-    cosine, _, pull = forward(cosine_inputs(student, teacher, weights))
+    cosine, _, pull = forward(hidden_inputs(student, teacher, weights))
     assert cosine.isfinite().all()
     assert pull.any(-1).flatten().tolist() == weights.bool().tolist()
 
@@ -345,7 +360,7 @@ def test_threads_do_not_matter() -> None:
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         measured = kd_operators(kd_inputs(student, teacher, labels, None, JSD(0.1)))
-        cosine = forward(cosine_inputs(student, teacher, None, 2.0))
+        cosine = forward(hidden_inputs(student, teacher, None, 2.0))
         results.append([*kd_operators(kd_inputs(student, teacher, labels)), *measured, *cosine])
     torch.set_num_threads(before)
     for other in results[1:]:

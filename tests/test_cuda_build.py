@@ -45,21 +45,6 @@ def entries_of(ptx: str, kernel: str) -> list[str]:
     return [entry for entry in re.split(r"\.entry ", ptx)[1:] if re.match(rf"\S*{kernel}", entry)]
 
 
-def test_rows_in_registers_move_16_bytes_at_a_time(source, compiled):
-    if source.name != "cosine.cu":
-        pytest.skip("of cosine.cu")
-    _, ptx = compiled
-    # The last template argument of cosine_kernel is the elements of a load: 1, or 16 bytes of the narrower side.
-    wide = entries_of(ptx, r"cosine_kernelI\S+Li[48]EE")
-    assert len(wide) == 9
-    for entry in wide:
-        loads = re.findall(r"ld\.global\.(v4\.[a-z]?\d+|[a-z]?16)", entry)
-        stores = re.findall(r"st\.global\.(v4\.[a-z]?\d+|[a-z]?16)", entry)
-        assert len(loads) >= 8
-        assert len(stores) >= 4
-        assert all(kind.startswith("v4") for kind in loads + stores)
-
-
 def test_clusters_copy_in_bulk_and_store_16_bytes(source, compiled):
     if source.name != "kd_cluster.cu":
         pytest.skip("of kd_cluster.cu")

@@ -86,6 +86,7 @@ def given(name: str, names: dict[str, Any]) -> Any:
         **{f"student_{x}": lambda: normal(2, 3, ROWS, 8).requires_grad_() for x in "qkv"},
         **{f"teacher_{x}": lambda: normal(2, 3, ROWS, 12) for x in "qkv"},
         "attention_mask": lambda: torch.arange(ROWS) < torch.tensor([[ROWS], [ROWS - 3]]),
+        "wide_hidden": lambda: normal(ROWS, 2 * WIDTH),
         "batches": lambda: torch.randint(VOCABULARY, (2, 3, 9), generator=draw),
         "optimizer": lambda: torch.optim.SGD(names["student"].parameters(), lr=0.1),
         "labels": lambda: torch.randint(VOCABULARY, (ROWS,), generator=draw),

@@ -7,6 +7,7 @@ The rows lie between NaNs and start anywhere, so that a kernel that reads past a
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from families import DEFAULTS, at, describe, samples, top_k
 from linear_cases import check_linear, problem, small_tiles, teacher_logits, tile_bytes
 from torch import Tensor
-from truth import DTYPES, between_nans, check_kd, pair, targets
+from truth import DTYPES, between_nans, check_hidden, check_kd, pair, targets
 
 from fusedkd import JSD, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
 from fusedkd.divergences import Divergence
@@ -132,6 +133,28 @@ def test_lists(device: str, turn: int, kind: str, divergence: str, kernel: str, 
     if k == 9:
         rows = {"reduction": "none", "upstream": torch.tensor([[1.0, -0.3], [2.0, 0.7]])}
         check_kd(student, teacher, labels, label_smoothing=0.1, logit_softcap=8.0, **rows, **options)
+
+
+# -------------------------------------------------- hidden states
+
+HIDDEN = [*product(("mse", "smooth_l1", "cosine"), (None, "l2", "layer_norm"))]
+
+
+@pytest.mark.parametrize(("width", "pieces"), [(1003, 2), (1024, 1), (8600, 1)])  # held, held and aligned, not held
+@pytest.mark.parametrize(("turn", "kind"), [*enumerate(HIDDEN)], ids=describe)
+def test_hidden(device: str, width: int, pieces: int, turn: int, kind: tuple[Any, Any]) -> None:
+    student, teacher = pair(2, 2, width, device=device, dtype=F64)
+    student, teacher = (x.to(dtype) for x, dtype in zip((student, teacher), PAIRS[turn % len(PAIRS)], strict=True))
+    mask, options = (
+        torch.tensor([[1, 0], [1, 3]], device=device),
+        dict(zip(("distance", "normalize"), kind, strict=True)),
+    )
+    if width != 1024:
+        student, teacher = between_nans(student), between_nans(teacher)
+    student[0, 1] = torch.nan
+    check_hidden(student, teacher, mask, pieces=pieces, upstream=16.0 * width, **options)
+    rows: dict[str, Any] = {"reduction": "none", "upstream": torch.tensor([[1.0, 1.0], [-0.3, 0.7]]) * width}
+    check_hidden(student, teacher, mask.float(), pieces=pieces, **rows, **options)
 
 
 # -------------------------------------------------- from hidden states

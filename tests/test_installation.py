@@ -159,7 +159,7 @@ def test_what_cannot_be_built_is_said_at_the_end(variable, wish, checkout, tmp_p
         assert f"the compiler is missing or failed; fusedkd works without it, {variable}=1 makes this an error" in last
     else:
         library, loss = (
-            ("_C", "PyTorch definitions answer") if variable == "FUSEDKD_CPU" else ("_C_cuda", "the cosine loss")
+            ("_C", "PyTorch definitions answer") if variable == "FUSEDKD_CPU" else ("_C_cuda", "Hopper GPUs")
         )
         assert run.stderr.count("fusedkd is built") == 1
         assert "UserWarning: " in last  # the kind that pip shows

@@ -22,10 +22,10 @@ if INTERPRETED:
 
 import gpu_stub
 
-from fusedkd import TeacherHead, TeacherTopK, cosine_hidden_loss, kd_loss, linear_kd_loss
+from fusedkd import TeacherHead, TeacherTopK, hidden_loss, kd_loss, linear_kd_loss
 from fusedkd import checks as check
-from fusedkd.backends import composed, linear_loop
-from fusedkd.backends.triton import launch
+from fusedkd.backends import composed, linear_loop, projected
+from fusedkd.backends.triton import hidden, launch
 
 N, V, H = 6, 300, 16
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "view", "_unsafe_view", "expand", "select"}
@@ -52,11 +52,9 @@ class Count(TorchDispatchMode):
             if name in PRODUCTS and function._overloadname.startswith("dtype"):  # a CPU has no such product
                 return kwargs["out"]
             return function(*args, **kwargs)
-        own = {"linear_kd": linear_loop.linear_kd, "cosine_loss": composed.cosine_loss}
-        answer = own.get(name) or getattr(launch, name, None)
-        if answer is None:  # the cosine's, one launch of CUDA C++
-            self.seen[name] += 1
-            return function(*args, **kwargs)
+        own = {"linear_kd": linear_loop.linear_kd, "hidden_loss": composed.hidden_loss}
+        own["linear_hidden"] = projected.linear_hidden
+        answer = own.get(name) or getattr(launch, name, None) or getattr(hidden, name)
         with self:
             return answer(**kwargs)
 
@@ -147,11 +145,24 @@ def test_linear_kd_loss(dtype: torch.dtype, most: int, monkeypatch: pytest.Monke
     assert products == 4
 
 
-def test_cosine_hidden_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = {"cosine_forward": 1, "cosine_backward": 1}
-    for mask, launched, more in ((None, [], {"le": 1, "where": 1}), (MASK, ["kd_row_weights"], {})):
-        launches, operations, _ = cost(
-            lambda mask=mask: cosine_hidden_loss(STUDENT, TEACHER, mask), [STUDENT], monkeypatch
-        )
+def test_hidden_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["hidden", "hidden"]
+    for mask, launched, more in ((None, rows, {"le": 1, "where": 1}), (MASK, ["kd_row_weights", *rows], {})):
+        launches, operations, _ = cost(lambda mask=mask: hidden_loss(STUDENT, TEACHER, mask), [STUDENT], monkeypatch)
         assert launches == launched
-        assert operations == ONE | kernels | {"sum": 1, "div_": 1, "clone": 1} | more
+        assert operations == ONE | {"sum": 1, "div_": 1, "div": 1} | more
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 9)], ids=str)
+def test_hidden_loss_with_a_projection(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one tile: normaliser and sum, the row losses in their place, two gradients times the upstream one; in 16 bits
+    the gradient of the projected rows is rounded for the products.
+    """
+    x, w = (torch.randn(n, H).to(dtype).requires_grad_() for n in (N, V))
+    for mask, more in ((None, []), (MASK, ["kd_row_weights"])):
+        launches, operations, products = cost(
+            lambda mask=mask: hidden_loss(x, TEACHER, mask, projection=w), [x, w], monkeypatch
+        )
+        assert launches == [*more, "hidden"]
+        assert sum(operations.values()) <= most, operations
+        assert products == 3

@@ -19,7 +19,18 @@ import pytest
 
 import fusedkd
 from fusedkd.backends import eager, layout
-from fusedkd.backends.layout import CosineStat, GumbelStat, KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
+from fusedkd.backends.layout import (
+    GumbelStat,
+    HiddenDistance,
+    HiddenNormalize,
+    HiddenStat,
+    KernelId,
+    Option,
+    ShardStat,
+    Stage,
+    Stat,
+    TopkKernelId,
+)
 from fusedkd.divergences import FAMILIES, Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
@@ -40,7 +51,7 @@ def enumerators(name: str) -> dict[str, int]:
     """Those of one of its enums, by name: they count from 0."""
     (body,) = re.findall(rf"^\s*enum (?:class )?{name} : int64_t {{(.*?)}};", header(), re.DOTALL | re.MULTILINE)
     names = re.sub(r"//.*", "", body).replace(" ", "").replace("\n", "").rstrip(",").split(",")
-    assert all(re.fullmatch(r"[A-Z_]+", each) for each in names), "an enumerator with a number of its own"
+    assert all(re.fullmatch(r"[A-Z_0-9]+", each) for each in names), "an enumerator with a number of its own"
     return {each: number for number, each in enumerate(names)}
 
 
@@ -54,8 +65,10 @@ def members(enum: type[IntEnum]) -> dict[str, int]:
 def test_cpp_has_the_numbers_of_python() -> None:
     assert enumerators("Option") == members(Option)
     assert enumerators("Stat") == {**members(Stat), "STATS": len(Stat)}
-    assert enumerators("CosineStat") == {**members(CosineStat), "COSINE_STATS": len(CosineStat)}
     assert enumerators("GumbelStat") == {**members(GumbelStat), "GUMBEL_STATS": len(GumbelStat)}
+    assert enumerators("HiddenDistance") == members(HiddenDistance)
+    assert enumerators("HiddenNormalize") == members(HiddenNormalize)
+    assert enumerators("HiddenStat") == {**members(HiddenStat), "HIDDEN_STATS": layout.HIDDEN_STATS}
     assert enumerators("ShardStat") == {**members(ShardStat), "SHARD_STATS": layout.SHARD_STATS}
     assert enumerators("Stage") == members(Stage)
     assert enumerators("KernelId") == members(KernelId)
@@ -72,7 +85,8 @@ def test_triton_has_the_numbers_of_python() -> None:
     pytest.importorskip("triton")
     from fusedkd.backends.triton import layout as numbers
 
-    for enum in (Option, Stat, GumbelStat, ShardStat, Stage, KernelId, TopkKernelId):
+    hidden = (HiddenDistance, HiddenNormalize, HiddenStat)
+    for enum in (Option, Stat, GumbelStat, ShardStat, Stage, KernelId, TopkKernelId, *hidden):
         assert {name: getattr(numbers, name).value for name in enum.__members__} == members(enum)
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from families import top_k
 from torch import Tensor, nn
-from truth import check_cosine, check_kd, pair, targets
+from truth import check_hidden, check_kd, pair, targets
 
 import fusedkd
-from fusedkd import JSD
+from fusedkd import JSD, hidden_loss
 from fusedkd.divergences import FAMILIES
-from fusedkd.nn import CosineHiddenLoss, DistilBertLoss, KDLoss
+from fusedkd.nn import CosineHiddenLoss, DistilBertLoss, HiddenLoss, KDLoss
 
 B, L, V, H = 4, 9, 61, 24
 
@@ -180,12 +180,25 @@ def test_options_follow_the_module_to_a_device(device: str) -> None:
 def test_cosine_module(device: str) -> None:
     student, teacher = pair(3, 4, H, device=device)
     mask = torch.arange(12, device=device).view(3, 4) % 3
-    expected = check_cosine(student, teacher, mask, reduction="sum").loss.value
+    expected = check_hidden(student, teacher, mask, distance="cosine", reduction="sum").loss.value
     actual = CosineHiddenLoss("sum")(student, teacher, mask)
     torch.testing.assert_close(actual.double().cpu(), expected, rtol=1e-5, atol=0)
     scaled = CosineHiddenLoss()(student, teacher, mask, normalizer=4)
     torch.testing.assert_close(scaled.double().cpu(), expected / 4, rtol=1e-5, atol=0)
     assert "reduction=sum" in repr(CosineHiddenLoss("sum"))
+
+
+def test_hidden_module(device: str) -> None:
+    student, teacher = pair(3, 4, H, device=device)
+    mask = torch.arange(12, device=device).view(3, 4) % 3
+    module = HiddenLoss("smooth_l1", "layer_norm")
+    expected = hidden_loss(student, teacher, mask, distance="smooth_l1", normalize="layer_norm")
+    torch.testing.assert_close(module(student, teacher, mask), expected)
+    both = module([student, student], [teacher, teacher], mask, layer_weights=[1.0, 2.0])
+    torch.testing.assert_close(both, 3 * expected)
+    assert "normalize=layer_norm" in repr(module)
+    with pytest.raises(ValueError, match="distance must be one of"):
+        HiddenLoss("l2")
 
 
 def test_public_names() -> None:

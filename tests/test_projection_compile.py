@@ -118,6 +118,15 @@ def test_a_teacher_from_inference_mode(device: str, reduction: str) -> None:
     assert_gradients(leaves.gradients(loss), p, truth(p, masked(p), reduction=reduction))
 
 
+@pytest.mark.parametrize("trained", ["projection", "bias"])
+def test_a_student_whose_projection_alone_is_trained(trained: str) -> None:
+    leaves = given(3, 7).leaves(*{"student", "projection", "bias"} - {trained})
+    with pytest.warns(UserWarning, match="the teacher requires a gradient, but gets none"):
+        assert leaves.loss().requires_grad
+    with pytest.raises(ValueError, match="the student does not: are the two swapped"):
+        leaves._replace(**{trained: getattr(leaves, trained).detach()}).loss()
+
+
 X, W, B, T = torch.zeros(3, H_S), torch.zeros(H_T, H_S), torch.zeros(H_T), torch.zeros(3, H_T)
 REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
     (X, T, {"projection": W.t()}, r"projection must have the shape \(33, 24\), .* not \(24, 33\)"),

@@ -29,8 +29,17 @@ from gpu_stub import Launch, gpu  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
-from fusedkd.backends.layout import SHARD_STATS, STATS, KernelId, Stage, TopkKernelId  # noqa: E402
-from fusedkd.backends.triton import launch  # noqa: E402
+from fusedkd.backends.layout import (  # noqa: E402
+    HIDDEN_STATS,
+    SHARD_STATS,
+    STATS,
+    HiddenDistance,
+    HiddenNormalize,
+    KernelId,
+    Stage,
+    TopkKernelId,
+)
+from fusedkd.backends.triton import hidden, launch  # noqa: E402
 from fusedkd.backends.triton.kd_naive import kd_naive  # noqa: E402
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -77,7 +86,7 @@ def rows(n: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
     return torch.zeros(1, n, columns + gap, dtype=dtype)[:, :, :columns]
 
 
-def call(operator: str, inputs: Inputs, upstream: Tensor, stats: Tensor, gradient: bool) -> None:
+def call(operator: str, inputs: Inputs, upstream: Tensor, stats: Tensor, gradient: bool, launch: Any = launch) -> None:
     """What `operators` calls forward, forward_, backward or rescale_."""
     if operator == "forward":
         operators.forward(inputs, gradient, launch)
@@ -205,6 +214,32 @@ def launch_naive(dtype: torch.dtype) -> None:
     kd_naive(student, teacher, vector(300, torch.int64), temperature=2.0, kd_weight=0.5, ce_weight=0.5)
 
 
+def launch_hidden(
+    operator: str,
+    columns: int,
+    distance: HiddenDistance,
+    normalize: HiddenNormalize,
+    *,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    pieces: int = 1,
+    gap: int = 0,
+    weights: bool = True,
+    gradient: bool = True,
+    aligned: bool = True,
+) -> None:
+    n, exact = 300, F64 if dtypes[0] == F64 else F32
+    inputs: Inputs = {
+        "student": rows(n, columns, dtypes[0], gap),
+        "teacher": [rows(n, columns // pieces, dtypes[1], gap) for _ in range(pieces)],
+        "weights": vector(n, F32, aligned) if weights else None,
+        "normalizer": vector(1, F64, aligned).squeeze(0),
+        "distance": distance,
+        "normalize": normalize,
+    }
+    stats, up = vector(n * HIDDEN_STATS, exact, aligned).view(n, -1), vector(n, exact, aligned)
+    call(operator, inputs, up, stats, gradient, hidden)
+
+
 LONG, SHORT = 50257, 3000  # of few rows, the long ones are split
 WHOLE = {
     "forward": partial(launch_kd, "forward", LONG),
@@ -257,6 +292,20 @@ SHARD = {
     "top-k values": partial(launch_shard, Stage.VALUES, TopkKernelId.IGNORE, k=50),
     "top-k gradient": partial(launch_shard, Stage.GRADIENT, TopkKernelId.BUCKET_REVERSE, k=200, upstream=True),
 }
+MSE, COSINE, SMOOTH_L1 = HiddenDistance
+NONE, L2, LAYER_NORM = HiddenNormalize
+HIDDEN = {
+    "forward": partial(launch_hidden, "forward", 768, COSINE, NONE),
+    "pieces": partial(launch_hidden, "forward", 4096, MSE, LAYER_NORM, pieces=2),
+    "as long as is held": partial(launch_hidden, "forward", 8192, SMOOTH_L1, LAYER_NORM, dtypes=(F32, F32)),
+    "not held": partial(launch_hidden, "forward", 16384, MSE, L2, dtypes=(F16, F32)),
+    "no gradient": partial(launch_hidden, "forward", 1024, SMOOTH_L1, NONE, gradient=False, weights=False),
+    "backward": partial(launch_hidden, "backward", 768, SMOOTH_L1, L2),
+    "rescale": partial(launch_hidden, "rescale_", 768, COSINE, LAYER_NORM),
+    "float64": partial(launch_hidden, "forward", 4096, COSINE, LAYER_NORM, dtypes=(F64, F64)),
+    "one element": partial(launch_hidden, "forward", 1, MSE, L2),
+    "unaligned": partial(launch_hidden, "forward", 777, MSE, NONE, gap=1, aligned=False),
+}
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),
     "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
@@ -277,6 +326,7 @@ CASES = {
         ("split", SPLIT),
         ("top-k", TOPK),
         ("shard", SHARD),
+        ("hidden", HIDDEN),
         ("small", SMALL),
         ("gumbel", gumbel_cases.LAUNCHES),
     )
@@ -305,6 +355,9 @@ def test_launches(name: str) -> None:
         assert [x["STAGE"] for x in forward] in ([], [1, 2, 3] if kind == "split" else [0])
         waits = len(forward) == 3 and forward[0]["NEEDS_WEIGHT_SUM"] and "no gradient" not in name
         assert len(launches) - len(forward) == (waits or not forward)
+    elif kind == "hidden":
+        assert names == {"hidden_kernel"}
+        assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
     elif kind == "top-k":
         assert names in ({"topk_forward_kernel"}, {"topk_backward_kernel"})
 

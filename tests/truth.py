@@ -4,9 +4,10 @@ The rule, row by row:
 
 gradient  ‖error‖ ≤ 1.25 × ‖error of the true gradient rounded to the output's dtype‖ + 1e-6·S, S the sum of the norms
           of the terms subtracted, with their factors: KD ‖p‖ + ‖q‖ and what `bounds.py` adds to it, CE ‖q₁‖ + ‖1_y‖,
-          cosine ‖ax‖ + ‖by‖. Exactly 0 where S is 0.
-value     |error| ≤ 1e-5·D + 1e-8·√D for KL and cosine, and as in `bounds.py` for the other divergences, before T^k and
-          weights; 1e-5·CE + 2e-7 for the cross-entropy, whose log l near 1 float32 does not resolve below 1.2e-7.
+          hidden states ‖x̂‖ + ‖ŷ‖. Exactly 0 where S is 0.
+value     |error| ≤ 1e-5·D + 1e-8·√D for KL and hidden states, and as in `bounds.py` for the other divergences,
+          before T^k and weights; 1e-5·CE + 2e-7 for the cross-entropy, whose log l near 1 float32 does not resolve
+          below 1.2e-7.
 
 float64 is held to 1e-13·S and to 1e-11·D + 1e-14. A comparison that zeros would pass fails, unless zero is the truth.
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, cosine_hidden_loss, kd_loss
+from fusedkd import TeacherLogits, TeacherSamples, TeacherTopK, hidden_loss, kd_loss
 from fusedkd.backends.layout import KernelId
 from fusedkd.divergences import resolve
 from fusedkd.losses.kd import Teacher
@@ -164,16 +165,18 @@ def _several(
     return total
 
 
-def cosine_truth(
+def hidden_truth(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
     *,
+    distance: Any = "mse",
+    normalize: Any = None,
     reduction: str = "mean",
     normalizer: Any = None,
     upstream: Any = 1.0,
 ) -> Truth:
-    """:func:`fusedkd.cosine_hidden_loss` with these arguments, and its gradient times `upstream`."""
+    """:func:`fusedkd.hidden_loss` with these arguments, and its gradient times `upstream`."""
     x, y = (_rows(t) for t in (student, teacher))
     w = torch.ones(len(x), dtype=torch.float64)
     count: Any = len(x)
@@ -181,15 +184,30 @@ def cosine_truth(
         w = float64(mask if mask.is_floating_point() else mask != 0).flatten()
         count = w.sum()
     n, on = _divisor(reduction, normalizer, count), w != 0
-    distance = torch.where(on, hidden.cosine_distance(x, y), 0)
-    rows = Term(w * distance, w * bounds.tolerance(distance, student.dtype == torch.float64))
+    value = torch.where(on, hidden.hidden_distance(x, y, distance, normalize), 0)
+    rows = Term(w * value, w * bounds.tolerance(value, student.dtype == torch.float64))
     factor = (w / n).unsqueeze(-1)
-    gradient = torch.where(on.unsqueeze(-1), factor * hidden.cosine_distance_gradient(x, y), 0)
-    a, b = hidden.inverse_norm(x), hidden.inverse_norm(y)
-    subtracted = torch.where(on, (factor * a).squeeze(-1) * ((a * x).norm(dim=-1) + (b * y).norm(dim=-1)), 0)
+    slope = hidden.hidden_gradient(x, y, distance, normalize)
+    gradient = torch.where(on.unsqueeze(-1), factor * slope, 0)
+    subtracted = torch.where(on, factor.squeeze(-1) * _terms(x, y, slope, distance, normalize), 0)
     loss = _reduced(rows, n, student, reduction)
     scaled = _with_upstream(gradient, subtracted, torch.zeros(()), upstream, student)
     return Truth(loss, loss, loss, *scaled)
+
+
+def _terms(x: Tensor, y: Tensor, slope: Tensor, distance: str, normalize: Any) -> Tensor:
+    """S of a distance of hidden states: k·a·(‖x̂‖ + ‖ŷ‖), or of rows as they are the gradient's own norm."""
+    if normalize is None and distance != "cosine":
+        return slope.norm(dim=-1)
+    a = torch.ones_like(x[:, :1])
+    k = {"mse": 2 / x.shape[1], "smooth_l1": 1 / x.shape[1], "cosine": 1.0}[distance]
+    if normalize is not None and (normalize, distance) != ("l2", "cosine"):
+        a = hidden.inverse_norm(x) if normalize == "l2" else hidden.inverse_deviation(x)
+        x, y = hidden.normalized(x, normalize), hidden.normalized(y, normalize)
+    if distance == "cosine":
+        a = a * hidden.inverse_norm(x)
+        x, y = hidden.normalized(x, "l2"), hidden.normalized(y, "l2")
+    return k * a.squeeze(-1) * (x.norm(dim=-1) + y.norm(dim=-1))
 
 
 def float64(x: Any) -> Tensor:
@@ -282,18 +300,21 @@ def check_kd(
     return truth
 
 
-def check_cosine(
+def check_hidden(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
     *,
     upstream: Any = 1.0,
     vacuous: bool = False,
+    pieces: int = 1,
     **options: Any,
 ) -> Truth:
-    truth = cosine_truth(student, teacher, mask, upstream=upstream, **options)
+    """Loss and gradient of one call by the rule; `pieces`: into so many the teacher is cut."""
+    truth = hidden_truth(student, teacher, mask, upstream=upstream, **options)
     leaf = student.detach().requires_grad_()
-    loss = cosine_hidden_loss(leaf, teacher, mask, **options)
+    given = teacher if pieces == 1 else [part.contiguous() for part in teacher.tensor_split(pieces, -1)]
+    loss = hidden_loss(leaf, given, mask, **options)
     assert loss.dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32)
     assert_value(loss, truth.loss, vacuous=vacuous)
     (gradient,) = torch.autograd.grad(loss, leaf, torch.as_tensor(upstream).to(loss).expand_as(loss))

@@ -28,7 +28,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   static constexpr bool centred = N == HiddenNormalize::LAYER_NORM, scaled = cosine || N != HiddenNormalize::NONE;
   static constexpr double NORM_EPSILON = 1e-12, VARIANCE_EPSILON = 1e-5;
   static constexpr double FAR = std::is_same_v<A, double> ? 0x1p-700 : 1;  // float64 has the squares of any float
-  static constexpr int GROUP = std::max(1, 4 / PER_STEP<A>), SLOTS = GROUP * PER_STEP<A>;  // partial sums of a loop
+  static constexpr int SLOTS = 4, UNIT = 2 * WIDTH<A>;  // vectors of partial sums; columns that are read at a time
 
   // Of one side: what its rows are normalised by.
   struct Scale {
@@ -44,13 +44,13 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   const int64_t H, whole;
   const double share;  // 1/H where means are over columns
   std::vector<A> x_buffer, y_buffer, g_buffer;
-  S x_tail[STEP] = {}, y_tail[STEP] = {}, g_tail[STEP] = {};
+  S x_tail[UNIT] = {}, y_tail[UNIT] = {}, g_tail[UNIT] = {};
   const S *x = nullptr, *y = nullptr;
   Scale a, b;
   A shift = 0, pull = 0;
 
   explicit HiddenRows(const HiddenCall& call)
-      : k(call), H(call.student.columns), whole(H / STEP * STEP), share(1.0 / double(H)) {}
+      : k(call), H(call.student.columns), whole(H / UNIT * UNIT), share(1.0 / double(H)) {}
 
   void row(int64_t i) {
     const double weight = k.weights ? k.weights[i] : 1;
@@ -83,7 +83,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
 
   // ------------------------------------------------------------------------------------------------------- columns
 
-  // Makes x and y the rows, and the tails what is left of them beyond whole steps, filled up with 0.
+  // Makes x and y the rows, and the tails what is left of them beyond whole units, filled up with 0.
   void find(int64_t i) {
     if constexpr (std::is_same_v<A, S>) {
       x = converted({&k.student, 1}, i, x_buffer), y = converted({k.teacher.data(), k.teacher.size()}, i, y_buffer);
@@ -126,56 +126,76 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     return (S*)g_buffer.data();
   }
 
-  // Lanes of the last step that are columns: for the others, 0.
+  // Lanes of the last unit that are columns: for the others, 0. All of another one are.
   struct All {
     INLINE Vec<A> operator()(Vec<A> v) const { return v; }
   };
   struct Some {
     Int<A> lanes;
-    INLINE explicit Some(int64_t n) {
-      for (int u = 0; u < WIDTH<A>; u++) lanes[u] = u < n ? -1 : 0;
-    }
     INLINE Vec<A> operator()(Vec<A> v) const { return (Vec<A>)((Int<A>)v & lanes); }
   };
+  // The columns that load_pair() puts into a vector: of the first or the second.
+  static INLINE Some some(int64_t n, bool second) {
+    constexpr bool by_turns = std::is_same_v<S, BFloat16>;
+    Some found;
+    for (int u = 0; u < WIDTH<A>; u++)
+      found.lanes[u] = (by_turns ? 2 * u + second : u + second * WIDTH<A>) < n ? -1 : 0;
+    return found;
+  }
 
-  // The sums over all columns of what use(x, y, keep, sum, to) adds to the partial sums sum(k), those of SLOTS vectors at a
-  // time, so that no addition waits for the one before it; and where there is a `g`, what it puts to `to`.
-  template <int K, class Use> INLINE void over_columns(double (&total)[K], S* g, const Use& use) {
+  // The sums over all columns of what use(x, y, keep, sum) adds to the partial sums sum(k), those of SLOTS vectors at a
+  // time, so that no addition waits for the one before it. Where WRITES, what it returns goes to g.
+  template <int K, bool WRITES = false, class Use>
+  INLINE void over_columns(double (&total)[K], const Use& use, S* g = nullptr) {
     for (double& t : total) t = 0;
     for (int64_t j = 0; j < H;) {
       Vec<A> partial[K][SLOTS] = {};
       const int64_t end = std::min(whole, j + BLOCK);
-      const auto step = [&](int64_t at, int slot) FLAT {
-        use(
-            load_as<A>(x + at), load_as<A>(y + at), All{}, [&](int s) -> Vec<A>& { return partial[s][slot]; },
-            [&](Vec<A> v) { store_as<A>(g + at, v); });
+      const auto unit = [&](const S* from, const S* other, S* out, int slot, const auto& keep, const auto& more) FLAT {
+        Vec<A> x0, x1, y0, y1;
+        load_pair<A>(from, x0, x1), load_pair<A>(other, y0, y1);
+        const auto first = [&](int k) FLAT -> Vec<A>& { return partial[k][slot]; };
+        const auto second = [&](int k) FLAT -> Vec<A>& { return partial[k][slot + 1]; };
+        if constexpr (WRITES) {
+          const Vec<A> low = use(x0, y0, keep, first), high = use(x1, y1, more, second);
+          store_pair<A>(out, low, high);
+        } else {
+          use(x0, y0, keep, first), use(x1, y1, more, second);
+        }
       };
-      for (; j + GROUP * STEP <= end; j += GROUP * STEP) {
-        for (int64_t byte = 0; fetch && byte < int64_t(GROUP * STEP * sizeof(S)); byte += 64) {
+      for (; j + SLOTS * WIDTH<A> <= end; j += SLOTS * WIDTH<A>) {
+        for (int64_t byte = 0; fetch && byte < int64_t(SLOTS * WIDTH<A> * sizeof(S)); byte += 64) {
           __builtin_prefetch(next_x + j * sizeof(S) + byte);
           __builtin_prefetch(next_y + j * sizeof(S) + byte);
         }
-        for (int s = 0; s < SLOTS; s++) step(j + s * WIDTH<A>, s);
+        for (int s = 0; s < SLOTS; s += 2) {
+          const int64_t at = j + s * WIDTH<A>;
+          unit(x + at, y + at, g + at, s, All{}, All{});
+        }
       }
-      for (; j < end; j += WIDTH<A>) step(j, 0);
+      for (; j < end; j += UNIT) unit(x + j, y + j, g + j, 0, All{}, All{});
       if (j == whole && whole < H) {
-        for (int64_t at = 0; at < H - whole; at += WIDTH<A>)
-          use(
-              load_as<A>(x_tail + at), load_as<A>(y_tail + at), Some(H - whole - at),
-              [&](int s) -> Vec<A>& { return partial[s][0]; }, [&](Vec<A> v) { store_as<A>(g_tail + at, v); });
-        if (g) std::copy(g_tail, g_tail + (H - whole), g + whole);
+        unit(x_tail, y_tail, g_tail, 0, some(H - whole, false), some(H - whole, true));
+        if (WRITES) std::copy(g_tail, g_tail + (H - whole), g + whole);
         j = H;
       }
-      for (int s = 0; s < K; s++) {
-        Vec<A> all[PER_STEP<A>];
-        for (int u = 0; u < PER_STEP<A>; u++) {
-          all[u] = partial[s][u];
-          for (int more = u + PER_STEP<A>; more < SLOTS; more += PER_STEP<A>) all[u] += partial[s][more];
-        }
-        total[s] += FUSEDKD_NAMESPACE::total<A>(all);
-      }
+      for (int k = 0; k < K; k++) total[k] += sum_of(partial[k]);
     }
     fetch = false;
+  }
+  static INLINE double sum_of(const Vec<A> (&partial)[SLOTS]) {
+    typedef A Few __attribute__((vector_size(FUSEDKD_VECTOR_BYTES / sizeof(double) * sizeof(A))));
+    constexpr int parts = sizeof(double) / sizeof(A);  // as many vectors of doubles has a vector
+    const Vec<A> all = (partial[0] + partial[1]) + (partial[2] + partial[3]);
+    Few few[parts];
+    std::memcpy(few, &all, sizeof all);
+    Vec<double> sum = __builtin_convertvector(few[0], Vec<double>);
+    for (int i = 1; i < parts; i++) sum += __builtin_convertvector(few[i], Vec<double>);
+    double lanes[WIDTH<double>];
+    std::memcpy(lanes, &sum, sizeof sum);
+    for (int n = WIDTH<double> / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    return lanes[0];
   }
 
   // a·x − b·y without the rounding of the products, which would be all that is left of it near convergence.
@@ -206,11 +226,14 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   template <bool WRITES> double plain(S* g, double factor) {
     double sum[1];
     const Vec<A> c = splat(A(factor * share * (mse ? 2 : 1)));
-    over_columns(sum, g, [&](Vec<A> x, Vec<A> y, const auto&, const auto& sum, const auto& to) FLAT {
-      const Vec<A> d = x - y, s = slope(d);
-      sum(0) = value(d, s, sum(0));
-      if constexpr (WRITES) to(s * c);
-    });
+    over_columns<1, WRITES>(
+        sum,
+        [&](Vec<A> x, Vec<A> y, const auto&, const auto& sum) FLAT {
+          const Vec<A> d = x - y, s = slope(d);
+          sum(0) = value(d, s, sum(0));
+          return s * c;
+        },
+        g);
     return (std::isfinite(sum[0]) ? sum[0] : far_value()) * share;
   }
 
@@ -229,7 +252,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     if (!mse && !cosine) return smooth_l1();
     if (!(squares > 0)) {
       double sum[1];
-      over_columns(sum, nullptr, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum, const auto&) FLAT {
+      over_columns(sum, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
         const Vec<A> d = keep(difference(x, y));
         sum(0) = fma(d, d, sum(0));
       });
@@ -248,7 +271,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
 
   double smooth_l1() {
     double sum[3];
-    over_columns(sum, nullptr, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum, const auto&) FLAT {
+    over_columns(sum, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
       const Vec<A> d = keep(difference(x, y)), g = slope(d);
       sum(0) = value(d, g, sum(0));
       sum(1) = fma(g, splat(a.scale) * a.of(x), sum(1));
@@ -262,11 +285,14 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     double none[1];
     const double times = cosine ? 1 : share * (mse ? 2 : 1);
     const Vec<A> c = splat(A(a.scale * (factor * times))), down = splat(pull), mean = splat(shift);
-    over_columns(none, g, [&](Vec<A> x, Vec<A> y, const auto&, const auto&, const auto& to) FLAT {
-      const Vec<A> from = a.of(x), s = slope(apart(from, b.of(y)));
-      if constexpr (!scaled) to(s * c);
-      else to(((D == HiddenDistance::SMOOTH_L1 && centred ? s - mean : s) - from * splat(a.scale) * down) * c);
-    });
+    over_columns<1, true>(
+        none,
+        [&](Vec<A> x, Vec<A> y, const auto&, const auto&) FLAT -> Vec<A> {
+          const Vec<A> from = a.of(x), s = slope(apart(from, b.of(y)));
+          if constexpr (!scaled) return s * c;
+          return ((D == HiddenDistance::SMOOTH_L1 && centred ? s - mean : s) - from * splat(a.scale) * down) * c;
+        },
+        g);
   }
 
   // -------------------------------------------------------------------------------------------------------- scales
@@ -279,7 +305,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   };
   Sums sums(A p, A q) {
     double s[centred ? 5 : 3];
-    over_columns(s, nullptr, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum, const auto&) FLAT {
+    over_columns(s, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
       if constexpr (centred) x = keep(x - splat(p)), y = keep(y - splat(q));
       sum(0) = fma(x, x, sum(0)), sum(1) = fma(y, y, sum(1)), sum(2) = fma(x, y, sum(2));
       if constexpr (centred) sum(3) += x, sum(4) += y;
@@ -290,29 +316,27 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
 
   // Finds both scales. Σd², if it follows from the sums with enough digits, else NaN.
   double scales() {
-    Sums s;
-    if constexpr (centred) {
-      // Squares of the distance to the first column, or where that is far from the mean, to the mean.
-      A p = A(x[0]), q = A(y[0]);
-      s = sums(p, q);
-      if (const auto far = [&](double sum, double squares) { return sum * sum * share > 0.9 * squares; };
-          far(s.x, s.xx) || far(s.y, s.yy)) {
-        p = A(p + s.x * share), q = A(q + s.y * share);
-        s = sums(p, q);
+    // Squares of the distance to the first column; where that is far from the mean, or digits are needed, to the mean.
+    A p = centred ? A(x[0]) : 0, q = centred ? A(y[0]) : 0;
+    for (bool again = !centred;; again = true) {
+      Sums s = sums(p, q);
+      const double off_x = s.x * share, off_y = s.y * share;
+      const double lost = std::max(s.x * off_x / s.xx, s.y * off_y / s.yy);
+      if (centred) {
+        mean_is(a, p, off_x), mean_is(b, q, off_y);
+        s.xx -= s.x * off_x, s.yy -= s.y * off_y, s.xy -= s.x * off_y;
       }
-      const double x_off = s.x * share, y_off = s.y * share;
-      mean_is(a, p, x_off), mean_is(b, q, y_off);
-      s.xx -= s.x * x_off, s.yy -= s.y * y_off, s.xy -= s.x * y_off;
-    } else {
-      s = sums(0, 0);
+      const bool far_x = !std::isfinite(s.xx), far_y = !std::isfinite(s.yy);
+      if (far_x) s.xx = far_squares(x, a);
+      if (far_y) s.yy = far_squares(y, b);
+      a.scale = scale_of(s.xx, far_x ? FAR : 1, added_x), b.scale = scale_of(s.yy, far_y ? FAR : 1, added_y);
+      if (far_x || far_y) return NAN;
+      const double aa = double(a.scale) * a.scale * s.xx, bb = double(b.scale) * b.scale * s.yy;
+      const double squares = aa + bb - 2 * (double(a.scale) * b.scale * s.xy);
+      const bool enough = squares > 0.1 * (aa + bb);
+      if (again || !(lost > (enough ? 0.9 : 1e-3))) return enough ? squares : NAN;
+      p = a.mean, q = b.mean;
     }
-    const bool far = !std::isfinite(s.xx) || !std::isfinite(s.yy);
-    if (far) s.xx = far_squares(x, a), s.yy = far_squares(y, b);
-    a.scale = scale_of(s.xx, far ? FAR : 1, added_x), b.scale = scale_of(s.yy, far ? FAR : 1, added_y);
-    if (far) return NAN;
-    const double aa = double(a.scale) * a.scale * s.xx, bb = double(b.scale) * b.scale * s.yy;
-    const double squares = aa + bb - 2 * (double(a.scale) * b.scale * s.xy);
-    return squares > 0.1 * (aa + bb) ? squares : NAN;
   }
 
   static void mean_is(Scale& side, A near, double off) {

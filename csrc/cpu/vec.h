@@ -284,17 +284,41 @@ template <class A, class S> INLINE Vec<A> load_as(const S* p) {
     return load(x);
   }
 }
+// In the upper half of each word; a NaN stays one.
+INLINE Words rounded_to_bfloat16(F x) {
+  const Words bits = (Words)x;
+  return (bits & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc00000 : bits + 0x7fff + (bits >> 16 & 1);
+}
 template <class A, class S> INLINE void store_as(S* p, Vec<A> x) {
   if constexpr (std::is_same_v<A, S>) {
     store(p, x);
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<S, BFloat16>) {
-    const Words bits = (Words)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Halves y = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? Words{} + 0x7fc0 : rounded, Halves);
+    const Halves y = __builtin_convertvector(rounded_to_bfloat16(x) >> 16, Halves);
     std::memcpy((void*)p, &y, sizeof y);
   } else {
     A y[WIDTH<A>];
     store(y, x);
     convert(y, WIDTH<A>, p);
+  }
+}
+
+// Two vectors of columns likewise, where the order of columns does not matter: of bfloat16, those with even and with odd
+// numbers, which takes half the instructions.
+template <class A, class S> INLINE void load_pair(const S* p, Vec<A>& x, Vec<A>& y) {
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<S, BFloat16>) {
+    Words both;
+    std::memcpy(&both, (const void*)p, sizeof both);
+    x = (F)(both << 16), y = (F)(both & 0xffff0000);
+  } else {
+    x = load_as<A>(p), y = load_as<A>(p + WIDTH<A>);
+  }
+}
+template <class A, class S> INLINE void store_pair(S* p, Vec<A> x, Vec<A> y) {
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<S, BFloat16>) {
+    const Words both = rounded_to_bfloat16(x) >> 16 | (rounded_to_bfloat16(y) & 0xffff0000);
+    std::memcpy((void*)p, &both, sizeof both);
+  } else {
+    store_as<A>(p, x), store_as<A>(p + WIDTH<A>, y);
   }
 }
 

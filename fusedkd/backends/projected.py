@@ -73,10 +73,11 @@ def _linear_hidden(
         upstream = upstream.where(active, 0)
     head = weight.to(dtype)
     gradients = d_hidden, d_weight, d_bias, d_teacher = projected_gradients_like(hidden, weight, wanted)
-    row_losses = hidden.new_zeros(n, dtype=torch.promote_types(dtype, torch.float32))
-    for each in (d_hidden, d_teacher) if places is not None else ():  # the other rows
+    row_losses = hidden.new_empty(n, dtype=torch.promote_types(dtype, torch.float32))
+    for each in (row_losses, d_hidden, d_teacher) if places is not None else ():  # the other rows
         each.zero_()
-    d_bias.zero_()
+    if wanted[2]:
+        d_bias.zero_()
     count = n if places is None else len(places)
     size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
     tiles = Tiles(size, hidden)
@@ -96,7 +97,11 @@ def _linear_hidden(
             ops.hidden_forward(student=whole, teacher=[y.unsqueeze(0)], gradient=whole, **given)
             d_teacher[part] = whole[0] if factor is None else whole[0].mul_(factor)
         rows = y.unsqueeze(0)
-        row_losses[part], _ = ops.hidden_forward(student=rows, teacher=pieces, gradient=rows if grad else None, **given)
+        found, _ = ops.hidden_forward(student=rows, teacher=pieces, gradient=rows if grad else None, **given)
+        if size == n and places is None:
+            row_losses = found
+        else:
+            row_losses[part] = found
         if grad:
             g = y if factor is None else y.mul_(factor)
             _pull_back(g, x, head, gradients, part, start > 0, tiles)
@@ -139,4 +144,5 @@ def _unit(g: Tensor) -> Tensor:
     width, it would underflow.
     """
     largest = g.abs().amax()
-    return (FLOAT16_TOP / largest.where((largest > 0) & largest.isfinite(), 1)).log2().floor().exp2()
+    known = largest.where((largest > 0) & largest.isfinite(), 1)
+    return (FLOAT16_TOP / known).log2().floor().clamp(-100, 100).exp2()

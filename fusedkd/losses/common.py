@@ -86,7 +86,7 @@ def rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tens
     if torch.compiler.is_compiling() or gradient.dtype == dtype:
         return (gradient * factor).to(dtype)
     found = gradient.new_empty(gradient.shape, dtype=dtype)
-    if not gradient.is_cpu:
+    if gradient.is_cuda:
         return torch.mul(gradient, factor, out=found)
     rows = max(1, ROUNDED_AT_ONCE // max(1, gradient[:1].numel()))  # a CPU's product has memory of its own type first
     for part, to in zip(gradient.split(rows), found.split(rows), strict=True):

@@ -90,10 +90,10 @@ def hidden_loss(
         _check_sides(*layer[:3], projected)
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
-            trained = x.requires_grad or (projected is not None and projected.weight.requires_grad)
+            trained = x.requires_grad or (projected is not None and projected.trained())
             for piece in pieces:
                 check.frozen(layer.name("teacher"), piece, trained)
-            pieces = [piece.detach() for piece in pieces]
+            pieces = frozen(pieces)
         if pool is not None:
             x, pieces, selected = _pooled(layer.name("student"), x, pieces, mask)
         given = pieces, selected, compared, reduction, normalizer, layer.weight
@@ -134,7 +134,12 @@ def cosine_hidden_loss(
     _check_sides(student_hidden, [teacher_hidden], "_hidden")
     check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad)
     check.reduction(reduction, normalizer=normalizer)
-    return rows_loss(student_hidden, [teacher_hidden.detach()], mask, COSINE, reduction, normalizer)
+    return rows_loss(student_hidden, frozen([teacher_hidden]), mask, COSINE, reduction, normalizer)
+
+
+def frozen(teacher: list[Tensor]) -> list[Tensor]:
+    """The same, of which none requires a gradient."""
+    return [piece.detach() if piece.requires_grad else piece for piece in teacher]
 
 
 class Comparison(NamedTuple):
@@ -196,12 +201,9 @@ def _pieces(teacher: Any, of: str) -> list[Tensor]:
 
 
 def _check_sides(student: Tensor, teacher: list[Tensor], of: str, projection: Projection | None = None) -> None:
-    check.plain(f"student{of}", student, hidden=True)
-    check.float_rows(f"student{of}", student)
+    check.float_rows(f"student{of}", student, hidden=True)
     for i, piece in enumerate(teacher):
-        name = f"teacher{of}[{i}]" if len(teacher) > 1 else f"teacher{of}"
-        check.plain(name, piece, hidden=True)
-        check.float_rows(name, piece, like=student)
+        check.float_rows(f"teacher{of}[{i}]" if len(teacher) > 1 else f"teacher{of}", piece, student, hidden=True)
     columns = [piece.shape[-1] for piece in teacher]
     if projection is not None:
         projection.check(student, sum(columns))

@@ -27,6 +27,9 @@ class Projection(NamedTuple):
     weight_name: str
     bias_name: str
 
+    def trained(self) -> bool:
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
     def check(self, student: Tensor, columns: int) -> None:
         """That it takes these hidden states to so many columns. Its type is theirs, or any under autocast, which casts
         it.

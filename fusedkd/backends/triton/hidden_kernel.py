@@ -5,9 +5,9 @@
     D = Σd²/H, Σhuber(d)/H, or ½·Σd² + ½·ε·(a² + b²)
     ∂D/∂x = k·a·(g − shift − pull·x̂)  g = d, or d within ±1
 
-Moves 6 bytes per element of 16-bit input: x and y in, the gradient out. One program per row. HELD rows wait in registers
-through the reductions until the gradient is written, as in fast layer-norm kernels (Apex, QuACK); longer ones are read
-again for each pass, which L2 serves. The teacher's pieces are a tuple of pointers, read side by side.
+Moves 6 bytes per element of 16-bit input: x and y in, the gradient out. One program per row. HELD rows wait in
+registers through the reductions until the gradient is written, as in fast layer-norm kernels (Apex, QuACK); longer ones
+are read again for each pass, which L2 serves. The teacher's pieces are a tuple of pointers, read side by side.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -19,7 +19,6 @@ import triton.language as tl
 from fusedkd.backends.triton.layout import (
     COSINE,
     HIDDEN_STATS,
-    L2,
     LAYER_NORM,
     MSE,
     NONE,
@@ -144,7 +143,9 @@ def scale_of(mean, total, squares, far, H, DISTANCE: tl.constexpr, CENTRED: tl.c
 
 
 @triton.jit
-def scales(row, DISTANCE: tl.constexpr, CENTRED: tl.constexpr, HELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def scales(
+    row, DISTANCE: tl.constexpr, CENTRED: tl.constexpr, HELD: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
     """Of both sides. Rows whose squares overflow are summed once more, scaled down."""
     H = row.H.to(A)
     mean_x = tl.zeros([], A)
@@ -155,7 +156,7 @@ def scales(row, DISTANCE: tl.constexpr, CENTRED: tl.constexpr, HELD: tl.constexp
     far_y = tl.full([], 1.0, A)
     s_x, s_y, xx, yy = squares(row, mean_x, mean_y, far_x, far_y, CENTRED, HELD, A, BLOCK)
     if ((xx < INFINITY) & (yy < INFINITY)) == 0:
-        FAR: tl.constexpr = 1.2621774483536189e-29 if A == tl.float32 else 1.9010815379079637e-211
+        FAR: tl.constexpr = 1.2621774483536189e-29 if tl.float32 == A else 1.9010815379079637e-211
         far_x = tl.where(xx < INFINITY, 1.0, FAR).to(A)
         far_y = tl.where(yy < INFINITY, 1.0, FAR).to(A)
         s_x, s_y, xx, yy = squares(row, mean_x, mean_y, far_x, far_y, CENTRED, HELD, A, BLOCK)
@@ -300,9 +301,9 @@ def hidden_kernel(
     stop = 0
     for k in tl.static_range(len(teacher)):
         o_piece = (b_row * teacher_b[k] + l_row * teacher_l[k]) * MULTIPLE
-        p_teacher = p_teacher + (teacher[k] + o_piece - stop,)
+        p_teacher = p_teacher + (teacher[k] + o_piece - stop,)  # noqa: RUF005  no Triton
         stop += widths[k] * MULTIPLE
-        stops = stops + (stop,)
+        stops = stops + (stop,)  # noqa: RUF005
     held_x = None
     held_y = None
     if HELD:
@@ -361,4 +362,3 @@ def hidden_kernel(
                 g -= a.factor * (x - a.mean - a.rest) * pull + shift
             o = start + tl.arange(0, BLOCK)
             tl.store(p_gradient + o, c * g, o < H)
-
