@@ -227,7 +227,7 @@ def selected(mask: Tensor | None, like: Tensor, padded_queries: bool) -> tuple[T
         )
     if mask.device != like.device:
         raise ValueError(f"mask must be on the device of student_q {like.device}, not on {mask.device}")
-    keys = mask != 0
+    keys = (mask != 0).contiguous()
     return None if padded_queries else keys.clone(), keys  # torch.compile wants no tensor twice
 
 
