@@ -23,7 +23,8 @@ DIVERGENCES = [d for d in [family() for family in FAMILIES.values()] + PARAMETER
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of some rows, of lengths that are no multiple of them."""
+    """The loop in Python, with tiles of some rows, of lengths that are no multiple of them."""
+    monkeypatch.setattr(attention_loop, "_is_compiled", lambda operands, kernel_id: False)
     monkeypatch.setattr(attention_loop, "CPU_TILE", 5000)
     monkeypatch.setattr(attention_loop, "GPU_TILE", 5000)
     monkeypatch.setattr(attention_loop, "FEWEST", 3)
@@ -55,6 +56,31 @@ def test_tiles(device: str, small: None, kind: str | None, causal: bool, mse: bo
     options = {"mse": mse, "causal": causal, "padded_queries": padded_queries}
     for dtype in (torch.float32, torch.bfloat16):
         check(maps(3, 2, 43, dtype=dtype, device=device), mask, **options)
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("kind", [None, "right", "left", "holes", "empty"])
+def test_long_sequences(device: str, kind: str | None, causal: bool, mse: bool) -> None:
+    """Of more than one tile as they are."""
+    mask = padding(kind, 2, 421, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(maps(2, 1, 421, 8, dtype=dtype, device=device), mask, mse=mse, causal=causal, upstream=2.0)
+
+
+def test_threads_change_nothing() -> None:
+    """As many pairs as threads, and fewer."""
+    before = torch.get_num_threads()
+    for heads in (1, 3):
+        q, k, *teacher = (x.requires_grad_(i < 2) for i, x in enumerate(maps(1, heads, 421, 8)))
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            loss = attention_kl_loss(q, k, *teacher, padding("holes", 1, 421), causal=True)
+            found.append((loss, *torch.autograd.grad(loss, (q, k))))
+        torch.set_num_threads(before)
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
 
 
 @BOTH
@@ -113,11 +139,13 @@ def test_relation_heads(device: str, relation_heads: int, mse: bool) -> None:
 
 
 @BOTH
-def test_projections_are_not_copied(device: str, small: None, mse: bool) -> None:
-    """Heads of a projection (B, L, heads·d) are strided views."""
+def test_strides(device: str, mse: bool) -> None:
+    """Heads of a projection (B, L, heads·d) are strided views; a mask may be one."""
     m = Maps(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in maps(2, 3, 20, 8, device=device)))
     assert not m.student_q.is_contiguous()
-    check(m, padding("right", 2, 20, device), mse=mse)
+    mask = padding("right", 2, 20, device)
+    assert mask is not None
+    check(m, mask.mT.contiguous().mT, mse=mse)
     check(m, mse=mse, relation_heads=4)
 
 
@@ -142,7 +170,12 @@ def test_queries_that_are_the_keys(device: str, reduction: str, dtype: torch.dty
 @BOTH
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
-def test_what_is_masked_is_not_read(device: str, small: None, kind: str, causal: bool, mse: bool) -> None:
+@pytest.mark.parametrize("tiles", ["small", "whole"])
+def test_what_is_masked_is_not_read(
+    request: pytest.FixtureRequest, device: str, tiles: str, kind: str, causal: bool, mse: bool
+) -> None:
+    if tiles == "small":
+        request.getfixturevalue("small")
     m, mask = maps(2, 2, 43, device=device), padding(kind, 2, 43, device)
     assert mask is not None
     loss = attention_mse_loss if mse else attention_kl_loss

@@ -189,6 +189,7 @@ def test_inference_mode(loss: Any) -> None:
 
 def test_no_tensor_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an operator inside gets or gives has at most the tile's bytes, beside queries, keys and gradients."""
+    monkeypatch.setattr(attention_loop, "_is_compiled", lambda operands, kernel_id: False)
     monkeypatch.setattr(attention_loop, "CPU_TILE", 1 << 16)
     m = maps(1, 2, 512, 8)
     q, k = (x.requires_grad_() for x in m[:2])

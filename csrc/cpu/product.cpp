@@ -9,7 +9,7 @@
 #include <memory>
 
 #include "isa.h"
-#include "tensor.h"
+#include "product.h"
 
 namespace fusedkd {
 namespace {
@@ -18,23 +18,6 @@ constexpr int64_t TILE_ROWS = 6, TILE_COLUMNS = 64;                        // 24
 constexpr int64_t BLOCK_ROWS = 48;                                         // of a are packed side by side
 constexpr int64_t MOST_PARTS = 8;                                          // of a long sum
 constexpr int64_t MOST_ROWS = 960, MOST_COLUMNS = 1024, MOST_STEPS = 512;  // of a chunk: 2 MB packed of either side
-
-// One side of a product: rows of a, columns of b, by the dimension that is summed over. One stride is 1.
-struct Operand {
-  const char* data;
-  ScalarType type;
-  int64_t count, stride, depth, depth_stride;  // strides in elements
-
-  // Of matrix i, if there are several. `summed`: 0 rows, 1 columns of it.
-  Operand(const Tensor& t, int summed, int64_t i)
-      : data(static_cast<const char*>(t.data_ptr())), type(t.scalar_type()), count(t.size(t.dim() - 1 - summed)),
-        stride(t.stride(t.dim() - 1 - summed)), depth(t.size(t.dim() - 2 + summed)),
-        depth_stride(t.stride(t.dim() - 2 + summed)) {
-    STD_TORCH_CHECK(t.is_cpu() && (stride == 1 || depth_stride == 1 || t.numel() == 0),
-                    "fusedkd: a product needs matrices on the CPU, one of whose strides is 1");
-    if (t.dim() == 3) data += i * t.stride(0) * size_of(type);
-  }
-};
 
 struct alignas(64) Line {
   uint32_t steps[16];
@@ -82,14 +65,6 @@ const Kernel* kernel_for(ScalarType type) {
 }
 
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-struct Product {
-  Operand a, b;
-  const float* bias;
-  float* c;
-  int64_t stride;
-  bool add;
-};
 
 // Rows [i, i + rows) × columns [j, j + columns) of the sum over `depth` numbers from k: into c, which begins there.
 void run_chunk(const Kernel& kernel, const Product& p, int64_t i, int64_t rows, int64_t j, int64_t columns, int64_t k,
@@ -151,8 +126,12 @@ void run(const Kernel& kernel, const Product& p, int64_t part_depth, int64_t par
     });
 }
 
-// Of one pair of matrices, on all threads.
-void multiply(const Kernel& kernel, const Product& p) {
+}  // namespace
+
+bool has_product(ScalarType type) { return kernel_for(type) != nullptr; }
+
+void multiply(const Product& p) {
+  const Kernel& kernel = *kernel_for(p.b.type);
   // A long sum into a small result, as that of ∂z and the head, is cut in parts that threads can take.
   const int64_t most = MOST_STEPS * kernel.per_step, m = p.a.count, n = p.b.count, depth = p.a.depth;
   const int64_t part_depth = depth > std::max(m, n) ? ceil_div(ceil_div(depth, MOST_PARTS), most) * most : depth;
@@ -162,9 +141,10 @@ void multiply(const Kernel& kernel, const Product& p) {
   run(kernel, p, part_depth, parts, static_cast<float*>(rest.data_ptr()));
 }
 
+namespace {
+
 bool product(Tensor a, Tensor b, Optional bias, Tensor out, bool add) {
-  const Kernel* kernel = kernel_for(b.scalar_type());
-  if (!kernel) return false;
+  if (!has_product(b.scalar_type())) return false;
   const bool of_type = a.scalar_type() == b.scalar_type() || a.scalar_type() == ScalarType::Float;
   const int64_t dim = out.dim(), pairs = dim == 3 ? out.size(0) : 1;
   STD_TORCH_CHECK(of_type && out.scalar_type() == ScalarType::Float && out.is_cpu() && (dim == 2 || dim == 3) &&
@@ -182,11 +162,11 @@ bool product(Tensor a, Tensor b, Optional bias, Tensor out, bool add) {
     return p;
   };
   if (pairs < torch::stable::get_num_threads()) {
-    for (int64_t i = 0; i < pairs; i++) multiply(*kernel, pair(i));
+    for (int64_t i = 0; i < pairs; i++) multiply(pair(i));
     return true;
   }
   torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) multiply(*kernel, pair(i));
+    for (int64_t i = begin; i < end; i++) multiply(pair(i));
   });
   return true;
 }

@@ -9,7 +9,8 @@ A batch entry and one of its heads, a pair, are the problem of :mod:`fusedkd.bac
 whose products serve here too: 8·L·L·d operations a pair where both sides have d columns, and nothing of size L × L.
 What the scores are multiplied by, 1/√d, is the temperature of the kernels. Keys of padding and, under a causal mask,
 those after a query are −inf on both sides, which adds nothing. Those that no query of a tile sees are left out where
-the host knows of them: on a CPU, and after the last query of a causal tile.
+the host knows of them: on a CPU, and after the last query of a causal tile. Where a CPU has products of our own,
+csrc/cpu/attention.cpp does the same, a pair for each thread; the loop is for all else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.layout import KernelId, Option
+from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option
 from fusedkd.backends.linear_loop import _in_range
 from fusedkd.backends.products import aligned, own_product
 from fusedkd.backends.schema import attention_memory
@@ -58,32 +59,50 @@ def attention(
     row_losses, d_q, d_k = found = attention_memory(student_q, student_k, wanted)
     for each in found:
         each.zero_()
+    to_q = d_q if wanted[0] else None
+    to_k = to_q if student_k is None else d_k if wanted[1] else None
+    student = student_q, student_q if student_k is None else student_k
+    theirs = teacher_q, teacher_q if teacher_k is None else teacher_k
+    if _is_compiled((*student, *theirs), kernel_id):
+        ops.attention_pairs(
+            student_q=student[0],
+            student_k=student[1],
+            teacher_q=theirs[0],
+            teacher_k=theirs[1],
+            rows=rows,
+            keys=keys,
+            options=options,
+            normalizers=normalizers,
+            upstream=upstream,
+            row_losses=row_losses,
+            d_q=to_q,
+            d_k=to_k,
+            kernel_id=kernel_id,
+            causal=causal,
+        )
+        return found
     B, heads, L, _ = student_q.shape
     weights = student_q.new_ones((), dtype=torch.float32) if rows is None else rows.float()[:, None]
-    weights = weights.expand(B, heads, L)
-    teacher = TeacherRows(teacher_q, None, None, None, weights, options, normalizers, kernel_id)
+    teacher = TeacherRows(teacher_q, None, None, None, weights.expand(B, heads, L), options, normalizers, kernel_id)
     unit = None
     if student_q.dtype == torch.float16 and student_q.is_cuda and any(wanted):
         unit, (teacher,), upstream = _in_range([teacher], L, upstream)
-    student = student_q, student_q if student_k is None else student_k
-    call = _Call(student, (teacher_q, teacher_q if teacher_k is None else teacher_k), rows, keys, causal, upstream)
-    to_k = d_q if student_k is None else d_k
+    call = _Call(student, theirs, rows, keys, causal, upstream)
     with torch.no_grad(), torch.autocast(student_q.device.type, enabled=False):
         tiles = _Tiles(student_q)
         for group in _groups(call, tiles.scores):
-            _run(
-                call,
-                group,
-                teacher,
-                tiles,
-                row_losses,
-                d_q if wanted[0] else None,
-                to_k if wanted[student_k is not None] else None,
-            )
+            _run(call, group, teacher, tiles, row_losses, to_q, to_k)
         if unit is not None:
             for each in (d_q, d_k):
                 each.div_(unit)
     return found
+
+
+def _is_compiled(operands: tuple[Tensor, ...], kernel_id: int) -> bool:
+    """Whether csrc/cpu/attention.cpp does all of it."""
+    return kernel_id < FIRST_DEFINED and all(
+        not x.is_cuda and x.dtype != torch.float64 and own_product(x.dtype, torch.float32) for x in operands
+    )
 
 
 class _Call(NamedTuple):

@@ -122,7 +122,7 @@ def _ask_for_products() -> None:
     products.own_products = frozenset(found)
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
     reason = f"of {names}, on this processor" if found else "this processor has no AVX-512, or a library that uses it"
-    _serve(["product"], "CPU", "C++" if found else "PyTorch", reason)
+    _serve(["product", "attention_pairs"], "CPU", "C++" if found else "PyTorch", reason)
 
 
 def _serve_triton(device: str, reason: str) -> None:

@@ -146,6 +146,12 @@ SHARD = (
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
 """out = a·b + bias, or out += a·b, in float32, of one pair of matrices or of several. False, and nothing done: this
 processor has no such product."""
+PAIRS = (
+    "attention_pairs(*, Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? rows, "
+    "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, Tensor(a!) row_losses, Tensor(b!)? d_q, "
+    "Tensor(c!)? d_k, int kernel_id, bool causal) -> bool"
+)
+"""All of attention, into results that are zeros; d_k may be d_q. False, and nothing done, as for product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -153,6 +159,7 @@ for _name, _schema in SCHEMAS.items():
 library.define(CLUSTER)  # called by kd_* alone, below everything that traces
 library.define(SHARD)  # called in eager mode alone
 library.define(PRODUCT)  # by linear_kd
+library.define(PAIRS)  # by attention
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -227,7 +227,7 @@ def selected(mask: Tensor | None, like: Tensor, padded_queries: bool) -> tuple[T
         )
     if mask.device != like.device:
         raise ValueError(f"mask must be on the device of student_q {like.device}, not on {mask.device}")
-    keys = mask != 0
+    keys = (mask != 0).contiguous()
     return None if padded_queries else keys.clone(), keys  # torch.compile wants no tensor twice
 
 
@@ -246,8 +246,9 @@ def _loss(
     check.reduction(reduction, normalizer=normalizer)
     q = sides.student_q
     rows, keys = selected(mask, q, padded_queries)
-    if keys is not None and rows is None and family.temperature_power > 0:  # no softmax over no key
-        rows = keys.cummax(1).values if causal else keys.any(1, keepdim=True).expand_as(keys).contiguous()
+    all_count = rows is None and family.temperature_power == 0
+    if keys is not None and rows is None:  # a query that sees no key has no softmax, and no squared error either
+        rows = keys.cumsum(1) > 0 if causal else keys.any(1, keepdim=True).expand_as(keys).contiguous()
     per_row = reduction == "none"
     plan = Plan(
         per_row=per_row,
@@ -260,7 +261,7 @@ def _loss(
     )
     count: Any = 1.0
     if reduction == "mean":
-        count = q.shape[0] * q.shape[2] if rows is None else rows.sum()
+        count = q.shape[0] * q.shape[2] if rows is None or all_count else rows.sum()
         count = (count if normalizer is None else check.exact(normalizer)) * q.shape[1]
     normalizers = pack([count, 1.0], q.device)
     normalizers = torch.where(normalizers > 0, normalizers, 1.0)
