@@ -64,6 +64,15 @@ struct TopkCall : LogitsCall {
   TopkKernelId kernel_id;
 };
 
+// What the caller has given of a TopkCall.
+struct TopkList {
+  Rows teacher;
+  const int64_t* ids;
+  int64_t columns;  // of the student
+  bool sampled;     // weights, not log-probabilities
+};
+bool legal(const TopkList& list);  // whether it is as fusedkd/checks.py says
+
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);
 void run_in_lanes(const KdCall& k);  // of at most LANE_COLUMNS columns, not DKD, and no shard

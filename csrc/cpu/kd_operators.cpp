@@ -1,7 +1,5 @@
 // The CPU operators of kd_loss (fusedkd/backends/schema.py): they check their tensors and call the kernel of kd.cpp or,
 // for a teacher known at K columns, of topk.cpp.
-#include <atomic>
-
 #include "call.h"
 
 namespace fusedkd {
@@ -112,30 +110,6 @@ bool legal_labels(const Tensor& labels, int64_t count, int64_t classes, int64_t 
   return !illegal;
 }
 
-// What fusedkd/checks.py says of a list, yes or no: ids are −1 or columns of the student, weights at least 0, and ids of
-// log-probabilities differ within a row, of which none is above 0 by more than rounding.
-bool legal_list(const Rows& listed, const int64_t* ids, int64_t columns, bool sampled) {
-  const double eps = listed.type == ScalarType::BFloat16 ? 0x1p-7 : listed.type == ScalarType::Half ? 0x1p-10 : 0;
-  const double most = std::max(1e-3, 16 * eps);
-  std::atomic<bool> illegal = false;
-  over_rows(listed, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> seen(columns + 1, -1);  // by column + 1: the last row, of this thread, that lists it
-    bool wrong = false;
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t* id = ids + i * listed.columns;
-      for (int64_t j = 0; j < listed.columns; j++) {
-        const bool column = id[j] >= 0, inside = uint64_t(id[j] + 1) <= uint64_t(columns);
-        const double value = mask_value(listed[i], listed.type, j);
-        int32_t& last = seen[inside ? id[j] + 1 : 0];
-        wrong |= !inside || (sampled ? value < 0 : column && (value > most || last == int32_t(i - begin)));
-        last = int32_t(i - begin);
-      }
-    }
-    if (wrong) illegal = true;
-  });
-  return !illegal;
-}
-
 // (loss, kd, ce): per row, or sums over rows and normalisers, in a fixed order. A term whose weight is 0 adds 0.
 template <class A>
 void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, A* loss, A* more) {
@@ -183,9 +157,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teache
     const int64_t columns = student.size(2);
     bool legal = !labels || legal_labels(*labels, labels->numel(), labels_read ? columns : any, ignore_index);
     if (legal && ids) {
-      const Rows listed(teacher);
-      const int64_t* id = contiguous_data<int64_t>(*ids, ScalarType::Long, listed.count * listed.columns, "ids");
-      legal = legal_list(listed, id, columns, TopkKernelId(kernel_id) == TopkKernelId::SAMPLES);
+      const Rows known(teacher);
+      const int64_t* id = contiguous_data<int64_t>(*ids, ScalarType::Long, known.count * known.columns, "ids");
+      legal = fusedkd::legal({known, id, columns, TopkKernelId(kernel_id) == TopkKernelId::SAMPLES});
     }
     STD_TORCH_CHECK(legal, "fusedkd: a label or a listed column is not as it must be");
   }
