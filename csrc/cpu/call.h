@@ -46,6 +46,11 @@ struct LogitsCall {
     coefficients = o + COEFFICIENTS;
     n_kd = n[KD_NORMALIZER], n_ce = n[CE_NORMALIZER];
   }
+  void write_gradient(const Tensor& to) {
+    gradient.emplace(to);
+    STD_TORCH_CHECK(gradient->like(student), "fusedkd: the gradient must be like the student's logits");
+    if (gradient->data != student.data) in_huge_pages(to);
+  }
   bool at(Stage s) const { return stage == s; }
   int64_t stat_columns() const { return stage ? int64_t(STATS) + SHARD_STATS : STATS; }
   // Of a label, which counts over all shards: whether it is one, and its column, −1 if that is in another shard.

@@ -22,13 +22,6 @@ void with_call(const Tensor& student, const Tensor& teacher, const Optional& ids
   }
 }
 
-// Where k writes the gradient.
-void write_gradient(LogitsCall& k, const Tensor& gradient) {
-  k.gradient.emplace(gradient);
-  STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
-  if (k.gradient->data != k.student.data) in_huge_pages(gradient);
-}
-
 std::tuple<Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional ids, Optional labels, Tensor row_weights,
                                       Tensor options, Tensor normalizers, Optional gradient, int64_t ignore_index,
                                       int64_t kernel_id, bool transform, bool ce) {
@@ -39,7 +32,7 @@ std::tuple<Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional i
   with_call(student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce,
             [&](auto k) {
               k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
-              if (gradient) write_gradient(k, *gradient);
+              if (gradient) k.write_gradient(*gradient);
               run(k);
             });
   return {row_losses, stats};
@@ -55,7 +48,7 @@ void kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional ids, 
             [&](auto k) {
               k.stats = const_cast<char*>(contiguous_data<char>(stats, type, STATS * k.student.count, "stats"));
               k.upstream = up;
-              write_gradient(k, gradient);
+              k.write_gradient(gradient);
               run(k);
             });
 }
