@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
@@ -79,13 +80,25 @@ def gencode(archs: list[str]) -> list[str]:
 class BuildKernels(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.parallel = self.parallel or True  # both libraries at once
+        self.parallel = self.parallel or True  # both libraries at once, and the CPU's sources
         self.left_out: list[str] = []
 
     def run(self) -> None:
         super().run()
         for message in self.left_out:
             tell(message)
+
+    def build_extensions(self) -> None:
+        compile_in_turn, workers = self.compiler.compile, os.cpu_count() if self.parallel is True else self.parallel
+
+        def compile_at_once(sources: list[str], **options) -> list[str]:
+            """The object files of the sources, in their order."""
+            with ThreadPoolExecutor(workers) as pool:
+                objects = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [file for of_source in objects for file in of_source]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         try:

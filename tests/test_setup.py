@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import setuptools
 import torch
+from setuptools.errors import CompileError
 
 from fusedkd.backends import dispatch
 
@@ -89,3 +91,26 @@ def test_the_report_says_why_nobody_answers_for_hopper(monkeypatch: pytest.Monke
         assert dispatch.serving["kd_cluster", "CUDA"][0] == backend
         assert dispatch.serving["kd_forward", "CUDA"][0] == "Triton"
         assert ("90a" in dispatch.serving["kd_cluster", "CUDA"][1]) is not built
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sources_are_compiled_at_once(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other; object files keep the order of the sources, and an error of one is the build's."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    script: dict[str, Any] = runpy.run_path("setup.py")
+    command, together = script["BuildKernels"](setuptools.Distribution()), threading.Barrier(2, timeout=20)
+
+    def compile_in_turn(sources: list[str], debug: bool) -> list[str]:
+        together.wait()
+        if fails and sources == ["b.cpp"]:
+            raise CompileError("broken")
+        return [source.replace(".cpp", ".o") for source in sources]
+
+    command.compiler, command.parallel, command.extensions = SimpleNamespace(compile=compile_in_turn), 2, []
+    command.build_extensions()
+    if fails:
+        with pytest.raises(CompileError, match="broken"):
+            command.compiler.compile(["a.cpp", "b.cpp"], debug=False)
+    else:
+        assert command.compiler.compile(["b.cpp", "a.cpp"], debug=False) == ["b.o", "a.o"]

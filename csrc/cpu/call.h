@@ -46,6 +46,11 @@ struct LogitsCall {
     coefficients = o + COEFFICIENTS;
     n_kd = n[KD_NORMALIZER], n_ce = n[CE_NORMALIZER];
   }
+  void write_gradient(const Tensor& to) {
+    gradient.emplace(to);
+    STD_TORCH_CHECK(gradient->like(student), "fusedkd: the gradient must be like the student's logits");
+    if (gradient->data != student.data) in_huge_pages(to);
+  }
   bool at(Stage s) const { return stage == s; }
   int64_t stat_columns() const { return stage ? int64_t(STATS) + SHARD_STATS : STATS; }
   // Of a label, which counts over all shards: whether it is one, and its column, −1 if that is in another shard.
@@ -63,6 +68,15 @@ struct TopkCall : LogitsCall {
   const int64_t* ids;  // [N, K], -1 for padding
   TopkKernelId kernel_id;
 };
+
+// What the caller has given of a TopkCall.
+struct TopkList {
+  Rows teacher;
+  const int64_t* ids;
+  int64_t columns;  // of the student
+  bool sampled;     // weights, not log-probabilities
+};
+bool legal(const TopkList& list);  // whether it is as fusedkd/checks.py says
 
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);

@@ -1,7 +1,5 @@
 // The CPU operators of kd_loss (fusedkd/backends/schema.py): they check their tensors and call the kernel of kd.cpp or,
 // for a teacher known at K columns, of topk.cpp.
-#include <atomic>
-
 #include "call.h"
 
 namespace fusedkd {
@@ -24,13 +22,6 @@ void with_call(const Tensor& student, const Tensor& teacher, const Optional& ids
   }
 }
 
-// Where k writes the gradient.
-void write_gradient(LogitsCall& k, const Tensor& gradient) {
-  k.gradient.emplace(gradient);
-  STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
-  if (k.gradient->data != k.student.data) in_huge_pages(gradient);
-}
-
 std::tuple<Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional ids, Optional labels, Tensor row_weights,
                                       Tensor options, Tensor normalizers, Optional gradient, int64_t ignore_index,
                                       int64_t kernel_id, bool transform, bool ce) {
@@ -41,7 +32,7 @@ std::tuple<Tensor, Tensor> kd_forward(Tensor student, Tensor teacher, Optional i
   with_call(student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce,
             [&](auto k) {
               k.forward = true, k.rows = row_losses.data_ptr(), k.stats = stats.data_ptr();
-              if (gradient) write_gradient(k, *gradient);
+              if (gradient) k.write_gradient(*gradient);
               run(k);
             });
   return {row_losses, stats};
@@ -57,7 +48,7 @@ void kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional ids, 
             [&](auto k) {
               k.stats = const_cast<char*>(contiguous_data<char>(stats, type, STATS * k.student.count, "stats"));
               k.upstream = up;
-              write_gradient(k, gradient);
+              k.write_gradient(gradient);
               run(k);
             });
 }
@@ -112,30 +103,6 @@ bool legal_labels(const Tensor& labels, int64_t count, int64_t classes, int64_t 
   return !illegal;
 }
 
-// What fusedkd/checks.py says of a list, yes or no: ids are −1 or columns of the student, weights at least 0, and ids of
-// log-probabilities differ within a row, of which none is above 0 by more than rounding.
-bool legal_list(const Rows& listed, const int64_t* ids, int64_t columns, bool sampled) {
-  const double eps = listed.type == ScalarType::BFloat16 ? 0x1p-7 : listed.type == ScalarType::Half ? 0x1p-10 : 0;
-  const double most = std::max(1e-3, 16 * eps);
-  std::atomic<bool> illegal = false;
-  over_rows(listed, [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> seen(columns + 1, -1);  // by column + 1: the last row, of this thread, that lists it
-    bool wrong = false;
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t* id = ids + i * listed.columns;
-      for (int64_t j = 0; j < listed.columns; j++) {
-        const bool column = id[j] >= 0, inside = uint64_t(id[j] + 1) <= uint64_t(columns);
-        const double value = mask_value(listed[i], listed.type, j);
-        int32_t& last = seen[inside ? id[j] + 1 : 0];
-        wrong |= !inside || (sampled ? value < 0 : column && (value > most || last == int32_t(i - begin)));
-        last = int32_t(i - begin);
-      }
-    }
-    if (wrong) illegal = true;
-  });
-  return !illegal;
-}
-
 // (loss, kd, ce): per row, or sums over rows and normalisers, in a fixed order. A term whose weight is 0 adds 0.
 template <class A>
 void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, A* loss, A* more) {
@@ -183,9 +150,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teache
     const int64_t columns = student.size(2);
     bool legal = !labels || legal_labels(*labels, labels->numel(), labels_read ? columns : any, ignore_index);
     if (legal && ids) {
-      const Rows listed(teacher);
-      const int64_t* id = contiguous_data<int64_t>(*ids, ScalarType::Long, listed.count * listed.columns, "ids");
-      legal = legal_list(listed, id, columns, TopkKernelId(kernel_id) == TopkKernelId::SAMPLES);
+      const Rows known(teacher);
+      const int64_t* id = contiguous_data<int64_t>(*ids, ScalarType::Long, known.count * known.columns, "ids");
+      legal = fusedkd::legal({known, id, columns, TopkKernelId(kernel_id) == TopkKernelId::SAMPLES});
     }
     STD_TORCH_CHECK(legal, "fusedkd: a label or a listed column is not as it must be");
   }

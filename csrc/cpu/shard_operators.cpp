@@ -17,10 +17,7 @@ void kd_shard(Optional upstream, Tensor student, Tensor teacher, Optional ids, O
   }
   k.stage = Stage(stage), k.offset = offset, k.vocabulary = vocabulary, k.forward = !k.at(Stage::GRADIENT);
   k.stats = const_cast<char*>(contiguous_data<char>(stats, type, k.stat_columns() * k.student.count, "stats"));
-  if (gradient) {
-    k.gradient.emplace(*gradient);
-    STD_TORCH_CHECK(k.gradient->like(k.student), "fusedkd: the gradient must be like the student's logits");
-  }
+  if (gradient) k.write_gradient(*gradient);
   if (ids) {
     STD_TORCH_CHECK(kernel_id >= 0 && kernel_id < TOPK_KERNELS, "fusedkd: unknown kernel ", kernel_id);
     const int64_t listed = k.student.count * k.teacher.columns;

@@ -29,14 +29,16 @@ template <class A> struct Softmax {
   }
   void settle() { rise(top); }
 
-  // As if the n columns x had been added: few, in float64, filled up with −∞ to whole steps. After settle().
-  void merge(const double* x, int64_t n) {
+  // As if the n columns x had been added: few, in float64, filled up with −∞ to whole steps. After settle(). `kept`
+  // gets their exponentials.
+  void merge(const double* x, int64_t n, double* kept) {
     const A most = n == 0 ? -INFINITE<A> : A(highest(x, n));
     if (most > m) rise(most);
     const double from = m == -INFINITE<A> ? 0 : m;
     D sum = {}, sum_1 = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       D e = exp2<double>((load(x + j) - from) * c);
+      store(kept + j, e);
       sum += e;
       for (int k = 0; k < squarings; k++) e *= e;
       sum_1 += e;
@@ -70,7 +72,8 @@ template <class A> struct Softmax {
   void rise(A to) {
     if (to == m) return;
     const double lowered = (double(m) - to) * c;
-    l *= std::exp2(lowered), l_1 *= std::exp2(std::ldexp(lowered, squarings)), m = to;
+    l *= std::exp2(lowered), m = to;
+    if (squarings > 0) l_1 *= std::exp2(std::ldexp(lowered, squarings));
   }
 
   // Four steps at a time, so that one maximum need not wait for another; at the end, steps are read again.

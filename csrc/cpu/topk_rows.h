@@ -19,6 +19,7 @@
 #include "logits.h"
 #include "softmax.h"
 #include "topk_divergences.h"
+#include "topk_list.h"
 #include "vec.h"
 
 namespace FUSEDKD_NAMESPACE {
@@ -99,20 +100,19 @@ template <class A> struct TopkRows {
 
   // The list of row i, y with it, or an empty one; false, and an empty one, if an id is no column.
   bool list(int64_t i) {
-    n = i < 0 ? 0 : K, n_away = 0;
-    const int64_t *const from = k.ids + std::max<int64_t>(i, 0) * K, V = this->V, label = this->label;
-    const int64_t offset = k.offset, vocabulary = k.vocabulary;
-    int64_t* const to = id.data();
-    int64_t outside = 0, leaving = 0, hits = 0;  // leaving: padding, and the columns of other shards
-    for (int64_t j = 0; j < n; j++) {
-      const int64_t column = from[j] - offset;
-      to[j] = column, outside += from[j] < -1 || from[j] >= vocabulary, hits += column == label;
-      leaving += from[j] == -1 || column < 0 || column >= V;
+    n = i < 0 ? 0 : K, n_away = 0, label_listed = false;
+    Lanes outside = {}, leaving = {}, hits = {};  // leaving: padding, and the columns of other shards
+    const int64_t* const from = k.ids + std::max<int64_t>(i, 0) * K;
+    if (n > 0) elements(k.teacher.type, k.teacher[i], n, y.data()), copy_padded(from, n, id.data());
+    for (int64_t j = 0; j < n; j += WIDTH<double>) {
+      const Lanes given = lanes(&id[j]), column = given - k.offset;
+      outside |= (given < -1) | (given >= k.vocabulary), hits |= column == label;
+      leaving |= (given == -1) | (column < 0) | (column >= V);
+      std::memcpy(&id[j], &column, sizeof column);
     }
-    label_listed = label >= 0 && hits > 0;
-    if (outside > 0) return list(-1), false;
-    if (n > 0) elements(k.teacher.type, k.teacher[i], n, y.data());
-    if (leaving > 0) {
+    label_listed = label >= 0 && any(hits);
+    if (any(outside)) return list(-1), false;
+    if (any(leaving)) {
       int64_t kept = 0;
       for (int64_t j = 0; j < n; j++)
         if (from[j] != -1 && id[j] >= 0 && id[j] < V) id[kept] = id[j], y[kept++] = y[j];
@@ -136,8 +136,11 @@ template <class A> struct TopkRows {
   // use(j) for the positions whose columns are in the block at this column.
   template <class Use> void in_block(int64_t column, const Use& use) {
     const int64_t b = column / BLOCK;
-    for (int32_t at = start[b]; at < start[b + 1]; at++)
-      if (const int32_t j = order[at]; id[j] >= 0) use(j);
+    for (int32_t at = start[b]; at < start[b + 1]; at++) {
+      const int32_t j = blocks == 1 ? at : order[at];
+      if (id[j] >= 0) use(j);
+      asm volatile("");  // else compilers make a loop of scatter instructions of it, which is slower
+    }
   }
   double nothing() const { return sampled ? 0 : -INFINITE<double>; }  // y where the teacher has none
 
@@ -175,14 +178,6 @@ template <class A> struct TopkRows {
       else z[j] = -INFINITE<A>;
     }
   }
-  static void elements(ScalarType type, const char* row, int64_t n, double* to) {
-    switch (type) {
-      case ScalarType::Double: return convert((const double*)row, n, to);
-      case ScalarType::Float: return convert((const float*)row, n, to);
-      case ScalarType::BFloat16: return convert((const BFloat16*)row, n, to);
-      default: return convert((const Half*)row, n, to);
-    }
-  }
 
   // First pass: the statistics; returns CE, if the row has it.
   double statistics() {
@@ -201,9 +196,9 @@ template <class A> struct TopkRows {
     s.settle(), one.settle();
     const A m_c = s.m, l_c = A(s.l);
     const double off = s.l;
-    s.merge(x.data(), n);
+    s.merge(x.data(), n, q.data());
     if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
-    else if (ce) one.merge(x.data(), n);
+    else if (ce) one.merge(x.data(), n, g.data());
     stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l), stats[OTHER_MAX] = m_c, stats[OTHER_SUM] = l_c;
     stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
     stats[WEIGHT_SUM] = A(s.l - stats[STUDENT_SUM]), stats[OWN] = A(off - l_c);
@@ -215,6 +210,17 @@ template <class A> struct TopkRows {
     return ce ? CrossEntropy<double>(k, one.m, one.l - 1).value(z_y, one.m - z_sum / double(V)) : 0;
   }
 
+  // Of numbers >= 0, at once.
+  static void logarithms(double (&x)[4]) {
+    for (int j = 0; j < 4; j += WIDTH<double>) {
+      double of[WIDTH<double>];
+      for (int u = 0; u < WIDTH<double>; u++) of[u] = x[std::min(j + u, 3)];
+      const D u = load(of), log = log_sum(u - 1, u);
+      store(of, u == 0 ? splat(-INFINITE<double>) : log);
+      for (int u = 0; u < WIDTH<double> && j + u < 4; u++) x[j + u] = of[u];
+    }
+  }
+
   // D, from the statistics as stored; leaves ∂D/∂s on the list in g, and `rest`.
   template <class F> double divergence() {
     const double m = stats[STUDENT_MAX], l = double(stats[STUDENT_SUM]) + stats[WEIGHT_SUM], rate = 1 / k.temperature;
@@ -223,18 +229,18 @@ template <class A> struct TopkRows {
       if (k.at(Stage::VALUES)) of_shard(VALUE) = INFINITE<A>, of_shard(WEIGHT) = 0;
       return INFINITE<double>;
     }
-    const double log_l = std::log(l), inv_l = 1 / l,
-                 q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) / l;  // q = exp((z − m_c)/T)·q_c
-    const double r_s = l_c * q_c, log_r_s = (m_c - m) * rate + std::log(l_c) - log_l;
+    const double inv_l = 1 / l, q_c = l_c == 0 ? 0 : std::exp((m_c - m) * rate) * inv_l;  // q = exp((z − m_c)/T)·q_c
 
     // On the list q and p, its sum, and log p = (y − top)·tau − log_total
     const double away = k.stage ? highest(y_away.data(), n_away) : -INFINITE<double>;
     const double top = F::renormalized ? std::max(highest(y.data(), n), away) : 0;
     const double tau = F::renormalized ? k.coefficients[0] / k.teacher_temperature : 1;
+    const bool kept = k.forward && !k.stage;  // statistics() has left the student's exponentials in q
     D p_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {
       const D t = load(&y[j]), p_j = F::sampled ? t : exp2<double>((t - top) * (tau * LOG2E));
-      store(&p[j], p_j), store(&q[j], exp2<double>((load(&x[j]) - m) * (rate * LOG2E)) * inv_l);
+      const D e = kept ? load(&q[j]) : exp2<double>((load(&x[j]) - m) * (rate * LOG2E));
+      store(&p[j], p_j), store(&q[j], e * inv_l);
       p_sum += p_j;
     }
     for (int64_t j = 0; j < n_away; j += WIDTH<double>) {
@@ -246,9 +252,12 @@ template <class A> struct TopkRows {
     const double spread_of_p =
         F::bucket ? spread(p.data(), y.data(), n) + spread(p_away.data(), y_away.data(), n_away) : 0;
     const double left = F::bucket ? teachers_tail(k.teacher.type, spread_of_p, mass, l_c != 0) : 0;
-    const double total = F::renormalized || F::bucket ? mass + left : 1, log_total = std::log(total);
-    const double inv_total = 1 / total;
-    const double r_t = left / total, log_r_t = std::log(r_t);
+    const double total = F::renormalized || F::bucket ? mass + left : 1, inv_total = 1 / total;
+    const double r_s = l_c * q_c, r_t = left * inv_total;
+    double logs[] = {l, total, l_c, left};
+    logarithms(logs);
+    const double log_l = logs[0], log_total = logs[1], log_r_t = logs[3] - log_total;
+    const double log_r_s = (m_c - m) * rate + logs[2] - log_l;
 
     D value_sum = {}, w_sum = {};
     for (int64_t j = 0; j < n; j += WIDTH<double>) {

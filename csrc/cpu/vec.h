@@ -103,9 +103,10 @@ template <class V> INLINE V fma(V x, V y, V z) {
 INLINE double fma(double x, double y, double z) { return x * y + z; }
 
 // Σ over the partial sums of a loop, in float64 and in a fixed order; of one vector; and the highest of maxima.
-template <int width = 1, class T, class Combine> INLINE T combined(const T* x, const Combine& combine) {
-  if constexpr (width == STEP) return x[0];
-  else return combine(combined<2 * width>(x, combine), combined<2 * width>(x + width, combine));
+template <int n = STEP, class T, class Combine> INLINE T combined(T* x, const Combine& combine) {
+  for (int i = 0; i < n / 2; i++) x[i] = combine(x[i], x[i + n / 2]);
+  if constexpr (n > 2) return combined<n / 2>(x, combine);
+  else return x[0];
 }
 template <class A> INLINE double total(const Vec<A> (&partial)[PER_STEP<A>]) {
   double sum[STEP];
@@ -113,9 +114,9 @@ template <class A> INLINE double total(const Vec<A> (&partial)[PER_STEP<A>]) {
   return combined(sum, [](double x, double y) { return x + y; });
 }
 INLINE double added(D x) {
-  double sum = 0;
-  for (int u = 0; u < WIDTH<double>; u++) sum += x[u];
-  return sum;
+  double sum[WIDTH<double>];
+  store(sum, x);
+  return combined<WIDTH<double>>(sum, [](double x, double y) { return x + y; });
 }
 template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
   A top[STEP];
@@ -127,9 +128,9 @@ template <class A> INLINE A highest(const Vec<A> (&partial)[PER_STEP<A>]) {
 INLINE double highest(const double* x, int64_t n) {
   D most = splat(-INFINITE<double>);
   for (int64_t j = 0; j < n; j += WIDTH<double>) most = max(load(x + j), most);
-  double top = most[0];
-  for (int u = 1; u < WIDTH<double>; u++) top = max(most[u], top);
-  return top;
+  double top[WIDTH<double>];
+  store(top, most);
+  return combined<WIDTH<double>>(top, [](double x, double y) { return max(x, y); });
 }
 
 // Σ_k c_k·x^k with c_k = c_(k−1)·ratio/(k + offset), Taylor series of exponentials, as a polynomial for |x| <= reach:

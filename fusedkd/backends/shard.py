@@ -124,26 +124,26 @@ def merged(told: Tensor, options: Tensor, listed: bool) -> Tensor:
     """Statistics of whole rows, ``(N, STATS + SHARD_STATS)`` float64, sums less 1, from those of the ranks, ``(ranks,
     N, TOLD)``. Those of a teacher known at few columns keep a sum in two parts.
     """
-    parts = told.double()
-    found = parts.new_zeros(parts.shape[1], STATS + SHARD_STATS)
+    parts = told.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)  # rows side by side: faster
+    found = parts.new_zeros(STATS + SHARD_STATS, parts.shape[2])
     other = Option.TEMPERATURE if listed else Option.TEACHER_TEMPERATURE
     temperatures = torch.stack([options[Option.TEMPERATURE], options[other], options.new_ones(())])
-    rests = parts[..., RESTS]
+    rests = parts[:, RESTS]
     if listed:
         rests = rests.clone()
         for i, lost in enumerate((Stat.WEIGHT_SUM, Stat.OWN)):
-            rests[..., i] += parts[..., lost] - 1
-    found[:, TOPS], found[:, RESTS] = merge_rests(parts[..., TOPS], rests, temperatures)
-    found[:, LABEL_STUDENT : LABEL_TEACHER + 1] = parts[..., LABEL_STUDENT : LABEL_TEACHER + 1].sum(0)
-    columns = parts[..., COLUMNS]
-    gaps = parts[..., GAP] + columns * (found[:, Stat.CE_MAX] - parts[..., Stat.CE_MAX])
-    found[:, GAP], found[:, COLUMNS] = torch.where(columns == 0, 0, gaps).sum(0), columns.sum(0)
-    return found
+            rests[:, i] += parts[:, lost] - 1
+    found[TOPS], found[RESTS] = merge_rests(parts[:, TOPS], rests, temperatures[:, None])
+    found[LABEL_STUDENT : LABEL_TEACHER + 1] = parts[:, LABEL_STUDENT : LABEL_TEACHER + 1].sum(0)
+    columns = parts[:, COLUMNS]
+    gaps = parts[:, GAP] + columns * (found[Stat.CE_MAX] - parts[:, Stat.CE_MAX])
+    found[GAP], found[COLUMNS] = torch.where(columns == 0, 0, gaps).sum(0), columns.sum(0)
+    return found.t()
 
 
 def merge_rests(tops: Tensor, rests: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and Σ exp((x − maximum)/T) − 1 of whole rows, ``(N, softmaxes)``, from those of their parts, ``(parts, N,
-    softmaxes)``: what has the maximum keeps its digits. −inf and −1 of nothing.
+    """Maximum and Σ exp((x − maximum)/T) − 1 of whole rows, ``(softmaxes, N)``, from those of their parts, ``(parts,
+    softmaxes, N)``: what has the maximum keeps its digits. −inf and −1 of nothing.
     """
     top = tops.amax(0)
     base = torch.where(top == -torch.inf, 0, top)
@@ -154,7 +154,7 @@ def merge_rests(tops: Tensor, rests: Tensor, temperature: Tensor) -> tuple[Tenso
 
 def rounded(found: Tensor, dtype: torch.dtype, listed: bool) -> Tensor:
     """The statistics as kernels have them."""
-    stats = found.to(dtype, copy=True)
+    stats = found.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if listed:
         for total, lost in ((Stat.STUDENT_SUM, Stat.WEIGHT_SUM), (Stat.OTHER_SUM, Stat.OWN)):
             whole = found[:, total] + 1
