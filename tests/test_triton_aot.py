@@ -47,6 +47,7 @@ STRUCTURE = {
     "RESIDENT": False,
     "SPLIT": False,
     "STAGE": WHOLE,
+    "PER_ROW": False,
     "TEACHER_IN_PHASE": True,
     "GRADIENT_IN_PHASE": True,
 }
@@ -102,6 +103,7 @@ def compiled(
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64"}
     types |= {"upstream": real, "row_losses": real, "stats": real, "partials": real}
+    types |= {"loss": real, "terms": real, "ticket": "*i32"}
     names = {p.name for p in kernel.params}
     types, constants = ({name: x for name, x in given.items() if name in names} for given in (types, constants))
     return _compile(kernel, target, types, constants, options)
@@ -358,7 +360,7 @@ def test_one_binary_serves_every_shape() -> None:
         "row_losses",
         "stats",
     }
-    pointers |= {"gradient", "partials"}
+    pointers |= {"gradient", "partials", "loss", "terms", "ticket"}
     for kernel in (kd_forward_kernel, kd_backward_kernel, kd_shard_kernel):
         assert specialised(kernel, pointers & {p.name for p in kernel.params}) == {"student", "teacher", "gradient"}
     for kernel, types, _ in SMALL.values():

@@ -96,7 +96,7 @@ def test_terms(n: int) -> None:
 @pytest.mark.parametrize(
     ("kernel", "per_row"), [("resident", True), ("whole", False), ("split", False), ("top-k", False)]
 )
-def test_loss_in_one_call(kernel: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_one_launch(kernel: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernel the rows have."""
     monkeypatch.setattr(kd, "choose", lambda *_: (kernel, KERNELS.get(kernel)))
     student, teacher = (x.float() for x in logits(257, b=B))
