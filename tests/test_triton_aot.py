@@ -319,7 +319,7 @@ SMALL = {
     "weights": (
         kd_row_weights_kernel,
         {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"}
-        | {"normalizers": "*fp64", "counts": "*fp64", "partials": "*fp64", "ticket": "*i32"},
+        | {"normalizers": "*fp64", "given": "*fp32", "counts": "*fp64", "partials": "*fp64", "ticket": "*i32"},
         {"KD": True, "ROWS": 32, "BLOCK": 64},
     ),
     "terms": (

@@ -183,14 +183,16 @@ def launch_shard(
 
 
 def launch_weights(
-    mask: torch.dtype | None, labels: bool, ids: bool, given: bool = False, aligned: bool = True
+    mask: torch.dtype | None, labels: bool, ids: bool, given: bool = False, aligned: bool = True, tensors: bool = False
 ) -> None:
     n, c = 300, 40
     listed = vector(n * c, torch.int64, aligned).view(n, c) if ids else None
     y = vector(n, torch.int64, aligned) if labels else None
     kd_mask = None if mask is None else vector(n, mask, aligned)
-    normalizers = vector(2, F64, aligned) if given else None
-    launch.kd_row_weights(rows(n, c, BF16), listed, y, kd_mask, normalizers, ignore_index=-100, kd=True)
+    normalizers = vector(54 if tensors else 2, F64, aligned) if given else None
+    launch.kd_row_weights(
+        rows(n, c, BF16), listed, y, kd_mask, normalizers, -100, kd=True, given=vector(1, F32, aligned) if tensors else None
+    )
 
 
 def launch_terms(dtype: torch.dtype, per_row: bool, terms: bool = True, aligned: bool = True) -> None:
@@ -261,7 +263,10 @@ SMALL = {
     "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
     "weights themselves": partial(launch_weights, F32, labels=False, ids=True),
     "weights, given normalizers": partial(launch_weights, torch.bool, labels=True, ids=False, given=True),
-    "weights, unaligned": partial(launch_weights, torch.bool, labels=True, ids=True, given=True, aligned=False),
+    "weights, unaligned": partial(
+        launch_weights, torch.bool, labels=True, ids=True, given=True, aligned=False, tensors=True
+    ),
+    "weights, options": partial(launch_weights, torch.bool, labels=True, ids=False, given=True, tensors=True),
     "naive": partial(launch_naive, BF16),
     "terms": partial(launch_terms, F32, per_row=False),
     "no terms": partial(launch_terms, F32, per_row=False, terms=False),

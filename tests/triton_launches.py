@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton_cases import INF, KERNELS, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
 
-from fusedkd.backends import eager
+from fusedkd.backends import call, eager
 from fusedkd.backends.layout import COUNTED, KernelId, TopkKernelId
 from fusedkd.backends.triton import choice, kd, last, launch
 from fusedkd.backends.triton import math as helpers
@@ -60,6 +60,20 @@ def test_normalizers_that_are_given() -> None:
     for given, counts in (((COUNTED, 7.5), [6, 7.5]), ((0.25, COUNTED), [0.25, 1]), ((-1.0, 0.0), [1, 1])):
         assert all_rows(teacher, normalizers=torch.tensor(given).double())[1].tolist() == counts
     assert all_rows(teacher, normalizers=torch.tensor([NAN, 2.0]).double())[1][0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_options_that_are_tensors(dtype: torch.dtype) -> None:
+    """Packed beside the counts, of which one is given; the same tensor twice, once squared."""
+    teacher, n, T = logits(40, b=B)[1].float(), torch.tensor(7, dtype=dtype), torch.tensor([3.0])
+    table = [COUNTED, n, T, 0.25, T, *range(-5, 8)]
+    given = {"teacher": teacher, "ids": None, "labels": None, "kd_mask": None, "ignore_index": -100, "kd": True}
+    for values, expected in ((table, 7), ([*table[:1], T, *table[2:]], 3)):
+        numbers, tensors = call.recipe(values, {4: 2}, teacher.device)
+        assert len(tensors) == len({id(x) for x in values if isinstance(x, Tensor)})
+        for backend in (launch, eager):
+            _, found = backend.kd_row_weights(**given, normalizers=numbers, given=tensors)
+            assert found.tolist() == [6, expected, 3, 0.25, 9, *range(-5, 8)]
 
 
 def test_row_weights_of_lists() -> None:
@@ -119,7 +133,8 @@ def test_loss_in_one_launch(kernel: str, per_row: bool, monkeypatch: pytest.Monk
 @triton.jit
 def sums_kernel(x, values, ticket, out, BLOCK: tl.constexpr):
     kd = tl.load(x + tl.program_id(0))
-    if last.is_last(values, kd, 2.0 * kd, ticket):
+    last.leave(values, kd, 2.0 * kd)
+    if last.is_last(ticket):
         a, b = last.totals(values, BLOCK)
         tl.store(out, a)
         tl.store(out + 1, b)

@@ -38,7 +38,7 @@ from fusedkd.backends.triton.kd_row import (
     target_of,
     terms_of,
 )
-from fusedkd.backends.triton.last import store_row
+from fusedkd.backends.triton.last import leave_row, sum_rows
 from fusedkd.backends.triton.layout import DKD, LOGIT_MSE, OWN, STATS, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
 from fusedkd.backends.triton.options import load_coefficients, load_options, load_weights
@@ -77,7 +77,7 @@ def kd_forward_kernel(
     row_losses,
     stats,
     gradient,
-    # The loss, unless it is None (`last.store_row`): A, [] or [N]; [2] or [2, N], or None; int32 [1]
+    # The loss, unless it is None (`last.py`): A, [] or [N]; [2] or [2, N], or None; int32 [1]
     loss,
     terms,
     ticket,
@@ -220,7 +220,8 @@ def kd_forward_kernel(
     ce = tl.full((), 0, A)
     if CE:
         ce = cross_entropy(label, z_y, shifted, found.ce_max, found.ce_rest, term_weights, V)
-    store_row(D, ce, row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW)
+    leave_row(D, ce, row_losses, loss, terms, real_options, PER_ROW)
+    sum_rows(row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)

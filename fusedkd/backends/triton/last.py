@@ -11,24 +11,28 @@ from fusedkd.backends.triton.layout import CE_WEIGHT, KD_WEIGHT
 
 
 @triton.jit
-def is_last(values, kd, ce, ticket):
-    """Leave kd and ce in the program's place of values [2, programs]; whether all others have done so. `ticket`: int32,
-    0, and again when the launch is done.
-    """
+def leave(values, kd, ce):
+    """kd and ce, in the program's place of values [2, programs]."""
     INTEGER: tl.constexpr = tl.int64 if values.dtype.element_ty == tl.float64 else tl.int32
-    programs = tl.num_programs(0)
     to = values.to(tl.pointer_type(INTEGER), bitcast=True) + tl.program_id(0)
     tl.atomic_xchg(to, kd.to(values.dtype.element_ty).to(INTEGER, bitcast=True), sem="relaxed")
-    tl.atomic_xchg(to + programs, ce.to(values.dtype.element_ty).to(INTEGER, bitcast=True), sem="relaxed")
-    done = tl.atomic_add(ticket, 1, sem="acq_rel") + 1  # after both, by the same thread
-    if done == programs:
-        tl.atomic_xchg(ticket, 0, sem="relaxed")
-    return done == programs
+    tl.atomic_xchg(
+        to + tl.num_programs(0), ce.to(values.dtype.element_ty).to(INTEGER, bitcast=True), sem="relaxed"
+    )
 
 
 @triton.jit
+def is_last(ticket):
+    """Whether all others have left theirs. `ticket`: int32, 0, and again when the launch is done."""
+    done = tl.atomic_add(ticket, 1, sem="acq_rel") + 1  # after `leave`, by the same thread
+    if done == tl.num_programs(0):
+        tl.atomic_xchg(ticket, 0, sem="relaxed")
+    return done == tl.num_programs(0)
+
+
+@triton.jit(noinline=True)
 def totals(values, BLOCK: tl.constexpr):
-    """Both sums in float64, by the last program."""
+    """Both sums in float64, by the last program. A call: inlined, it takes registers from the loops over a row."""
     INTEGER: tl.constexpr = tl.int64 if values.dtype.element_ty == tl.float64 else tl.int32
     programs = tl.num_programs(0)
     bits = values.to(tl.pointer_type(INTEGER), bitcast=True)
@@ -58,10 +62,8 @@ def weighted_sum(kd, ce, real_options):
 
 
 @triton.jit
-def store_row(kd, ce, row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW: tl.constexpr):
-    """The row losses of a program's row, float64, and the loss: per row, or by the last program. Without `loss` it is
-    left to `kd_terms_kernel`.
-    """
+def leave_row(kd, ce, row_losses, loss, terms, real_options, PER_ROW: tl.constexpr):
+    """The row losses of a program's row, and the loss if it is one per row."""
     i_row = tl.program_id(0)
     rows = tl.num_programs(0)
     if loss is None:
@@ -72,11 +74,19 @@ def store_row(kd, ce, row_losses, loss, terms, ticket, real_options, normalizers
         if terms is not None:
             tl.store(terms + i_row, kd)
             tl.store(terms + rows + i_row, ce)
-    elif is_last(row_losses, kd, ce, ticket):
-        kd_sum, ce_sum = totals(row_losses, 512)
-        kd_sum /= tl.load(normalizers)
-        ce_sum /= tl.load(normalizers + 1)
-        tl.store(loss, weighted_sum(kd_sum, ce_sum, real_options))
-        if terms is not None:
-            tl.store(terms, kd_sum)
-            tl.store(terms + 1, ce_sum)
+    else:
+        leave(row_losses, kd, ce)
+
+
+@triton.jit
+def sum_rows(row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW: tl.constexpr):
+    """The loss of all rows, by the last program, at a kernel's end. Without `loss` it is left to `kd_terms_kernel`."""
+    if loss is not None and not PER_ROW:
+        if is_last(ticket):
+            kd, ce = totals(row_losses, 512)
+            kd /= tl.load(normalizers)
+            ce /= tl.load(normalizers + 1)
+            tl.store(loss, weighted_sum(kd, ce, real_options))
+            if terms is not None:
+                tl.store(terms, kd)
+                tl.store(terms + 1, ce)

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.last import is_last, totals, weighted_sum
+from fusedkd.backends.triton.last import is_last, leave, totals, weighted_sum
 from fusedkd.backends.triton.layout import NORMALIZERS, OPTIONS
 from fusedkd.backends.triton.math import INFINITY
 
@@ -70,7 +70,8 @@ def kd_row_weights_kernel(
     SUM: tl.constexpr = kd_mask is not None and kd_mask.dtype.element_ty.is_floating()
     n_kd = tl.sum(b_w.to(tl.float64) if SUM else (b_w != 0).to(tl.float64), 0)
     n_ce = tl.sum(labelled.to(tl.float64), 0)
-    if is_last(partials, n_kd, n_ce, ticket):
+    leave(partials, n_kd, n_ce)
+    if is_last(ticket):
         n_kd, n_ce = totals(partials, 512)
         if given is not None:
             n_kd, n_ce = pack_given(normalizers, given, counts, n_kd, n_ce)

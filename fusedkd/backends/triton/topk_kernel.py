@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.cross_entropy import cross_entropy, read_label
-from fusedkd.backends.triton.last import store_row
+from fusedkd.backends.triton.last import leave_row, sum_rows
 from fusedkd.backends.triton.layout import COEFFICIENTS, OWN, STATS, TEACHER_TEMPERATURE, TEMPERATURE, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
 from fusedkd.backends.triton.options import exponent_scale, load_options, load_weights
@@ -59,7 +59,7 @@ def topk_forward_kernel(
     row_losses,
     stats,
     gradient,
-    # The loss, unless it is None (`last.store_row`): A, [] or [N]; [2] or [2, N], or None; int32 [1]
+    # The loss, unless it is None (`last.py`): A, [] or [N]; [2] or [2, N], or None; int32 [1]
     loss,
     terms,
     ticket,
@@ -136,7 +136,7 @@ def topk_forward_kernel(
     ce = tl.full((), 0, R)
     if CE:
         ce = cross_entropy(label, z_y.to(R), shifted.to(R), found.ce_max.to(R), found.ce_rest.to(R), term_weights, V)
-    store_row(kd.to(A), ce.to(A), row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW)
+    leave_row(kd.to(A), ce.to(A), row_losses, loss, terms, real_options, PER_ROW)
 
     # Pass 2
     if gradient is not None:
@@ -145,6 +145,7 @@ def topk_forward_kernel(
             row, z, p_gradient, listed, b_z, b_slope, slope, found, z_y, label, weight, 1.0, k, option, real_options,
             normalizers, KERNEL_ID, CE, TRANSFORM, BLOCK, GROUP,
         )  # fmt: skip
+    sum_rows(row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
