@@ -31,6 +31,7 @@ from fusedkd.backends.triton.kd_shard import kd_shard_kernel  # noqa: E402
 from fusedkd.backends.triton.row_kernels import (  # noqa: E402
     kd_row_weights_kernel,
     kd_terms_kernel,
+    linear_unit_kernel,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -326,6 +327,11 @@ SMALL = {
         kd_terms_kernel,
         {name: "*fp32" for name in ("row_losses", "loss", "terms")} | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
+    ),
+    "unit": (
+        linear_unit_kernel,
+        {"weights": "*fp32"} | dict.fromkeys(("real_options", "normalizers", "slope", "found"), "*fp64"),
+        {"TOP": 8192.0, "BLOCK": 2048},
     ),
 }
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton_cases import INF, KERNELS, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
 
-from fusedkd.backends import call, eager
+from fusedkd.backends import call, eager, linear_loop
 from fusedkd.backends.layout import COUNTED, KernelId, TopkKernelId
 from fusedkd.backends.triton import choice, kd, last, launch
 from fusedkd.backends.triton import math as helpers
@@ -86,6 +86,21 @@ def test_row_weights_of_lists() -> None:
     weights, counts = all_rows(teacher, ids)
     assert weights.tolist() == [0, 0, 1, 1, 0, 1]
     assert counts.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4, 0.0])
+@pytest.mark.parametrize("n", [0, 1, 2500])
+def test_unit(n: int, largest: float) -> None:
+    """A power of 2, and normalisers in it: as by PyTorch."""
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(0)) - 0.5
+    weights[-1:] = -largest
+    for coefficient, weights_of_terms in ((1.0, (0.6, 0.8)), (0.3, (1.0, 0.0)), (0.3, (0.0, 1.0)), (0.1, (0.0, 0.0))):
+        slope, divisors = torch.tensor(coefficient).double(), torch.tensor([3.0, 7000.0]).double()
+        kd, ce = weights_of_terms
+        options = operators.options_tensor(temperature=3.0, kd_scale=9.0, kd_weight=kd, ce_weight=ce, scale=0.5)
+        given = [[x] for x in (weights, options, divisors, slope)]
+        truth = linear_loop.linear_unit(*given)
+        torch.testing.assert_close(launch.linear_unit(*given), truth, rtol=1e-15, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("n", [1, 6, 3000])

@@ -82,8 +82,8 @@ def whole_loss(
     per_row: bool,
     checked: bool,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """The loss of all teachers; row weights, real options, normalisers and statistics of each. `gradient` as in `forward`; `terms`
-    ``(teachers, 2, …)``, unless it is None, gets those of each.
+    """The loss of all teachers; row weights, real options, normalisers and statistics of each. `gradient` as in
+    `forward`; `terms` ``(teachers, 2, …)``, unless it is None, gets those of each.
     """
     losses: list[Tensor] = []
     found = []

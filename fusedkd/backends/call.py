@@ -76,10 +76,10 @@ def recipe(values: Sequence[Real], powers: Mapping[int, int], device: torch.devi
     numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
     raised = [powers.get(i, 1) for i in range(len(values))]
     table = kept(_constant((*numbers, *map(float, places), *map(float, raised)), device))
-    found = [value.detach().to(device, non_blocking=True).view(1) for value in given]
-    if len(found) == 1:
-        return table, found[0]
-    return table, torch.cat(found if len({x.dtype for x in found}) == 1 else [x.double() for x in found])
+    vectors = [value.detach().to(device, non_blocking=True).view(1) for value in given]
+    if len({x.dtype for x in vectors}) > 1:
+        vectors = [x.double() for x in vectors]
+    return table, vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 def made(normalizers: Tensor, options: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,10 @@ KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
 COSINE_OPERATORS = [name for name in SCHEMAS if name.startswith("cosine_")]
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
+SCALARS = "a few scalars"
 GATHERED = "the logits of all ranks are gathered"
-LINEAR_OPERATORS = [name for name in SCHEMAS if name.startswith("linear_")]
+LINEAR_OPERATORS = ["linear_kd"]
+UNIT_OPERATORS = ["linear_unit"]
 
 
 def load(library: str) -> str | None:
@@ -116,11 +118,13 @@ def _dispatch_cpu() -> None:
     if choice == "definitions":
         _serve(KD_OPERATORS + COSINE_OPERATORS, "CPU", "definitions", "FUSEDKD_BACKEND=definitions", eager)
         _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
+        _serve(UNIT_OPERATORS, "CPU", "PyTorch", SCALARS, linear_loop)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
         triton = import_module("fusedkd.backends.triton.launch")
-        _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
+        _serve(KD_OPERATORS + SHARD_OPERATORS + UNIT_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
         _serve(COSINE_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
     elif choice == "auto":
+        _serve(UNIT_OPERATORS, "CPU", "PyTorch", SCALARS, linear_loop)
         missing = load("_C")
         if missing is None:
             _serve(KD_OPERATORS + SHARD_OPERATORS + COSINE_OPERATORS, "CPU", "C++", "fusedkd._C is built")
@@ -137,10 +141,11 @@ def _dispatch_cuda() -> None:
         return
     try:
         triton = import_module("fusedkd.backends.triton.launch")
-        _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
+        _serve(KD_OPERATORS + SHARD_OPERATORS + UNIT_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
     except ImportError as error:
         _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
         _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
+        _serve(UNIT_OPERATORS, "CUDA", "PyTorch", SCALARS, linear_loop)
     _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:

@@ -23,8 +23,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``kd_terms``        the loss from row losses: the sum of kd and ce, each times its weight, where kd and ce are sums over
                     the normalisers, ``()``, or per row, ``(N,)``. Both go into `terms`, ``(2, …)``, unless it is None.
 ``kd_loss``         these three in one call: loss, row weights, normalisers, statistics. With `given`, `options` is the
-                    recipe. kd_forward is given the labels for ``ce`` or if the divergence ``needs_labels``. ``checked``: on a CPU it raises where a label or a
-                    list is not as :mod:`fusedkd.checks` says, before anything is written.
+                    recipe. kd_forward is given the labels for ``ce`` or if the divergence ``needs_labels``.
+                    ``checked``: on a CPU it raises where a label or a list is not as :mod:`fusedkd.checks` says,
+                    before anything is written.
 ``defined_loss``    the same for a divergence that has no kernel.
 ``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
                     nothing is written, where no cluster of the device has room for a row.
@@ -36,8 +37,11 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
                     The first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
-                    in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
-                    wanted.
+                    in ``dtype``. `slopes`: a bound of |∂D/∂s| of each teacher, ``()`` float64, where ``dtype`` is
+                    float16 and a gradient is wanted. Returns row losses ``(teachers, 2, N)``; the gradients in A, each
+                    empty if not wanted; and the unit they are in, ``()`` float64, empty if it is 1.
+``linear_unit``     the unit in which float16 has room for the gradients of the logits, and the normalisers in it, of
+                    each teacher two: ``(1 + 2·teachers,)`` float64.
 ``cosine_*``        kd_forward and kd_backward for hidden states ``(B, L, H)``: row losses ``(N,)``: w·(1 − cos);
                     statistics ``(N, 3)``.
 ``cosine_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
@@ -64,8 +68,8 @@ _FORWARD = f"(*, {_INPUTS}, Tensor(a!)? gradient, {_FLAGS}) -> (Tensor, Tensor)"
 _BACKWARD = f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient, {_FLAGS}, bool skip_if_one) -> ()"
 _LOSS = (
     "(*, Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor options, "
-    "Tensor? normalizers, Tensor? given=None, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, int kernel_id, bool transform, "
-    "bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? normalizers, Tensor? given=None, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, "
+    "int kernel_id, bool transform, bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
 
@@ -80,9 +84,10 @@ SCHEMAS = {
     "kd_loss": _LOSS,
     "defined_loss": _LOSS,
     "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
-    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
-    "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
-    " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes, "
+    "Tensor? upstream, int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, "
+    "ScalarType tile_dtype, ScalarType dtype, SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_unit": "(*, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes) -> Tensor",
     "cosine_forward": f"(*, {_COSINE}, Tensor(a!)? gradient) -> (Tensor, Tensor)",
     "cosine_loss": "(*, Tensor student, Tensor teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
     "bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -138,6 +143,11 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     return d_hidden, d_weight, d_bias
 
 
+def unit_shape(dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[int, ...]:
+    """Of the unit of linear_kd's gradients."""
+    return () if dtype == torch.float16 and any(wanted) else (0,)
+
+
 @torch.library.register_fake("fusedkd::kd_row_weights")
 def _(*, teacher: Tensor, given: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:
     return weights_and_counts(teacher, given)
@@ -189,4 +199,10 @@ def _(
     *, hidden: Tensor, weight: Tensor, teachers: list[Tensor], dtype: torch.dtype, wanted: list[bool], **_: Any
 ) -> tuple[Tensor, ...]:
     row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
-    return row_losses, *gradients_like(hidden, weight, wanted)
+    unit = hidden.new_empty(unit_shape(dtype, wanted), dtype=torch.float64)
+    return row_losses, *gradients_like(hidden, weight, wanted), unit
+
+
+@torch.library.register_fake("fusedkd::linear_unit")
+def _(*, row_weights: list[Tensor], **_: Any) -> Tensor:
+    return row_weights[0].new_empty(1 + NORMALIZERS * len(row_weights), dtype=torch.float64)

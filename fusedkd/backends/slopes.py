@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd import checks as check
+from fusedkd.backends.call import pack
+from fusedkd.backends.layout import FIRST_DEFINED, KernelId, TopkKernelId
+from fusedkd.checks import Real
 
 LOG_RATIO = 8.0
 """Of |log q − log p|."""
@@ -84,3 +88,22 @@ SPARSE_BOUNDS: dict[TopkKernelId, Bound] = {
 }
 DEFINED_BOUND: Bound = log_ratio
 """Of a divergence without a kernel, of which nothing is known."""
+
+
+def bound_of(kernel_id: int, listed: bool, coefficients: Sequence[Real], columns: int, device: torch.device) -> Tensor:
+    """The bound of a kernel's divergence, ``()`` float64. With numbers it is computed once."""
+    if check.tracing() or any([isinstance(a, Tensor) for a in coefficients]):
+        return _bound(kernel_id, listed, pack(coefficients, device), columns)
+    return pack([_number(kernel_id, listed, tuple(coefficients), columns)], device).view(())
+
+
+@lru_cache(maxsize=256)
+def _number(kernel_id: int, listed: bool, coefficients: tuple[float, ...], columns: int) -> float:
+    return _bound(kernel_id, listed, torch.tensor(coefficients, dtype=torch.float64, device="cpu"), columns).item()
+
+
+def _bound(kernel_id: int, listed: bool, coefficients: Tensor, columns: int) -> Tensor:
+    bound = SPARSE_BOUNDS[TopkKernelId(kernel_id)] if listed else DEFINED_BOUND
+    if not listed and kernel_id < FIRST_DEFINED:
+        bound = BOUNDS[KernelId(kernel_id)]
+    return bound(coefficients.unbind(), columns)

@@ -13,7 +13,9 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
+from fusedkd.backends.layout import OPTIONS, Option, TopkKernelId
 from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, row_bytes, tile_size, tile_type
+from fusedkd.backends.slopes import bound_of
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
 from fusedkd.losses.common import refuse_double_backward, save_for_backward, save_teachers, saved_teachers
@@ -134,6 +136,10 @@ def linear_kd_loss(
         if part.rules.kd:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
     given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
+    slopes = []
+    if dtype == torch.float16 and any(wanted):
+        whole = columns if shard is None else shard.columns
+        slopes = [_slope(part, each, whole) for part, each in zip(parts, given, strict=True)]
     columns = vocabulary.rows_alike(columns, shard)
     bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
     plan = LinearPlan(
@@ -141,6 +147,7 @@ def linear_kd_loss(
         return_terms=return_terms,
         wanted=wanted,
         families=tuple([part.rules.family for part in parts]),
+        slopes=len(slopes),
         flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
         tile=tiles.rows(bytes_per_row, lead.numel(), tile_size(device, dtype, tile_dtype)),
         tile_dtype=tile_dtype,
@@ -148,7 +155,7 @@ def linear_kd_loss(
         max_rows=max_rows,
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
-    fields = [field for each in given for field in each]
+    fields = [*slopes, *[field for each in given for field in each]]
     read = first.labels if any([part.rules.labels_read for part in parts]) else None
     loss, terms = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)
     if plan.per_row:
@@ -201,6 +208,17 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
     return part.teacher_rows(rows, head, bias, like)
 
 
+def _slope(part: Prepared, given: TeacherRows, columns: int) -> Tensor:
+    """A bound of |∂D/∂s| for `linear_unit`, ``()`` float64."""
+    coefficients = part.known.coefficients
+    padded = [*coefficients, *[0.0] * (OPTIONS - Option.COEFFICIENTS - len(coefficients))]
+    slope = bound_of(given.kernel_id, given.ids is not None, padded, columns, given.options.device)
+    if given.ids is not None and given.kernel_id == TopkKernelId.SAMPLES:
+        mass = torch.where(given.ids >= 0, given.rows.flatten(0, 1), 0).sum(1)
+        slope = slope * (mass.abs().amax() if mass.numel() else 0)
+    return slope
+
+
 def _bytes_per_row(
     columns: int,
     dtype: torch.dtype,
@@ -233,6 +251,8 @@ class LinearPlan(NamedTuple):
     """The gradients of hidden states, weight and bias."""
     families: tuple[Divergence, ...]
     """Alive until backward: a divergence without a kernel is known by its number only."""
+    slopes: int
+    """How many there are: float16 needs them."""
     flags: Flags
     tile: int
     tile_dtype: torch.dtype
@@ -245,11 +265,12 @@ class LinearPlan(NamedTuple):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor | None,
+        slopes: Sequence[Tensor],
         teachers: Sequence[TeacherRows],
         upstream: Tensor | None,
         wanted: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The operator: row losses, and the gradients of hidden states, weight and bias."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The operator: row losses; the gradients of hidden states, weight and bias; their unit."""
         shard = {} if self.flags.shard is None else {"shard": self.flags.shard}
         operator = linear_loop.linear_kd if shard else ops.linear_kd
         return operator(  # type: ignore[no-any-return]
@@ -265,6 +286,7 @@ class LinearPlan(NamedTuple):
             row_weights=[t.row_weights for t in teachers],
             options=[t.options for t in teachers],
             normalizers=[t.normalizers for t in teachers],
+            slopes=list(slopes),
             upstream=upstream,
             ignore_index=self.flags.ignore_index,
             kernel_ids=[t.kernel_id for t in teachers],
@@ -294,16 +316,16 @@ class LinearKDLossFunction(torch.autograd.Function):
         plan: LinearPlan,
         *fields: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        teachers = block.unflatten(TeacherRows, fields)
+        slopes, teachers = fields[: plan.slopes], block.unflatten(TeacherRows, fields[plan.slopes :])
         wanted = [False] * 3 if plan.per_row else plan.wanted
-        row_losses, *gradients = plan.run(hidden, weight, bias, labels, teachers, None, wanted)
+        row_losses, *found = plan.run(hidden, weight, bias, labels, slopes, teachers, None, wanted)
         ctx.plan = plan
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if plan.per_row:
-            save_teachers(ctx, teachers, hidden, weight, bias, labels)
+            save_teachers(ctx, teachers, hidden, weight, bias, labels, *slopes)
         else:
-            save_for_backward(ctx, *gradients)
+            save_for_backward(ctx, *found)
         terms = None
         if plan.return_terms:
             terms = row_losses.new_empty(row_losses.shape[: 2 + plan.per_row])
@@ -316,13 +338,16 @@ class LinearKDLossFunction(torch.autograd.Function):
         unused = (None,) * (len(ctx.needs_input_grad) - 3)
         if upstream is None:
             return None, None, None, *unused
-        factor = None
-        if ctx.plan.per_row:
-            teachers, inputs = saved_teachers(ctx, 4)
-            _, *gradients = ctx.plan.run(*inputs, teachers, upstream.contiguous(), ctx.plan.wanted)
+        plan, factor = ctx.plan, None
+        if plan.per_row:
+            teachers, saved = saved_teachers(ctx, 4 + plan.slopes)
+            _, *gradients, unit = plan.run(*saved[:4], saved[4:], teachers, upstream.contiguous(), plan.wanted)
+            if unit.dim() == 0:
+                factor = unit.reciprocal()
         else:
-            gradients, factor = ctx.saved_tensors, upstream
-        typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
+            *gradients, unit = ctx.saved_tensors
+            factor = upstream if unit.dim() else upstream / unit
+        typed = zip(gradients, ctx.dtypes, plan.wanted, strict=True)
         return *[_rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *unused
 
 

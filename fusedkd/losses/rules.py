@@ -190,9 +190,7 @@ class Prepared(NamedTuple):
         """What the operator kd_loss is given of the teacher's rows ``(B, L, C)``."""
         known, rules = self.known, self.rules
         numbers = rules.tensors(known, rows.device)
-        return WholeTeacher(
-            rows, known.ids, self.kd_mask, *numbers, int(known.kernel_id), rules.kd, rules.needs_labels
-        )
+        return WholeTeacher(rows, known.ids, self.kd_mask, *numbers, int(known.kernel_id), rules.kd, rules.needs_labels)
 
     def teacher_rows(
         self, rows: Tensor, head: Tensor | None = None, bias: Tensor | None = None, like: Tensor | None = None

@@ -221,7 +221,8 @@ def kd_forward_kernel(
     if CE:
         ce = cross_entropy(label, z_y, shifted, found.ce_max, found.ce_rest, term_weights, V)
     leave_row(D, ce, row_losses, loss, terms, real_options, PER_ROW)
-    sum_rows(row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW)
+    if loss is not None and not PER_ROW:
+        sum_rows(row_losses, loss, terms, ticket, real_options, normalizers)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)

@@ -16,9 +16,7 @@ def leave(values, kd, ce):
     INTEGER: tl.constexpr = tl.int64 if values.dtype.element_ty == tl.float64 else tl.int32
     to = values.to(tl.pointer_type(INTEGER), bitcast=True) + tl.program_id(0)
     tl.atomic_xchg(to, kd.to(values.dtype.element_ty).to(INTEGER, bitcast=True), sem="relaxed")
-    tl.atomic_xchg(
-        to + tl.num_programs(0), ce.to(values.dtype.element_ty).to(INTEGER, bitcast=True), sem="relaxed"
-    )
+    tl.atomic_xchg(to + tl.num_programs(0), ce.to(values.dtype.element_ty).to(INTEGER, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -63,7 +61,9 @@ def weighted_sum(kd, ce, real_options):
 
 @triton.jit
 def leave_row(kd, ce, row_losses, loss, terms, real_options, PER_ROW: tl.constexpr):
-    """The row losses of a program's row, and the loss if it is one per row."""
+    """The row losses of a program's row, and the loss if it is one per row. Without `loss`, `kd_terms_kernel` makes it
+    of them.
+    """
     i_row = tl.program_id(0)
     rows = tl.num_programs(0)
     if loss is None:
@@ -79,14 +79,13 @@ def leave_row(kd, ce, row_losses, loss, terms, real_options, PER_ROW: tl.constex
 
 
 @triton.jit
-def sum_rows(row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW: tl.constexpr):
-    """The loss of all rows, by the last program, at a kernel's end. Without `loss` it is left to `kd_terms_kernel`."""
-    if loss is not None and not PER_ROW:
-        if is_last(ticket):
-            kd, ce = totals(row_losses, 512)
-            kd /= tl.load(normalizers)
-            ce /= tl.load(normalizers + 1)
-            tl.store(loss, weighted_sum(kd, ce, real_options))
-            if terms is not None:
-                tl.store(terms, kd)
-                tl.store(terms + 1, ce)
+def sum_rows(row_losses, loss, terms, ticket, real_options, normalizers):
+    """The loss of all rows, by the last program, at a kernel's end."""
+    if is_last(ticket):
+        kd, ce = totals(row_losses, 512)
+        kd /= tl.load(normalizers)
+        ce /= tl.load(normalizers + 1)
+        tl.store(loss, weighted_sum(kd, ce, real_options))
+        if terms is not None:
+            tl.store(terms, kd)
+            tl.store(terms + 1, ce)

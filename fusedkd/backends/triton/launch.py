@@ -4,21 +4,23 @@ the loss of what `kd_cluster` answers).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fusedkd.backends import linear_loop
 from fusedkd.backends.call import Call
 from fusedkd.backends.composed import whole_loss
-from fusedkd.backends.layout import Stat
+from fusedkd.backends.layout import NORMALIZERS, Stat
 from fusedkd.backends.schema import losses_and_stats, weights_and_counts
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.result import NO_RESULT, Result, ticket
 from fusedkd.backends.triton.row import upstream_of
-from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel
+from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel, linear_unit_kernel
 
 
 def kd_row_weights(
@@ -78,6 +80,25 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Te
                 row_losses, options, normalizers, loss, terms, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
             )
     return loss
+
+
+def linear_unit(
+    row_weights: Sequence[Tensor], options: Sequence[Tensor], normalizers: Sequence[Tensor], slopes: Sequence[Tensor]
+) -> Tensor:
+    """Of one teacher, as most often; of several, PyTorch adds up what they reach."""
+    if len(row_weights) > 1:
+        return linear_loop.linear_unit(row_weights, options, normalizers, slopes)
+    (weights,) = row_weights
+    found = weights.new_empty(1 + NORMALIZERS, dtype=torch.float64)
+    with torch.cuda.device_of(weights):
+        linear_unit_kernel[(1,)](
+            *(weights, *options, *normalizers, *slopes, found, len(weights)),
+            TOP=linear_loop.FLOAT16_TOP,
+            BLOCK=2048,
+            num_warps=16,
+            **FUSED,
+        )
+    return found
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:

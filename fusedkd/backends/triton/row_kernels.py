@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.last import is_last, leave, totals, weighted_sum
-from fusedkd.backends.triton.layout import NORMALIZERS, OPTIONS
+from fusedkd.backends.triton.layout import KD_SCALE, NORMALIZERS, OPTIONS, SCALE, TEMPERATURE
 from fusedkd.backends.triton.math import INFINITY
 
 
@@ -103,6 +103,37 @@ def pack_given(recipe, given, values, n_kd, n_ce):
 def given_or(given, count):
     """COUNTED is minus infinity."""
     return tl.where(given == -INFINITY, count, given)
+
+
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["weights", "real_options", "normalizers", "slope", "found"],
+)
+def linear_unit_kernel(
+    weights,  # [N] float32
+    real_options,  # float64 [16]
+    normalizers,  # float64 [2]
+    slope,  # float64 []
+    found,  # float64 [3]: the unit, and the normalisers in it
+    N,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As :func:`fusedkd.backends.linear_loop.linear_unit`, by one program."""
+    b_top = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        b_top = tl.maximum(b_top, tl.abs(tl.load(weights + i, i < N, other=0.0)))
+    n_kd = tl.load(normalizers)
+    n_ce = tl.load(normalizers + 1)
+    kd = tl.load(slope) * tl.max(b_top, 0) * tl.load(real_options + KD_SCALE) / tl.load(real_options + TEMPERATURE)
+    reach = tl.abs(weighted_sum(kd / n_kd, 0.0, real_options)) + tl.abs(weighted_sum(0.0, 1.0 / n_ce, real_options))
+    reach *= tl.load(real_options + SCALE)
+    room = TOP / tl.where(reach > 0, reach, 1.0)
+    unit = (room.to(tl.int64, bitcast=True) >> 52 << 52).to(tl.float64, bitcast=True)  # the power of 2 below
+    tl.store(found, unit)
+    tl.store(found + 1, n_kd / unit)
+    tl.store(found + 2, n_ce / unit)
 
 
 @triton.jit(

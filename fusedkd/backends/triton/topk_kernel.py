@@ -145,7 +145,8 @@ def topk_forward_kernel(
             row, z, p_gradient, listed, b_z, b_slope, slope, found, z_y, label, weight, 1.0, k, option, real_options,
             normalizers, KERNEL_ID, CE, TRANSFORM, BLOCK, GROUP,
         )  # fmt: skip
-    sum_rows(row_losses, loss, terms, ticket, real_options, normalizers, PER_ROW)
+    if loss is not None and not PER_ROW:
+        sum_rows(row_losses, loss, terms, ticket, real_options, normalizers)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
