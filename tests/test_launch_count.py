@@ -29,25 +29,9 @@ from fusedkd.backends.triton import launch
 
 N, V, H = 6, 300, 16
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "view", "_unsafe_view", "expand", "select"}
-FREE |= {
-    "slice",
-    "unsqueeze",
-    "squeeze",
-    "alias",
-    "t",
-    "transpose",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "as_strided",
-    "lift_fresh",
-}
-FREE |= {
-    "_reshape_alias",
-    "permute",
-    "split_with_sizes",
-    "scalar_tensor",
-}  # the last: a number on its way into a kernel
+FREE |= {"slice", "unsqueeze", "squeeze", "alias", "t", "transpose", "split", "unbind", "as_strided", "lift_fresh"}
+FREE |= {"_reshape_alias", "permute", "split_with_sizes"}
+FREE |= {"scalar_tensor"}  # a number on its way into a kernel
 PRODUCTS = {"mm", "addmm"}
 
 

@@ -69,7 +69,8 @@ _BACKWARD = f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient,
 _LOSS = (
     "(*, Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor options, "
     "Tensor? normalizers, Tensor? given=None, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, "
-    "int kernel_id, bool transform, bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int kernel_id, bool transform, bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 _COSINE = "Tensor student, Tensor teacher, Tensor? weights, Tensor normalizer"
 
@@ -86,7 +87,8 @@ SCHEMAS = {
     "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes, "
     "Tensor? upstream, int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, "
-    "ScalarType tile_dtype, ScalarType dtype, SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType tile_dtype, ScalarType dtype, SymInt? max_rows, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_unit": "(*, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes) -> Tensor",
     "cosine_forward": f"(*, {_COSINE}, Tensor(a!)? gradient) -> (Tensor, Tensor)",
     "cosine_loss": "(*, Tensor student, Tensor teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "

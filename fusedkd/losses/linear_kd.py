@@ -13,7 +13,6 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.layout import OPTIONS, Option, TopkKernelId
 from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, row_bytes, tile_size, tile_type
 from fusedkd.backends.slopes import bound_of
 from fusedkd.divergences import Divergence
@@ -139,7 +138,7 @@ def linear_kd_loss(
     slopes = []
     if dtype == torch.float16 and any(wanted):
         whole = columns if shard is None else shard.columns
-        slopes = [_slope(part, each, whole) for part, each in zip(parts, given, strict=True)]
+        slopes = [bound_of(t, part.known.coefficients, whole) for part, t in zip(parts, given, strict=True)]
     columns = vocabulary.rows_alike(columns, shard)
     bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
     plan = LinearPlan(
@@ -206,17 +205,6 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
     if head is not None and cast is not None and head.dtype != torch.float64:
         rows, head = rows.to(cast), head.to(cast)
     return part.teacher_rows(rows, head, bias, like)
-
-
-def _slope(part: Prepared, given: TeacherRows, columns: int) -> Tensor:
-    """A bound of |∂D/∂s| for `linear_unit`, ``()`` float64."""
-    coefficients = part.known.coefficients
-    padded = [*coefficients, *[0.0] * (OPTIONS - Option.COEFFICIENTS - len(coefficients))]
-    slope = bound_of(given.kernel_id, given.ids is not None, padded, columns, given.options.device)
-    if given.ids is not None and given.kernel_id == TopkKernelId.SAMPLES:
-        mass = torch.where(given.ids >= 0, given.rows.flatten(0, 1), 0).sum(1)
-        slope = slope * (mass.abs().amax() if mass.numel() else 0)
-    return slope
 
 
 def _bytes_per_row(
