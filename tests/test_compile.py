@@ -336,8 +336,12 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             "dtype": dtype,
             "max_rows": None,
         }
+        slopes = [torch.ones((), dtype=torch.float64, device=device)] * 2
+        cases["linear_unit"].append(
+            {name: linear[name] for name in ("row_weights", "options", "normalizers")} | {"slopes": slopes}
+        )
         for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
-            cases["linear_kd"].append({**linear, "upstream": u, "wanted": wanted})
+            cases["linear_kd"].append({**linear, "slopes": slopes, "upstream": u, "wanted": wanted})
 
         sides = {"student": student, "teacher": list(teacher.split(9, -1)), "distance": int(some), "normalize": 2}
         inputs = {**sides, "weights": weights if some else None, "normalizer": normalizers[0].clone()}

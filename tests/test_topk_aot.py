@@ -46,6 +46,7 @@ def compiled(
     structure = {
         "TRANSFORM": False,
         "SKIP_IF_ONE": False,
+        "PER_ROW": False,
         "GRADIENT_IN_PHASE": True,
         "KERNEL_ID": int(form),
     } | structure
@@ -57,6 +58,7 @@ def compiled(
     types = {"student": f"*{NAMES[dtype]}", "teacher": real, "ids": "*i64", "gradient": f"*{NAMES[dtype]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64", "marks": "*i32"}
     types |= {"upstream": real, "row_losses": real, "stats": real}
+    types |= {"loss": real, "terms": real, "ticket": "*i32"}
     names = {p.name for p in kernel.params}
     types, structure = ({name: x for name, x in given.items() if name in names} for given in (types, structure))
     return _compile(kernel, target, types, structure, options)

@@ -31,6 +31,7 @@ from fusedkd.backends.triton.kd_shard import kd_shard_kernel  # noqa: E402
 from fusedkd.backends.triton.row_kernels import (  # noqa: E402
     kd_row_weights_kernel,
     kd_terms_kernel,
+    linear_unit_kernel,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -47,6 +48,7 @@ STRUCTURE = {
     "RESIDENT": False,
     "SPLIT": False,
     "STAGE": WHOLE,
+    "PER_ROW": False,
     "TEACHER_IN_PHASE": True,
     "GRADIENT_IN_PHASE": True,
 }
@@ -102,6 +104,7 @@ def compiled(
     types = {"student": f"*{NAMES[student]}", "teacher": f"*{NAMES[teacher]}", "gradient": f"*{NAMES[student]}"}
     types |= {"labels": "*i64", "weights": "*fp32", "real_options": "*fp64", "normalizers": "*fp64"}
     types |= {"upstream": real, "row_losses": real, "stats": real, "partials": real}
+    types |= {"loss": real, "terms": real, "ticket": "*i32"}
     names = {p.name for p in kernel.params}
     types, constants = ({name: x for name, x in given.items() if name in names} for given in (types, constants))
     return _compile(kernel, target, types, constants, options)
@@ -317,13 +320,18 @@ SMALL = {
     "weights": (
         kd_row_weights_kernel,
         {"teacher": "*bf16", "ids": "*i64", "labels": "*i64", "kd_mask": "*i1", "weights": "*fp32"}
-        | {"normalizers": "*fp64", "counts": "*fp64", "partials": "*fp64", "ticket": "*i32"},
+        | {"normalizers": "*fp64", "given": "*fp32", "counts": "*fp64", "partials": "*fp64", "ticket": "*i32"},
         {"KD": True, "ROWS": 32, "BLOCK": 64},
     ),
     "terms": (
         kd_terms_kernel,
         {name: "*fp32" for name in ("row_losses", "loss", "terms")} | {"real_options": "*fp64", "normalizers": "*fp64"},
         {"PER_ROW": False, "BLOCK": 2048},
+    ),
+    "unit": (
+        linear_unit_kernel,
+        {"weights": "*fp32"} | dict.fromkeys(("real_options", "normalizers", "slope", "found"), "*fp64"),
+        {"TOP": 8192.0, "BLOCK": 2048},
     ),
 }
 
@@ -358,7 +366,7 @@ def test_one_binary_serves_every_shape() -> None:
         "row_losses",
         "stats",
     }
-    pointers |= {"gradient", "partials"}
+    pointers |= {"gradient", "partials", "loss", "terms", "ticket"}
     for kernel in (kd_forward_kernel, kd_backward_kernel, kd_shard_kernel):
         assert specialised(kernel, pointers & {p.name for p in kernel.params}) == {"student", "teacher", "gradient"}
     for kernel, types, _ in SMALL.values():

@@ -193,20 +193,34 @@ def launch_shard(
 
 
 def launch_weights(
-    mask: torch.dtype | None, labels: bool, ids: bool, given: bool = False, aligned: bool = True
+    mask: torch.dtype | None, labels: bool, ids: bool, given: bool = False, aligned: bool = True, tensors: bool = False
 ) -> None:
     n, c = 300, 40
     listed = vector(n * c, torch.int64, aligned).view(n, c) if ids else None
     y = vector(n, torch.int64, aligned) if labels else None
     kd_mask = None if mask is None else vector(n, mask, aligned)
-    normalizers = vector(2, F64, aligned) if given else None
-    launch.kd_row_weights(rows(n, c, BF16), listed, y, kd_mask, normalizers, ignore_index=-100, kd=True)
+    normalizers = vector(54 if tensors else 2, F64, aligned) if given else None
+    launch.kd_row_weights(
+        rows(n, c, BF16),
+        listed,
+        y,
+        kd_mask,
+        normalizers,
+        -100,
+        kd=True,
+        given=vector(1, F32, aligned) if tensors else None,
+    )
 
 
 def launch_terms(dtype: torch.dtype, per_row: bool, terms: bool = True, aligned: bool = True) -> None:
     loss_rows = vector(2 * 300, dtype, aligned).view(2, 300)
     to = vector(600 if per_row else 2, dtype, aligned) if terms else None
     launch.kd_terms(loss_rows, vector(16, F64, aligned), vector(2, F64, aligned), to, per_row)
+
+
+def launch_unit(aligned: bool = True) -> None:
+    weights, slope = vector(300, F32, aligned), vector(1, F64, aligned).view(())
+    launch.linear_unit([weights], [vector(16, F64, aligned)], [vector(2, F64, aligned)], [slope])
 
 
 def launch_naive(dtype: torch.dtype) -> None:
@@ -311,7 +325,12 @@ SMALL = {
     "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
     "weights themselves": partial(launch_weights, F32, labels=False, ids=True),
     "weights, given normalizers": partial(launch_weights, torch.bool, labels=True, ids=False, given=True),
-    "weights, unaligned": partial(launch_weights, torch.bool, labels=True, ids=True, given=True, aligned=False),
+    "weights, unaligned": partial(
+        launch_weights, torch.bool, labels=True, ids=True, given=True, aligned=False, tensors=True
+    ),
+    "weights, options": partial(launch_weights, torch.bool, labels=True, ids=False, given=True, tensors=True),
+    "unit": launch_unit,
+    "unit, unaligned": partial(launch_unit, aligned=False),
     "naive": partial(launch_naive, BF16),
     "terms": partial(launch_terms, F32, per_row=False),
     "no terms": partial(launch_terms, F32, per_row=False, terms=False),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton_cases import INF, KERNELS, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
 
-from fusedkd.backends import eager
+from fusedkd.backends import call, eager, linear_loop
 from fusedkd.backends.layout import COUNTED, KernelId, TopkKernelId
 from fusedkd.backends.triton import choice, kd, last, launch
 from fusedkd.backends.triton import math as helpers
@@ -62,6 +62,20 @@ def test_normalizers_that_are_given() -> None:
     assert all_rows(teacher, normalizers=torch.tensor([NAN, 2.0]).double())[1][0].isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_options_that_are_tensors(dtype: torch.dtype) -> None:
+    """Packed beside the counts, of which one is given; the same tensor twice, once squared."""
+    teacher, n, T = logits(40, b=B)[1].float(), torch.tensor(7, dtype=dtype), torch.tensor([3.0])
+    table = [COUNTED, n, T, 0.25, T, *range(-5, 8)]
+    given = {"teacher": teacher, "ids": None, "labels": None, "kd_mask": None, "ignore_index": -100, "kd": True}
+    for values, expected in ((table, 7), ([*table[:1], T, *table[2:]], 3)):
+        numbers, tensors = call.recipe(values, {4: 2}, teacher.device)
+        assert len(tensors) == len({id(x) for x in values if isinstance(x, Tensor)})
+        for backend in (launch, eager):
+            _, found = backend.kd_row_weights(**given, normalizers=numbers, given=tensors)
+            assert found.tolist() == [6, expected, 3, 0.25, 9, *range(-5, 8)]
+
+
 def test_row_weights_of_lists() -> None:
     teacher = logits(40, b=B)[1].float()
     ids = torch.arange(40).repeat(6, 1)
@@ -72,6 +86,21 @@ def test_row_weights_of_lists() -> None:
     weights, counts = all_rows(teacher, ids)
     assert weights.tolist() == [0, 0, 1, 1, 0, 1]
     assert counts.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4, 0.0])
+@pytest.mark.parametrize("n", [0, 1, 2500])
+def test_unit(n: int, largest: float) -> None:
+    """A power of 2, and normalisers in it: as by PyTorch."""
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(0)) - 0.5
+    weights[-1:] = -largest
+    for coefficient, weights_of_terms in ((1.0, (0.6, 0.8)), (0.3, (1.0, 0.0)), (0.3, (0.0, 1.0)), (0.1, (0.0, 0.0))):
+        slope, divisors = torch.tensor(coefficient).double(), torch.tensor([3.0, 7000.0]).double()
+        kd, ce = weights_of_terms
+        options = operators.options_tensor(temperature=3.0, kd_scale=9.0, kd_weight=kd, ce_weight=ce, scale=0.5)
+        given = [[x] for x in (weights, options, divisors, slope)]
+        truth = linear_loop.linear_unit(*given)
+        torch.testing.assert_close(launch.linear_unit(*given), truth, rtol=1e-15, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("n", [1, 6, 3000])
@@ -96,7 +125,7 @@ def test_terms(n: int) -> None:
 @pytest.mark.parametrize(
     ("kernel", "per_row"), [("resident", True), ("whole", False), ("split", False), ("top-k", False)]
 )
-def test_loss_in_one_call(kernel: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_one_launch(kernel: str, per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernel the rows have."""
     monkeypatch.setattr(kd, "choose", lambda *_: (kernel, KERNELS.get(kernel)))
     student, teacher = (x.float() for x in logits(257, b=B))
@@ -119,7 +148,8 @@ def test_loss_in_one_call(kernel: str, per_row: bool, monkeypatch: pytest.Monkey
 @triton.jit
 def sums_kernel(x, values, ticket, out, BLOCK: tl.constexpr):
     kd = tl.load(x + tl.program_id(0))
-    if last.is_last(values, kd, 2.0 * kd, ticket):
+    last.leave(values, kd, 2.0 * kd)
+    if last.is_last(ticket):
         a, b = last.totals(values, BLOCK)
         tl.store(out, a)
         tl.store(out + 1, b)

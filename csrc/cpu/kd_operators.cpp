@@ -64,7 +64,8 @@ bool known(const Rows& rows, int64_t i, const int64_t* ids) {
 }
 
 std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional labels, Optional kd_mask,
-                                          Optional normalizers, int64_t ignore_index, bool kd) {
+                                          Optional normalizers, Optional given, int64_t ignore_index, bool kd) {
+  STD_TORCH_CHECK(!given, "fusedkd: on a CPU, options that are tensors are packed before");
   const Rows v(teacher);
   Tensor weights = fresh({v.count}, ScalarType::Float);
   Tensor counts = fresh({NORMALIZERS}, ScalarType::Double);
@@ -85,11 +86,11 @@ std::tuple<Tensor, Tensor> kd_row_weights(Tensor teacher, Optional ids, Optional
     found[KD_NORMALIZER] += summed ? w[i] : w[i] != 0;
     found[CE_NORMALIZER] += label && label[i] != ignore_index;
   }
-  const double* given =
+  const double* other =
       normalizers ? contiguous_data<double>(*normalizers, ScalarType::Double, NORMALIZERS, "normalizers") : nullptr;
   double* n = static_cast<double*>(counts.data_ptr());
   for (int64_t k = 0; k < NORMALIZERS; k++) {
-    n[k] = given && given[k] != COUNTED ? given[k] : found[k];
+    n[k] = other && other[k] != COUNTED ? other[k] : found[k];
     if (n[k] <= 0) n[k] = 1;  // a NaN stays one
   }
   return {weights, counts};
@@ -141,7 +142,7 @@ Tensor kd_terms(Tensor row_losses, Tensor options, Tensor normalizers, Optional 
 // The three above in one call.
 std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher, Optional ids, Optional labels,
                                                    Optional kd_mask, Tensor options, Optional normalizers,
-                                                   Optional gradient, Optional given, int64_t ignore_index,
+                                                   Optional given, Optional gradient, Optional to, int64_t ignore_index,
                                                    int64_t kernel_id, bool transform, bool kd, bool ce,
                                                    bool needs_labels, bool per_row, bool checked) {
   const bool labels_read = ce || needs_labels;
@@ -156,10 +157,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teache
     }
     STD_TORCH_CHECK(legal, "fusedkd: a label or a listed column is not as it must be");
   }
-  const auto [weights, counts] = kd_row_weights(teacher, ids, labels, kd_mask, normalizers, ignore_index, kd);
+  const auto [weights, counts] = kd_row_weights(teacher, ids, labels, kd_mask, normalizers, given, ignore_index, kd);
   const auto [row_losses, stats] = kd_forward(student, teacher, ids, labels_read ? labels : std::nullopt, weights,
                                               options, counts, gradient, ignore_index, kernel_id, transform, ce);
-  return {kd_terms(row_losses, options, counts, given, per_row), weights, counts, stats};
+  return {kd_terms(row_losses, options, counts, to, per_row), weights, counts, stats};
 }
 
 }  // namespace

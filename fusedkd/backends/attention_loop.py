@@ -24,9 +24,10 @@ from torch import Tensor
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option
-from fusedkd.backends.linear_loop import _in_range
+from fusedkd.backends.linear_loop import in_range
 from fusedkd.backends.products import aligned, own_product
 from fusedkd.backends.schema import attention_memory
+from fusedkd.backends.slopes import bound_of
 
 ops = torch.ops.fusedkd
 
@@ -86,7 +87,8 @@ def attention(
     teacher = TeacherRows(teacher_q, None, None, None, weights.expand(B, heads, L), options, normalizers, kernel_id)
     unit = None
     if student_q.dtype == torch.float16 and student_q.is_cuda and any(wanted):
-        unit, (teacher,), upstream = _in_range([teacher], L, upstream)
+        slope = bound_of(teacher, options[Option.COEFFICIENTS :].unbind(), L)
+        unit, (teacher,), upstream = in_range([teacher], [slope], upstream)
     call = _Call(student, theirs, rows, keys, causal, upstream)
     with torch.no_grad(), torch.autocast(student_q.device.type, enabled=False):
         tiles = _Tiles(student_q)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends import composed, gathered, shard
+from fusedkd.backends.call import made
 from fusedkd.backends.layout import FIRST_DEFINED
 from fusedkd.backends.shard import Shard
 
@@ -41,7 +42,9 @@ class WholeTeacher(NamedTuple):
     ids: Tensor | None
     kd_mask: Tensor | None
     options: Tensor
+    """Or, with `given`, the recipe of options and normalisers (:func:`fusedkd.backends.call.recipe`)."""
     normalizers: Tensor | None
+    given: Tensor | None
     kernel_id: int
     kd: bool
     needs_labels: bool
@@ -78,17 +81,17 @@ def whole_loss(
     *,
     per_row: bool,
     checked: bool,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """The loss of all teachers; row weights, normalisers and statistics of each. `gradient` as in `forward`; `terms`
-    ``(teachers, 2, …)``, unless it is None, gets those of each.
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """The loss of all teachers; row weights, real options, normalisers and statistics of each. `gradient` as in
+    `forward`; `terms` ``(teachers, 2, …)``, unless it is None, gets those of each.
     """
     losses: list[Tensor] = []
     found = []
     others = None  # gradients of all teachers but the first
     for i in reversed(range(len(teachers))):
-        rows, ids, kd_mask, options, normalizers, kernel_id, kd, needs_labels = teachers[i]
+        rows, ids, kd_mask, options, normalizers, given, kernel_id, kd, needs_labels = teachers[i]
         to = gradient if i == 0 or gradient is None else torch.empty_like(gradient)
-        loss, *more = _whole_loss(flags.shard, kernel_id)(
+        loss, weights, divisors, stats = _whole_loss(flags.shard, kernel_id)(
             student=student,
             teacher=rows,
             ids=ids,
@@ -96,6 +99,7 @@ def whole_loss(
             kd_mask=kd_mask,
             options=options,
             normalizers=normalizers,
+            given=given,
             gradient=to,
             terms=None if terms is None else terms[i],
             ignore_index=flags.ignore_index,
@@ -108,7 +112,8 @@ def whole_loss(
             checked=checked,
         )
         losses.append(loss)
-        found.append(tuple(more))
+        divisors, options = made(divisors, options, given)
+        found.append((weights, options, divisors, stats))
         if i > 0 and to is not None:
             others = to if others is None else others.add_(to)
     if len(losses) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import checks as check
+from fusedkd.backends.layout import NORMALIZERS
 from fusedkd.checks import Real
 
 
@@ -50,6 +51,40 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
         value = cast(Tensor, values[start]).detach()
         packed[start:stop].copy_(value, non_blocking=device.type != "cpu")
     return packed
+
+
+RECIPE_POWERS = (1, 2)
+
+
+def recipe(values: Sequence[Real], powers: Mapping[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Real options after normalisers of which some are tensors on the device, for kd_row_weights to pack them: no
+    operation of PyTorch is launched for one tensor, and one for several.
+
+    Returns:
+        ``(3·values,)`` float64, kept: the numbers; of each value that is a tensor its place among those given, else −1;
+        and which of RECIPE_POWERS of it is meant, 1 but for `powers`. And the tensors that are given, ``(tensors,)``.
+    """
+    given: list[Tensor] = []
+    places = []
+    for value in values:
+        if not isinstance(value, Tensor):
+            places.append(-1)
+            continue
+        found = [i for i, each in enumerate(given) if each is value]
+        places.append(found[0] if found else len(given))
+        given += [] if found else [value]
+    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    raised = [powers.get(i, 1) for i in range(len(values))]
+    table = kept(_constant((*numbers, *map(float, places), *map(float, raised)), device))
+    vectors = [value.detach().to(device, non_blocking=True).view(1) for value in given]
+    if len({x.dtype for x in vectors}) > 1:
+        vectors = [x.double() for x in vectors]
+    return table, vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+
+def made(normalizers: Tensor, options: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Normalisers and real options from what kd_row_weights returned."""
+    return (normalizers, options) if given is None else (normalizers[:NORMALIZERS], normalizers[NORMALIZERS:])
 
 
 def kept(constant: Tensor) -> Tensor:

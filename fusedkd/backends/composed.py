@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedkd import checks as check
-from fusedkd.backends.call import pack
+from fusedkd.backends.call import made, pack
 from fusedkd.backends.layout import TopkKernelId
 
 Operator = Callable[..., Any]
@@ -42,6 +42,7 @@ def whole_loss(row_weights: Operator, forward_loss: Operator) -> Operator:
         kd_mask: Tensor | None,
         options: Tensor,
         normalizers: Tensor | None,
+        given: Tensor | None = None,
         gradient: Tensor | None,
         terms: Tensor | None,
         ignore_index: int,
@@ -59,14 +60,16 @@ def whole_loss(row_weights: Operator, forward_loss: Operator) -> Operator:
             if ids is not None:
                 check.listed_values(ids, teacher.flatten(0, 1), student.shape[2], kernel_id == TopkKernelId.SAMPLES)
         rows = {"teacher": teacher, "ids": ids, "ignore_index": ignore_index}
-        weights, normalizers = row_weights(**rows, labels=labels, kd_mask=kd_mask, normalizers=normalizers, kd=kd)
+        of_sums = {"normalizers": normalizers if given is None else options, "given": given}
+        weights, normalizers = row_weights(**rows, labels=labels, kd_mask=kd_mask, kd=kd, **of_sums)
+        divisors, options = made(normalizers, options, given)
         loss, stats = forward_loss(
             **rows,
             student=student,
             labels=labels if labels_read else None,
             row_weights=weights,
             options=options,
-            normalizers=normalizers,
+            normalizers=divisors,
             gradient=gradient,
             kernel_id=kernel_id,
             transform=transform,

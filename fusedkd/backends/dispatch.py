@@ -39,7 +39,9 @@ KERNEL_OPERATORS = {
 WITH_KERNELS = list(chain.from_iterable(KERNEL_OPERATORS.values()))
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
+SCALARS = "a few scalars"
 GATHERED = "the logits of all ranks are gathered"
+UNIT_OPERATORS = ["linear_unit"]
 
 
 def load(library: str) -> str | None:
@@ -127,13 +129,14 @@ def _ask_for_products() -> None:
 
 def _serve_triton(device: str, reason: str) -> None:
     for module, names in KERNEL_OPERATORS.items():
-        more = SHARD_OPERATORS if module == "launch" else []
+        more = SHARD_OPERATORS + UNIT_OPERATORS if module == "launch" else []
         _serve(names + more, device, "Triton", reason, import_module(f"fusedkd.backends.triton.{module}"))
 
 
 def _serve_definitions(device: str, reason: str, definitions: Any) -> None:
     _serve(WITH_KERNELS, device, "definitions", reason, definitions)
     _serve(SHARD_OPERATORS, device, "PyTorch", GATHERED)
+    _serve(UNIT_OPERATORS, device, "PyTorch", SCALARS, linear_loop)
 
 
 def _dispatch_cpu() -> None:
@@ -146,6 +149,7 @@ def _dispatch_cpu() -> None:
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
+            _serve(UNIT_OPERATORS, "CPU", "PyTorch", SCALARS, linear_loop)
             _serve(WITH_KERNELS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
             _ask_for_products()
         else:

@@ -17,6 +17,7 @@ from fusedkd.backends.layout import (
     COUNTED,
     FINITE_GRADIENT,
     HIDDEN_STATS,
+    NORMALIZERS,
     REVERSE,
     TOPK_KERNELS,
     HiddenDistance,
@@ -62,6 +63,7 @@ def kd_row_weights(
     normalizers: Tensor | None,
     ignore_index: int,
     kd: bool,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n, device = teacher.shape[0] * teacher.shape[1], teacher.device
     labelled = torch.zeros(n, device=device) if labels is None else (labels != ignore_index).to(torch.float32)
@@ -77,9 +79,15 @@ def kd_row_weights(
     summed = kd_mask is not None and kd_mask.is_floating_point()
     selected = weights.double() if summed else (weights != 0).double()
     counts = torch.stack([selected.sum(), labelled.double().sum()])
+    options = counts[:0]
+    if given is not None:
+        assert normalizers is not None
+        numbers, places, powers = normalizers.view(3, -1)
+        values = torch.where(places < 0, numbers, given.double()[places.clamp(min=0).long()] ** powers)
+        normalizers, options = values[:NORMALIZERS], values[NORMALIZERS:]
     if normalizers is not None:
         counts = torch.where(normalizers == COUNTED, counts, normalizers)
-    return weights, torch.where(counts <= 0, 1, counts)
+    return weights, torch.cat([torch.where(counts <= 0, 1, counts), options])
 
 
 def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Tensor | None, per_row: bool) -> Tensor:

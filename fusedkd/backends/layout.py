@@ -68,6 +68,8 @@ class Stat(IntEnum):
 STATS = len(Stat)
 
 
+NORMALIZERS = 2
+"""Of the KD term and of the cross-entropy, float64: what their sums over rows are divided by."""
 COUNTED = float("-inf")
 """In place of a normaliser that is not given: the number of rows is counted."""
 

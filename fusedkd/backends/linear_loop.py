@@ -23,11 +23,12 @@ from torch import Tensor
 from fusedkd.backends import block, products
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import rows_of
-from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option, TopkKernelId
+from fusedkd.backends.layout import NORMALIZERS, Option
 from fusedkd.backends.products import Tiles, own_product, tile_type
-from fusedkd.backends.schema import gradients_like
+from fusedkd.backends.schema import gradients_like, unit_shape
 from fusedkd.backends.shard import Shard
-from fusedkd.backends.slopes import BOUNDS, DEFINED_BOUND, SPARSE_BOUNDS
+
+ops = torch.ops.fusedkd
 
 MOST_ROWS = 4096
 """Of a tile: more gain nothing."""
@@ -67,6 +68,7 @@ def linear_kd(
     row_weights: Sequence[Tensor],
     options: Sequence[Tensor],
     normalizers: Sequence[Tensor],
+    slopes: Sequence[Tensor],
     upstream: Tensor | None,
     ignore_index: int,
     kernel_ids: Sequence[int],
@@ -78,7 +80,7 @@ def linear_kd(
     max_rows: int | None,
     wanted: Sequence[bool],
     shard: Shard | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no
     operator can be given, the gradient of the hidden states is the sum over the ranks, on each of them.
     """
@@ -90,6 +92,7 @@ def linear_kd(
             bias=bias,
             labels=labels,
             members=[TeacherRows(*each) for each in fields],
+            slopes=slopes,
             upstream=upstream,
             flags=Flags(ignore_index=ignore_index, transform=transform, ce=ce, shard=shard),
             tile=tile,
@@ -107,6 +110,7 @@ def _linear_kd(
     bias: Tensor | None,
     labels: Tensor | None,
     members: list[TeacherRows],
+    slopes: Sequence[Tensor],
     upstream: Tensor | None,
     flags: Flags,
     tile: int,
@@ -114,19 +118,18 @@ def _linear_kd(
     dtype: torch.dtype,
     max_rows: int | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, grad = hidden.shape[0], any(wanted)
     row_weights = [each.row_weights for each in members]
     active, places, overflow = selected(row_weights, labels if flags.ce else None, flags.ignore_index, max_rows)
     if overflow is not None:
         members = [t._replace(normalizers=torch.where(overflow, torch.nan, t.normalizers)) for t in members]
-    unit = None
-    if dtype == torch.float16 and grad:
-        columns = weight.shape[0] if flags.shard is None else flags.shard.columns
-        unit, members, upstream = _in_range(members, columns, upstream)
+    unit = hidden.new_empty(unit_shape(dtype, wanted), dtype=torch.float64)
+    if unit.dim() == 0:
+        unit, members, upstream = in_range(members, slopes, upstream)
     hidden, head = hidden.to(dtype), weight.to(dtype)
     row_losses = hidden.new_empty(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
-    gradients = d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
+    d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
     count = n if places is None else len(places)
     size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
     if places is not None:  # the other rows
@@ -169,10 +172,7 @@ def _linear_kd(
         torch.distributed.all_reduce(d_hidden, group=flags.shard.group)
     if overflow is not None:
         row_losses = torch.where(overflow, torch.nan, row_losses)
-    if unit is not None:
-        for each in gradients:
-            each.div_(unit)
-    return row_losses, *gradients
+    return row_losses, d_hidden, d_weight, d_bias, unit
 
 
 class _TeacherTiles(Sequence[TeacherRows]):
@@ -216,33 +216,35 @@ def selected(
     return active, active.logical_not().argsort(stable=True)[:max_rows], active.sum() > max_rows
 
 
-def _in_range(
-    members: list[TeacherRows], columns: int, upstream: Tensor | None
+def in_range(
+    members: list[TeacherRows], slopes: Sequence[Tensor], upstream: Tensor | None
 ) -> tuple[Tensor, list[TeacherRows], Tensor | None]:
     """A unit for gradients that float16 has room for, and normalisers and upstream gradient in it: those of the logits
     are then FLOAT16_TOP at most, where divided by the number of rows they would underflow.
     """
-    reach = torch.stack([_reach(each, columns) for each in members]).sum()
-    unit = (FLOAT16_TOP / torch.where(reach > 0, reach, 1)).log2().floor().exp2()  # scaling by it rounds nothing
-    scaled = [each._replace(normalizers=each.normalizers / unit) for each in members]
+    given = {name: [getattr(each, name) for each in members] for name in ("row_weights", "options", "normalizers")}
+    unit, *scaled = ops.linear_unit(**given, slopes=slopes).split([1, *[NORMALIZERS] * len(members)])
+    unit, members = unit.view(()), [t._replace(normalizers=n) for t, n in zip(members, scaled, strict=True)]
     if upstream is None:
-        return unit, scaled, None
+        return unit, members, None
     top = _largest(upstream).to(unit.dtype)
     top = torch.where(top > 0, top, 1).log2().ceil().exp2()
-    return unit / top, scaled, upstream / top.to(upstream.dtype)
+    return unit / top, members, upstream / top.to(upstream.dtype)
 
 
-def _reach(teacher: TeacherRows, columns: int) -> Tensor:
-    """What no column of the gradient of its terms exceeds."""
-    option, (n_kd, n_ce) = teacher.options, teacher.normalizers
-    kernel_id = teacher.kernel_id
-    bound = SPARSE_BOUNDS[TopkKernelId(kernel_id)] if teacher.ids is not None else DEFINED_BOUND
-    if teacher.ids is None and kernel_id < FIRST_DEFINED:
-        bound = BOUNDS[KernelId(kernel_id)]
-    slope = bound(option[Option.COEFFICIENTS :].unbind(), columns) * _largest(teacher.row_weights)
-    slope = slope * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
-    if teacher.ids is not None and kernel_id == TopkKernelId.SAMPLES:
-        slope = slope * _largest(torch.where(teacher.ids >= 0, teacher.rows.flatten(0, 1), 0).sum(1))
+def linear_unit(
+    row_weights: Sequence[Tensor], options: Sequence[Tensor], normalizers: Sequence[Tensor], slopes: Sequence[Tensor]
+) -> Tensor:
+    """The operator, by PyTorch."""
+    reach = torch.stack(list(map(_reach, row_weights, options, normalizers, slopes))).sum()
+    unit = (FLOAT16_TOP / torch.where(reach > 0, reach, 1)).log2().floor().exp2()  # scaling by it rounds nothing
+    return torch.cat([unit.view(1), *[each / unit for each in normalizers]])
+
+
+def _reach(row_weights: Tensor, option: Tensor, normalizers: Tensor, slope: Tensor) -> Tensor:
+    """What no column of the gradient of a teacher's terms exceeds."""
+    n_kd, n_ce = normalizers
+    slope = slope * _largest(row_weights) * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
     terms = (option[Option.KD_WEIGHT], slope / n_kd), (option[Option.CE_WEIGHT], 1 / n_ce)
     kd, ce = (torch.where(weight == 0, 0, weight * each).abs() for weight, each in terms)
     return (kd + ce) * option[Option.SCALE]  # a soft-cap's slope is 1 at most

@@ -8,7 +8,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``kd_row_weights``  the KD weight of each row, ``(N,)`` float32, from the mask or the labels: 0 where the teacher row is
                     all −inf (with ids: has no finite entry), and everywhere, with nothing read, unless ``kd``; and both
                     normalisers, ``(2,)`` float64: those given, but where one is COUNTED, or None is, the selected rows,
-                    or the sum of a float mask, and the labelled rows; 1 for none.
+                    or the sum of a float mask, and the labelled rows; 1 for none. With `given`, tensors on a GPU among
+                    the real options or normalisers: `normalizers` is the recipe by which both are made of them
+                    (:func:`fusedkd.backends.call.recipe`), and the options come after the normalisers, ``(18,)``.
 ``kd_forward``      row losses ``(2, N)``: T^k·w·D and CE (of ``ce`` alone: a divergence may need the labels for
                     itself); statistics ``(N, 8)``; and into `gradient`, unless it is None, the gradient for upstream 1.
                     It may be the student's own memory.
@@ -20,9 +22,10 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``defined_*``       the two for a divergence that has no kernel (:mod:`fusedkd.backends.defined`).
 ``kd_terms``        the loss from row losses: the sum of kd and ce, each times its weight, where kd and ce are sums over
                     the normalisers, ``()``, or per row, ``(N,)``. Both go into `terms`, ``(2, …)``, unless it is None.
-``kd_loss``         these three in one call: loss, row weights, normalisers, statistics. kd_forward is given the labels
-                    for ``ce`` or if the divergence ``needs_labels``. ``checked``: on a CPU it raises where a label or a
-                    list is not as :mod:`fusedkd.checks` says, before anything is written.
+``kd_loss``         these three in one call: loss, row weights, normalisers, statistics. With `given`, `options` is the
+                    recipe. kd_forward is given the labels for ``ce`` or if the divergence ``needs_labels``.
+                    ``checked``: on a CPU it raises where a label or a list is not as :mod:`fusedkd.checks` says,
+                    before anything is written.
 ``defined_loss``    the same for a divergence that has no kernel.
 ``kd_cluster``      kd_forward or kd_backward in one pass on a Hopper GPU, into tensors that it is given. False, and
                     nothing is written, where no cluster of the device has room for a row.
@@ -34,8 +37,11 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
                     The first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
-                    in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
-                    wanted.
+                    in ``dtype``. `slopes`: a bound of |∂D/∂s| of each teacher, ``()`` float64, where ``dtype`` is
+                    float16 and a gradient is wanted. Returns row losses ``(teachers, 2, N)``; the gradients in A, each
+                    empty if not wanted; and the unit they are in, ``()`` float64, empty if it is 1.
+``linear_unit``     the unit in which float16 has room for the gradients of the logits, and the normalisers in it, of
+                    each teacher two: ``(1 + 2·teachers,)`` float64.
 ``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
                     ``(H_t,)`` or None, ``tile`` rows at a time. Products are made in ``dtype``. `upstream` and
                     ``wanted`` as of linear_kd, and after those of hidden states, projection and bias the gradient of
@@ -79,7 +85,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import HIDDEN_STATS, GumbelStat, Stat
+from fusedkd.backends.layout import HIDDEN_STATS, NORMALIZERS, OPTIONS, GumbelStat, Stat
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -90,8 +96,9 @@ _FORWARD = f"(*, {_INPUTS}, Tensor(a!)? gradient, {_FLAGS}) -> (Tensor, Tensor)"
 _BACKWARD = f"(*, Tensor upstream, {_INPUTS}, Tensor stats, Tensor(a!) gradient, {_FLAGS}, bool skip_if_one) -> ()"
 _LOSS = (
     "(*, Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor options, "
-    "Tensor? normalizers, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, int kernel_id, bool transform, "
-    "bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? normalizers, Tensor? given=None, Tensor(a!)? gradient, Tensor(b!)? terms, int ignore_index, "
+    "int kernel_id, bool transform, bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 _HIDDEN = "Tensor student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
 _COMPARED = "int distance, int normalize"
@@ -100,7 +107,7 @@ _GUMBEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor tempe
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
-    "int ignore_index, bool kd) -> (Tensor, Tensor)",
+    "Tensor? given=None, int ignore_index, bool kd) -> (Tensor, Tensor)",
     "kd_forward": _FORWARD,
     "kd_backward": _BACKWARD,
     "defined_forward": _FORWARD,
@@ -109,9 +116,11 @@ SCHEMAS = {
     "kd_loss": _LOSS,
     "defined_loss": _LOSS,
     "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
-    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
-    "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
-    " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes, "
+    "Tensor? upstream, int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, "
+    "ScalarType tile_dtype, ScalarType dtype, SymInt? max_rows, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_unit": "(*, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes) -> Tensor",
     "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
     f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -166,10 +175,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def weights_and_counts(teacher: Tensor) -> tuple[Tensor, Tensor]:
+def weights_and_counts(teacher: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Memory for what kd_row_weights returns of the rows ``(B, L, C)``."""
-    rows = teacher.shape[0] * teacher.shape[1]
-    return teacher.new_empty(rows, dtype=torch.float32), teacher.new_empty(2, dtype=torch.float64)
+    rows, values = teacher.shape[0] * teacher.shape[1], NORMALIZERS if given is None else NORMALIZERS + OPTIONS
+    return teacher.new_empty(rows, dtype=torch.float32), teacher.new_empty(values, dtype=torch.float64)
 
 
 def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[Tensor, Tensor]:
@@ -202,6 +211,11 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     return d_hidden, d_weight, d_bias
 
 
+def unit_shape(dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[int, ...]:
+    """Of the unit of linear_kd's gradients."""
+    return () if dtype == torch.float16 and any(wanted) else (0,)
+
+
 def projected_gradients_like(
     hidden: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,8 +234,8 @@ def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tup
 
 
 @torch.library.register_fake("fusedkd::kd_row_weights")
-def _(*, teacher: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    return weights_and_counts(teacher)
+def _(*, teacher: Tensor, given: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor]:
+    return weights_and_counts(teacher, given)
 
 
 @torch.library.register_fake("fusedkd::kd_forward")
@@ -273,10 +287,12 @@ def _(*, row_losses: Tensor, per_row: bool, **_: Any) -> Tensor:
 
 @torch.library.register_fake("fusedkd::kd_loss")
 @torch.library.register_fake("fusedkd::defined_loss")
-def _(*, student: Tensor, teacher: Tensor, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    *, student: Tensor, teacher: Tensor, per_row: bool, given: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_losses, stats = losses_and_stats(student, 2, len(Stat))
     loss = row_losses.new_empty((row_losses.shape[1],) if per_row else ())
-    return loss, *weights_and_counts(teacher), stats
+    return loss, *weights_and_counts(teacher, given), stats
 
 
 @torch.library.register_fake("fusedkd::linear_kd")
@@ -284,7 +300,13 @@ def _(
     *, hidden: Tensor, weight: Tensor, teachers: list[Tensor], dtype: torch.dtype, wanted: list[bool], **_: Any
 ) -> tuple[Tensor, ...]:
     row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
-    return row_losses, *gradients_like(hidden, weight, wanted)
+    unit = hidden.new_empty(unit_shape(dtype, wanted), dtype=torch.float64)
+    return row_losses, *gradients_like(hidden, weight, wanted), unit
+
+
+@torch.library.register_fake("fusedkd::linear_unit")
+def _(*, row_weights: list[Tensor], **_: Any) -> Tensor:
+    return row_weights[0].new_empty(1 + NORMALIZERS * len(row_weights), dtype=torch.float64)
 
 
 @torch.library.register_fake("fusedkd::linear_hidden")

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import KernelId, TopkKernelId
+from fusedkd import checks as check
+from fusedkd.backends.block import TeacherRows
+from fusedkd.backends.call import pack
+from fusedkd.backends.layout import FIRST_DEFINED, OPTIONS, KernelId, Option, TopkKernelId
+from fusedkd.checks import Real
 
 LOG_RATIO = 8.0
 """Of |log q − log p|."""
@@ -84,3 +90,29 @@ SPARSE_BOUNDS: dict[TopkKernelId, Bound] = {
 }
 DEFINED_BOUND: Bound = log_ratio
 """Of a divergence without a kernel, of which nothing is known."""
+
+
+def bound_of(teacher: TeacherRows, coefficients: Sequence[Real], columns: int) -> Tensor:
+    """Of one teacher's divergence with these coefficients, ``()`` float64. With numbers it is computed once."""
+    kernel_id, listed, device = teacher.kernel_id, teacher.ids is not None, teacher.options.device
+    padded = [*coefficients, *[0.0] * (OPTIONS - Option.COEFFICIENTS - len(coefficients))]
+    if check.tracing() or any([isinstance(a, Tensor) for a in padded]):
+        slope = _bound(kernel_id, listed, pack(padded, device), columns)
+    else:
+        slope = pack([_number(kernel_id, listed, tuple(padded), columns)], device).view(())
+    if teacher.ids is not None and kernel_id == TopkKernelId.SAMPLES:
+        mass = torch.where(teacher.ids >= 0, teacher.rows.flatten(0, 1), 0).sum(1)
+        slope = slope * (mass.abs().amax() if mass.numel() else 0)
+    return slope
+
+
+@lru_cache(maxsize=256)
+def _number(kernel_id: int, listed: bool, coefficients: tuple[Any, ...], columns: int) -> float:
+    return _bound(kernel_id, listed, torch.tensor(coefficients, dtype=torch.float64, device="cpu"), columns).item()
+
+
+def _bound(kernel_id: int, listed: bool, coefficients: Tensor, columns: int) -> Tensor:
+    bound = SPARSE_BOUNDS[TopkKernelId(kernel_id)] if listed else DEFINED_BOUND
+    if not listed and kernel_id < FIRST_DEFINED:
+        bound = BOUNDS[KernelId(kernel_id)]
+    return bound(coefficients.unbind(), columns)

@@ -187,7 +187,7 @@ class Plan(NamedTuple):
 
     def run(
         self, student: Tensor, labels: Tensor | None, teachers: list[WholeTeacher]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor, Tensor]]]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
         """(loss, terms or None, gradient unless it is the student's memory, what `block.whole_loss` found)."""
         shape = (*self.grid, student.shape[-1])
         z = student.view(shape)
@@ -223,7 +223,7 @@ class KDLossFunction(torch.autograd.Function):
             ctx.mark_dirty(student)
             save_for_backward(ctx, student)
             return loss, terms, student
-        of_teachers = [x for t, more in zip(given, found, strict=True) for x in (t.rows, t.ids, t.options, *more)]
+        of_teachers = [x for t, more in zip(given, found, strict=True) for x in (t.rows, t.ids, *more)]
         save_for_backward(ctx, student, labels if plan.labels_read else None, *of_teachers)
         ctx.kernel_ids = [t.kernel_id for t in given]
         if terms is not None:
@@ -249,7 +249,7 @@ class KDLossFunction(torch.autograd.Function):
         student, labels, *of_teachers = ctx.saved_tensors
         teachers, stats = [], []
         for i, kernel_id in enumerate(ctx.kernel_ids):
-            rows, ids, options, row_weights, normalizers, its_stats = of_teachers[6 * i : 6 * i + 6]
+            rows, ids, row_weights, options, normalizers, its_stats = of_teachers[6 * i : 6 * i + 6]
             teachers.append(TeacherRows(rows, None, None, ids, row_weights, options, normalizers, kernel_id))
             stats.append(its_stats)
         z, upstream = student.view(*ctx.plan.grid, student.shape[-1]), upstream.contiguous()

@@ -15,6 +15,7 @@ from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
 from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, tile_size
 from fusedkd.backends.products import row_bytes, tile_type
+from fusedkd.backends.slopes import bound_of
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
 from fusedkd.losses.common import refuse_double_backward, rounded, save_for_backward, save_teachers, saved_teachers
@@ -139,6 +140,10 @@ def linear_kd_loss(
         if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
     given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
+    slopes = []
+    if dtype == torch.float16 and any(wanted):
+        whole = columns if shard is None else shard.columns
+        slopes = [bound_of(t, part.known.coefficients, whole) for part, t in zip(parts, given, strict=True)]
     columns = vocabulary.rows_alike(columns, shard)
     bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
     plan = LinearPlan(
@@ -146,6 +151,7 @@ def linear_kd_loss(
         return_terms=return_terms,
         wanted=wanted,
         families=tuple([part.rules.family for part in parts]),
+        slopes=len(slopes),
         flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
         tile=tiles.rows(bytes_per_row, lead.numel(), tile_size(device, dtype, tile_dtype)),
         tile_dtype=tile_dtype,
@@ -153,7 +159,7 @@ def linear_kd_loss(
         max_rows=max_rows,
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
-    fields = [field for each in given for field in each]
+    fields = [*slopes, *[field for each in given for field in each]]
     read = first.labels if any([part.rules.labels_read for part in parts]) else None
     loss, terms = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)
     if plan.per_row:
@@ -242,6 +248,8 @@ class LinearPlan(NamedTuple):
     """The gradients of hidden states, weight and bias."""
     families: tuple[Divergence, ...]
     """Alive until backward: a divergence without a kernel is known by its number only."""
+    slopes: int
+    """How many there are: float16 needs them."""
     flags: Flags
     tile: int
     tile_dtype: torch.dtype
@@ -254,11 +262,12 @@ class LinearPlan(NamedTuple):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor | None,
+        slopes: Sequence[Tensor],
         teachers: Sequence[TeacherRows],
         upstream: Tensor | None,
         wanted: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The operator: row losses, and the gradients of hidden states, weight and bias."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The operator: row losses; the gradients of hidden states, weight and bias; their unit."""
         shard = {} if self.flags.shard is None else {"shard": self.flags.shard}
         operator = linear_loop.linear_kd if shard else ops.linear_kd
         return operator(  # type: ignore[no-any-return]
@@ -274,6 +283,7 @@ class LinearPlan(NamedTuple):
             row_weights=[t.row_weights for t in teachers],
             options=[t.options for t in teachers],
             normalizers=[t.normalizers for t in teachers],
+            slopes=list(slopes),
             upstream=upstream,
             ignore_index=self.flags.ignore_index,
             kernel_ids=[t.kernel_id for t in teachers],
@@ -303,16 +313,16 @@ class LinearKDLossFunction(torch.autograd.Function):
         plan: LinearPlan,
         *fields: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        teachers = block.unflatten(TeacherRows, fields)
+        slopes, teachers = fields[: plan.slopes], block.unflatten(TeacherRows, fields[plan.slopes :])
         wanted = [False] * 3 if plan.per_row else plan.wanted
-        row_losses, *gradients = plan.run(hidden, weight, bias, labels, teachers, None, wanted)
+        row_losses, *found = plan.run(hidden, weight, bias, labels, slopes, teachers, None, wanted)
         ctx.plan = plan
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         if plan.per_row:
-            save_teachers(ctx, teachers, hidden, weight, bias, labels)
+            save_teachers(ctx, teachers, hidden, weight, bias, labels, *slopes)
         else:
-            save_for_backward(ctx, *gradients)
+            save_for_backward(ctx, *found)
         terms = None
         if plan.return_terms:
             terms = row_losses.new_empty(row_losses.shape[: 2 + plan.per_row])
@@ -325,11 +335,14 @@ class LinearKDLossFunction(torch.autograd.Function):
         unused = (None,) * (len(ctx.needs_input_grad) - 3)
         if upstream is None:
             return None, None, None, *unused
-        factor = None
-        if ctx.plan.per_row:
-            teachers, inputs = saved_teachers(ctx, 4)
-            _, *gradients = ctx.plan.run(*inputs, teachers, upstream.contiguous(), ctx.plan.wanted)
+        plan, factor = ctx.plan, None
+        if plan.per_row:
+            teachers, saved = saved_teachers(ctx, 4 + plan.slopes)
+            _, *gradients, unit = plan.run(*saved[:4], saved[4:], teachers, upstream.contiguous(), plan.wanted)
+            if unit.dim() == 0:
+                factor = unit.reciprocal()
         else:
-            gradients, factor = ctx.saved_tensors, upstream
-        typed = zip(gradients, ctx.dtypes, ctx.plan.wanted, strict=True)
+            *gradients, unit = ctx.saved_tensors
+            factor = upstream if unit.dim() else upstream / unit
+        typed = zip(gradients, ctx.dtypes, plan.wanted, strict=True)
         return *[rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *unused

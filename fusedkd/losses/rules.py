@@ -14,8 +14,8 @@ from fusedkd import checks as check
 from fusedkd import teachers
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
-from fusedkd.backends.call import kept, pack
-from fusedkd.backends.layout import COUNTED, OPTIONS, Option, TopkKernelId
+from fusedkd.backends.call import RECIPE_POWERS, kept, made, pack, recipe
+from fusedkd.backends.layout import COUNTED, NORMALIZERS, OPTIONS, Option, TopkKernelId
 from fusedkd.backends.shard import Shard
 from fusedkd.checks import Real
 from fusedkd.divergences import FAMILIES, Divergence, resolve
@@ -83,20 +83,31 @@ class Rules(NamedTuple):
             constants={},
         )
 
-    def tensors(self, known: KnownTeacher, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Real options and normalisers as the operators take them."""
+    def tensors(self, known: KnownTeacher, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Real options and normalisers as the operator kd_loss takes them, and those that are tensors on a GPU."""
         own = known.softcap is not None or known.scale is not None or known.coefficients is not self.coefficients
         keep = not own and not check.tracing()
         if keep and device in self.constants:
             constants, normalizers = self.constants[device]
-            return kept(constants), None if normalizers is None else kept(normalizers)
-        options = pack(self.real_options(known), device)
+            return kept(constants), None if normalizers is None else kept(normalizers), None
+        values, power = self.real_options(known), self.family.temperature_power
+        table = [*(self.normalizers or (COUNTED, COUNTED)), *values]
+        tensors = [value for value in table if isinstance(value, Tensor)]
+        if tensors and all([value.is_cuda for value in tensors]) and not check.tracing():
+            scale, powers = NORMALIZERS + Option.KD_SCALE.value, {}
+            if self.scale_follows and power in RECIPE_POWERS:
+                table[scale], powers[scale] = self.options["temperature"], power
+            elif self.scale_follows:
+                table[scale] = check.exact(self.options["temperature"]) ** power
+            constants, given = recipe(table, powers, device)
+            return constants, None, given
+        options = pack(values, device)
         if self.scale_follows:
-            torch.pow(options[Option.TEMPERATURE], self.family.temperature_power, out=options[Option.KD_SCALE])
+            torch.pow(options[Option.TEMPERATURE], power, out=options[Option.KD_SCALE])
         found = options, None if self.normalizers is None else pack(self.normalizers, device)
         if keep:
             self.constants[device] = found
-        return found
+        return *found, None
 
     @property
     def scale_follows(self) -> bool:
@@ -177,11 +188,9 @@ class Prepared(NamedTuple):
 
     def whole_teacher(self, rows: Tensor) -> WholeTeacher:
         """What the operator kd_loss is given of the teacher's rows ``(B, L, C)``."""
-        options, normalizers = self.rules.tensors(self.known, rows.device)
         known, rules = self.known, self.rules
-        return WholeTeacher(
-            rows, known.ids, self.kd_mask, options, normalizers, int(known.kernel_id), rules.kd, rules.needs_labels
-        )
+        numbers = rules.tensors(known, rows.device)
+        return WholeTeacher(rows, known.ids, self.kd_mask, *numbers, int(known.kernel_id), rules.kd, rules.needs_labels)
 
     def teacher_rows(
         self, rows: Tensor, head: Tensor | None = None, bias: Tensor | None = None, like: Tensor | None = None
@@ -189,27 +198,29 @@ class Prepared(NamedTuple):
         """What the other operators are given. `like`: rows that say which of the teacher's count, if these are not read
         or are hidden states.
         """
-        given = self.whole_teacher(rows)
+        whole = self.whole_teacher(rows)
         shard = None if like is not None and like is not rows else self.flags.shard
         row_weights, normalizers = block.row_weights(
             shard,
             teacher=rows if like is None else like,
-            ids=given.ids,
+            ids=whole.ids,
             labels=self.labels,
-            kd_mask=given.kd_mask,
-            normalizers=given.normalizers,
+            kd_mask=whole.kd_mask,
+            normalizers=whole.normalizers if whole.given is None else whole.options,
+            given=whole.given,
             ignore_index=self.rules.options["ignore_index"],
-            kd=given.kd,
+            kd=whole.kd,
         )
+        normalizers, options = made(normalizers, whole.options, whole.given)
         return TeacherRows(
             rows=rows,
             head=head,
             bias=bias,
-            ids=given.ids,
+            ids=whole.ids,
             row_weights=row_weights,
-            options=given.options,
+            options=options,
             normalizers=normalizers,
-            kernel_id=given.kernel_id,
+            kernel_id=whole.kernel_id,
         )
 
     def check_values(self, columns: int) -> None:

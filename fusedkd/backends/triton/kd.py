@@ -19,6 +19,7 @@ from fusedkd.backends.triton.kd_kernel import (
     kd_forward_kernel,
 )
 from fusedkd.backends.triton.kd_shard import kd_shard_kernel
+from fusedkd.backends.triton.result import NO_RESULT, Result
 from fusedkd.backends.triton.row import aligned, in_phase, upstream_of
 
 
@@ -26,11 +27,14 @@ def launch(
     call: Call,
     stats: Tensor,
     row_losses: Tensor | None = None,
+    result: Result = NO_RESULT,
     upstream: Tensor | None = None,
     gradient: Tensor | None = None,
     skip_if_one: bool = False,
-) -> None:
-    """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone."""
+) -> bool:
+    """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone. Whether
+    `result` is there.
+    """
     B, L, V = call.student.shape
     device = describe(call.student.device)
     case = Case(
@@ -46,18 +50,24 @@ def launch(
     kernel, parts = choose(case, device)
     if kernel == "cluster":
         if _cluster(call, stats, row_losses, upstream, gradient, skip_if_one):
-            return
+            return False
         kernel, parts = choose(case, device._replace(cluster=False))
     given = _given(call, stats, gradient, parts, kernel == "resident", device.hip)
     with torch.cuda.device_of(call.student):
         if row_losses is None:
             _backward(given, upstream, skip_if_one, grid=(case.rows, parts))
         elif kernel == "split":
-            _split_forward(given, row_losses, rows=case.rows, parts=parts)
+            _split_forward(given, row_losses, result, rows=case.rows, parts=parts)
         else:
             kd_forward_kernel[case.rows, 1](
-                **given, row_losses=row_losses, partials=None, RESIDENT=kernel == "resident", STAGE=WHOLE.value
+                **given,
+                row_losses=row_losses,
+                **result._asdict(),
+                partials=None,
+                RESIDENT=kernel == "resident",
+                STAGE=WHOLE.value,
             )
+    return result.loss is not None
 
 
 def launch_shard(call: Call, stats: Tensor, gradient: Tensor | None, **place: Any) -> None:
@@ -74,13 +84,14 @@ def _backward(given: dict[str, Any], upstream: Tensor | None, skip_if_one: bool,
     kd_backward_kernel[grid](**given, **upstream_of(upstream, skip_if_one))
 
 
-def _split_forward(given: dict[str, Any], row_losses: Tensor, rows: int, parts: int) -> None:
+def _split_forward(given: dict[str, Any], row_losses: Tensor, result: Result, rows: int, parts: int) -> None:
     """Stage by stage: see `kd_kernel.STATISTICS`."""
     given |= {"row_losses": row_losses, "partials": row_losses.new_empty(rows, PARTIALS.value, parts)}
     waits = given["NEEDS_WEIGHT_SUM"] and given["gradient"] is not None
     early = None if waits else given["gradient"]
     for stage, programs, gradient in ((STATISTICS, parts, None), (VALUES, parts, early), (FINISH, 1, None)):
-        kd_forward_kernel[rows, programs](**given | {"gradient": gradient}, RESIDENT=False, STAGE=stage.value)
+        of_stage = {"gradient": gradient} | (result if stage is FINISH else NO_RESULT)._asdict()
+        kd_forward_kernel[rows, programs](**given | of_stage, RESIDENT=False, STAGE=stage.value)
     if waits:
         del given["row_losses"], given["partials"]
         _backward(given, upstream=None, skip_if_one=False, grid=(rows, parts))

@@ -38,6 +38,7 @@ from fusedkd.backends.triton.kd_row import (
     target_of,
     terms_of,
 )
+from fusedkd.backends.triton.last import leave_row, sum_rows
 from fusedkd.backends.triton.layout import DKD, LOGIT_MSE, OWN, STATS, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
 from fusedkd.backends.triton.options import load_coefficients, load_options, load_weights
@@ -47,6 +48,7 @@ from fusedkd.backends.triton.softmax import merged, no_stats, put, take, total_o
 INTEGERS = ["ignore_index", "upstream_stride", "parts", "L", "V", "C", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
 VECTORS = ["labels", "weights", "real_options", "normalizers", "upstream", "row_losses", "stats", "partials"]
+VECTORS += ["loss", "terms", "ticket"]
 
 WHOLE, STATISTICS, VALUES, FINISH = (tl.constexpr(i) for i in range(4))
 """STAGE. WHOLE: all that is asked for in one launch. The others, of a split row, follow one another: STATISTICS of each
@@ -75,6 +77,10 @@ def kd_forward_kernel(
     row_losses,
     stats,
     gradient,
+    # The loss, unless it is None (`last.py`): A, [] or [N]; [2] or [2, N], or None; int32 [1]
+    loss,
+    terms,
+    ticket,
     # From stage to stage: A, [N, PARTIALS, parts], or None
     partials,
     # Sizes; first element and strides, in elements. Never specialised, nor is where a vector starts: one binary serves
@@ -102,6 +108,7 @@ def kd_forward_kernel(
     RESIDENT: tl.constexpr,  # BLOCK ≥ C
     SPLIT: tl.constexpr,
     STAGE: tl.constexpr,
+    PER_ROW: tl.constexpr,  # the loss is
     TEACHER_IN_PHASE: tl.constexpr,  # rows start at the same column modulo UNIT as the student's
     GRADIENT_IN_PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -209,11 +216,13 @@ def kd_forward_kernel(
     if EXCLUDES_LABEL:
         D = tl.where(term.target, D, float("nan"))
     D = tl.where(D < 0, 0.0, D)
-    tl.store(row_losses + i_row, tl.where(term.kd, term_weights.kd_scale * term.weight * D, 0.0))
+    D = tl.where(term.kd, term_weights.kd_scale * term.weight * D, 0.0)
     ce = tl.full((), 0, A)
     if CE:
         ce = cross_entropy(label, z_y, shifted, found.ce_max, found.ce_rest, term_weights, V)
-    tl.store(row_losses + tl.num_programs(0) + i_row, ce)
+    leave_row(D, ce, row_losses, loss, terms, real_options, PER_ROW)
+    if loss is not None and not PER_ROW:
+        sum_rows(row_losses, loss, terms, ticket, real_options, normalizers)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)

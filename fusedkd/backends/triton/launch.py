@@ -1,23 +1,26 @@
 """The KD operators of :mod:`fusedkd.backends.schema` on Triton: outputs and launches. Nothing here waits for the GPU. A
-forward call is three launches: weights and their counts, the rows (three for split ones), the terms.
+forward call is two launches: weights and their counts; the rows and the loss (three for split ones; and one more for
+the loss of what `kd_cluster` answers).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fusedkd.backends import linear_loop
 from fusedkd.backends.call import Call
-from fusedkd.backends.composed import in_turn, whole_loss
-from fusedkd.backends.layout import Stat
+from fusedkd.backends.composed import whole_loss
+from fusedkd.backends.layout import NORMALIZERS, Stat
 from fusedkd.backends.schema import losses_and_stats, weights_and_counts
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
+from fusedkd.backends.triton.result import NO_RESULT, Result, ticket
 from fusedkd.backends.triton.row import upstream_of
-from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel
+from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel, linear_unit_kernel
 
 
 def kd_row_weights(
@@ -28,9 +31,10 @@ def kd_row_weights(
     normalizers: Tensor | None,
     ignore_index: int,
     kd: bool,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, L, C = teacher.shape
-    weights, counts = weights_and_counts(teacher)
+    weights, counts = weights_and_counts(teacher, given)
     programs = max(1, triton.cdiv(B * L, ROWS))
     with torch.cuda.device_of(teacher):
         kd_row_weights_kernel[(programs,)](
@@ -39,6 +43,7 @@ def kd_row_weights(
             labels,
             kd_mask,
             normalizers,
+            given,
             weights,
             counts,
             teacher.new_empty(2, programs, dtype=torch.float64),
@@ -57,23 +62,10 @@ def kd_row_weights(
     return weights, counts
 
 
-def ticket(device: torch.device) -> Tensor:
-    """The counter of the programs that are done, 0 between launches: one for each stream, for launches of one follow
-    each other; and one of its own for a launch in a CUDA graph, which is replayed anywhere.
-    """
-    if device.type != "cuda":
-        return _ticket(device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    return _ticket(device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@cache
-def _ticket(device: torch.device, stream: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(1, dtype=torch.int32, device=device)
-
-
+SUMMED_ROWS = 2048
+"""Of which the last program to finish makes the loss. The losses of more rows it would add up for longer than another
+launch takes, which is nothing beside so many rows.
+"""
 ROWS = 32
 """Of a program of `kd_row_weights_kernel`, whose warps look at a cache line of each at a time."""
 
@@ -90,6 +82,25 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Te
     return loss
 
 
+def linear_unit(
+    row_weights: Sequence[Tensor], options: Sequence[Tensor], normalizers: Sequence[Tensor], slopes: Sequence[Tensor]
+) -> Tensor:
+    """Of one teacher, as most often; of several, PyTorch adds up what they reach."""
+    if len(row_weights) > 1:
+        return linear_loop.linear_unit(row_weights, options, normalizers, slopes)
+    (weights,) = row_weights
+    found = weights.new_empty(1 + NORMALIZERS, dtype=torch.float64)
+    with torch.cuda.device_of(weights):
+        linear_unit_kernel[(1,)](
+            *(weights, *options, *normalizers, *slopes, found, len(weights)),
+            TOP=linear_loop.FLOAT16_TOP,
+            BLOCK=2048,
+            num_warps=16,
+            **FUSED,
+        )
+    return found
+
+
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
     call = Call(**inputs)
     row_losses, stats = losses_and_stats(call.student, 2, len(Stat))
@@ -97,11 +108,26 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
     return row_losses, stats
 
 
+def forward_loss(
+    *, gradient: Tensor | None, terms: Tensor | None, per_row: bool, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """kd_forward and kd_terms, if possible in one launch."""
+    call = Call(**inputs)
+    row_losses, stats = losses_and_stats(call.student, 2, len(Stat))
+    loss = row_losses.new_empty((row_losses.shape[1],) if per_row else ())
+    result = NO_RESULT
+    if per_row or row_losses.shape[1] <= SUMMED_ROWS:
+        result = Result(loss, terms, None if per_row else ticket(loss.device), per_row)
+    if _launch(call, stats, row_losses=row_losses, result=result, gradient=gradient):
+        return loss, stats
+    return kd_terms(row_losses, call.options, call.normalizers, terms, per_row), stats
+
+
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     _launch(Call(**inputs), stats, upstream=upstream, gradient=gradient, skip_if_one=skip_if_one)
 
 
-kd_loss = whole_loss(kd_row_weights, in_turn(kd_forward, kd_terms))
+kd_loss = whole_loss(kd_row_weights, forward_loss)
 
 
 def kd_shard(
@@ -121,6 +147,7 @@ def kd_shard(
         (kd if call.ids is None else topk).launch_shard(call, stats, gradient, **place)
 
 
-def _launch(call: Call, stats: Tensor, **outputs: Any) -> None:
-    if call.student.shape[0] * call.student.shape[1] > 0:
-        (kd if call.ids is None else topk).launch(call, stats, **outputs)
+def _launch(call: Call, stats: Tensor, **outputs: Any) -> bool:
+    if call.student.shape[0] * call.student.shape[1] == 0:
+        return False
+    return (kd if call.ids is None else topk).launch(call, stats, **outputs)

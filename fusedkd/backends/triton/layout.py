@@ -27,6 +27,8 @@ SCALE = tl.constexpr(int(Option.SCALE))
 TEACHER_SOFTCAP = tl.constexpr(int(Option.TEACHER_SOFTCAP))
 TEACHER_SCALE = tl.constexpr(int(Option.TEACHER_SCALE))
 Z_LOSS_WEIGHT = tl.constexpr(int(Option.Z_LOSS_WEIGHT))
+OPTIONS = tl.constexpr(layout.OPTIONS)
+NORMALIZERS = tl.constexpr(layout.NORMALIZERS)
 COEFFICIENTS = tl.constexpr(int(Option.COEFFICIENTS))
 
 STUDENT_MAX = tl.constexpr(int(Stat.STUDENT_MAX))

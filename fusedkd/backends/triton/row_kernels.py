@@ -4,15 +4,15 @@
 import triton
 import triton.language as tl
 
-from fusedkd.backends.triton.last import is_last, totals
-from fusedkd.backends.triton.layout import CE_WEIGHT, KD_WEIGHT
+from fusedkd.backends.triton.last import is_last, leave, totals, weighted_sum
+from fusedkd.backends.triton.layout import KD_SCALE, NORMALIZERS, OPTIONS, SCALE, TEMPERATURE
 from fusedkd.backends.triton.math import INFINITY
 
 
 @triton.jit(
     do_not_specialize=["ignore_index", "N", "L", "C", "stride_b", "stride_l"],
     do_not_specialize_on_alignment=[
-        "teacher", "ids", "labels", "kd_mask", "normalizers", "weights", "counts", "partials", "ticket",
+        "teacher", "ids", "labels", "kd_mask", "normalizers", "given", "weights", "counts", "partials", "ticket",
     ],
 )  # fmt: skip
 def kd_row_weights_kernel(
@@ -20,9 +20,10 @@ def kd_row_weights_kernel(
     ids,  # [N, C] or None
     labels,  # [N] or None
     kd_mask,  # [N] or None
-    normalizers,  # [2] float64 or None: those that are not counted
+    normalizers,  # [2] float64 or None: those that are not counted; or with `given` the recipe, [3, 18]
+    given,  # real options and normalisers that are tensors, or None
     weights,  # [N] float32
-    counts,  # [2] float64
+    counts,  # [2] float64; with `given` [18]: the options after them
     partials,  # float64 [2, programs]: what each program has counted
     ticket,  # int32 [1]: 0, and again when the launch is done
     ignore_index: tl.int64,
@@ -69,9 +70,12 @@ def kd_row_weights_kernel(
     SUM: tl.constexpr = kd_mask is not None and kd_mask.dtype.element_ty.is_floating()
     n_kd = tl.sum(b_w.to(tl.float64) if SUM else (b_w != 0).to(tl.float64), 0)
     n_ce = tl.sum(labelled.to(tl.float64), 0)
-    if is_last(partials, n_kd, n_ce, ticket):
+    leave(partials, n_kd, n_ce)
+    if is_last(ticket):
         n_kd, n_ce = totals(partials, 512)
-        if normalizers is not None:
+        if given is not None:
+            n_kd, n_ce = pack_given(normalizers, given, counts, n_kd, n_ce)
+        elif normalizers is not None:
             n_kd = given_or(tl.load(normalizers), n_kd)
             n_ce = given_or(tl.load(normalizers + 1), n_ce)
         tl.store(counts, tl.where(n_kd <= 0, 1.0, n_kd))
@@ -79,9 +83,57 @@ def kd_row_weights_kernel(
 
 
 @triton.jit
+def pack_given(recipe, given, values, n_kd, n_ce):
+    """The real options, into `values`, by :func:`fusedkd.backends.call.recipe`; returns the normalisers."""
+    VALUES: tl.constexpr = NORMALIZERS + OPTIONS
+    i = tl.arange(0, 32)
+    m = i < VALUES
+    b_place = tl.load(recipe + VALUES + i, m, other=-1.0).to(tl.int32)
+    b_power = tl.load(recipe + 2 * VALUES + i, m, other=1.0)
+    b_given = tl.load(given + b_place, b_place >= 0, other=0.0).to(tl.float64)
+    b_given = tl.where(b_power == 2, b_given * b_given, b_given)
+    b = tl.where(b_place >= 0, b_given, tl.load(recipe + i, m, other=0.0))
+    tl.store(values + i, b, m & (i >= NORMALIZERS))
+    n_kd = given_or(tl.sum(tl.where(i == 0, b, 0.0), 0), n_kd)
+    n_ce = given_or(tl.sum(tl.where(i == 1, b, 0.0), 0), n_ce)
+    return n_kd, n_ce
+
+
+@triton.jit
 def given_or(given, count):
     """COUNTED is minus infinity."""
     return tl.where(given == -INFINITY, count, given)
+
+
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["weights", "real_options", "normalizers", "slope", "found"],
+)
+def linear_unit_kernel(
+    weights,  # [N] float32
+    real_options,  # float64 [16]
+    normalizers,  # float64 [2]
+    slope,  # float64 []
+    found,  # float64 [3]: the unit, and the normalisers in it
+    N,
+    TOP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As :func:`fusedkd.backends.linear_loop.linear_unit`, by one program."""
+    b_top = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        b_top = tl.maximum(b_top, tl.abs(tl.load(weights + i, i < N, other=0.0)))
+    n_kd = tl.load(normalizers)
+    n_ce = tl.load(normalizers + 1)
+    kd = tl.load(slope) * tl.max(b_top, 0) * tl.load(real_options + KD_SCALE) / tl.load(real_options + TEMPERATURE)
+    reach = tl.abs(weighted_sum(kd / n_kd, 0.0, real_options)) + tl.abs(weighted_sum(0.0, 1.0 / n_ce, real_options))
+    reach *= tl.load(real_options + SCALE)
+    room = TOP / tl.where(reach > 0, reach, 1.0)
+    unit = (room.to(tl.int64, bitcast=True) >> 52 << 52).to(tl.float64, bitcast=True)  # the power of 2 below
+    tl.store(found, unit)
+    tl.store(found + 1, n_kd / unit)
+    tl.store(found + 2, n_ce / unit)
 
 
 @triton.jit(
@@ -99,8 +151,6 @@ def kd_terms_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sums: one program, in float64."""
-    kd_weight = tl.load(real_options + KD_WEIGHT)
-    ce_weight = tl.load(real_options + CE_WEIGHT)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if PER_ROW:
         b_kd = tl.load(row_losses + i, i < N, other=0.0).to(tl.float64)
@@ -113,7 +163,7 @@ def kd_terms_kernel(
             b_ce += tl.load(row_losses + N + start + i, start + i < N, other=0.0).to(tl.float64)
         b_kd = tl.sum(b_kd, 0) / tl.load(normalizers)
         b_ce = tl.sum(b_ce, 0) / tl.load(normalizers + 1)
-    b_loss = tl.where(kd_weight == 0, 0.0, kd_weight * b_kd) + tl.where(ce_weight == 0, 0.0, ce_weight * b_ce)
+    b_loss = weighted_sum(b_kd, b_ce, real_options)
     if PER_ROW:
         tl.store(loss + i, b_loss, i < N)
         if terms is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusedkd.backends.call import Call
 from fusedkd.backends.layout import Stage, TopkKernelId
 from fusedkd.backends.triton.choice import FUSED
+from fusedkd.backends.triton.result import NO_RESULT, Result
 from fusedkd.backends.triton.row import UNIT, aligned, in_phase, upstream_of
 from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
 from fusedkd.backends.triton.topk_shard import topk_shard_kernel
@@ -45,29 +46,34 @@ def launch(
     call: Call,
     stats: Tensor,
     row_losses: Tensor | None = None,
+    result: Result = NO_RESULT,
     upstream: Tensor | None = None,
     gradient: Tensor | None = None,
     skip_if_one: bool = False,
-) -> None:
-    """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone."""
+) -> bool:
+    """With `row_losses`, values, statistics and, if it is given, the gradient; otherwise the gradient alone. Whether
+    `result` is there.
+    """
     B, L, _ = call.student.shape
     given = _given(call, stats, gradient)
     with torch.cuda.device_of(call.student):
         if row_losses is None:
             assert upstream is not None
             topk_backward_kernel[(B * L,)](**given, **upstream_of(upstream, skip_if_one))
-            return
+            return False
         marks, words = _marks(call)
-        topk_forward_kernel[(B * L,)](**given, row_losses=row_losses, marks=marks, marks_stride=words)
+        of_forward = {"row_losses": row_losses, "marks": marks, "marks_stride": words} | result._asdict()
+        topk_forward_kernel[(B * L,)](**given, **of_forward)
+    return result.loss is not None
 
 
 def _marks(call: Call) -> tuple[Tensor | None, int]:
-    """A bit per column of each row, in so many words, where the kernel needs them."""
+    """Memory for a bit per column of each row, in so many words, where the kernel needs them."""
     if call.kernel_id not in MARKED:
         return None, 0
     B, L, V = call.student.shape
     words = triton.cdiv(V + UNIT.value, 1024) * 32  # rows on cache lines of their own
-    return call.student.new_zeros(B * L, words, dtype=torch.int32), words
+    return call.student.new_empty(B * L, words, dtype=torch.int32), words
 
 
 def _given(call: Call, stats: Tensor, gradient: Tensor | None) -> dict[str, Any]:

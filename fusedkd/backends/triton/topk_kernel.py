@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.cross_entropy import cross_entropy, read_label
+from fusedkd.backends.triton.last import leave_row, sum_rows
 from fusedkd.backends.triton.layout import COEFFICIENTS, OWN, STATS, TEACHER_TEMPERATURE, TEMPERATURE, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
 from fusedkd.backends.triton.options import exponent_scale, load_options, load_weights
@@ -41,7 +42,7 @@ from fusedkd.backends.triton.topk_passes import gradient_pass, statistics_pass
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]
 INTEGERS += ["teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
 VECTORS = ["teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "row_losses", "stats"]
-VECTORS += ["marks"]
+VECTORS += ["marks", "loss", "terms", "ticket"]
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
@@ -58,7 +59,11 @@ def topk_forward_kernel(
     row_losses,
     stats,
     gradient,
-    marks,  # int32 [N, marks_stride], zeros: a bit per column. None where no r_s is needed
+    # The loss, unless it is None (`last.py`): A, [] or [N]; [2] or [2, N], or None; int32 [1]
+    loss,
+    terms,
+    ticket,
+    marks,  # int32 [N, marks_stride], to be filled: a bit per column. None where no r_s is needed
     # Sizes; first element and strides, in elements. Never specialised: one binary serves every shape
     ignore_index: tl.int64,
     marks_stride,
@@ -76,6 +81,7 @@ def topk_forward_kernel(
     # Structure
     KERNEL_ID: tl.constexpr,
     TRANSFORM: tl.constexpr,  # soft-cap or scale the student's logits
+    PER_ROW: tl.constexpr,  # the loss is
     GRADIENT_IN_PHASE: tl.constexpr,  # rows start at the same column modulo UNIT as the student's
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -126,11 +132,11 @@ def topk_forward_kernel(
 
     value = tl.where(found.student_rest == -1, INFINITY, slope.value)
     value = tl.where(listed.legal, value, float("nan"))
-    tl.store(row_losses + i_row, tl.where(weight != 0, term_weights.kd_scale * weight.to(R) * value, 0.0).to(A))
+    kd = tl.where(weight != 0, term_weights.kd_scale * weight.to(R) * value, 0.0)
     ce = tl.full((), 0, R)
     if CE:
         ce = cross_entropy(label, z_y.to(R), shifted.to(R), found.ce_max.to(R), found.ce_rest.to(R), term_weights, V)
-    tl.store(row_losses + tl.num_programs(0) + i_row, ce.to(A))
+    leave_row(kd.to(A), ce.to(A), row_losses, loss, terms, real_options, PER_ROW)
 
     # Pass 2
     if gradient is not None:
@@ -139,6 +145,8 @@ def topk_forward_kernel(
             row, z, p_gradient, listed, b_z, b_slope, slope, found, z_y, label, weight, 1.0, k, option, real_options,
             normalizers, KERNEL_ID, CE, TRANSFORM, BLOCK, GROUP,
         )  # fmt: skip
+    if loss is not None and not PER_ROW:
+        sum_rows(row_losses, loss, terms, ticket, real_options, normalizers)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)

@@ -37,6 +37,11 @@ def statistics_pass(
     seen = nothing(BLOCK // GROUP, A)
     shifted = tl.zeros([1], A)
     if MARKS:
+        words = tl.cdiv(row.phase + row.V, 32)
+        for start in range(0, words, BLOCK // 8):
+            i_word = start + tl.arange(0, BLOCK // 8)
+            tl.store(p_marks + i_word, tl.zeros([BLOCK // 8], tl.int32), i_word < words)
+        tl.debug_barrier()
         o_id = tl.where(listed.m, row.phase + listed.ids, 0).to(tl.int32)
         tl.atomic_or(p_marks + o_id // 32, 1 << (o_id % 32), listed.m, sem="relaxed")
         tl.debug_barrier()

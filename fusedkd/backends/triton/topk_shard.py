@@ -78,7 +78,7 @@ def topk_shard_kernel(
     # A, [N, STATS + SHARD_STATS]: an output of STATISTICS; VALUES adds its own; [B, L, V] or None, may be `student`
     stats,
     gradient,
-    marks,  # int32 [N, marks_stride], zeros: a bit per column; for STATISTICS where an r_s is needed, else None
+    marks,  # int32 [N, marks_stride], to be filled: a bit per column; for STATISTICS where an r_s is needed, else None
     ignore_index: tl.int64,
     offset,  # columns of the ranks before
     vocabulary,  # columns of all ranks
