@@ -67,6 +67,7 @@ bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-small.json --cases cpu-small
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-layers.json --cases cpu-layers
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedkd
-from benchmarks import eager
+from benchmarks import eager, layers
 from benchmarks.cases import Case
 from benchmarks.linear import Head, LinearCase
 
@@ -253,6 +253,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "torch linear CE": torch_linear_ce,
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
+    **layers.PROVIDERS,
 }
 
 

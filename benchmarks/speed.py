@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.layers import LayersCase
 from benchmarks.linear import LinearCase
 from benchmarks.providers import PRODUCTS
 
@@ -25,7 +26,7 @@ RESOLUTION = 0.2e6  # bytes: Linux counts resident pages in batches per core
 
 def label(entry: Entry) -> str:
     """The case, as a heading."""
-    kind = LinearCase if entry["loss"] == "linear_kd_loss" else Case
+    kind = LinearCase if entry["loss"] == "linear_kd_loss" else LayersCase if "layers" in entry else Case
     return kind(**{field.name: entry[field.name] for field in fields(kind) if field.name in entry}).label
 
 
