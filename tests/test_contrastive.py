@@ -49,7 +49,9 @@ def truth(
     return loss.detach(), gradient
 
 
-def check(student: Tensor, teacher: Tensor, tolerance: float | None = None, upstream: Any = 1.0, **options: Any) -> None:
+def check(
+    student: Tensor, teacher: Tensor, tolerance: float | None = None, upstream: Any = 1.0, **options: Any
+) -> None:
     expected, gradient = truth(student, teacher, upstream=upstream, **options)
     leaf = student.detach().requires_grad_()
     loss = contrastive_hidden_loss(leaf, teacher, **options)
@@ -102,7 +104,7 @@ def test_normalizer(device: str, negatives: int) -> None:
 
 @pytest.mark.parametrize("negatives", [0, 7])
 def test_a_student_that_is_told_apart(device: str, negatives: int) -> None:
-    """The loss of rows that agree with their teacher's is e^(l − p), of few digits where l − p is had by subtraction."""
+    """The loss of rows that agree with their teacher's is e^(l − p): it has digits where l and p have."""
     _, teacher = pair(6, 64, device=device)
     student = teacher + 0.01 * bank(6, 64, teacher)
     memory = bank(negatives, 64, teacher) if negatives else None
@@ -135,7 +137,11 @@ def test_scores_exist_a_tile_at_a_time(device: str) -> None:
 
 Z, V = pair(2, 3, 6)
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"teacher": V[..., :5]}, ValueError, r"student and teacher must have the same last dimension, not 6 and 5.*Linear"),
+    (
+        {"teacher": V[..., :5]},
+        ValueError,
+        r"student and teacher must have the same last dimension, not 6 and 5.*Linear",
+    ),
     ({"teacher": V.double()}, TypeError, "teacher must be torch.float32 like the student, not torch.float64"),
     ({"teacher": V[:1]}, ValueError, "teacher must have the student's leading shape"),
     ({"negatives": V}, ValueError, r"negatives must be \(R, 6\)"),

@@ -83,6 +83,8 @@ def given(name: str, names: dict[str, Any]) -> Any:
         **dict.fromkeys(("teacher_logits", "teacher_a", "teacher_b"), lambda: normal(ROWS, VOCABULARY)),
         "student_hidden": lambda: normal(ROWS, WIDTH).requires_grad_(),
         "teacher_hidden": lambda: normal(ROWS, WIDTH),
+        "student_layers": lambda: [normal(2, ROWS, WIDTH).requires_grad_() for _ in range(3)],
+        "teacher_layers": lambda: [normal(2, ROWS, WIDTH) for _ in range(7)],
         "batches": lambda: torch.randint(VOCABULARY, (2, 3, 9), generator=draw),
         "optimizer": lambda: torch.optim.SGD(names["student"].parameters(), lr=0.1),
         "labels": lambda: torch.randint(VOCABULARY, (ROWS,), generator=draw),

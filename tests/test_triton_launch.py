@@ -307,16 +307,12 @@ LAYERS = {
     "attention": partial(launch_layers, "layer_attention", gradient=True, weights=True),
     "attention, of the teacher": partial(launch_layers, "layer_attention", gradient=True, teacher_gradient=True, H=770),
     "attention, no gradient": partial(launch_layers, "layer_attention", M=1, K=1, dtypes=(F32, BF16)),
-    "attention, rescale": partial(launch_layers, "layer_attention", gradient=True, upstream=True, H=4096),
     "attention, float64": partial(launch_layers, "layer_attention", gradient=True, dtypes=(F64, F32), H=8192),
     "attention, widest": partial(launch_layers, "layer_attention", gradient=True, H=16384),
     "attention, unaligned": partial(launch_layers, "layer_attention", gradient=True, upstream=True, aligned=False),
     "distances": partial(launch_layers, "layer_distances", weights=True),
     "distances, widest": partial(launch_layers, "layer_distances", dtypes=(F32, F32), H=16384),
     "distances, backward": partial(launch_layers, "layer_distances_backward", upstream=True, weights=True),
-    "distances, backward, float64": partial(
-        launch_layers, "layer_distances_backward", upstream=True, dtypes=(F64, F64), H=8192
-    ),
 }
 CASES = {
     f"{kind}: {name}": case

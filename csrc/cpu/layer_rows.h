@@ -59,7 +59,8 @@ template <class A> struct LayerRows {
   Buffer<A> converted{(M + K) * W}, out{std::max(M, K) * W};
   std::vector<const A*> s, t;
   std::vector<A*> to;
-  explicit LayerRows(const LayersCall& call) : k(call), s(M), t(K), to(std::max(M, K)) {}
+  std::vector<A> factors;  // [M, K], of whatever is summed
+  explicit LayerRows(const LayersCall& call) : k(call), s(M), t(K), to(std::max(M, K)), factors(M * K) {}
 
   // Row i of all layers.
   void read_row(int64_t i) {
@@ -101,7 +102,7 @@ template <class A> struct LayerRows {
 // ------------------------------------------------------------------------------------------------- layer_attention
 template <class A> struct AttentionRows : LayerRows<A> {
   using Base = LayerRows<A>;
-  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t;
+  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t, Base::factors;
   std::vector<std::vector<int64_t>> bucket;  // the teacher layers of each student layer
   std::vector<bool> twins;                   // whether the next student layer has the same ones
   std::vector<double> alpha, e;              // [M, K], 0 outside the buckets
@@ -129,14 +130,15 @@ template <class A> struct AttentionRows : LayerRows<A> {
     if (k.gradient.empty() && k.teacher_gradient.empty()) return;
     slopes();
     const double f = w / k.normalizer * (k.upstream ? (*k.upstream)[i] : 1), of_r = 2 * f / double(H);
+    for (int64_t p = 0; p < M * K; p++) factors[p] = A(f * e[p]);
     this->write_gradients(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
       this->add(g, A(of_r), r[j] + c);
-      for (const int64_t l : bucket[j]) this->add(g, A(f * e[j * K + l]), t[l] + c);
+      for (const int64_t l : bucket[j]) this->add(g, factors[j * K + l], t[l] + c);
     });
     this->write_gradients(k.teacher_gradient, i, [&]<int V>(int64_t l, int64_t c, Vec<A>(&g)[V]) {
       for (int64_t j = 0; j < M; j++) {
         if (k.buckets[j * K + l] == 0) continue;
-        this->add(g, A(-of_r * alpha[j * K + l]), r[j] + c), this->add(g, A(f * e[j * K + l]), s[j] + c);
+        this->add(g, A(-of_r * alpha[j * K + l]), r[j] + c), this->add(g, factors[j * K + l], s[j] + c);
       }
     });
   }
@@ -182,12 +184,12 @@ template <class A> struct AttentionRows : LayerRows<A> {
   // r = s − Σ α t, and Σ|r|² over the student layers.
   double residual() {
     std::fill(squares.data, squares.data + M * STEP, A(0));
+    for (int64_t p = 0; p < M * K; p++) factors[p] = A(-alpha[p]);
     over_groups<A>(W, [&]<int V>(int64_t c) {
       for (int64_t j = 0; j < M; j++) {
-        const double* a = &alpha[j * K];
         Vec<A> x[V];
         for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
-        for (const int64_t l : bucket[j]) this->add(x, A(-a[l]), t[l] + c);
+        for (const int64_t l : bucket[j]) this->add(x, factors[j * K + l], t[l] + c);
         for (int v = 0; v < V; v++) {
           store(residuals.data + j * W + c + v * WIDTH<A>, x[v]);
           A* square = squares.data + j * STEP + v % PER_STEP<A> * WIDTH<A>;
@@ -214,7 +216,7 @@ template <class A> struct AttentionRows : LayerRows<A> {
 // ------------------------------------------------------------------------------------------------- layer_distances
 template <class A> struct DistanceRows : LayerRows<A> {
   using Base = LayerRows<A>;
-  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t;
+  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t, Base::factors;
   static constexpr int TILE = FUSEDKD_VECTOR_BYTES == 64 ? 4 : 2;  // student layers: as many sums as registers hold
   Buffer<double> sums{M * K * STEP};  // partial sums of each pair, over the rows of a chunk
   explicit DistanceRows(const LayersCall& call) : Base(call) {}
@@ -262,11 +264,12 @@ template <class A> struct DistanceRows : LayerRows<A> {
     const double scale = k.weight(i) / k.normalizer * 2 / double(H);
     if (k.weight(i) == 0) return this->clear(k.gradient, i);
     this->read_row(i);
+    for (int64_t p = 0; p < M * K; p++) factors[p] = A(scale * k.factors[p]);
     this->write_gradients(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
       Vec<A> x[V];
       for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
       for (int64_t l = 0; l < K; l++) {
-        const Vec<A> f = splat(A(scale * k.factors[j * K + l]));
+        const Vec<A> f = splat(factors[j * K + l]);
         for (int v = 0; v < V; v++) g[v] = fma(f, x[v] - load(t[l] + c + v * WIDTH<A>), g[v]);
       }
     });
