@@ -18,8 +18,8 @@ from fusedkd.reference import layers
 F16, BF16, F32, F64 = DTYPES
 FEW = EMULATED or INTERPRETED
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SIZES = [(1, 1, 1), (1, 5, 64), (4, 12, 77), (3, 7, 768)]
-sizes = pytest.mark.parametrize(("M", "K", "H"), SIZES[:3] if FEW else [*SIZES, (5, 3, 1003)])
+SIZES = [(1, 1, 1), (1, 5, 64), (3, 2, 77), (4, 12, 768), (5, 3, 1003)]
+sizes = pytest.mark.parametrize(("M", "K", "H"), SIZES[:3] if FEW else SIZES)
 
 
 def eager_alp(student: list[Tensor], teacher: list[Tensor], buckets: Any = None) -> Tensor:
@@ -54,7 +54,7 @@ def test_sizes(device: str, dtype: torch.dtype, M: int, K: int, H: int) -> None:
 
 
 def test_many_layers(device: str) -> None:
-    student, teacher = some_layers(*((9, 24) if FEW else (24, 24)), 2, 40, device=device)
+    student, teacher = some_layers(*((3, 17) if FEW else (24, 24)), 2, 40, device=device)
     check_attention(student, teacher, teacher_gradient=True)
 
 

@@ -27,7 +27,7 @@ def layer(layers, i, COUNT: tl.constexpr):
 
 @triton.jit
 def row_weight(weights, i_row):
-    w = 1.0
+    w = tl.full([], 1.0, tl.float32)
     if weights is not None:
         w = tl.load(weights + i_row)
     return w
@@ -96,7 +96,7 @@ def layer_attention_kernel(
     o = tl.arange(0, BLOCK)
     o_k = tl.arange(0, LAYERS)
     m_row = o < H
-    m = m_row & (w != 0)  # rows that are not selected are not read
+    m = o < tl.where(w != 0, H, 0)  # rows that are not selected are not read
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     scale = tl.where(w != 0, w / tl.load(normalizer) * up, 0.0).to(A)
@@ -125,7 +125,7 @@ def layer_attention_kernel(
                     to = sums + (k * N + i_row) * H + o  # of this program alone
                     b_g = scale * (entry(b_e, o_k, k) * b_s - entry(b_a, o_k, k) * per_column * b_r)
                     b_g = tl.where(tl.load(bucket + k) != 0, b_g, 0.0)
-                    tl.store(to, tl.load(to, m_row & (j > 0), other=0.0) + b_g, m_row)
+                    tl.store(to, tl.load(to, o < tl.where(j > 0, H, 0), other=0.0) + b_g, m_row)
     tl.store(losses + i_row, tl.where(w != 0, w * loss / H, 0.0))
 
 
@@ -149,7 +149,7 @@ def layer_distances_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     w = row_weight(weights, i_row)
     o = tl.arange(0, BLOCK)
-    m = (o < H) & (w != 0)
+    m = o < tl.where(w != 0, H, 0)
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     for j in range(M):
@@ -183,7 +183,7 @@ def layer_distances_backward_kernel(
     w = row_weight(weights, i_row)
     o = tl.arange(0, BLOCK)
     m_row = o < H
-    m = m_row & (w != 0)
+    m = o < tl.where(w != 0, H, 0)
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     scale = w / tl.load(normalizer) * 2.0 / H
