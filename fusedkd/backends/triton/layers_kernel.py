@@ -108,14 +108,14 @@ def layer_attention_kernel(
         bucket = buckets + j * K
         b_in = tl.load(bucket + o_k, o_k < K, other=0.0) != 0  # [LAYERS]
         b_d = tl.where(b_in, products(b_s, bucket, teacher, o_t, m, o_k, K), -INFINITY)
-        b_a = tl.exp((b_d - tl.max(b_d, 0)).to(A))
+        b_a = tl.exp(b_d - tl.max(b_d, 0))  # α, in float64: what its sum is away from 1 would be a part of r
         b_a = b_a / tl.sum(b_a, 0)
-        b_r = mixture(b_s, -b_a, bucket, teacher, o_t, m, o_k, K, A)
+        b_r = mixture(b_s, (-b_a).to(A), bucket, teacher, o_t, m, o_k, K, A)
         loss += tl.sum(b_r * b_r, 0)
         if gradient is not None or sums is not None:
             b_u = products(b_r, bucket, teacher, o_t, m, o_k, K)
-            b_u -= tl.sum(b_a.to(tl.float64) * b_u, 0)
-            b_e = -per_column * b_a * b_u.to(A)  # 0 outside of the bucket
+            b_u -= tl.sum(b_a * b_u, 0)
+            b_e = (-2.0 * b_a * b_u / H).to(A)  # 0 outside of the bucket
             at = (j * N + i_row) * H + o
             if gradient is not None:
                 b_g = scale * mixture(per_column * b_r, b_e, bucket, teacher, o_t, m, o_k, K, A)
@@ -123,7 +123,7 @@ def layer_attention_kernel(
             if sums is not None:
                 for k in range(K):
                     to = sums + (k * N + i_row) * H + o  # of this program alone
-                    b_g = scale * (entry(b_e, o_k, k) * b_s - entry(b_a, o_k, k) * per_column * b_r)
+                    b_g = scale * (entry(b_e, o_k, k) * b_s - entry(b_a.to(A), o_k, k) * per_column * b_r)
                     b_g = tl.where(tl.load(bucket + k) != 0, b_g, 0.0)
                     tl.store(to, tl.load(to, o < tl.where(j > 0, H, 0), other=0.0) + b_g, m_row)
     tl.store(losses + i_row, tl.where(w != 0, w * loss / H, 0.0))
