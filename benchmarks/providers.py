@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedkd
-from benchmarks import attention, cases, eager, linear, projected
+from benchmarks import attention, cases, eager, layers, linear, projected
 from benchmarks.attention import AttentionCase, QueriesAndKeys
 from benchmarks.cases import Case
 from benchmarks.linear import Head, LinearCase
@@ -29,7 +29,7 @@ PRODUCTS = "products alone"
 
 Loss = Callable[[Tensor, Any, Tensor], Tensor]
 
-CASES: dict[str, list[Any]] = {**cases.CASES, **linear.CASES, **attention.CASES, **projected.CASES}
+CASES: dict[str, list[Any]] = {**cases.CASES, **linear.CASES, **attention.CASES, **projected.CASES, **layers.CASES}
 """Lists of cases by name, of all losses."""
 
 
@@ -333,6 +333,7 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
     "attention_kl_loss": ATTENTION,
     "attention_mse_loss": ATTENTION,
     "hidden_loss": {"fusedkd": fusedkd_hidden, "eager": eager_hidden, "torch.compile": eager_hidden},
+    **layers.PROVIDERS,
 }
 
 

@@ -7,25 +7,27 @@ from typing import Any
 
 from benchmarks.attention import AttentionCase
 from benchmarks.cases import Case
+from benchmarks.layers import LayersCase
 from benchmarks.linear import LinearCase
 from benchmarks.projected import ProjectedCase
 from benchmarks.providers import PRODUCTS
 
 Entry = dict[str, Any]
 
-KINDS: dict[str, type[Case]] = {
+BOUND_BY_PRODUCTS: dict[str, type[Case]] = {
     "linear_kd_loss": LinearCase,
+    "projected_hidden_loss": ProjectedCase,
     "attention_kl_loss": AttentionCase,
     "attention_mse_loss": AttentionCase,
 }
+KINDS = BOUND_BY_PRODUCTS | {"layer_attention_loss": LayersCase, "pairwise_layer_mse": LayersCase}
+"""The losses that have cases of their own; all others have those of `cases.py`."""
 COLOURS = {"fusedkd": "#0b7285", "eager": "#adb5bd", "torch.compile": "#868e96", "liger": "#e8590c"}
 OTHER_COLOUR = "#ced4da"
 MEMORY = {
     "fresh": "Tensors above 32 MB are made of fresh pages, which the system zeroes: glibc's default. ",
     "kept": "Freed memory is kept and reused, as by jemalloc: no pages to zero. ",
 }
-KINDS: dict[str, type[Case]] = {"linear_kd_loss": LinearCase, "projected_hidden_loss": ProjectedCase}
-"""The losses that products bound."""
 RESOLUTION = 0.2e6  # bytes: Linux counts resident pages in batches per core
 
 
@@ -77,7 +79,7 @@ def table(data: dict[str, Any]) -> tuple[list[list[str]], str]:
     groups = cases(data)
     providers = list(dict.fromkeys(entry["provider"] for group in groups for entry in group))
     order = " / ".join(providers)
-    of_products = groups[0][0]["loss"] in KINDS
+    of_products = groups[0][0]["loss"] in BOUND_BY_PRODUCTS
     bound = "of the products" if of_products else "of a copy"
     rows = [["", *providers, bound, f"temporaries: {order}", f"error of the gradient: {order}"]]
     for group in groups:

@@ -82,10 +82,7 @@ def attention_truth(
     r = (x - torch.einsum("jnk,knh->jnh", alpha, y)).norm(dim=-1)
     free = 1e-14 * size**2 if exact else 1e-7 * r * size
     value = Term(w * rows, w * ((1e-11 if exact else 1e-5) * rows + free.sum(0) / H))
-    if reduction == "none":
-        value = Term(*(t.view(lead) for t in value))
-    else:
-        value = Term(*(t.sum() / n for t in value))
+    value = Term(*(t.view(lead) if reduction == "none" else t.sum() / n for t in value))
     # u_k is a product with r, whose rounding is that of its terms; e_k has the terms u_k and alpha_l u_l
     u = 2 / H * torch.einsum("jn,kn->jnk", r + size / H**0.5, y.norm(dim=-1))
     e = alpha * (u + (alpha * u).sum(-1, keepdim=True))

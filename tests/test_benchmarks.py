@@ -27,17 +27,20 @@ from benchmarks.speed import label  # noqa: E402
 
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # or no clock runs
 NUMBERS = {"median", "p20", "p80", "ratio", "peak_bytes"}
+MEMORY = {"bytes_moved", "gb_per_s", "of_copy"}
 SPEEDS = {
-    "smoke": {"bytes_moved", "gb_per_s", "of_copy"},
+    "smoke": MEMORY,
     "smoke-linear": {"tflop_per_s"},
     "smoke-attention": {"tflop_per_s"},
     "smoke-projected": {"tflop_per_s"},
+    "smoke-layers": MEMORY,
 }
 HEADINGS = {
     "smoke": "cosine_hidden_loss 6×20 bfloat16",
     "smoke-linear": "linear_kd_loss 6×(5, 7)×33 bfloat16, T = 2, with CE, 4 rows per tile",
     "smoke-attention": "attention_mse_loss 2×3×9×64 float32, forward only",
     "smoke-projected": "hidden_loss 6×(5 → 7) bfloat16, l2",
+    "smoke-layers": "layer_attention_loss (2, 3)×6×20 bfloat16, forward only",
 }
 
 
@@ -153,7 +156,7 @@ def test_every_peer_is_measured_somewhere(monkeypatch):
     measured = [
         (case, device)
         for device in ("cpu", "cuda")
-        for kind in ("", "-linear", "-projected")
+        for kind in ("", "-linear", "-projected", "-attention", "-layers")
         for case in CASES[f"{device}{kind}"]
     ]
     assert {(case.loss, p) for case, device in measured for p in available(case, device)} == {

@@ -350,6 +350,16 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         whole = {**sides, "mask": mask, "normalizers": normalizers}
         to = torch.full_like(gradient, torch.nan)
         cases["hidden_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
+
+        several = {"student": [student, student * 2], "teacher": [teacher, teacher * 2, teacher / 2]}
+        several |= {"weights": weights if some else None, "normalizer": normalizers[0].clone()}
+        table = torch.rand(2, 3, dtype=torch.float64, device=device)
+        cases["layer_distances"].append(several)
+        cases["layer_distances_backward"].append({**several, "upstream": table})
+        to, of_teacher = (torch.full((m, *student.shape), torch.nan).to(student) for m in (2, 3))
+        for u, own, others in ((None, to, None), (upstream, to, of_teacher), (rows[0], None, of_teacher)):
+            outputs = {"gradient": own, "teacher_gradient": others, "skip_if_one": u is upstream}
+            cases["layer_attention"].append({**several, "buckets": table, "upstream": u, **outputs})
     return cases | gumbel_cases.operator_arguments(device)
 
 

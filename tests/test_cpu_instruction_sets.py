@@ -1,8 +1,8 @@
 """The C++ kernels on each instruction set of the processor, and what each has of its own: exponential and logarithm.
 
 A plain run uses the best instruction set; `test_other_instruction_sets` runs this file, test_cpu_kernels.py, those of
-the losses, test_kd_loss.py and test_hidden.py, and some of test_few_columns.py, test_divergences.py and
-test_gumbel_operators.py again with each lower one, which FUSEDKD_ISA asks for.
+the losses, test_kd_loss.py and test_hidden.py, and some of test_few_columns.py, test_divergences.py,
+test_gumbel_operators.py and test_layer_losses.py again with each lower one, which FUSEDKD_ISA asks for.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def test_other_instruction_sets(lower: str) -> None:
     tests += [f"test_gumbel_operators.py::test_{name}" for name in names]
     tests += [f"test_few_columns.py::test_{name}" for name in ("every_width", "operators_agree")]
     tests += [f"test_divergences.py::test_{name}" for name in ("parameters", "far_apart", "underflow_on_both_sides")]
+    tests += [f"test_layer_losses.py::test_{name}" for name in ("sizes", "distances", "gradient_of_the_teacher")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "not wide and not gpu", "-p", "no:cacheprovider"]
         + [str(here / name) for name in tests],

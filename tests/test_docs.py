@@ -87,6 +87,8 @@ def given(name: str, names: dict[str, Any]) -> Any:
         **{f"teacher_{x}": lambda: normal(2, 3, ROWS, 12) for x in "qkv"},
         "attention_mask": lambda: torch.arange(ROWS) < torch.tensor([[ROWS], [ROWS - 3]]),
         "wide_hidden": lambda: normal(ROWS, 2 * WIDTH),
+        "student_layers": lambda: [normal(2, ROWS, WIDTH).requires_grad_() for _ in range(3)],
+        "teacher_layers": lambda: [normal(2, ROWS, WIDTH) for _ in range(7)],
         "batches": lambda: torch.randint(VOCABULARY, (2, 3, 9), generator=draw),
         "optimizer": lambda: torch.optim.SGD(names["student"].parameters(), lr=0.1),
         "labels": lambda: torch.randint(VOCABULARY, (ROWS,), generator=draw),

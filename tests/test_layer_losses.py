@@ -18,8 +18,8 @@ from fusedkd.reference import layers
 F16, BF16, F32, F64 = DTYPES
 FEW = EMULATED or INTERPRETED
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SIZES = [(1, 1, 1), (1, 5, 64), (4, 12, 77), (3, 7, 768)]
-sizes = pytest.mark.parametrize(("M", "K", "H"), SIZES[:3] if FEW else [*SIZES, (5, 3, 1003)])
+SIZES = [(1, 1, 1), (1, 5, 64), (3, 2, 77), (4, 12, 768), (5, 3, 1003)]
+sizes = pytest.mark.parametrize(("M", "K", "H"), SIZES[:3] if FEW else SIZES)
 
 
 def eager_alp(student: list[Tensor], teacher: list[Tensor], buckets: Any = None) -> Tensor:
@@ -54,7 +54,7 @@ def test_sizes(device: str, dtype: torch.dtype, M: int, K: int, H: int) -> None:
 
 
 def test_many_layers(device: str) -> None:
-    student, teacher = some_layers(*((9, 24) if FEW else (24, 24)), 2, 40, device=device)
+    student, teacher = some_layers(*((3, 17) if FEW else (24, 24)), 2, 40, device=device)
     check_attention(student, teacher, teacher_gradient=True)
 
 
@@ -284,12 +284,10 @@ def test_distances_do_not_depend_on_threads(device: str) -> None:
 # -------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("mask", [False, True])
-def test_compiled_layers(device: str, mask: bool) -> None:
-    if FEW:
-        pytest.skip("nothing to compile for")
+@pytest.mark.skipif(FEW, reason="nothing to compile for")
+def test_compiled_layers(device: str) -> None:
     student, teacher = some_layers(2, 3, 4, 24, device=device)
-    on = torch.tensor([1, 0, 1, 1], device=device) if mask else None
+    on = torch.tensor([1, 0, 1, 1], device=device)
     truth, of_teacher = attention_truth(student, teacher, on, buckets=[[0, 1], [2]])
     leaves = [x.requires_grad_() for x in (*student, *teacher)]
 

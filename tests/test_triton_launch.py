@@ -39,7 +39,7 @@ from fusedkd.backends.layout import (  # noqa: E402
     Stage,
     TopkKernelId,
 )
-from fusedkd.backends.triton import hidden, launch  # noqa: E402
+from fusedkd.backends.triton import hidden, launch, layers  # noqa: E402
 from fusedkd.backends.triton.kd_naive import kd_naive  # noqa: E402
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -192,6 +192,41 @@ def launch_shard(
     )
 
 
+def launch_layers(
+    operator: str,
+    *,
+    n: int = 300,
+    H: int = 768,
+    M: int = 4,
+    K: int = 12,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    gradient: bool = False,
+    teacher_gradient: bool = False,
+    upstream: bool = False,
+    weights: bool = False,
+    aligned: bool = True,
+) -> None:
+    """M and K layers of n rows."""
+    exact = F64 if dtypes[0] == F64 else F32
+    given: dict[str, Any] = {
+        "student": [rows(n, H, dtypes[0])] * M,
+        "teacher": [rows(n, H, dtypes[1])] * K,
+        "weights": vector(n, F32, aligned) if weights or not aligned else None,
+        "normalizer": vector(1, F64, aligned).squeeze(0),
+    }
+    if operator == "layer_attention":
+        given |= {
+            "upstream": vector(n, exact, aligned) if upstream else None,
+            "buckets": vector(M * K, F64, aligned).view(M, K),
+            "gradient": torch.zeros(M, 1, n, H, dtype=dtypes[0]) if gradient else None,
+            "teacher_gradient": torch.zeros(K, 1, n, H, dtype=dtypes[1]) if teacher_gradient else None,
+            "skip_if_one": upstream,
+        }
+    elif upstream:
+        given["upstream"] = vector(M * K, F64, aligned).view(M, K)
+    getattr(layers, operator)(**given)
+
+
 def launch_weights(
     mask: torch.dtype | None, labels: bool, ids: bool, given: bool = False, aligned: bool = True, tensors: bool = False
 ) -> None:
@@ -337,6 +372,17 @@ SMALL = {
     "terms per row": partial(launch_terms, F64, per_row=True),
     "terms, unaligned": partial(launch_terms, F32, per_row=True, aligned=False),
 }
+LAYERS = {
+    "attention": partial(launch_layers, "layer_attention", gradient=True, weights=True),
+    "attention, of the teacher": partial(launch_layers, "layer_attention", gradient=True, teacher_gradient=True, H=770),
+    "attention, no gradient": partial(launch_layers, "layer_attention", M=1, K=1, dtypes=(F32, BF16)),
+    "attention, float64": partial(launch_layers, "layer_attention", gradient=True, dtypes=(F64, F32), H=8192),
+    "attention, widest": partial(launch_layers, "layer_attention", gradient=True, H=16384),
+    "attention, unaligned": partial(launch_layers, "layer_attention", gradient=True, upstream=True, aligned=False),
+    "distances": partial(launch_layers, "layer_distances", weights=True),
+    "distances, widest": partial(launch_layers, "layer_distances", dtypes=(F32, F32), H=16384),
+    "distances, backward": partial(launch_layers, "layer_distances_backward", upstream=True, weights=True),
+}
 CASES = {
     f"{kind}: {name}": case
     for kind, cases in (
@@ -348,6 +394,7 @@ CASES = {
         ("hidden", HIDDEN),
         ("small", SMALL),
         ("gumbel", gumbel_cases.LAUNCHES),
+        ("layers", LAYERS),
     )
     for name, case in cases.items()
 }

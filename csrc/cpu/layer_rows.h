@@ -56,38 +56,40 @@ template <class A> struct Buffer {
 template <class A> struct LayerRows {
   const LayersCall& k;
   const int64_t M = k.student.size(), K = k.teacher.size(), H = k.columns(), W = whole_steps(H);
-  Buffer<A> converted{(M + K) * W}, residuals{M * W}, out{W};
+  Buffer<A> converted{(M + K) * W}, out{std::max(M, K) * W};
   std::vector<const A*> s, t;
-  explicit LayerRows(const LayersCall& call) : k(call) { s.resize(M), t.resize(K); }
+  std::vector<A*> to;
+  std::vector<A> factors;  // [M, K], of whatever is summed
+  explicit LayerRows(const LayersCall& call) : k(call), s(M), t(K), to(std::max(M, K)), factors(M * K) {}
 
-  // Row i of all layers; the next one is asked for, which is one stream too many for the processor to foresee.
+  // Row i of all layers.
   void read_row(int64_t i) {
     A* buffer = converted.data;
-    for (int64_t side = 0; side < 2; side++) {
-      const auto& layers = side ? k.teacher : k.student;
-      for (size_t j = 0; j < layers.size(); j++, buffer += W) {
-        (side ? t : s)[j] = read<A>(layers[j].type, layers[j][i], 0, H, buffer, A(0));
-        if (i + 1 == layers[j].count) continue;
-        const char* next = layers[j][i + 1];
-        for (int64_t at = 0; at < layers[j].row_bytes(); at += 64) __builtin_prefetch(next + at, 0, 2);
-      }
-    }
+    for (int64_t j = 0; j < M; j++, buffer += W) s[j] = read<A>(k.student[j].type, k.student[j][i], 0, H, buffer, A(0));
+    for (int64_t l = 0; l < K; l++, buffer += W) t[l] = read<A>(k.teacher[l].type, k.teacher[l][i], 0, H, buffer, A(0));
   }
 
   void clear(const std::vector<Rows>& gradient, int64_t i) const {
     for (const Rows& rows : gradient) std::memset(rows[i], 0, rows.row_bytes());
   }
 
-  // gradient[j] row i, of which value<V>(c, V vectors) makes columns from c on.
-  template <class Value> void write_gradient(const Rows& rows, int64_t i, const Value& value) {
-    const bool there = size_of(rows.type) == sizeof(A) && H == W;
-    A* to = there ? (A*)rows[i] : out.data;
+  // Row i of the gradients of a side, of which value<V>(j, c, V vectors) makes columns from c on. All layers take their
+  // turn at some columns: what these have in common is then in L1.
+  template <class Value> void write_gradients(const std::vector<Rows>& gradient, int64_t i, const Value& value) {
+    const int64_t layers = gradient.size();
+    for (int64_t j = 0; j < layers; j++) {
+      const bool there = size_of(gradient[j].type) == sizeof(A) && H == W;
+      to[j] = there ? (A*)gradient[j][i] : out.data + j * W;
+    }
     over_groups<A>(W, [&]<int V>(int64_t c) {
-      Vec<A> sum[V] = {};
-      value.template operator()<V>(c, sum);
-      for (int v = 0; v < V; v++) store(to + c + v * WIDTH<A>, sum[v]);
+      for (int64_t j = 0; j < layers; j++) {
+        Vec<A> sum[V] = {};
+        value.template operator()<V>(j, c, sum);
+        for (int v = 0; v < V; v++) store(to[j] + c + v * WIDTH<A>, sum[v]);
+      }
     });
-    if (!there) write_row(rows, i, to);
+    for (int64_t j = 0; j < layers; j++)
+      if (to[j] == out.data + j * W) write_row(gradient[j], i, to[j]);
   }
 
   // sum += factor·x[c …].
@@ -100,13 +102,19 @@ template <class A> struct LayerRows {
 // ------------------------------------------------------------------------------------------------- layer_attention
 template <class A> struct AttentionRows : LayerRows<A> {
   using Base = LayerRows<A>;
-  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t, Base::residuals;
+  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t, Base::factors;
   std::vector<std::vector<int64_t>> bucket;  // the teacher layers of each student layer
+  std::vector<bool> twins;                   // whether the next student layer has the same ones
   std::vector<double> alpha, e;              // [M, K], 0 outside the buckets
-  explicit AttentionRows(const LayersCall& call) : Base(call), bucket(M), alpha(M * K), e(M * K) {
-    for (int64_t j = 0; j < M; j++)
+  Buffer<A> residuals{M * W}, squares{M * STEP};
+  std::vector<const A*> r;
+  explicit AttentionRows(const LayersCall& call) : Base(call), bucket(M), twins(M), alpha(M * K), e(M * K), r(M) {
+    for (int64_t j = 0; j < M; j++) {
+      r[j] = residuals.data + j * W;
       for (int64_t l = 0; l < K; l++)
         if (k.buckets[j * K + l] != 0) bucket[j].push_back(l);
+      if (j > 0) twins[j - 1] = bucket[j - 1] == bucket[j];
+    }
   }
 
   void row(int64_t i) {
@@ -117,83 +125,98 @@ template <class A> struct AttentionRows : LayerRows<A> {
       return;
     }
     this->read_row(i);
-    double sum = 0;
-    for (int64_t j = 0; j < M; j++) attend(j), sum += residual(j);
-    loss = A(w * sum / double(H));
+    attend();
+    loss = A(w * residual() / double(H));
     if (k.gradient.empty() && k.teacher_gradient.empty()) return;
-    for (int64_t j = 0; j < M; j++) slopes(j);
+    slopes();
     const double f = w / k.normalizer * (k.upstream ? (*k.upstream)[i] : 1), of_r = 2 * f / double(H);
-    for (size_t j = 0; j < k.gradient.size(); j++)
-      this->write_gradient(k.gradient[j], i, [&]<int V>(int64_t c, Vec<A>(&g)[V]) {
-        this->add(g, A(of_r), r(j) + c);
-        for (const int64_t l : bucket[j]) this->add(g, A(f * e[j * K + l]), t[l] + c);
-      });
-    for (size_t l = 0; l < k.teacher_gradient.size(); l++)
-      this->write_gradient(k.teacher_gradient[l], i, [&]<int V>(int64_t c, Vec<A>(&g)[V]) {
-        for (int64_t j = 0; j < M; j++) {
-          if (k.buckets[j * K + l] == 0) continue;
-          this->add(g, A(-of_r * alpha[j * K + l]), r(j) + c), this->add(g, A(f * e[j * K + l]), s[j] + c);
-        }
-      });
+    for (int64_t p = 0; p < M * K; p++) factors[p] = A(f * e[p]);
+    this->write_gradients(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
+      this->add(g, A(of_r), r[j] + c);
+      for (const int64_t l : bucket[j]) this->add(g, factors[j * K + l], t[l] + c);
+    });
+    this->write_gradients(k.teacher_gradient, i, [&]<int V>(int64_t l, int64_t c, Vec<A>(&g)[V]) {
+      for (int64_t j = 0; j < M; j++) {
+        if (k.buckets[j * K + l] == 0) continue;
+        this->add(g, A(-of_r * alpha[j * K + l]), r[j] + c), this->add(g, factors[j * K + l], s[j] + c);
+      }
+    });
   }
 
-  A* r(int64_t j) const { return residuals.data + j * W; }
-
-  // ⟨x, t_k⟩ of a bucket in float64, four at a time.
-  void products(const A* x, int64_t j, double* to) const {
-    const std::vector<int64_t>& in = bucket[j];
-    for (size_t b = 0; b < in.size(); b += 4) {
-      const int n = int(std::min<size_t>(4, in.size() - b));
-      const A* y[4];
-      for (int l = 0; l < 4; l++) y[l] = t[in[b + std::min(l, n - 1)]];
-      D sums[4] = {};
-      for (int64_t c = 0; c < W; c += WIDTH<double>) {
-        const D here = load_double(x + c);
-        for (int l = 0; l < 4; l++) sums[l] = fma(here, load_double(y[l] + c), sums[l]);
+  // ⟨x_j, t_k⟩ in float64 for the k of each bucket: four of them at a time for all student layers in turn.
+  void products(const std::vector<const A*>& x, std::vector<double>& to) const {
+    for (size_t b = 0, most = 4; b < most; b += 4)
+      for (int64_t j = 0; j < M; j++) {
+        most = std::max(most, bucket[j].size());
+        if (b >= bucket[j].size()) continue;
+        if (twins[j]) tile<2>(x, j, b, to), j++;
+        else tile<1>(x, j, b, to);
       }
-      for (int l = 0; l < n; l++) to[in[b + l]] = added(sums[l]);
+  }
+  template <int J> void tile(const std::vector<const A*>& x, int64_t j, size_t b, std::vector<double>& to) const {
+    const std::vector<int64_t>& in = bucket[j];
+    const int n = int(std::min<size_t>(4, in.size() - b));
+    const A* y[4];
+    for (int l = 0; l < 4; l++) y[l] = t[in[b + std::min(l, n - 1)]];
+    D sums[J][4] = {};
+    for (int64_t c = 0; c < W; c += WIDTH<double>) {
+      D there[4];
+      for (int l = 0; l < 4; l++) there[l] = load_double(y[l] + c);
+      for (int a = 0; a < J; a++) {
+        const D here = load_double(x[j + a] + c);
+        for (int l = 0; l < 4; l++) sums[a][l] = fma(here, there[l], sums[a][l]);
+      }
+    }
+    for (int a = 0; a < J; a++)
+      for (int l = 0; l < n; l++) to[(j + a) * K + in[b + l]] = added(sums[a][l]);
+  }
+
+  void attend() {
+    products(s, alpha);
+    for (int64_t j = 0; j < M; j++) {
+      double *a = &alpha[j * K], top = -INFINITE<double>, sum = 0;
+      for (const int64_t l : bucket[j]) top = max(a[l], top);
+      for (const int64_t l : bucket[j]) sum += a[l] = std::exp(a[l] - top);
+      for (const int64_t l : bucket[j]) a[l] /= sum;
     }
   }
 
-  void attend(int64_t j) {
-    double* a = &alpha[j * K];
-    products(s[j], j, a);
-    double top = -INFINITE<double>, sum = 0;
-    for (const int64_t l : bucket[j]) top = max(a[l], top);
-    for (const int64_t l : bucket[j]) sum += a[l] = std::exp(a[l] - top);
-    for (const int64_t l : bucket[j]) a[l] /= sum;
-  }
-
-  // r = s − Σ α t, and |r|².
-  double residual(int64_t j) {
-    const double* a = &alpha[j * K];
-    Vec<A> squares[PER_STEP<A>] = {};
+  // r = s − Σ α t, and Σ|r|² over the student layers.
+  double residual() {
+    std::fill(squares.data, squares.data + M * STEP, A(0));
+    for (int64_t p = 0; p < M * K; p++) factors[p] = A(-alpha[p]);
     over_groups<A>(W, [&]<int V>(int64_t c) {
-      Vec<A> x[V];
-      for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
-      for (const int64_t l : bucket[j]) this->add(x, A(-a[l]), t[l] + c);
-      for (int v = 0; v < V; v++) {
-        store(r(j) + c + v * WIDTH<A>, x[v]);
-        squares[v % PER_STEP<A>] = fma(x[v], x[v], squares[v % PER_STEP<A>]);
+      for (int64_t j = 0; j < M; j++) {
+        Vec<A> x[V];
+        for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
+        for (const int64_t l : bucket[j]) this->add(x, factors[j * K + l], t[l] + c);
+        for (int v = 0; v < V; v++) {
+          store(residuals.data + j * W + c + v * WIDTH<A>, x[v]);
+          A* square = squares.data + j * STEP + v % PER_STEP<A> * WIDTH<A>;
+          store(square, fma(x[v], x[v], load(square)));
+        }
       }
     });
-    return total<A>(squares);
+    double sum = 0;
+    for (int64_t at = 0; at < M * STEP; at++) sum += squares.data[at];
+    return sum;
   }
 
   // ∂loss/∂d.
-  void slopes(int64_t j) {
-    const double* a = &alpha[j * K];
-    double *u = &e[j * K], mean = 0;
-    products(r(j), j, u);
-    for (const int64_t l : bucket[j]) mean += a[l] * u[l];
-    for (const int64_t l : bucket[j]) u[l] = -2 / double(H) * a[l] * (u[l] - mean);
+  void slopes() {
+    products(r, e);
+    for (int64_t j = 0; j < M; j++) {
+      double *u = &e[j * K], *a = &alpha[j * K], mean = 0;
+      for (const int64_t l : bucket[j]) mean += a[l] * u[l];
+      for (const int64_t l : bucket[j]) u[l] = -2 / double(H) * a[l] * (u[l] - mean);
+    }
   }
 };
 
 // ------------------------------------------------------------------------------------------------- layer_distances
 template <class A> struct DistanceRows : LayerRows<A> {
   using Base = LayerRows<A>;
-  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t;
+  using Base::k, Base::M, Base::K, Base::H, Base::W, Base::s, Base::t, Base::factors;
   static constexpr int TILE = FUSEDKD_VECTOR_BYTES == 64 ? 4 : 2;  // student layers: as many sums as registers hold
   Buffer<double> sums{M * K * STEP};  // partial sums of each pair, over the rows of a chunk
   explicit DistanceRows(const LayersCall& call) : Base(call) {}
@@ -241,17 +264,15 @@ template <class A> struct DistanceRows : LayerRows<A> {
     const double scale = k.weight(i) / k.normalizer * 2 / double(H);
     if (k.weight(i) == 0) return this->clear(k.gradient, i);
     this->read_row(i);
-    for (int64_t j = 0; j < M; j++) {
-      const double* factor = k.factors + j * K;
-      this->write_gradient(k.gradient[j], i, [&]<int V>(int64_t c, Vec<A>(&g)[V]) {
-        Vec<A> x[V];
-        for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
-        for (int64_t l = 0; l < K; l++) {
-          const Vec<A> f = splat(A(scale * factor[l]));
-          for (int v = 0; v < V; v++) g[v] = fma(f, x[v] - load(t[l] + c + v * WIDTH<A>), g[v]);
-        }
-      });
-    }
+    for (int64_t p = 0; p < M * K; p++) factors[p] = A(scale * k.factors[p]);
+    this->write_gradients(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
+      Vec<A> x[V];
+      for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
+      for (int64_t l = 0; l < K; l++) {
+        const Vec<A> f = splat(factors[j * K + l]);
+        for (int v = 0; v < V; v++) g[v] = fma(f, x[v] - load(t[l] + c + v * WIDTH<A>), g[v]);
+      }
+    });
   }
 };
 

@@ -60,7 +60,7 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     float64; statistics. `normalizers` ``(2,)`` float64: the normaliser, or COUNTED as for
                     kd_row_weights, and what it is then divided by, a weight of the loss.
 ``layer_attention`` ALP-KD over M student and K teacher layers, each ``(B, L, H)``, of one type a side: row losses
-                    ``(N,)``, Σ_j w·|s_j − c_j|²/H; and the gradients of their sum over the normaliser, times `upstream`,
+                    ``(N,)``, Σ_j w·|s_j − c_j|²/H; and the gradients of their sum over the normaliser times `upstream`
                     ``()`` or ``(N,)``, None for 1, into `gradient` ``(M, B, L, H)`` and `teacher_gradient`
                     ``(K, B, L, H)``, unless these are None. `buckets` ``(M, K)`` float64: not 0 where the layer k is
                     one of j's. ``skip_if_one`` as in kd_backward.

@@ -34,10 +34,9 @@ def layer_attention(
     teacher_gradient: Tensor | None,
     skip_if_one: bool,
 ) -> Tensor:
-    outputs = {"gradient": gradient, "teacher_gradient": teacher_gradient}
     if _too_wide(student[0]):
-        given = {"upstream": upstream, "weights": weights, "normalizer": normalizer, "buckets": buckets}
-        return eager.layer_attention(student=student, teacher=teacher, skip_if_one=skip_if_one, **given, **outputs)
+        more = (weights, normalizer, buckets, gradient, teacher_gradient, skip_if_one)
+        return eager.layer_attention(upstream, student, teacher, *more)
     A = accumulation_dtype(student[0].dtype)
     losses = student[0].new_empty(student[0].shape[0] * student[0].shape[1], dtype=A)
     sums = teacher_gradient
@@ -58,7 +57,7 @@ def layer_attention(
         LAYERS=triton.next_power_of_2(K),
         **upstream_of(upstream, skip_if_one),
     )
-    if teacher_gradient is not None and sums is not teacher_gradient:
+    if teacher_gradient is not None and sums is not None and sums is not teacher_gradient:
         teacher_gradient.copy_(sums)
     return losses
 

@@ -1,9 +1,8 @@
 """One row of all M + K layers per program: the losses over several layers (:mod:`fusedkd.reference.layers`).
 
-A row of a layer is one block. It comes from memory once; the loops over pairs of layers find it in L1 or L2. Layers come
-as tuples of pointers, from which a loop picks one: the code does not grow with M·K. Sums that an exponential or a
-difference of sums follows are made in float64: attention has no scale that would make the rounding of a large ⟨s, t⟩
-harmless.
+A row of a layer is one block. It comes from memory once; the loops over pairs of layers find it in L1 or L2. Layers
+come as tuples of pointers, from which a loop picks one: the code does not grow with M·K. Products of layers are made in
+float64: attention has no scale that would make the rounding of a large ⟨s, t⟩ harmless.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -28,7 +27,7 @@ def layer(layers, i, COUNT: tl.constexpr):
 
 @triton.jit
 def row_weight(weights, i_row):
-    w = 1.0
+    w = tl.full([], 1.0, tl.float32)
     if weights is not None:
         w = tl.load(weights + i_row)
     return w
@@ -41,21 +40,23 @@ def entry(b, o, i):
 
 
 @triton.jit
-def products(b_x, teacher, o_t, m, o_k, K: tl.constexpr, A: tl.constexpr):
-    """⟨x, t_k⟩ in float64, one per entry of o_k."""
+def products(b_x, bucket, teacher, o_t, m, o_k, K: tl.constexpr):
+    """⟨x, t_k⟩ in float64 of the layers of a bucket, one per entry of o_k."""
     b_d = tl.zeros(o_k.shape, tl.float64)
+    b_x = b_x.to(tl.float64)
     for k in range(K):
-        b_t = tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(A)
-        b_d = tl.where(o_k == k, tl.sum((b_x * b_t).to(tl.float64), 0), b_d)
+        if tl.load(bucket + k) != 0:
+            b_t = tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(tl.float64)
+            b_d = tl.where(o_k == k, tl.sum(b_x * b_t, 0), b_d)
     return b_d
 
 
 @triton.jit
-def mixture(b, factors, teacher, o_t, m, o_k, K: tl.constexpr, A: tl.constexpr):
-    """b + Σ_k factor_k·t_k."""
+def mixture(b, factors, bucket, teacher, o_t, m, o_k, K: tl.constexpr, A: tl.constexpr):
+    """b + Σ_k factor_k·t_k over a bucket."""
     for k in range(K):
-        b_t = tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(A)
-        b += entry(factors, o_k, k) * b_t
+        if tl.load(bucket + k) != 0:
+            b += entry(factors, o_k, k) * tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(A)
     return b
 
 
@@ -95,34 +96,36 @@ def layer_attention_kernel(
     o = tl.arange(0, BLOCK)
     o_k = tl.arange(0, LAYERS)
     m_row = o < H
-    m = m_row & (w != 0)  # rows that are not selected are not read
+    m = o < tl.where(w != 0, H, 0)  # rows that are not selected are not read
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     scale = tl.where(w != 0, w / tl.load(normalizer) * up, 0.0).to(A)
-    per_column = (2.0 / H).to(A)
+    per_column = tl.full([], 2.0, A) / H
 
     loss = tl.zeros([], A)
     for j in range(M):
         b_s = tl.load(layer(student, j, M) + o_s, m, other=0.0).to(A)  # [BLOCK]
-        b_in = tl.load(buckets + j * K + o_k, o_k < K, other=0.0) != 0  # [LAYERS]
-        b_d = tl.where(b_in, products(b_s, teacher, o_t, m, o_k, K, A), -INFINITY)
-        b_a = tl.exp((b_d - tl.max(b_d, 0)).to(A))
+        bucket = buckets + j * K
+        b_in = tl.load(bucket + o_k, o_k < K, other=0.0) != 0  # [LAYERS]
+        b_d = tl.where(b_in, products(b_s, bucket, teacher, o_t, m, o_k, K), -INFINITY)
+        b_a = tl.exp(b_d - tl.max(b_d, 0))  # α, in float64: what its sum is away from 1 would be a part of r
         b_a = b_a / tl.sum(b_a, 0)
-        b_r = mixture(b_s, -b_a, teacher, o_t, m, o_k, K, A)
+        b_r = mixture(b_s, (-b_a).to(A), bucket, teacher, o_t, m, o_k, K, A)
         loss += tl.sum(b_r * b_r, 0)
         if gradient is not None or sums is not None:
-            b_u = products(b_r, teacher, o_t, m, o_k, K, A)
-            b_u = tl.where(b_in, b_u - tl.sum(tl.where(b_in, b_a.to(tl.float64) * b_u, 0.0), 0), 0.0)
-            b_e = -per_column * b_a * b_u.to(A)
+            b_u = products(b_r, bucket, teacher, o_t, m, o_k, K)
+            b_u -= tl.sum(b_a * b_u, 0)
+            b_e = (-2.0 * b_a * b_u / H).to(A)  # 0 outside of the bucket
             at = (j * N + i_row) * H + o
             if gradient is not None:
-                b_g = scale * mixture(per_column * b_r, b_e, teacher, o_t, m, o_k, K, A)
+                b_g = scale * mixture(per_column * b_r, b_e, bucket, teacher, o_t, m, o_k, K, A)
                 tl.store(gradient + at, b_g, m_row)
             if sums is not None:
                 for k in range(K):
                     to = sums + (k * N + i_row) * H + o  # of this program alone
-                    b_g = scale * (entry(b_e, o_k, k) * b_s - entry(b_a, o_k, k) * per_column * b_r)
-                    tl.store(to, tl.load(to, m_row & (j > 0), other=0.0) + b_g, m_row)
+                    b_g = scale * (entry(b_e, o_k, k) * b_s - entry(b_a.to(A), o_k, k) * per_column * b_r)
+                    b_g = tl.where(tl.load(bucket + k) != 0, b_g, 0.0)
+                    tl.store(to, tl.load(to, o < tl.where(j > 0, H, 0), other=0.0) + b_g, m_row)
     tl.store(losses + i_row, tl.where(w != 0, w * loss / H, 0.0))
 
 
@@ -146,7 +149,7 @@ def layer_distances_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     w = row_weight(weights, i_row)
     o = tl.arange(0, BLOCK)
-    m = (o < H) & (w != 0)
+    m = o < tl.where(w != 0, H, 0)
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     for j in range(M):
@@ -180,10 +183,10 @@ def layer_distances_backward_kernel(
     w = row_weight(weights, i_row)
     o = tl.arange(0, BLOCK)
     m_row = o < H
-    m = m_row & (w != 0)
+    m = o < tl.where(w != 0, H, 0)
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
-    scale = w / tl.load(normalizer) * (2.0 / H)
+    scale = w / tl.load(normalizer) * 2.0 / H
     for j in range(M):
         b_s = tl.load(layer(student, j, M) + o_s, m, other=0.0).to(A)
         b_g = tl.zeros([BLOCK], A)
