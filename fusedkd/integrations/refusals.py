@@ -231,7 +231,20 @@ def uneven_evaluation(batches: list[int]) -> None:
         )
 
 
-RESERVED = ("loss", "kd", "ce", "kl", "kl_top_k", "perplexity", "distil", "mlm", "epoch", "step", "learning_rate")
+RESERVED = (
+    "loss",
+    "kd",
+    "ce",
+    "kl",
+    "kl_top_k",
+    "perplexity",
+    "distil",
+    "mlm",
+    "epoch",
+    "step",
+    "learning_rate",
+    "grad_norm",
+)
 """Names that mean something else in logs."""
 
 
