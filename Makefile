@@ -38,7 +38,7 @@ aot: .venv/ready $(TRITONS:%=.aot/%/triton)
 	for version in $(TRITONS); do \
 		echo "== Triton $$version"; \
 		PYTHONPATH=.aot/$$version OMP_NUM_THREADS=1 FUSEDKD_AOT=all .venv/bin/python -m pytest -n auto \
-			tests/test_triton_aot.py tests/test_topk_aot.py || failed=1; \
+			tests/test_triton_aot.py tests/test_topk_aot.py tests/test_gumbel_aot.py || failed=1; \
 	done; \
 	exit $$failed
 
@@ -67,6 +67,7 @@ bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-small.json --cases cpu-small
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-attention.json --cases cpu-attention
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, linear, providers
+from benchmarks import attention, cases, linear, providers
 from benchmarks.measure import MALLOC, set_malloc
 from benchmarks.record import machine
 
-CASES = {**cases.CASES, **linear.CASES}
+CASES = {**cases.CASES, **linear.CASES, **attention.CASES}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     help = "what becomes of freed memory on a CPU: back to the system (default), or kept by malloc"
     parser.addoption("--memory", default="fresh", choices=tuple(MALLOC), help=help)
     parser.addoption(
-        "--cases", default=None, choices=tuple(CASES), help="a list of cases.py or linear.py; the device's"
+        "--cases",
+        default=None,
+        choices=tuple(CASES),
+        help="a list of cases.py, linear.py or attention.py; the device's",
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fusedkd
 from benchmarks import eager
+from benchmarks.attention import AttentionCase, QueriesAndKeys
 from benchmarks.cases import Case
 from benchmarks.linear import Head, LinearCase
 
@@ -230,6 +231,56 @@ def orda_linear(case: LinearCase) -> Loss:
     )
 
 
+# -------------------------------------------------- attention maps
+
+
+def fusedkd_attention(case: AttentionCase) -> Loss:
+    loss = getattr(fusedkd, case.loss)
+    return lambda student, teacher, labels: loss(*student, *teacher, causal=case.causal)
+
+
+def scores(side: QueriesAndKeys, later: Tensor | None) -> Tensor:
+    found = (side.q @ side.k.mT).float() / side.q.shape[-1] ** 0.5
+    return found if later is None else found.masked_fill(later, -1e30)  # −inf would make NaN of 0·∞
+
+
+def eager_attention(case: AttentionCase) -> Loss:
+    def loss(student: QueriesAndKeys, teacher: QueriesAndKeys, labels: Tensor) -> Tensor:
+        later = None
+        if case.causal:
+            later = torch.ones(case.columns, case.columns, dtype=torch.bool, device=student.q.device).triu(1)
+        s, t = scores(student, later), scores(teacher, later)
+        if case.loss == "attention_mse_loss":
+            return F.mse_loss(s, t)
+        log_q, p = s.log_softmax(-1), t.softmax(-1)
+        return F.kl_div(log_q, p, reduction="sum") / case.rows
+
+    return loss
+
+
+def attention_products(case: AttentionCase) -> Loss:
+    """The matrix products of value and gradient, in the operands' type."""
+
+    class Products(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, t_q: Tensor, t_k: Tensor) -> Tensor:
+            z, _ = q @ k.mT, t_q @ t_k.mT
+            ctx.save_for_backward(z @ k, z.mT @ q) if case.backward else None
+            return z.new_zeros((), dtype=torch.float32)
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> Any:
+            return *ctx.saved_tensors, None, None
+
+    return lambda student, teacher, labels: Products.apply(*student, *teacher)
+
+
+ATTENTION: dict[str, Callable[[Any], Loss]] = {
+    "fusedkd": fusedkd_attention,
+    PRODUCTS: attention_products,
+    "eager": eager_attention,
+    "torch.compile": eager_attention,
+}
 PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
     "kd_loss": {
         "fusedkd": fusedkd_kd,
@@ -253,6 +304,8 @@ PROVIDERS: dict[str, dict[str, Callable[[Case], Loss]]] = {
         "torch linear CE": torch_linear_ce,
     },
     "cosine_hidden_loss": {"fusedkd": fusedkd_cosine, "eager": eager_cosine, "torch.compile": eager_cosine},
+    "attention_kl_loss": ATTENTION,
+    "attention_mse_loss": ATTENTION,
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import providers
+from benchmarks.attention import AttentionCase
 from benchmarks.cases import Case
 from benchmarks.linear import LinearCase
 from benchmarks.measure import Measurement, copy_bandwidth
@@ -62,7 +63,7 @@ def entry_of(case: Case, provider: str, measured: Measurement, device: str) -> d
 
 def _speed(case: Case, median: float, device: str) -> dict[str, float]:
     """In the units of what bounds it."""
-    if isinstance(case, LinearCase):
+    if isinstance(case, LinearCase | AttentionCase):
         return {"tflop_per_s": case.operations / median / 1e12}
     rate = case.bytes_moved / median
     return {"gb_per_s": rate / 1e9, "of_copy": rate / copy_bandwidth(device)}

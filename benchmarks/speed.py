@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from benchmarks.attention import AttentionCase
 from benchmarks.cases import Case
 from benchmarks.linear import LinearCase
 from benchmarks.providers import PRODUCTS
 
 Entry = dict[str, Any]
 
+KINDS: dict[str, type[Case]] = {
+    "linear_kd_loss": LinearCase,
+    "attention_kl_loss": AttentionCase,
+    "attention_mse_loss": AttentionCase,
+}
 COLOURS = {"fusedkd": "#0b7285", "eager": "#adb5bd", "torch.compile": "#868e96", "liger": "#e8590c"}
 OTHER_COLOUR = "#ced4da"
 MEMORY = {
@@ -25,7 +31,7 @@ RESOLUTION = 0.2e6  # bytes: Linux counts resident pages in batches per core
 
 def label(entry: Entry) -> str:
     """The case, as a heading."""
-    kind = LinearCase if entry["loss"] == "linear_kd_loss" else Case
+    kind = KINDS.get(entry["loss"], Case)
     return kind(**{field.name: entry[field.name] for field in fields(kind) if field.name in entry}).label
 
 
@@ -68,8 +74,8 @@ def table(data: dict[str, Any]) -> tuple[list[list[str]], str]:
     groups = cases(data)
     providers = list(dict.fromkeys(entry["provider"] for group in groups for entry in group))
     order = " / ".join(providers)
-    linear = groups[0][0]["loss"] == "linear_kd_loss"
-    bound = "of the products" if linear else "of a copy"
+    of_products = groups[0][0]["loss"] in KINDS
+    bound = "of the products" if of_products else "of a copy"
     rows = [["", *providers, bound, f"temporaries: {order}", f"error of the gradient: {order}"]]
     for group in groups:
         entries = [{entry["provider"]: entry for entry in group}.get(name) for name in providers]
@@ -108,7 +114,7 @@ def _legend(data: dict[str, Any]) -> str:
         "Of a copy: fusedkd's bytes per second, inputs and gradient counted once, relative to a plain copy in the same "
         f"run ({data['machine_info']['copy_gb_per_s']:.0f} GB/s)."
     )
-    if data["benchmarks"][0]["extra_info"]["loss"] == "linear_kd_loss":
+    if data["benchmarks"][0]["extra_info"]["loss"] in KINDS:
         bound = (
             "Of the products: the time of the matrix products alone, in the operands' type, in the same rounds, "
             "relative to fusedkd's."

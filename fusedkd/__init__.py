@@ -21,7 +21,9 @@ from fusedkd.divergences import (
     TotalVariation,
 )
 from fusedkd.losses.attention import attention_kl_loss, attention_mse_loss
+from fusedkd.losses.attention_maps import attention_kl_from_maps, attention_mse_from_maps
 from fusedkd.losses.contrastive import contrastive_hidden_loss
+from fusedkd.losses.gumbel import gumbel_rows
 from fusedkd.losses.hidden import cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.layers import layer_attention_loss, pairwise_layer_mse
@@ -48,10 +50,13 @@ __all__ = [
     "TeacherSamples",
     "TeacherTopK",
     "TotalVariation",
+    "attention_kl_from_maps",
     "attention_kl_loss",
+    "attention_mse_from_maps",
     "attention_mse_loss",
     "contrastive_hidden_loss",
     "cosine_hidden_loss",
+    "gumbel_rows",
     "hidden_loss",
     "kd_loss",
     "layer_attention_loss",

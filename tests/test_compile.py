@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gumbel_cases
 import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
@@ -344,7 +345,7 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         whole = {"student": student, "teacher": teacher, "mask": mask, "normalizers": normalizers}
         to = torch.full_like(gradient, torch.nan)
         cases["cosine_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
-    return cases
+    return cases | gumbel_cases.operator_arguments(device)
 
 
 def add_calls(

@@ -1,7 +1,7 @@
 """The C++ kernels on each instruction set of the processor, and what each has of its own: exponential and logarithm.
 
 A plain run uses the best instruction set; `test_other_instruction_sets` runs this file, test_cpu_kernels.py, those of
-the losses, test_kd_loss.py and test_cosine.py, and some of test_few_columns.py and test_divergences.py again with each
+the losses, test_kd_loss.py and test_cosine.py, and some of test_gumbel.py and others again with each
 lower one, which FUSEDKD_ISA asks for.
 """
 
@@ -33,6 +33,7 @@ def test_other_instruction_sets(lower: str) -> None:
         pytest.skip(f"{isa()} is what the processor has")
     here = Path(__file__).parent
     tests = ["test_cpu_instruction_sets.py", "test_cpu_kernels.py", "test_kd_loss.py", "test_cosine.py"]
+    tests += [f"test_gumbel.py::test_{name}" for name in ("every_backend_has_the_same_noise", "choice_and_gradient")]
     tests += [f"test_few_columns.py::test_{name}" for name in ("every_width", "operators_agree")]
     tests += [f"test_divergences.py::test_{name}" for name in ("parameters", "far_apart", "underflow_on_both_sides")]
     run = subprocess.run(

@@ -19,7 +19,7 @@ import pytest
 
 import fusedkd
 from fusedkd.backends import eager, layout
-from fusedkd.backends.layout import CosineStat, KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
+from fusedkd.backends.layout import CosineStat, GumbelStat, KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
 from fusedkd.divergences import FAMILIES, Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
@@ -55,6 +55,7 @@ def test_cpp_has_the_numbers_of_python() -> None:
     assert enumerators("Option") == members(Option)
     assert enumerators("Stat") == {**members(Stat), "STATS": len(Stat)}
     assert enumerators("CosineStat") == {**members(CosineStat), "COSINE_STATS": len(CosineStat)}
+    assert enumerators("GumbelStat") == {**members(GumbelStat), "GUMBEL_STATS": len(GumbelStat)}
     assert enumerators("ShardStat") == {**members(ShardStat), "SHARD_STATS": layout.SHARD_STATS}
     assert enumerators("Stage") == members(Stage)
     assert enumerators("KernelId") == members(KernelId)
@@ -71,7 +72,7 @@ def test_triton_has_the_numbers_of_python() -> None:
     pytest.importorskip("triton")
     from fusedkd.backends.triton import layout as numbers
 
-    for enum in (Option, Stat, ShardStat, Stage, KernelId, TopkKernelId):
+    for enum in (Option, Stat, GumbelStat, ShardStat, Stage, KernelId, TopkKernelId):
         assert {name: getattr(numbers, name).value for name in enum.__members__} == members(enum)
 
 

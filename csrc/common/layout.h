@@ -52,6 +52,13 @@ enum HiddenStat : int64_t {
   HIDDEN_STATS,
 };
 
+// Columns of the statistics [N, GUMBEL_STATS] of the Gumbel operators.
+enum GumbelStat : int64_t {
+  NOISY_MAX,
+  NOISY_SUM,
+  GUMBEL_STATS,
+};
+
 // Of a shard of the vocabulary there are more, [N, STATS + SHARD_STATS]: these come after the others.
 enum ShardStat : int64_t {
   LABEL_STUDENT,

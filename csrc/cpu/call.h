@@ -83,4 +83,35 @@ struct HiddenCall {
   std::optional<PerRow> upstream = {};     // 1 if none
 };
 
+// Of the losses over several layers.
+struct LayersCall {
+  std::vector<Rows> student, teacher;  // M and K layers [B, L, H]
+  const float* weights;                // [N] or null: all 1
+  double normalizer;
+  ScalarType type;                                         // of the accumulation
+  const double* buckets = nullptr;                         // [M, K], of layer_attention
+  void* losses = nullptr;                                  // [N], of layer_attention
+  std::vector<Rows> gradient = {}, teacher_gradient = {};  // of the layers of a side, or none
+  std::optional<PerRow> upstream = {};                     // 1 if none
+  const double* factors = nullptr;                         // [M, K]: the upstream of layer_distances
+  double* sums = nullptr;                                  // [chunks, M, K]: of layer_distances, of so many rows each
+  int64_t chunk = 0;
+
+  int64_t rows() const { return student[0].count; }
+  int64_t columns() const { return student[0].columns; }
+  double weight(int64_t i) const { return weights ? weights[i] : 1; }
+};
+
+// Of gumbel_rows.
+struct GumbelCall {
+  Rows logits;  // [1, N, V], float32 or float64; where there are slopes, the gradient goes over them
+  int64_t seed;
+  double temperature;
+  int64_t first_row;                // of these rows, which the noise is counted by
+  int64_t* ids = nullptr;           // [N]
+  void* stats = nullptr;            // [N, GUMBEL_STATS] of the logits' type
+  std::optional<Rows> slopes = {};  // like the logits: of the loss in the relaxed rows; then ids and stats are given
+  double scale = 1;                 // of the gradient
+};
+
 }  // namespace fusedkd

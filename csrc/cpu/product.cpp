@@ -25,11 +25,14 @@ struct Operand {
   ScalarType type;
   int64_t count, stride, depth, depth_stride;  // strides in elements
 
-  Operand(const Tensor& t, int summed)
-      : data(static_cast<const char*>(t.data_ptr())), type(t.scalar_type()), count(t.size(1 - summed)),
-        stride(t.stride(1 - summed)), depth(t.size(summed)), depth_stride(t.stride(summed)) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.is_cpu() && (stride == 1 || depth_stride == 1 || t.numel() == 0),
+  // Of matrix i, if there are several. `summed`: 0 rows, 1 columns of it.
+  Operand(const Tensor& t, int summed, int64_t i)
+      : data(static_cast<const char*>(t.data_ptr())), type(t.scalar_type()), count(t.size(t.dim() - 1 - summed)),
+        stride(t.stride(t.dim() - 1 - summed)), depth(t.size(t.dim() - 2 + summed)),
+        depth_stride(t.stride(t.dim() - 2 + summed)) {
+    STD_TORCH_CHECK(t.is_cpu() && (stride == 1 || depth_stride == 1 || t.numel() == 0),
                     "fusedkd: a product needs matrices on the CPU, one of whose strides is 1");
+    if (t.dim() == 3) data += i * t.stride(0) * size_of(type);
   }
 };
 
@@ -148,28 +151,43 @@ void run(const Kernel& kernel, const Product& p, int64_t part_depth, int64_t par
     });
 }
 
+// Of one pair of matrices, on all threads.
+void multiply(const Kernel& kernel, const Product& p) {
+  // A long sum into a small result, as that of ∂z and the head, is cut in parts that threads can take.
+  const int64_t most = MOST_STEPS * kernel.per_step, m = p.a.count, n = p.b.count, depth = p.a.depth;
+  const int64_t part_depth = depth > std::max(m, n) ? ceil_div(ceil_div(depth, MOST_PARTS), most) * most : depth;
+  const int64_t parts = depth > part_depth ? ceil_div(depth, part_depth) : 1;
+  if (parts == 1) return run(kernel, p, part_depth, parts, nullptr);
+  const Tensor rest = fresh({(parts - 1) * m * n}, ScalarType::Float);
+  run(kernel, p, part_depth, parts, static_cast<float*>(rest.data_ptr()));
+}
+
 bool product(Tensor a, Tensor b, Optional bias, Tensor out, bool add) {
   const Kernel* kernel = kernel_for(b.scalar_type());
   if (!kernel) return false;
   const bool of_type = a.scalar_type() == b.scalar_type() || a.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(of_type && out.scalar_type() == ScalarType::Float && out.dim() == 2 && out.is_cpu() &&
-                      (out.size(1) <= 1 || out.stride(1) == 1),
+  const int64_t dim = out.dim(), pairs = dim == 3 ? out.size(0) : 1;
+  STD_TORCH_CHECK(of_type && out.scalar_type() == ScalarType::Float && out.is_cpu() && (dim == 2 || dim == 3) &&
+                      (out.size(dim - 1) <= 1 || out.stride(dim - 1) == 1),
                   "fusedkd: a product has a float32 result, whose rows are contiguous");
-  const Product p{Operand(a, 1),
-                  Operand(b, 0),
-                  bias ? contiguous_data<float>(*bias, ScalarType::Float, b.size(1), "bias") : nullptr,
-                  static_cast<float*>(out.data_ptr()),
-                  out.stride(0),
-                  add};
-  STD_TORCH_CHECK(p.a.depth == p.b.depth && out.size(0) == p.a.count && out.size(1) == p.b.count,
+  STD_TORCH_CHECK(a.dim() == dim && b.dim() == dim && (dim == 2 || (a.size(0) == pairs && b.size(0) == pairs)),
                   "fusedkd: the matrices of a product do not match");
   if (out.numel() == 0) return true;
-  // A long sum into a small result, as that of ∂z and the head, is cut in parts that threads can take.
-  const int64_t most = MOST_STEPS * kernel->per_step, m = p.a.count, n = p.b.count, depth = p.a.depth;
-  const int64_t part_depth = depth > std::max(m, n) ? ceil_div(ceil_div(depth, MOST_PARTS), most) * most : depth;
-  const int64_t parts = depth > part_depth ? ceil_div(depth, part_depth) : 1;
-  const Tensor rest = torch::stable::new_empty(out, {(parts - 1) * m * n});
-  run(*kernel, p, part_depth, parts, static_cast<float*>(rest.data_ptr()));
+  const auto pair = [&](int64_t i) {
+    float* c = static_cast<float*>(out.data_ptr()) + (dim == 3 ? i * out.stride(0) : 0);
+    const float* from = bias ? contiguous_data<float>(*bias, ScalarType::Float, b.size(dim - 1), "bias") : nullptr;
+    const Product p{Operand(a, 1, i), Operand(b, 0, i), from, c, out.stride(dim - 2), add};
+    STD_TORCH_CHECK(p.a.depth == p.b.depth && out.size(dim - 2) == p.a.count && out.size(dim - 1) == p.b.count,
+                    "fusedkd: the matrices of a product do not match");
+    return p;
+  };
+  if (pairs < torch::stable::get_num_threads()) {
+    for (int64_t i = 0; i < pairs; i++) multiply(*kernel, pair(i));
+    return true;
+  }
+  torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) multiply(*kernel, pair(i));
+  });
   return true;
 }
 

@@ -107,8 +107,8 @@ inline double mask_value(const void* data, ScalarType type, int64_t i) {
 // kernel.)
 inline Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
   const auto dimensions = int64_t(sizes.size());
-  int64_t strides[3] = {1, 1, 1};
-  STD_TORCH_CHECK(dimensions <= 3, "fusedkd: at most three dimensions");
+  int64_t strides[4] = {1, 1, 1, 1};
+  STD_TORCH_CHECK(dimensions <= 4, "fusedkd: at most four dimensions");
   for (int64_t i = dimensions - 2; i >= 0; i--) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;

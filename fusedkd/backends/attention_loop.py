@@ -24,15 +24,19 @@ from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.layout import KernelId, Option
 from fusedkd.backends.linear_loop import _in_range
-from fusedkd.backends.products import _aligned, own_product, product
+from fusedkd.backends.products import aligned, own_product
 from fusedkd.backends.schema import attention_memory
 
-CPU_TILE, GPU_TILE = 3 << 20, 512 << 20
-"""Bytes of both sides' scores. What a CPU's caches hold; products of fewer rows are slower."""
+ops = torch.ops.fusedkd
+
+CPU_TILE, GPU_TILE = 2 << 20, 512 << 20
+"""Bytes of both sides' scores: what a CPU's caches hold, and not fewer, for products of few rows are slow."""
 FEWEST = 16
 """Rows of a tile, however many keys there are."""
-SMALL = 64 * 64
-"""Scores of a pair below which one call of PyTorch's product for all pairs costs less than ours for each."""
+FEWEST_CAUSAL = 64
+"""Of a tile with fewer than it has room for, so that keys after all of its queries can be left out."""
+
+FLAGS = Flags(ignore_index=-100, transform=False, ce=False)
 
 
 def attention(
@@ -149,20 +153,32 @@ def _spans(counted: Tensor | None, batch: int, length: int) -> list[tuple[tuple[
 
 
 class _Tiles:
-    """Memory that every tile uses again."""
+    """How large they are, and memory that every tile uses again."""
 
     def __init__(self, like: Tensor):
         self.like, self.dtype = like, torch.promote_types(like.dtype, torch.float32)
         self.scores = (GPU_TILE if like.is_cuda else CPU_TILE) // (2 * self.dtype.itemsize)
         self.made: dict[str, Tensor] = {}
 
-    def get(self, role: str, pairs: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        width = _aligned(columns)
-        size = pairs * rows * width
-        if role not in self.made or self.made[role].numel() < size:
+    def rows(self, pairs: int, queries: int, keys: int, causal: bool) -> int:
+        """Of tiles of equal height."""
+        most = max(FEWEST, self.scores // (pairs * keys))
+        if causal:  # smaller tiles leave out more
+            most = min(most, max(FEWEST_CAUSAL, queries // 8))
+        return -(-queries // -(-queries // most))
+
+    def get(self, role: str, dtype: torch.dtype, most: int, pairs: int, rows: int, columns: int) -> Tensor:
+        """Memory for one of a group's tiles, of which the largest has `most` scores."""
+        width = self.width(columns)
+        if role not in self.made or self.made[role].numel() < most:
             self.made.pop(role, None)  # before the larger one is made
-            self.made[role] = self.like.new_empty(size, dtype=dtype)
-        return self.made[role][:size].view(pairs, rows, width)[..., :columns]
+            self.made[role] = self.like.new_empty(most, dtype=dtype)
+        tile = self.made[role][: pairs * rows * width].view(pairs, rows, width)
+        return tile if width == columns else tile[..., :columns]
+
+    def width(self, columns: int) -> int:
+        """What a row takes."""
+        return aligned(columns) if self.like.is_cuda else columns
 
 
 def _run(
@@ -188,16 +204,18 @@ def _run(
     if group.holes and call.rows is not None:
         q = torch.where(group.of_keys(call.rows, heads).unsqueeze(2), q, 0)
     weights, losses = group.of(teacher.row_weights), row_losses[group.batch, group.heads]
-    pairs = len(q)
-    most = max(FEWEST, tiles.scores // (pairs * _aligned(right - left)))
-    size = -(-(last - first) // -(-(last - first) // most))  # tiles of equal height
+    upstream = None if call.upstream is None else group.of(call.upstream).unsqueeze(2)
+    to_q, to_k = (None if x is None else group.of(x) for x in (d_q, d_k))
+    grad = d_q is not None or d_k is not None
+    size = tiles.rows(len(q), last - first, right - left, call.causal)
+    most = len(q) * size * tiles.width(right - left)
     for start in range(first, last, size):
         part = slice(start, min(start + size, last))
         seen = slice(left, min(right, part.stop) if call.causal else right)
-        shape = pairs, part.stop - part.start, seen.stop - seen.start
+        shape = len(q), part.stop - part.start, seen.stop - seen.start
         if shape[2] <= 0:
             continue
-        z, t = (tiles.get(role, *shape, tiles.dtype) for role in ("student", "teacher"))
+        z, t = (tiles.get(role, tiles.dtype, most, *shape) for role in ("student", "teacher"))
         for tile, queries, its_keys in ((z, q, k), (t, t_q, t_k)):
             _multiply(queries[:, part], its_keys[:, seen].transpose(1, 2), tile)
             if hidden is not None:
@@ -205,23 +223,19 @@ def _run(
             if call.causal:
                 _hide_later(tile, part, seen)
         of_tile = teacher._replace(
-            rows=t,
-            row_weights=weights[:, part].flatten().contiguous(),
-            options=_options(teacher, shape[2], L),
+            rows=t, row_weights=weights[:, part].flatten().contiguous(), options=_options(teacher, shape[2], L)
         )
-        grad = d_q is not None or d_k is not None
-        flags = Flags(ignore_index=-100, transform=False, ce=False)
-        found, _ = block.forward(z, None, [of_tile], flags, z if grad else None)
+        found, _ = block.forward(z, None, [of_tile], FLAGS, z if grad else None)
         losses[..., part] = found[0, 0].view(*losses.shape[:2], shape[1])
         if not grad:
             continue
-        if call.upstream is not None:
-            z.mul_(group.of(call.upstream)[:, part].unsqueeze(2))
-        g = tiles.get("gradient", *shape, k.dtype).copy_(z) if z.is_cuda and k.dtype != z.dtype else z
-        if d_q is not None:
-            _multiply(g, k[:, seen], group.of(d_q)[:, part], add=True)
-        if d_k is not None:
-            _multiply(g.transpose(1, 2), q[:, part], group.of(d_k)[:, seen], add=True)
+        if upstream is not None:
+            z.mul_(upstream[:, part])
+        g = tiles.get("gradient", k.dtype, most, *shape).copy_(z) if z.is_cuda and k.dtype != z.dtype else z
+        if to_q is not None:
+            _multiply(g, k[:, seen], to_q[:, part], add=True)
+        if to_k is not None:
+            _multiply(g.transpose(1, 2), q[:, part], to_k[:, seen], add=True)
 
 
 def _hide_later(tile: Tensor, part: slice, seen: slice) -> None:
@@ -249,9 +263,8 @@ def _operand(x: Tensor, result: torch.dtype) -> Tensor:
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a·b, or out += a·b, of each pair."""
-    if not a.is_cuda and own_product(b.dtype, out.dtype) and (len(a) == 1 or out[0].numel() >= SMALL):
-        for each in zip(a, b, out, strict=True):
-            product(*each, add=add)
+    if not a.is_cuda and own_product(b.dtype, out.dtype):
+        ops.product(a=a, b=b, bias=None, out=out, add=add)
         return
     options: dict[str, Any] = {}
     if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result

@@ -6,12 +6,13 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fusedkd.backends import attention_loop, eager, linear_loop, products, projected
+from fusedkd.backends import attention_loop, eager, gumbel_loop, linear_loop, products, projected
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -19,9 +20,23 @@ PACKAGE = Path(__file__).parent.parent
 serving: dict[tuple[str, str], tuple[str, str]] = {}
 """(operator, device) → (backend, reason): what ``python -m fusedkd.env`` prints."""
 
-KD_OPERATORS = [name for name in SCHEMAS if name.startswith("kd_")]
-HIDDEN_OPERATORS = [name for name in SCHEMAS if name.startswith("hidden_")]
-LAYER_OPERATORS = [name for name in SCHEMAS if name.startswith("layer_")]
+LOOPS = {
+    "linear_kd": linear_loop,
+    "linear_hidden": projected,
+    "attention": attention_loop,
+    "gumbel_ids": gumbel_loop,
+    "gumbel_gradients": gumbel_loop,
+}
+"""Operators that are PyTorch everywhere: products, and the operators above on tiles."""
+KERNELS = {"kd_": "launch", "hidden_": "hidden", "layer_": "layers", "gumbel_": "gumbel"}
+"""How the names of operators that have kernels begin → the module of :mod:`fusedkd.backends.triton` that starts them.
+The C++ library has the same on a CPU, and so have the definitions.
+"""
+KERNEL_OPERATORS = {
+    module: [name for name in SCHEMAS if name.startswith(prefix) and name not in LOOPS]
+    for prefix, module in KERNELS.items()
+}
+WITH_KERNELS = list(chain.from_iterable(KERNEL_OPERATORS.values()))
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
 GATHERED = "the logits of all ranks are gathered"
@@ -91,10 +106,8 @@ class _Slow:
 
 def _serve_loops(device: str) -> None:
     """The operators that are PyTorch everywhere."""
-    reason = "products by torch.mm or `product`, tiles by the operators above"
-    _serve(["linear_kd"], device, "PyTorch", reason, linear_loop)
-    _serve(["linear_hidden"], device, "PyTorch", reason, projected)
-    _serve(["attention"], device, "PyTorch", reason, attention_loop)
+    for name, module in LOOPS.items():
+        _serve([name], device, "PyTorch", "products by torch.mm or `product`, tiles by the operators above", module)
     for name in DEFINED_OPERATORS:
         serving[name, device] = "PyTorch", "autograd on some rows at a time"
         function = getattr(import_module("fusedkd.backends.defined"), name.replace("defined", "kd"))
@@ -112,31 +125,31 @@ def _ask_for_products() -> None:
     _serve(["product"], "CPU", "C++" if found else "PyTorch", reason)
 
 
+def _serve_triton(device: str, reason: str) -> None:
+    for module, names in KERNEL_OPERATORS.items():
+        more = SHARD_OPERATORS if module == "launch" else []
+        _serve(names + more, device, "Triton", reason, import_module(f"fusedkd.backends.triton.{module}"))
+
+
+def _serve_definitions(device: str, reason: str, definitions: Any) -> None:
+    _serve(WITH_KERNELS, device, "definitions", reason, definitions)
+    _serve(SHARD_OPERATORS, device, "PyTorch", GATHERED)
+
+
 def _dispatch_cpu() -> None:
     choice = os.environ.get("FUSEDKD_BACKEND", "auto")
     _serve_loops("CPU")
     if choice == "definitions":
-        _serve(
-            KD_OPERATORS + HIDDEN_OPERATORS + LAYER_OPERATORS,
-            "CPU",
-            "definitions",
-            "FUSEDKD_BACKEND=definitions",
-            eager,
-        )
-        _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
+        _serve_definitions("CPU", "FUSEDKD_BACKEND=definitions", eager)
     elif choice == "triton":  # how the Triton kernels are tested without a GPU: TRITON_INTERPRET=1, or `make sanitize`
-        triton = import_module("fusedkd.backends.triton.launch")
-        _serve(KD_OPERATORS + SHARD_OPERATORS, "CPU", "Triton", "FUSEDKD_BACKEND=triton", triton)
-        _serve(HIDDEN_OPERATORS, "CPU", "definitions", "there is no Triton kernel for it", eager)
+        _serve_triton("CPU", "FUSEDKD_BACKEND=triton")
     elif choice == "auto":
         missing = load("_C")
         if missing is None:
-            _serve(KD_OPERATORS + SHARD_OPERATORS + HIDDEN_OPERATORS, "CPU", "C++", "fusedkd._C is built")
-            _serve(LAYER_OPERATORS, "CPU", "definitions", "for now", eager)
+            _serve(WITH_KERNELS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
             _ask_for_products()
         else:
-            _serve(KD_OPERATORS + HIDDEN_OPERATORS + LAYER_OPERATORS, "CPU", "definitions", missing, _Slow(missing))
-            _serve(SHARD_OPERATORS, "CPU", "PyTorch", GATHERED)
+            _serve_definitions("CPU", missing, _Slow(missing))
     else:
         raise ValueError(f"FUSEDKD_BACKEND must be auto, definitions or triton, not {choice!r}")
 
@@ -145,12 +158,9 @@ def _dispatch_cuda() -> None:
     if torch.version.cuda is None and torch.version.hip is None:  # asking for a device would break later forks
         return
     try:
-        triton = import_module("fusedkd.backends.triton.launch")
-        _serve(KD_OPERATORS + SHARD_OPERATORS, "CUDA", "Triton", "Triton is installed", triton)
+        _serve_triton("CUDA", "Triton is installed")
     except ImportError as error:
-        _serve(KD_OPERATORS, "CUDA", "definitions", f"Triton is missing ({error})", eager)
-        _serve(SHARD_OPERATORS, "CUDA", "PyTorch", GATHERED)
-    _serve(HIDDEN_OPERATORS, "CUDA", "definitions", "there is no Triton kernel for it", eager)
+        _serve_definitions("CUDA", f"Triton is missing ({error})", eager)
     _serve_loops("CUDA")
     missing = load("_C_cuda")
     if missing is None:

@@ -26,7 +26,7 @@ from fusedkd.backends.layout import (
     Stat,
     TopkKernelId,
 )
-from fusedkd.reference import divergences, hidden, layers, softmax, sparse
+from fusedkd.reference import divergences, gumbel, hidden, layers, softmax, sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax
 
@@ -298,7 +298,35 @@ def layer_distances_backward(
     normalizer: Tensor,
 ) -> Tensor:
     x, y = _layers(student, weights), _layers(teacher, weights)
-    gradient = layers.pairwise_mse_gradient(x, y, upstream.double()) / normalizer
+    gradient = layers.pairwise_mse_gradient(x, y, upstream) / normalizer
     if weights is not None:
         gradient *= weights.double().unsqueeze(-1)
     return gradient.to(student[0].dtype).view(len(student), *student[0].shape)
+
+
+def gumbel_forward(logits: Tensor, seed: Tensor, temperature: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    noisy = _noisy(logits, seed, first_row)
+    most = noisy.amax(1)
+    total = ((noisy - most.unsqueeze(1)) / temperature).exp().sum(1)
+    total = torch.where(most == -torch.inf, 0, total)  # of nothing but −inf
+    return gumbel.choice(noisy), torch.stack([most, total], 1).to(logits.dtype)
+
+
+def gumbel_backward(
+    logits: Tensor,
+    slopes: Tensor,
+    ids: Tensor,
+    stats: Tensor,
+    seed: Tensor,
+    temperature: Tensor,
+    scale: Tensor,
+    first_row: int,
+) -> None:
+    gradient = gumbel.relaxed_gradient(_noisy(logits, seed, first_row), slopes[0].double(), temperature)
+    logits.copy_((gradient * (scale * temperature)).unsqueeze(0))
+
+
+def _noisy(logits: Tensor, seed: Tensor, first_row: int) -> Tensor:
+    """In float64, of sums in the logits' type: the order of columns is that of the kernels, ties included."""
+    _, rows, columns = logits.shape
+    return (logits[0] + gumbel.noise(seed, rows, columns, first_row)).double()

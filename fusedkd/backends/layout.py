@@ -108,6 +108,15 @@ class HiddenStat(IntEnum):
 HIDDEN_STATS = len(HiddenStat)
 
 
+class GumbelStat(IntEnum):
+    """Columns of the statistics ``(N, len(GumbelStat))`` of the Gumbel operators."""
+
+    NOISY_MAX = 0
+    """Of the logits with their noise."""
+    NOISY_SUM = 1
+    """Σ exp((x − max)/T)."""
+
+
 class ShardStat(IntEnum):
     """Of a shard of the vocabulary there are more, ``(N, STATS + SHARD_STATS)``: these come after those of `Stat`. All
     but the last two are what a rank tells the others.

@@ -31,7 +31,7 @@ def own_product(operands: torch.dtype, result: torch.dtype) -> bool:
 
 
 def row_bytes(columns: int, dtype: torch.dtype) -> int:
-    return _aligned(columns) * dtype.itemsize
+    return aligned(columns) * dtype.itemsize
 
 
 class Tiles:
@@ -44,7 +44,7 @@ class Tiles:
     def get(self, role: str, columns: int, dtype: torch.dtype) -> Tensor:
         if (role, dtype) not in self.made or self.made[role, dtype].shape[1] < columns:
             self.made.pop((role, dtype), None)  # before the wider one is made
-            self.made[role, dtype] = self.like.new_empty(self.rows, _aligned(columns), dtype=dtype)
+            self.made[role, dtype] = self.like.new_empty(self.rows, aligned(columns), dtype=dtype)
         return self.made[role, dtype][:, :columns]
 
 
@@ -77,15 +77,15 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor) -> Tensor:
-    """x·weightᵀ + bias, in the first rows of the tile."""
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor, add: bool = False) -> Tensor:
+    """x·weightᵀ + bias in the first rows of the tile, or `add` it to what is there."""
     out = tile[: len(x)]
     if x.is_cuda or x.dtype == out.dtype or own_product(x.dtype, out.dtype):
-        product(x, weight.t(), out, bias=bias)
+        product(x, weight.t(), out, add=add, bias=bias)
         return out
     x = x.to(out.dtype)
     for panel, part in zip(weight.split(PANEL), out.split(PANEL, 1), strict=True):
-        product(x, panel.t(), part)
+        product(x, panel.t(), part, add=add)
     return out if bias is None else out.add_(bias)
 
 
@@ -99,5 +99,5 @@ def pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _aligned(width: int) -> int:
+def aligned(width: int) -> int:
     return -(-width // ALIGNMENT) * ALIGNMENT

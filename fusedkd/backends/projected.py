@@ -23,7 +23,7 @@ from fusedkd.backends import products
 from fusedkd.backends.call import rows_of
 from fusedkd.backends.composed import hidden_weights
 from fusedkd.backends.linear_loop import selected
-from fusedkd.backends.products import Tiles, tile_type
+from fusedkd.backends.products import Tiles, row_bytes, tile_type
 from fusedkd.backends.schema import projected_gradients_like
 
 ops = torch.ops.fusedkd
@@ -32,9 +32,14 @@ FLOAT16_TOP = 8192.0
 """What the largest ∂y of a tile of float16 operands is scaled to, of 65504."""
 
 
-def rows_per_tile(device: torch.device) -> int:
-    """As many as the products want; on a CPU few enough for y to be in the cache when it is read again."""
-    return 1024 if device.type == "cpu" else 4096
+def rows_per_tile(device: torch.device, columns: int, dtype: torch.dtype) -> int:
+    """As many as the products want; on a CPU few enough for y to be in the cache when it is read again: 8 MB are within
+    2 % of the fastest for H_t of 1024 and of 4096.
+    """
+    if device.type != "cpu":
+        return 4096
+    size = row_bytes(columns, tile_type(dtype, torch.float32))
+    return max(256, min(2048, (8 << 20) // size))
 
 
 def linear_hidden(*, hidden: Tensor, **inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

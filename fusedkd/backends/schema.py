@@ -36,15 +36,15 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
                     in ``dtype``. Returns row losses ``(teachers, 2, N)`` and the gradients in A, each empty if not
                     wanted.
+``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
+                    ``(H_t,)`` or None, ``tile`` rows at a time. Products are made in ``dtype``. `upstream` and
+                    ``wanted`` as of linear_kd, and after those of hidden states, projection and bias the gradient of
+                    the teacher's side, ``(N, H_t)``. Returns the loss and these four.
 ``attention``       the loss between attention maps, from queries and keys ``(B, heads, L, d)``; keys None: those are
                     the queries. ``rows`` and ``keys``, ``(B, L)`` bool or None for all: the queries that have a loss,
                     the keys that are seen. ``upstream``: ``(B, heads, L)``, or None for 1. Returns row losses
                     ``(B, heads, L)`` and the gradients of the student's queries and keys in A, each empty if not
                     wanted, the sum of both in the first where they are the same.
-``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
-                    ``(H_t,)`` or None, ``tile`` rows at a time. Products are made in ``dtype``. `upstream` and
-                    ``wanted`` as of linear_kd, and after those of hidden states, projection and bias the gradient of
-                    the teacher's side, ``(N, H_t)``. Returns the loss and these four.
 ``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
                     ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
                     ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
@@ -54,12 +54,21 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     float64; statistics. `normalizers` ``(2,)`` float64: the normaliser, or COUNTED as for
                     kd_row_weights, and what it is then divided by, a weight of the loss.
 ``layer_attention`` ALP-KD over M student and K teacher layers, each ``(B, L, H)``, of one type a side: row losses
-                    ``(N,)``, Σ_j w·|s_j − c_j|²/H; and, unless None, the gradients of their sum over the normaliser, times
-                    `upstream`, ``()`` or ``(N,)``, None for 1, into `gradient` ``(M, B, L, H)`` and `teacher_gradient`
-                    ``(K, B, L, H)``. `buckets` ``(M, K)`` float64, not 0 where the layer k is one of j's. With
-                    ``skip_if_one`` as in kd_backward.
+                    ``(N,)``, Σ_j w·|s_j − c_j|²/H; and the gradients of their sum over the normaliser, times `upstream`,
+                    ``()`` or ``(N,)``, None for 1, into `gradient` ``(M, B, L, H)`` and `teacher_gradient`
+                    ``(K, B, L, H)``, unless these are None. `buckets` ``(M, K)`` float64: not 0 where the layer k is
+                    one of j's. ``skip_if_one`` as in kd_backward.
 ``layer_distances`` mean over H and weighted sum over rows, by the normaliser, of (s_j − t_k)², ``(M, K)``.
-``layer_distances_backward``  its gradient ``(M, B, L, H)``, of the first side, for an upstream ``(M, K)``.
+``layer_distances_backward``  its gradient ``(M, B, L, H)``, of the first side, for an upstream ``(M, K)`` float64.
+``gumbel_forward``  of logits ``(1, N, V)`` in A and their noise, that of the rows from ``first_row`` on under the
+                    `seed` (``()`` int64): the highest column of each row, ``(N,)`` int64, and statistics ``(N, 2)`` at
+                    the `temperature`, ``()`` float64.
+``gumbel_backward`` over the logits, the gradient of the relaxed one-hot rows y, times `scale` (``()`` float64), from
+                    `slopes` like the logits, ∂loss/∂y; 1/T is a part of the scale.
+``gumbel_ids``      gumbel_forward from hidden states ``(N, H)``, a head ``(V, H)`` and a bias ``(V,)`` or None,
+                    ``tile`` rows at a time. Products are made in ``dtype``.
+``gumbel_gradients``  the gradients of the three that are ``wanted``, from those of the rows ``(N, E)`` of each table
+                    ``(V, E)``: as those of linear_kd.
 """
 
 from __future__ import annotations
@@ -70,7 +79,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.layout import HIDDEN_STATS, Stat
+from fusedkd.backends.layout import HIDDEN_STATS, GumbelStat, Stat
 
 _INPUTS = (
     "Tensor student, Tensor teacher, Tensor? ids, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -87,6 +96,7 @@ _LOSS = (
 _HIDDEN = "Tensor student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
 _COMPARED = "int distance, int normalize"
 _LAYERS = "Tensor[] student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
+_GUMBEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor temperature, SymInt tile, ScalarType dtype"
 
 SCHEMAS = {
     "kd_row_weights": "(*, Tensor teacher, Tensor? ids, Tensor? labels, Tensor? kd_mask, Tensor? normalizers, "
@@ -102,9 +112,6 @@ SCHEMAS = {
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor? upstream, "
     "int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype,"
     " SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
-    "attention": "(*, Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? rows, "
-    "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, int kernel_id, bool causal, bool[] wanted) -> "
-    "(Tensor, Tensor, Tensor)",
     "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
     f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -113,10 +120,19 @@ SCHEMAS = {
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
     "hidden_backward": f"(*, Tensor upstream, {_HIDDEN}, Tensor stats, Tensor(a!) gradient, {_COMPARED}, "
     "bool skip_if_one) -> ()",
+    "attention": "(*, Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? rows, "
+    "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, int kernel_id, bool causal, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor)",
     "layer_attention": f"(*, Tensor? upstream, {_LAYERS}, Tensor buckets, Tensor(a!)? gradient, "
     "Tensor(b!)? teacher_gradient, bool skip_if_one) -> Tensor",
     "layer_distances": f"(*, {_LAYERS}) -> Tensor",
     "layer_distances_backward": f"(*, Tensor upstream, {_LAYERS}) -> Tensor",
+    "gumbel_forward": "(*, Tensor logits, Tensor seed, Tensor temperature, int first_row) -> (Tensor, Tensor)",
+    "gumbel_backward": "(*, Tensor(a!) logits, Tensor slopes, Tensor ids, Tensor stats, Tensor seed, "
+    "Tensor temperature, Tensor scale, int first_row) -> ()",
+    "gumbel_ids": f"(*, {_GUMBEL}) -> (Tensor, Tensor)",
+    "gumbel_gradients": f"(*, Tensor[] upstreams, Tensor[] tables, Tensor ids, Tensor stats, {_GUMBEL}, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
 }
 CLUSTER = (
     "kd_cluster(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
@@ -128,7 +144,8 @@ SHARD = (
     "int stage, int offset, int vocabulary) -> ()"
 )
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
-"""out = a·b + bias, or out += a·b, in float32. False, and nothing done: this processor has no such product."""
+"""out = a·b + bias, or out += a·b, in float32, of one pair of matrices or of several. False, and nothing done: this
+processor has no such product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -162,6 +179,11 @@ def layers_like(layers: Sequence[Tensor]) -> Tensor:
     return layers[0].new_empty((len(layers), *layers[0].shape))
 
 
+def ids_and_stats(like: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for what the Gumbel operators return of so many rows, whose accumulation type this is."""
+    return like.new_empty(rows, dtype=torch.int64), like.new_empty((rows, len(GumbelStat)), dtype=dtype)
+
+
 def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the three gradients of linear_kd, empty where one is not wanted: float32, in which those of the head
     add up over the tiles and all of them wait for the upstream gradient, so that each is rounded once.
@@ -173,14 +195,6 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     return d_hidden, d_weight, d_bias
 
 
-def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what the operator attention returns."""
-    total = torch.promote_types(q.dtype, torch.float32)
-    d_q = q.new_empty(q.shape if wanted[0] else 0, dtype=total)
-    d_k = q.new_empty(q.shape if wanted[1] and k is not None else 0, dtype=total)
-    return q.new_empty(q.shape[:3], dtype=total), d_q, d_k
-
-
 def projected_gradients_like(
     hidden: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -188,6 +202,14 @@ def projected_gradients_like(
     of_student = gradients_like(hidden, weight, wanted)
     shape = (hidden.shape[0], weight.shape[0]) if wanted[3] else (0,)
     return *of_student, of_student[0].new_empty(shape)
+
+
+def attention_memory(q: Tensor, k: Tensor | None, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what the operator attention returns."""
+    total = torch.promote_types(q.dtype, torch.float32)
+    d_q = q.new_empty(q.shape if wanted[0] else 0, dtype=total)
+    d_k = q.new_empty(q.shape if wanted[1] and k is not None else 0, dtype=total)
+    return q.new_empty(q.shape[:3], dtype=total), d_q, d_k
 
 
 @torch.library.register_fake("fusedkd::kd_row_weights")
@@ -214,7 +236,23 @@ def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple
     return loss, weights, student.new_empty((), dtype=torch.float64), stats
 
 
+@torch.library.register_fake("fusedkd::gumbel_forward")
+def _(*, logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    return ids_and_stats(logits, logits.shape[1], logits.dtype)
+
+
+@torch.library.register_fake("fusedkd::gumbel_ids")
+def _(*, hidden: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor]:
+    return ids_and_stats(hidden, hidden.shape[0], accumulation_dtype(dtype))
+
+
+@torch.library.register_fake("fusedkd::gumbel_gradients")
+def _(*, hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: list[bool], **_: Any) -> tuple[Tensor, ...]:
+    return gradients_like(hidden.to(dtype), weight.to(dtype), wanted)
+
+
 @torch.library.register_fake("fusedkd::kd_backward")
+@torch.library.register_fake("fusedkd::gumbel_backward")
 @torch.library.register_fake("fusedkd::defined_backward")
 @torch.library.register_fake("fusedkd::hidden_backward")
 def _(**_: Any) -> None:
@@ -242,6 +280,14 @@ def _(
     return row_losses, *gradients_like(hidden, weight, wanted)
 
 
+@torch.library.register_fake("fusedkd::linear_hidden")
+def _(
+    *, hidden: Tensor, weight: Tensor, per_row: bool, dtype: torch.dtype, wanted: list[bool], **_: Any
+) -> tuple[Tensor, ...]:
+    loss = hidden.new_empty(hidden.shape[0] if per_row else (), dtype=accumulation_dtype(dtype))
+    return loss, *projected_gradients_like(hidden, weight, wanted)
+
+
 @torch.library.register_fake("fusedkd::attention")
 def _(*, student_q: Tensor, student_k: Tensor | None, wanted: list[bool], **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention_memory(student_q, student_k, wanted)
@@ -260,11 +306,3 @@ def _(*, student: list[Tensor], teacher: list[Tensor], **_: Any) -> Tensor:
 @torch.library.register_fake("fusedkd::layer_distances_backward")
 def _(*, student: list[Tensor], **_: Any) -> Tensor:
     return layers_like(student)
-
-
-@torch.library.register_fake("fusedkd::linear_hidden")
-def _(
-    *, hidden: Tensor, weight: Tensor, per_row: bool, dtype: torch.dtype, wanted: list[bool], **_: Any
-) -> tuple[Tensor, ...]:
-    loss = hidden.new_empty(hidden.shape[0] if per_row else (), dtype=accumulation_dtype(dtype))
-    return loss, *projected_gradients_like(hidden, weight, wanted)

@@ -65,11 +65,7 @@ def attention_kl_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it was and what it must be.
     """
-    family = resolve(divergence)
-    if family.needs_labels:
-        raise ValueError(f"divergence must not be {family.name}: it needs labels, and queries have none")
-    if family.temperature_power == 0:
-        raise ValueError(f"divergence must not be {family.name}: attention_mse_loss compares scores without a softmax")
+    family = check_softmax(divergence)
     sides = _checked(student_q, student_k, teacher_q, teacher_k, relation_heads)
     scales = sides.scales(student_scale, teacher_scale)
     options = _options(
@@ -114,6 +110,16 @@ def attention_mse_loss(
         {Option.TEMPERATURE: 1.0, Option.TEACHER_TEMPERATURE: 1.0, Option.KD_SCALE: student * student},
     )
     return _loss(sides, mask, causal, padded_queries, reduction, normalizer, LogitMSE(), options)
+
+
+def check_softmax(divergence: DivergenceName | Divergence) -> Divergence:
+    """A divergence between rows of an attention map."""
+    family = resolve(divergence)
+    if family.needs_labels:
+        raise ValueError(f"divergence must not be {family.name}: it needs labels, and queries have none")
+    if family.temperature_power == 0:
+        raise ValueError(f"divergence must not be {family.name}: attention_mse_loss compares scores without a softmax")
+    return family
 
 
 class _Sides(NamedTuple):
@@ -206,7 +212,7 @@ def _options(family: Divergence, values: dict[Option, Real]) -> list[Real]:
     return packed
 
 
-def _selected(mask: Tensor | None, like: Tensor, padded_queries: bool) -> tuple[Tensor | None, Tensor | None]:
+def selected(mask: Tensor | None, like: Tensor, padded_queries: bool) -> tuple[Tensor | None, Tensor | None]:
     """The queries that have a loss and the keys that are seen, ``(B, L)`` bool, None for all."""
     if mask is None:
         return None, None
@@ -222,7 +228,7 @@ def _selected(mask: Tensor | None, like: Tensor, padded_queries: bool) -> tuple[
     if mask.device != like.device:
         raise ValueError(f"mask must be on the device of student_q {like.device}, not on {mask.device}")
     keys = mask != 0
-    return None if padded_queries else keys, keys
+    return None if padded_queries else keys.clone(), keys  # torch.compile wants no tensor twice
 
 
 def _loss(
@@ -239,7 +245,7 @@ def _loss(
     check.flag("padded_queries", padded_queries)
     check.reduction(reduction, normalizer=normalizer)
     q = sides.student_q
-    rows, keys = _selected(mask, q, padded_queries)
+    rows, keys = selected(mask, q, padded_queries)
     if keys is not None and rows is None and family.temperature_power > 0:  # no softmax over no key
         rows = keys.cummax(1).values if causal else keys.any(1, keepdim=True).expand_as(keys).contiguous()
     per_row = reduction == "none"
@@ -249,7 +255,8 @@ def _loss(
         family=family,
         causal=bool(causal),
         wanted=[torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, sides.student_k)],
-        gradient_in_forward=not per_row and torch._C._autograd._top_saved_tensors_default_hooks(False) is None,
+        gradient_in_forward=not per_row
+        and (torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None),
     )
     count: Any = 1.0
     if reduction == "mean":

@@ -20,6 +20,9 @@ from torch import Tensor
 from fusedkd import checks as check
 from fusedkd.backends.block import TeacherRows, unflatten
 
+ROUNDED_AT_ONCE = 1 << 18
+"""Elements, which a cache holds."""
+
 
 def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -> bool:
     """float16 would lose small gradients with the normaliser folded in before the loss scale; a compiled graph plans
@@ -82,4 +85,10 @@ def rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tens
         return gradient.to(dtype)
     if torch.compiler.is_compiling() or gradient.dtype == dtype:
         return (gradient * factor).to(dtype)
-    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
+    found = gradient.new_empty(gradient.shape, dtype=dtype)
+    if not gradient.is_cpu:
+        return torch.mul(gradient, factor, out=found)
+    rows = max(1, ROUNDED_AT_ONCE // max(1, gradient[:1].numel()))  # a CPU's product has memory of its own type first
+    for part, to in zip(gradient.split(rows), found.split(rows), strict=True):
+        to.copy_(part * factor)
+    return found

@@ -236,5 +236,5 @@ class LayerDistancesFunction(torch.autograd.Function):
             plan.wanted, ("student", "teacher"), ("teacher", "student"), (upstream, upstream.T), strict=True
         ):
             given = {"student": rows[ours], "teacher": rows[theirs], "weights": weights, "normalizer": normalizer}
-            found.append(ops.layer_distances_backward(upstream=up.contiguous(), **given) if want else None)
+            found.append(ops.layer_distances_backward(upstream=up.double().contiguous(), **given) if want else None)
         return None, None, None, *plan.gradients(tensors, *found)

@@ -193,7 +193,7 @@ class Tiles(NamedTuple):
         if rows < min(size.fewest, count) and not torch.compiler.is_compiling():
             check.warn(
                 f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {size.fewest} "
-                "the matrix products of linear_kd_loss are slow"
+                "the matrix products are slow"
             )
         return rows
 

@@ -90,13 +90,14 @@ def projected_rows_loss(
     cast = None if student.dtype == torch.float64 else check.autocast_dtype(student.device)
     given: Real = (count if flat_mask is None else COUNTED) if normalizer is None else normalizer
     divisors = pack([given, weight] if reduction == "mean" else [1.0, 1.0 if per_row else weight], student.device)
+    # means of 16-bit hidden states are float32
+    dtype = torch.promote_types(student.dtype, projection.weight.dtype) if cast is None else cast
     plan = ProjectedPlan(
         per_row=per_row,
         wanted=[*[grad and x is not None and x.requires_grad for x in operands], taught],
         compared=compared,
-        tile=rows_per_tile(student.device),
-        # means of 16-bit hidden states are float32
-        dtype=torch.promote_types(student.dtype, projection.weight.dtype) if cast is None else cast,
+        tile=rows_per_tile(student.device, len(projection.weight), dtype),
+        dtype=dtype,
     )
     # `as_rows` detaches, and sees more shapes without a copy
     rows = [p.reshape(1, count, p.shape[-1]) if taught else as_rows(p, p)[1][0] for p in teacher]

@@ -28,7 +28,7 @@ def batch(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tu
 
 
 def test_served_by_triton() -> None:
-    assert {dispatch.serving[name, "CUDA"][0] for name in dispatch.KD_OPERATORS} == {"Triton"}
+    assert {dispatch.serving[name, "CUDA"][0] for name in dispatch.KERNEL_OPERATORS["launch"]} == {"Triton"}
 
 
 @pytest.mark.parametrize("vocabulary", [32000, 119547, 128256, 151936, 262144])

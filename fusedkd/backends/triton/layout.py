@@ -3,7 +3,18 @@
 import triton.language as tl
 
 from fusedkd.backends import layout
-from fusedkd.backends.layout import KernelId, Option, ShardStat, Stage, Stat, TopkKernelId
+from fusedkd.backends.layout import (
+    GumbelStat,
+    HiddenDistance,
+    HiddenNormalize,
+    HiddenStat,
+    KernelId,
+    Option,
+    ShardStat,
+    Stage,
+    Stat,
+    TopkKernelId,
+)
 
 TEMPERATURE = tl.constexpr(int(Option.TEMPERATURE))
 TEACHER_TEMPERATURE = tl.constexpr(int(Option.TEACHER_TEMPERATURE))
@@ -36,6 +47,10 @@ VALUE = tl.constexpr(int(ShardStat.VALUE))
 WEIGHT = tl.constexpr(int(ShardStat.WEIGHT))
 SHARD_STATS = tl.constexpr(layout.SHARD_STATS)
 
+NOISY_MAX = tl.constexpr(int(GumbelStat.NOISY_MAX))
+NOISY_SUM = tl.constexpr(int(GumbelStat.NOISY_SUM))
+GUMBEL_STATS = tl.constexpr(len(GumbelStat))
+
 STATISTICS = tl.constexpr(int(Stage.STATISTICS))
 VALUES = tl.constexpr(int(Stage.VALUES))
 GRADIENT = tl.constexpr(int(Stage.GRADIENT))
@@ -55,3 +70,19 @@ BUCKET_REVERSE = tl.constexpr(int(TopkKernelId.BUCKET_REVERSE))
 IGNORE = tl.constexpr(int(TopkKernelId.IGNORE))
 IGNORE_REVERSE = tl.constexpr(int(TopkKernelId.IGNORE_REVERSE))
 SAMPLES = tl.constexpr(int(TopkKernelId.SAMPLES))
+
+MSE = tl.constexpr(int(HiddenDistance.MSE))
+COSINE = tl.constexpr(int(HiddenDistance.COSINE))
+SMOOTH_L1 = tl.constexpr(int(HiddenDistance.SMOOTH_L1))
+NONE = tl.constexpr(int(HiddenNormalize.NONE))
+L2 = tl.constexpr(int(HiddenNormalize.L2))
+LAYER_NORM = tl.constexpr(int(HiddenNormalize.LAYER_NORM))
+STUDENT_FACTOR = tl.constexpr(int(HiddenStat.STUDENT_FACTOR))
+STUDENT_MEAN = tl.constexpr(int(HiddenStat.STUDENT_MEAN))
+STUDENT_REST = tl.constexpr(int(HiddenStat.STUDENT_REST))
+TEACHER_FACTOR = tl.constexpr(int(HiddenStat.TEACHER_FACTOR))
+TEACHER_MEAN = tl.constexpr(int(HiddenStat.TEACHER_MEAN))
+TEACHER_REST = tl.constexpr(int(HiddenStat.TEACHER_REST))
+SHIFT = tl.constexpr(int(HiddenStat.SHIFT))
+PULL = tl.constexpr(int(HiddenStat.PULL))
+HIDDEN_STATS = tl.constexpr(layout.HIDDEN_STATS)
