@@ -231,7 +231,20 @@ def uneven_evaluation(batches: list[int]) -> None:
         )
 
 
-RESERVED = ("loss", "kd", "ce", "kl", "kl_top_k", "perplexity", "distil", "mlm", "epoch", "step", "learning_rate")
+RESERVED = (
+    "loss",
+    "kd",
+    "ce",
+    "kl",
+    "kl_top_k",
+    "perplexity",
+    "distil",
+    "mlm",
+    "epoch",
+    "step",
+    "learning_rate",
+    "grad_norm",
+)
 """Names that mean something else in logs."""
 
 
@@ -262,22 +275,20 @@ def terms_given(terms: Any, kd: KDConfig, teacher: Any) -> None:
             raise ValueError(f"teacher must be a single model, not a {type(teacher).__name__}: {what}")
 
 
-def terms(trainer: Any) -> None:
-    """What the Trainer is asked for beside terms that compare more than logits."""
-    kwargs = trainer.args.gradient_checkpointing_kwargs or {}
-    for wrong, message in (
-        (
-            trainer.projections and trainer.is_fsdp_enabled,
-            "projection=True does not go with FSDP, which would shard the projections: use DistributedDataParallel",
-        ),
-        (
-            trainer.recorders[0].layers and trainer.args.gradient_checkpointing and kwargs.get("use_reentrant"),
-            "an AttentionTerm does not go with use_reentrant=True, under which queries and keys carry no gradient: "
-            "pass gradient_checkpointing_kwargs={'use_reentrant': False}",
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
+def projections(trainer: Any) -> None:
+    if trainer.projections and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "projection=True does not go with FSDP, which would shard the projections: use DistributedDataParallel"
+        )
+
+
+def constant(name: str, loss: Tensor) -> None:
+    """A term of which training would get nothing."""
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            f"the term {name!r} has no gradient: everything that it compares is frozen, or checkpointed with "
+            "use_reentrant=True (pass False)"
+        )
 
 
 def attention_batch(inputs: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ class TermTrainer(EvaluatingTrainer):
             widths = term.widths(self.pairs[term.name], *self.recorders)
             if widths:
                 self.projections[term.name] = nn.ModuleList([_linear(*each, draw).to(**kind) for each in widths])
-        refusals.terms(self)
+        refusals.projections(self)
         self.bound_to = self.model
 
     def _draw_layers(self) -> None:
@@ -117,7 +117,10 @@ class TermTrainer(EvaluatingTrainer):
             normalizer = None if counts is None else counts[parts[term.name][1]]
             own: Any = self.projections[term.name] if term.name in trained else ()
             pairs = self.pairs.get(term.name, ())
-            found[term.name] = term.loss(Given(pair, pairs, own, normalizer, partial(linear, pair), self.head.causal))
+            loss = term.loss(Given(pair, pairs, own, normalizer, partial(linear, pair), self.head.causal))
+            if counts is not None:
+                refusals.constant(term.name, loss)
+            found[term.name] = loss
         return found
 
     # ---- training and checkpoints
