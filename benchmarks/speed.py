@@ -119,7 +119,7 @@ def _legend(data: dict[str, Any]) -> str:
         "Of a copy: fusedkd's bytes per second, inputs and gradient counted once, relative to a plain copy in the same "
         f"run ({data['machine_info']['copy_gb_per_s']:.0f} GB/s)."
     )
-    if data["benchmarks"][0]["extra_info"]["loss"] in KINDS:
+    if data["benchmarks"][0]["extra_info"]["loss"] in BOUND_BY_PRODUCTS:
         bound = (
             "Of the products: the time of the matrix products alone, in the operands' type, in the same rounds, "
             "relative to fusedkd's."
