@@ -5,6 +5,7 @@
 // would be missing in the second namespace.
 #undef FUSEDKD_CROSS_ENTROPY
 #undef FUSEDKD_DIVERGENCES
+#undef FUSEDKD_HIDDEN_COLUMNS
 #undef FUSEDKD_HIDDEN_ROWS
 #undef FUSEDKD_KD_LANES
 #undef FUSEDKD_KD_PASS

@@ -86,9 +86,10 @@ def hidden_loss(
         raise ValueError("bias is given, but no projection that it belongs to")
     if projection is not None:
         raise NotImplementedError("hidden_loss has no projection yet: project the student's hidden states first")
-    losses = []
-    for layer in _layers(student, teacher, layer_weights):
+    layers, losses = _layers(student, teacher, layer_weights), []
+    for layer in layers:
         _check_sides(*layer[:3])
+    for layer in layers:
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
             for piece in pieces:
