@@ -84,7 +84,7 @@ template <class A, class S> struct HiddenColumns {
     for (double& t : total) t = 0;
     for (int64_t j = 0; j < H;) {
       Vec<A> partial[K][SLOTS] = {};
-      const int64_t end = std::min(whole, j + BLOCK);
+      const int64_t end = std::min(whole, j + 32 * SLOTS * WIDTH<A>);  // 32 numbers to a sum
       const auto unit = [&](const S* from, const S* other, S* out, int slot, const auto& keep, const auto& more) FLAT {
         Vec<A> x0, x1, y0, y1;
         load_pair<A>(from, x0, x1), load_pair<A>(other, y0, y1);
