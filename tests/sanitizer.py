@@ -22,6 +22,7 @@ SKIPPED = {
     "no_host_synchronisation": "nothing is ever waited for",
     "cuda_graph": "CUDA graphs",
     "test_memory": "memory statistics",
+    "hidden_gpu.py::test_many_rows": "gigabytes",
     "memory_does_not": "memory statistics",
     "two_devices": "there is one device",
     "checks_its_arguments": "no tensor is on the CPU",

@@ -16,19 +16,15 @@
 #ifndef FUSEDKD_HIDDEN_ROWS
 #define FUSEDKD_HIDDEN_ROWS
 
-#include "call.h"
-#include "vec.h"
+#include "hidden_columns.h"
 
 namespace FUSEDKD_NAMESPACE {
 
-// Rows of S in memory, which is the type of both sides, or A, into which rows are converted: a teacher in pieces, types
-// that differ, float16.
-template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRows {
+template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRows : HiddenColumns<A, S> {
   static constexpr bool mse = D == HiddenDistance::MSE, cosine = D == HiddenDistance::COSINE;
   static constexpr bool centred = N == HiddenNormalize::LAYER_NORM, scaled = cosine || N != HiddenNormalize::NONE;
   static constexpr double NORM_EPSILON = 1e-12, VARIANCE_EPSILON = 1e-5;
   static constexpr double FAR = std::is_same_v<A, double> ? 0x1p-700 : 1;  // float64 has the squares of any float
-  static constexpr int SLOTS = 4, UNIT = 2 * WIDTH<A>;  // vectors of partial sums; columns that are read at a time
 
   // Of one side: what its rows are normalised by.
   struct Scale {
@@ -40,17 +36,13 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     }
   };
 
-  const HiddenCall& k;
-  const int64_t H, whole;
+  using Columns = HiddenColumns<A, S>;
+  using Columns::find, Columns::H, Columns::k, Columns::place_of_gradient, Columns::x, Columns::y;
   const double share;  // 1/H where means are over columns
-  std::vector<A> x_buffer, y_buffer, g_buffer;
-  S x_tail[UNIT] = {}, y_tail[UNIT] = {}, g_tail[UNIT] = {};
-  const S *x = nullptr, *y = nullptr;
   Scale a, b;
   A shift = 0, pull = 0;
 
-  explicit HiddenRows(const HiddenCall& call)
-      : k(call), H(call.student.columns), whole(H / UNIT * UNIT), share(1.0 / double(H)) {}
+  explicit HiddenRows(const HiddenCall& call) : Columns(call), share(1.0 / double(H)) {}
 
   void row(int64_t i) {
     const double weight = k.weights ? k.weights[i] : 1;
@@ -81,123 +73,6 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     if ((void*)g != (void*)out) write(k.student.type, out, 0, H, (const A*)g);
   }
 
-  // ------------------------------------------------------------------------------------------------------- columns
-
-  // Makes x and y the rows, and the tails what is left of them beyond whole units, filled up with 0.
-  void find(int64_t i) {
-    if constexpr (std::is_same_v<A, S>) {
-      x = converted({&k.student, 1}, i, x_buffer), y = converted({k.teacher.data(), k.teacher.size()}, i, y_buffer);
-    } else {
-      x = (const S*)k.student[i], y = (const S*)k.teacher[0][i];
-    }
-    if (whole < H) std::copy(x + whole, x + H, x_tail), std::copy(y + whole, y + H, y_tail);
-    if ((fetch = i + 1 < k.student.count)) next_x = k.student[i + 1], next_y = k.teacher[0][i + 1];
-  }
-  // Rows are too short for the processor to see that the next one follows: asked for while this one is first read.
-  bool fetch = false;
-  const char *next_x = nullptr, *next_y = nullptr;
-
-  struct Pieces {
-    const Rows* first;
-    size_t count;
-  };
-  const A* converted(Pieces pieces, int64_t i, std::vector<A>& buffer) const {
-    const ScalarType own = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    if (pieces.count == 1 && pieces.first->type == own) return (const A*)(*pieces.first)[i];
-    buffer.resize(H);
-    A* to = buffer.data();
-    for (size_t p = 0; p < pieces.count; p++) {
-      const Rows& rows = pieces.first[p];
-      const char* from = rows[i];
-      switch (rows.type) {
-        case ScalarType::Double: convert((const double*)from, rows.columns, to); break;
-        case ScalarType::Float: convert((const float*)from, rows.columns, to); break;
-        case ScalarType::BFloat16: convert((const BFloat16*)from, rows.columns, to); break;
-        default: convert((const Half*)from, rows.columns, to);
-      }
-      to += rows.columns;
-    }
-    return buffer.data();
-  }
-
-  S* place_of_gradient(char* out) {
-    if (!std::is_same_v<A, S> || size_of(k.student.type) == sizeof(A)) return (S*)out;
-    g_buffer.resize(H);
-    return (S*)g_buffer.data();
-  }
-
-  // Lanes of the last unit that are columns: for the others, 0. All of another one are.
-  struct All {
-    INLINE Vec<A> operator()(Vec<A> v) const { return v; }
-  };
-  struct Some {
-    Int<A> lanes;
-    INLINE Vec<A> operator()(Vec<A> v) const { return (Vec<A>)((Int<A>)v & lanes); }
-  };
-  // The columns that load_pair() puts into a vector: of the first or the second.
-  static INLINE Some some(int64_t n, bool second) {
-    constexpr bool by_turns = std::is_same_v<S, BFloat16>;
-    Some found;
-    for (int u = 0; u < WIDTH<A>; u++)
-      found.lanes[u] = (by_turns ? 2 * u + second : u + second * WIDTH<A>) < n ? -1 : 0;
-    return found;
-  }
-
-  // The sums over all columns of what use(x, y, keep, sum) adds to the partial sums sum(k), those of SLOTS vectors at a
-  // time, so that no addition waits for the one before it. Where WRITES, what it returns goes to g.
-  template <int K, bool WRITES = false, class Use>
-  INLINE void over_columns(double (&total)[K], const Use& use, S* g = nullptr) {
-    for (double& t : total) t = 0;
-    for (int64_t j = 0; j < H;) {
-      Vec<A> partial[K][SLOTS] = {};
-      const int64_t end = std::min(whole, j + BLOCK);
-      const auto unit = [&](const S* from, const S* other, S* out, int slot, const auto& keep, const auto& more) FLAT {
-        Vec<A> x0, x1, y0, y1;
-        load_pair<A>(from, x0, x1), load_pair<A>(other, y0, y1);
-        const auto first = [&](int k) FLAT -> Vec<A>& { return partial[k][slot]; };
-        const auto second = [&](int k) FLAT -> Vec<A>& { return partial[k][slot + 1]; };
-        if constexpr (WRITES) {
-          const Vec<A> low = use(x0, y0, keep, first), high = use(x1, y1, more, second);
-          store_pair<A>(out, low, high);
-        } else {
-          use(x0, y0, keep, first), use(x1, y1, more, second);
-        }
-      };
-      for (; j + SLOTS * WIDTH<A> <= end; j += SLOTS * WIDTH<A>) {
-        for (int64_t byte = 0; fetch && byte < int64_t(SLOTS * WIDTH<A> * sizeof(S)); byte += 64) {
-          __builtin_prefetch(next_x + j * sizeof(S) + byte);
-          __builtin_prefetch(next_y + j * sizeof(S) + byte);
-        }
-        for (int s = 0; s < SLOTS; s += 2) {
-          const int64_t at = j + s * WIDTH<A>;
-          unit(x + at, y + at, g + at, s, All{}, All{});
-        }
-      }
-      for (; j < end; j += UNIT) unit(x + j, y + j, g + j, 0, All{}, All{});
-      if (j == whole && whole < H) {
-        unit(x_tail, y_tail, g_tail, 0, some(H - whole, false), some(H - whole, true));
-        if (WRITES) std::copy(g_tail, g_tail + (H - whole), g + whole);
-        j = H;
-      }
-      for (int k = 0; k < K; k++) total[k] += sum_of(partial[k]);
-    }
-    fetch = false;
-  }
-  static INLINE double sum_of(const Vec<A> (&partial)[SLOTS]) {
-    typedef A Few __attribute__((vector_size(FUSEDKD_VECTOR_BYTES / sizeof(double) * sizeof(A))));
-    constexpr int parts = sizeof(double) / sizeof(A);  // as many vectors of doubles has a vector
-    const Vec<A> all = (partial[0] + partial[1]) + (partial[2] + partial[3]);
-    Few few[parts];
-    std::memcpy(few, &all, sizeof all);
-    Vec<double> sum = __builtin_convertvector(few[0], Vec<double>);
-    for (int i = 1; i < parts; i++) sum += __builtin_convertvector(few[i], Vec<double>);
-    double lanes[WIDTH<double>];
-    std::memcpy(lanes, &sum, sizeof sum);
-    for (int n = WIDTH<double> / 2; n > 0; n /= 2)
-      for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-    return lanes[0];
-  }
-
   // a·x − b·y without the rounding of the products, which would be all that is left of it near convergence.
   INLINE Vec<A> apart(Vec<A> from, Vec<A> to) const {
     if constexpr (!scaled) return from - to;
@@ -226,7 +101,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   template <bool WRITES> double plain(S* g, double factor) {
     double sum[1];
     const Vec<A> c = splat(A(factor * share * (mse ? 2 : 1)));
-    over_columns<1, WRITES>(
+    this->template over_columns<1, WRITES>(
         sum,
         [&](Vec<A> x, Vec<A> y, const auto&, const auto& sum) FLAT {
           const Vec<A> d = x - y, s = slope(d);
@@ -252,7 +127,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     if (!mse && !cosine) return smooth_l1();
     if (!(squares > 0)) {
       double sum[1];
-      over_columns(sum, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
+      this->over_columns(sum, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
         const Vec<A> d = keep(difference(x, y));
         sum(0) = fma(d, d, sum(0));
       });
@@ -271,7 +146,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
 
   double smooth_l1() {
     double sum[3];
-    over_columns(sum, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
+    this->over_columns(sum, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
       const Vec<A> d = keep(difference(x, y)), g = slope(d);
       sum(0) = value(d, g, sum(0));
       sum(1) = fma(g, splat(a.scale) * a.of(x), sum(1));
@@ -285,7 +160,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     double none[1];
     const double times = cosine ? 1 : share * (mse ? 2 : 1);
     const Vec<A> c = splat(A(a.scale * (factor * times))), down = splat(pull), mean = splat(shift);
-    over_columns<1, true>(
+    this->template over_columns<1, true>(
         none,
         [&](Vec<A> x, Vec<A> y, const auto&, const auto&) FLAT -> Vec<A> {
           const Vec<A> from = a.of(x), s = slope(apart(from, b.of(y)));
@@ -305,7 +180,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   };
   Sums sums(A p, A q) {
     double s[centred ? 5 : 3];
-    over_columns(s, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
+    this->over_columns(s, [&](Vec<A> x, Vec<A> y, const auto& keep, const auto& sum) FLAT {
       if constexpr (centred) x = keep(x - splat(p)), y = keep(y - splat(q));
       sum(0) = fma(x, x, sum(0)), sum(1) = fma(y, y, sum(1)), sum(2) = fma(x, y, sum(2));
       if constexpr (centred) sum(3) += x, sum(4) += y;
@@ -321,8 +196,9 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     for (bool again = !centred;; again = true) {
       Sums s = sums(p, q);
       const double off_x = s.x * share, off_y = s.y * share;
-      const double lost = std::max(s.x * off_x / s.xx, s.y * off_y / s.yy);
+      double lost = 0;
       if (centred) {
+        lost = std::max(s.x * off_x / s.xx, s.y * off_y / s.yy);
         mean_is(a, p, off_x), mean_is(b, q, off_y);
         s.xx -= s.x * off_x, s.yy -= s.y * off_y, s.xy -= s.x * off_y;
       }

@@ -84,10 +84,11 @@ def hidden_loss(
     check.flag("teacher_gradient", teacher_gradient)
     if pool not in (None, "mean"):
         raise ValueError(f"pool must be None or 'mean', not {pool!r}")
-    losses = []
-    layers = _layers(student, teacher, layer_weights)
-    for layer, projected in zip(layers, projections(projection, bias, student), strict=True):
+    layers, losses = _layers(student, teacher, layer_weights), []
+    behind = list(zip(layers, projections(projection, bias, student), strict=True))
+    for layer, projected in behind:
         _check_sides(*layer[:3], projected)
+    for layer, projected in behind:
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
             trained = x.requires_grad or (projected is not None and projected.trained())

@@ -43,7 +43,7 @@ def hidden_forward(
 ) -> tuple[Tensor, Tensor]:
     row_losses, stats = losses_and_stats(student, None, HIDDEN_STATS)
     sides: dict[str, Any] = {"student": student, "teacher": teacher, "weights": weights, "normalizer": normalizer}
-    kind = {"DISTANCE": distance, "NORMALIZE": normalize}
+    kind: dict[str, Any] = {"DISTANCE": distance, "NORMALIZE": normalize}
     _launch(**sides, row_losses=row_losses, stats=stats, gradient=gradient, **upstream_of(None, False), **kind)
     return row_losses, stats
 
@@ -62,7 +62,7 @@ def hidden_backward(
     skip_if_one: bool,
 ) -> None:
     sides: dict[str, Any] = {"student": student, "teacher": teacher, "weights": weights, "normalizer": normalizer}
-    kind = {"DISTANCE": distance, "NORMALIZE": normalize}
+    kind: dict[str, Any] = {"DISTANCE": distance, "NORMALIZE": normalize}
     _launch(**sides, row_losses=None, stats=stats, gradient=gradient, **upstream_of(upstream, skip_if_one), **kind)
 
 

@@ -301,9 +301,9 @@ def hidden_kernel(
     stop = 0
     for k in tl.static_range(len(teacher)):
         o_piece = (b_row * teacher_b[k] + l_row * teacher_l[k]) * MULTIPLE
-        p_teacher = p_teacher + (teacher[k] + o_piece - stop,)  # noqa: RUF005  no Triton
+        p_teacher = p_teacher + (teacher[k] + o_piece - stop,)  # type: ignore[assignment]  # noqa: RUF005  no Triton
         stop += widths[k] * MULTIPLE
-        stops = stops + (stop,)  # noqa: RUF005
+        stops = stops + (stop,)  # type: ignore[assignment]  # noqa: RUF005
     held_x = None
     held_y = None
     if HELD:
