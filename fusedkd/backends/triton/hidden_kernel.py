@@ -128,7 +128,9 @@ def squares(
 
 @triton.jit
 def scale_of(mean, total, squares, far, H, DISTANCE: tl.constexpr, CENTRED: tl.constexpr):
-    """From the sums about the mean; and what is added to the squares that the cosine divides by."""
+    """From the sums about the mean; and factor² times what is added to the squares that the cosine divides by. (far²
+    may be 0.)
+    """
     rest = tl.zeros_like(mean)
     added = NORM_EPSILON * far * far
     if CENTRED:
@@ -139,7 +141,7 @@ def scale_of(mean, total, squares, far, H, DISTANCE: tl.constexpr, CENTRED: tl.c
         if DISTANCE != COSINE:
             squares = variance
     factor = far / tl.sqrt(squares + added if DISTANCE == COSINE or not CENTRED else squares)
-    return Scale(factor=factor, mean=mean, rest=rest), added / (far * far)
+    return Scale(factor=factor, mean=mean, rest=rest), added * (factor / far) * (factor / far)
 
 
 @triton.jit
@@ -160,9 +162,9 @@ def scales(
         far_x = tl.where(xx < INFINITY, 1.0, FAR).to(A)
         far_y = tl.where(yy < INFINITY, 1.0, FAR).to(A)
         s_x, s_y, xx, yy = squares(row, mean_x, mean_y, far_x, far_y, CENTRED, HELD, A, BLOCK)
-    a, added_x = scale_of(mean_x, s_x, xx, far_x, H, DISTANCE, CENTRED)
-    b, added_y = scale_of(mean_y, s_y, yy, far_y, H, DISTANCE, CENTRED)
-    return a, b, added_x * a.factor * a.factor + added_y * b.factor * b.factor
+    a, left_x = scale_of(mean_x, s_x, xx, far_x, H, DISTANCE, CENTRED)
+    b, left_y = scale_of(mean_y, s_y, yy, far_y, H, DISTANCE, CENTRED)
+    return a, b, left_x + left_y
 
 
 @triton.jit
