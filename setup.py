@@ -41,7 +41,7 @@ BUILT_FOR = "built for the compute capabilities "  # csrc/cuda/archs.h
 WITHOUT = {
     "FUSEDKD_CPU": "On a CPU it will be slow, PyTorch definitions answer instead of the fused kernels. Install a C++20 "
     "compiler, such as g++, and repeat the command; -v shows what it says, FUSEDKD_CPU=1 makes this an error.",
-    "FUSEDKD_CUDA": "On Hopper GPUs, Triton answers in the place of the kernel of their own. "
+    "FUSEDKD_CUDA": "On Hopper GPUs Triton answers in the place of their own kernel. "
     "Repeat the command with -v to see what nvcc says; FUSEDKD_CUDA=1 makes this an error.",
 }
 

@@ -381,7 +381,11 @@ def add_calls(
         cases[f"{name}_backward"].append(call)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+OF_THEIR_OWN = {"linear_hidden", "attention"}
+"""Checked with the arguments that their losses give them: test_projection_compile.py, test_attention_rules.py."""
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMAS if name not in OF_THEIR_OWN])
 def test_opcheck(device: str, name: str) -> None:
     found = operator_arguments(device)[name]
     assert found

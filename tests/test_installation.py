@@ -164,7 +164,7 @@ def test_what_cannot_be_built_is_said_at_the_end(variable, wish, checkout, tmp_p
         assert run.stderr.count("fusedkd is built") == 1
         assert "UserWarning: " in last  # the kind that pip shows
         assert last.partition("UserWarning: ")[2].startswith(
-            f"fusedkd is built without fusedkd.{library}: the compiler is missing or failed. On a "
+            f"fusedkd is built without fusedkd.{library}: the compiler is missing or failed. On "
         )
         assert loss in last
 
