@@ -5,6 +5,10 @@ gradient for upstream 1. The first backward rescales it in place, which is a lau
 upstream is 1 and otherwise recomputes from the logits; a second backward recomputes into fresh memory. Everything else
 takes the value forward and the gradient backward. Either way the gradient is rounded once.
 
+A ``forward`` of any number of tensors has two parameters beside the context, a plan and ``*tensors``. Where a call has
+as many arguments as the signature has parameters, and no input requires a gradient, a compiled graph would take the
+first argument for the context (torch 2.13: ``findings/torch-compile-autograd-function-varargs.sh``).
+
 Where saved-tensor hooks are active (checkpoint, offloading), backward computes the gradient, except with `inplace`,
 whose gradient is a saved tensor. Backward reads ``ctx.saved_tensors`` once: a checkpoint raises at a second read.
 """

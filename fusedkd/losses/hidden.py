@@ -297,13 +297,12 @@ class HiddenLossFunction(torch.autograd.Function):
     """A loss of hidden states: a scalar, or ``(N,)`` per row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, mask: Tensor | None, normalizers: Tensor, student: Tensor, *teacher: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, plan: Plan, *tensors: Any) -> Tensor:  # two parameters: see losses/common.py
+        mask, normalizers, student, *teacher = tensors
         gradient = None
         if plan.gradient_in_forward:
             gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        loss, weights, normalizer, stats = plan.loss(student, list(teacher), mask, normalizers, gradient)
+        loss, weights, normalizer, stats = plan.loss(student, teacher, mask, normalizers, gradient)
         ctx.plan, ctx.gradient = plan, gradient
         save_for_backward(ctx, student, None if mask is None else weights, normalizer, stats, *teacher)
         return loss

@@ -191,9 +191,8 @@ class LayerAttentionFunction(torch.autograd.Function):
     """A scalar, or ``(N,)`` per row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, weights: Tensor | None, normalizer: Tensor, buckets: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, plan: Plan, *inputs: Any) -> Tensor:  # two parameters: see losses/common.py
+        weights, normalizer, buckets, *tensors = inputs
         rows = plan.layers(tensors)
         asked = next((t for t in tensors if t.requires_grad), tensors[0])
         with torch.enable_grad():
@@ -221,7 +220,8 @@ class LayerDistancesFunction(torch.autograd.Function):
     """``(M, K)``."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, weights: Tensor | None, normalizer: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: Plan, *inputs: Any) -> Tensor:  # two parameters: see losses/common.py
+        weights, normalizer, *tensors = inputs
         ctx.plan = plan
         save_for_backward(ctx, weights, normalizer, *tensors)
         return plan.distances(tensors[: plan.student], tensors[plan.student :], weights, normalizer)

@@ -161,17 +161,8 @@ class ProjectedLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: ProjectedPlan,
-        mask: Tensor | None,
-        normalizers: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *teacher: Tensor,
-    ) -> Tensor:
-        inputs: tuple[Any, ...] = mask, normalizers, hidden, weight, bias, *teacher
+    def forward(ctx: Any, plan: ProjectedPlan, *inputs: Any) -> Tensor:  # two parameters: see losses/common.py
+        _, _, hidden, weight, bias, *teacher = inputs
         ctx.plan = plan
         ctx.like = [None if x is None else (x.shape[-1], x.dtype) for x in (hidden, weight, bias, *teacher)]
         loss, *gradients = plan.run(*inputs, upstream=None, wanted=[False] * 4 if plan.per_row else plan.wanted)
