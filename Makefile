@@ -67,10 +67,11 @@ bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-kept.json --memory kept
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-small.json --cases cpu-small
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-linear.json --cases cpu-linear
-	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-attention.json --cases cpu-attention
-	.venv/bin/python -m benchmarks.gumbel $(RESULTS)
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-hidden.json --cases cpu-hidden
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-projected.json --cases cpu-projected
+	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-attention.json --cases cpu-attention
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-layers.json --cases cpu-layers
+	.venv/bin/python -m benchmarks.gumbel $(RESULTS)
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 
