@@ -72,6 +72,7 @@ bench: .venv/ready
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-attention.json --cases cpu-attention
 	.venv/bin/python $(BENCHMARK)=$(RESULTS)/cpu-layers.json --cases cpu-layers
 	.venv/bin/python -m benchmarks.gumbel $(RESULTS)
+	.venv/bin/python -m benchmarks.memory $(RESULTS)
 	.venv/bin/python -m benchmarks.accuracy $(RESULTS)
 	.venv/bin/python -m benchmarks.report $(RESULTS)
 

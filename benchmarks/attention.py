@@ -108,7 +108,7 @@ CASES = {
             for batch, length in ((8, 128), (2, 512), (1, 1024))
         ),
         attention("kl", 1, 1024, causal=True),
-        attention("kl", 1, 1024, "bfloat16"),
+        *(attention(loss, 1, 1024, "bfloat16") for loss in ("kl", "mse")),
         attention("kl", 1, 1024, backward=False),
         attention("kl", 1, 2048),
         attention("kl", 1, 4096),

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, gumbel, history, speed, step
+from benchmarks import accuracy, gumbel, history, memory, speed, step
 from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +43,7 @@ SUBJECTS = {
     "benchmarks": speed,
     "driver_step": step,
     "straight_through": gumbel,
+    "memory_against_size": memory,
 }  # by what the JSON has
 DIVERGENCES = re.compile(r"(<!-- divergences -->\n).*?(<!-- /divergences -->)", re.DOTALL)
 
@@ -134,7 +135,8 @@ def quote(name: str, page: Path) -> str:
         return f"![{name}: held-out loss, KL and tasks]({picture})\n\n{markdown(data)}\n"
     if not hasattr(subject(data), "plot"):
         return f"{found}\n"
-    what = "errors of each loss and provider" if "accuracy" in data else "time of each loss and provider"
+    measured = "errors" if "accuracy" in data else "memory" if "memory_against_size" in data else "time"
+    what = f"{measured} of each loss and provider"
     if name in EXCERPTS:
         found = f"{speed.sentence(data)} ({machine(data)})."
     return f"![{name}: {what}]({picture})\n\n{found}\n"

@@ -19,7 +19,7 @@ from fusedkd.reference.divergences import kl_terms
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are no part of the installed package
 
-from benchmarks import accuracy, attention, eager, gumbel, history, linear, providers, report, step  # noqa: E402
+from benchmarks import accuracy, attention, eager, gumbel, history, linear, memory, providers, report, step  # noqa: E402
 from benchmarks.cases import Case, family, kd, listed  # noqa: E402
 from benchmarks.measure import evaluate, interleave, peak_bytes  # noqa: E402
 from benchmarks.providers import CASES, PEERS, PRODUCTS, PROVIDERS, available, loss_of  # noqa: E402
@@ -273,6 +273,17 @@ def test_straight_through_samples_are_measured_beside_eager(tmp_path, monkeypatc
     ((name, table),) = report.render(tmp_path)
     assert name == "gumbel-cpu"
     assert "| 3×8, 50% masked, V = 97, 16 → 8, 12, float32 | fusedkd | **" in table
+
+
+def test_memory_is_measured_against_size(tmp_path):
+    data = memory.record({"maps": ("L", {n: attention.attention("kl", 1, n, heads=2) for n in (8, 16)})}, "cpu", "test")
+    assert [(e["at"], e["provider"]) for e in data["memory_against_size"]] == list(
+        itertools.product((8, 16), memory.PROVIDERS)
+    )
+    (tmp_path / "memory-cpu.json").write_text(json.dumps(data))
+    ((name, table),) = report.render(tmp_path)
+    assert name == "memory-cpu"
+    assert "| maps | L = 8 | **" in table
 
 
 def test_eager_triple_loss_is_that_of_the_sums():
