@@ -63,7 +63,7 @@ def contrastive_hidden_loss(
     check.reduction(reduction, normalizer=normalizer)
     if normalize not in ("l2", None):
         raise ValueError(f"normalize must be 'l2' or None, not {normalize!r}")
-    check.frozen("teacher", teacher, student.requires_grad)
+    check.frozen("teacher", teacher, student.requires_grad, never=True)
     flat_mask = check.row_vector("mask", mask, student)
     lead, H = student.shape[:-1], student.shape[-1]
     for name, rows in (("teacher", teacher), ("negatives", negatives)):
@@ -113,6 +113,9 @@ def _in_batch(student: Tensor, teacher: Tensor, selected: Tensor | None, **optio
     if selected is not None:
         labels = torch.where(selected, labels, -100)
         bias = torch.where(selected, 0.0, -torch.inf).to(teacher.dtype)
+    if len(teacher) == 1:  # nothing to be told from: 0, by a second column that no softmax sees
+        teacher = F.pad(teacher, (0, 0, 0, 1))
+        bias = torch.arange(2.0, device=teacher.device).log().flip(0).to(teacher.dtype)
     return _cross_entropy(student, teacher, labels, student_bias=bias, **options)
 
 

@@ -133,7 +133,7 @@ def cosine_hidden_loss(
         ValueError, TypeError: naming the argument, what it was and what it must be.
     """
     _check_sides(student_hidden, [teacher_hidden], "_hidden")
-    check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad)
+    check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad, never=True)
     check.reduction(reduction, normalizer=normalizer)
     return rows_loss(student_hidden, frozen([teacher_hidden]), mask, COSINE, reduction, normalizer)
 
@@ -184,6 +184,8 @@ def _layers(student: Any, teacher: Any, weights: Sequence[Real] | None) -> list[
             f"teacher must be a list of as many layers as student, at least one, but these are {len(student)} layers "
             f"and {got}"
         )
+    if weights is not None and not isinstance(weights, list | tuple):
+        raise TypeError(f"layer_weights must be a list of numbers or 0-d tensors, not {type(weights).__name__}")
     if weights is not None and len(weights) != len(student):
         raise ValueError(f"layer_weights must be one for each of {len(student)} layers, not {len(weights)}")
     for i, weight in enumerate(weights or ()):
