@@ -337,6 +337,15 @@ def test_pooled_sequences(device: str, masked: torch.dtype | None, kind: dict[st
     )
 
 
+def test_means_over_tokens_under_autocast(device: str) -> None:
+    """As outside: bfloat16 would round them, and lose what is left between two that are close."""
+    student, teacher = pair(4, 5, 24, device=device)
+    student = teacher + 1e-3 * student
+    outside = hidden_loss(student, teacher, pool="mean")
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(hidden_loss(student, teacher, pool="mean"), outside)
+
+
 @kinds
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_teachers_gradient(device: str, reduction: str, kind: dict[str, Any]) -> None:
