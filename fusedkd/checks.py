@@ -42,6 +42,8 @@ def plain(name: str, tensor: object, hidden: bool = False) -> Tensor:
         fields = [field for field in wanted if getattr(tensor, field, None) is not None]
         last = "[-1]" if fields and fields[0] == "hidden_states" else ""
         advice = f": pass its .{fields[0]}{last}" if fields else ""
+        if isinstance(tensor, torch.nn.Linear | torch.nn.Embedding):
+            advice = ": pass its .weight"
         if not fields and hasattr(tensor, "logits"):
             advice = ": pass its .hidden_states[-1], of a model called with output_hidden_states=True"
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}{advice}")

@@ -371,3 +371,6 @@ def test_a_teachers_gradient_is_asked_for(device: str) -> None:
         hidden_loss(student.detach(), teacher)
     hidden_loss(student.detach(), teacher, teacher_gradient=True).backward()
     assert teacher.grad.norm() > 1e-3
+    with pytest.warns(UserWarning, match=r"teacher\[0\] requires a gradient") as told:
+        hidden_loss([student.detach(), student], [teacher, [teacher]])  # embeddings that are frozen, and a layer
+    assert len(told) == 1

@@ -88,12 +88,13 @@ def hidden_loss(
     behind = list(zip(layers, projections(projection, bias, student), strict=True))
     for layer, projected in behind:
         _check_sides(*layer[:3], projected)
+    if not teacher_gradient:
+        trained = any([x.student.requires_grad or (p is not None and p.trained()) for x, p in behind])
+        for name, piece in [(x.name("teacher"), y) for x in layers for y in x.teacher if y.requires_grad][:1]:
+            check.frozen(name, piece, trained)  # one sentence for all layers
     for layer, projected in behind:
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
-            trained = x.requires_grad or (projected is not None and projected.trained())
-            for piece in pieces:
-                check.frozen(layer.name("teacher"), piece, trained)
             pieces = frozen(pieces)
         if pool is not None:
             x, pieces, selected = _pooled(layer.name("student"), x, pieces, mask)
