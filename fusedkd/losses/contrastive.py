@@ -41,7 +41,8 @@ def contrastive_hidden_loss(
         student, teacher: ``(*, H)`` each, of one type: float16, bfloat16, float32 or float64. The teacher never
             receives a gradient.
         temperature: τ > 0, a number or a 0-d tensor.
-        negatives: what the teacher's row is told from. None: the selected rows of `teacher`, in the batch (CILDA).
+        negatives: what the teacher's row is told from. None: the selected rows of `teacher`, in the batch (CILDA);
+            the loss of a single row is 0.
             ``(R, H)``: these rows, of a memory bank (CoDIR), and no row of the batch. On several devices, the rows of
             the others are what can be put here.
         mask: ``(*)``. Bool or integer: non-zero selects; float: weights, 0 is not selected. Rows that are not selected
