@@ -16,6 +16,7 @@ Real = float | Tensor
 """A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing."""
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATING)
 MAX_LISTED = 1024
 """Columns per row of a sparse teacher: what one GPU program holds in registers."""
 
@@ -41,6 +42,8 @@ def plain(name: str, tensor: object, hidden: bool = False) -> Tensor:
         fields = [field for field in wanted if getattr(tensor, field, None) is not None]
         last = "[-1]" if fields and fields[0] == "hidden_states" else ""
         advice = f": pass its .{fields[0]}{last}" if fields else ""
+        if isinstance(tensor, torch.nn.Linear | torch.nn.Embedding):
+            advice = ": pass its .weight"
         if not fields and hasattr(tensor, "logits"):
             advice = ": pass its .hidden_states[-1], of a model called with output_hidden_states=True"
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}{advice}")
@@ -200,8 +203,8 @@ def _paddings(vocabulary: int) -> tuple[int, list[int]]:
     return few, [size if size <= 2 * vocabulary else vocabulary for size in rounded]
 
 
-def frozen(name: str, teacher: Tensor, student_needs_gradient: bool) -> None:
-    """A teacher's side that needs no gradient, for it gets none."""
+def frozen(name: str, teacher: Tensor, student_needs_gradient: bool, never: bool = False) -> None:
+    """A teacher's side that needs no gradient, for it gets none; `never`: whatever the options."""
     if not teacher.requires_grad or not torch.is_grad_enabled():
         return
     if not student_needs_gradient:
@@ -209,10 +212,8 @@ def frozen(name: str, teacher: Tensor, student_needs_gradient: bool) -> None:
             f"the {name} requires a gradient and the student does not: are the two swapped? If not, detach the {name}"
         )
     if not torch.compiler.is_compiling():
-        warn(
-            f"the {name} requires a gradient, but gets none: run it under torch.no_grad(), or detach it; "
-            "or, if it shall have one, pass teacher_gradient=True"
-        )
+        wish = "" if never else "; or, if it shall have one, pass teacher_gradient=True"
+        warn(f"the {name} requires a gradient, but gets none: run it under torch.no_grad(), or detach it{wish}")
 
 
 def warn(message: str) -> None:
@@ -237,8 +238,8 @@ def row_vector(name: str, tensor: Tensor | None, student: Tensor) -> Tensor | No
         return None
     tensor = plain(name, tensor)
     _matches(name, tensor, tensor.shape, student)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be bool, integer or floating point, not {tensor.dtype}")
+    if tensor.dtype not in MASKS:
+        raise TypeError(f"{name} must be bool, integer or floating point, of a type of {MASKS}, not {tensor.dtype}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient: it gets none, so detach it")
     return (tensor if tensor.dim() == 1 else tensor.reshape(-1)).contiguous()

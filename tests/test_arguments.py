@@ -228,6 +228,7 @@ HIDDEN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student": [Z, Z], "teacher": [V, V[:1]]}, ValueError, r"teacher\[1\] must have the student's leading shape"),
     ({"student": [Z], "teacher": [V], "layer_weights": [1, 2]}, ValueError, "one for each of 1 layers, not 2"),
     ({"student": [Z], "teacher": [V], "layer_weights": [-1]}, ValueError, r"layer_weights\[0\] must be at least 0"),
+    ({"student": [Z], "teacher": [V], "layer_weights": torch.ones(1)}, TypeError, "must be a list of numbers.*Tensor"),
     ({"layer_weights": [1.0]}, ValueError, "layer_weights are given, but student is one tensor"),
     ({"distance": "l2"}, ValueError, "distance must be one of .*'mse'.*not 'l2'"),
     ({"normalize": "batch"}, ValueError, "normalize must be None or one of .*not 'batch'"),
@@ -236,6 +237,8 @@ HIDDEN_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": V[0, 0]}, ValueError, "bias is given, but no projection"),
     ({"teacher_gradient": "yes"}, TypeError, "teacher_gradient must be True or False"),
     ({"mask": Y[:1]}, ValueError, "mask must have"),
+    ({"mask": Y.to(torch.uint16)}, TypeError, "mask must be bool, integer or floating point.*uint16"),
+    ({"mask": Y.float().to(torch.float8_e4m3fn)}, TypeError, "mask must be bool, integer or floating point.*float8"),
     ({"reduction": "sum", "normalizer": 2}, ValueError, "normalizer .*reduction='sum'"),
 ]
 

@@ -135,6 +135,20 @@ def test_scores_exist_a_tile_at_a_time(device: str) -> None:
     assert given["wanted"] == [True, False, False]
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
+def test_one_row_has_nothing_to_be_told_from(device: str, dtype: torch.dtype) -> None:
+    """Such as the last batch of an epoch: 0, as the softmax over one candidate says, without a gradient."""
+    student, teacher = (x.to(dtype) for x in pair(1, 5, device=device))
+    for mask in (None, torch.ones(1, device=device), torch.zeros(1, dtype=torch.bool, device=device)):
+        for reduction in ("mean", "none"):
+            leaf = student.detach().requires_grad_()
+            loss = contrastive_hidden_loss(leaf, teacher, mask=mask, reduction=reduction)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            assert loss.shape == (() if reduction == "mean" else (1,))
+            assert not loss.any()
+            assert not gradient.any()
+
+
 Z, V = pair(2, 3, 6)
 ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (

@@ -337,6 +337,15 @@ def test_pooled_sequences(device: str, masked: torch.dtype | None, kind: dict[st
     )
 
 
+def test_means_over_tokens_under_autocast(device: str) -> None:
+    """As outside: bfloat16 would round them, and lose what is left between two that are close."""
+    student, teacher = pair(4, 5, 24, device=device)
+    student = teacher + 1e-3 * student
+    outside = hidden_loss(student, teacher, pool="mean")
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(hidden_loss(student, teacher, pool="mean"), outside)
+
+
 @kinds
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_teachers_gradient(device: str, reduction: str, kind: dict[str, Any]) -> None:
@@ -362,3 +371,6 @@ def test_a_teachers_gradient_is_asked_for(device: str) -> None:
         hidden_loss(student.detach(), teacher)
     hidden_loss(student.detach(), teacher, teacher_gradient=True).backward()
     assert teacher.grad.norm() > 1e-3
+    with pytest.warns(UserWarning, match=r"teacher\[0\] requires a gradient") as told:
+        hidden_loss([student.detach(), student], [teacher, [teacher]])  # embeddings that are frozen, and a layer
+    assert len(told) == 1

@@ -330,6 +330,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 BUCKETS: list[tuple[Any, type[Exception], str]] = [
     ([[0]], ValueError, "one entry for each of the 2 student layers, not 1"),
     ([[0], []], ValueError, r"buckets\[1\] must name at least one"),
+    ([0, 1], TypeError, r"buckets\[0\] must be a list of positions in the teacher layers, not 0"),
     ([[0], [3]], ValueError, r"buckets\[1\] must hold positions in the 3 teacher layers, 0 to 2, not 3"),
     ([[0.5], [1]], TypeError, r"buckets\[0\] must hold integers, not float"),
 ]

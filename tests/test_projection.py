@@ -176,6 +176,17 @@ def test_strided_inputs(device: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, cls)[0][:, 0].double().cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("distance", "size"), [("mse", 1e18), ("smooth_l1", 1e36)])
+@pytest.mark.parametrize("last", [1.0, torch.inf])
+def test_sums_that_overflow(device: str, distance: str, size: float, last: float) -> None:
+    """The row is summed again, where the gradient has not yet been written over it."""
+    x, w = torch.full((3, 4), size, device=device), torch.ones(1024, 4, device=device, requires_grad=True)
+    x[0] *= last
+    found = hidden_loss(x, torch.zeros(3, 1024, device=device), distance=distance, projection=w)
+    expected = 16 * size**2 if distance == "mse" else 4 * size
+    assert found.item() == (torch.inf if last == torch.inf else pytest.approx(expected, rel=1e-6))
+
+
 # -------------------------------------------------- float16
 
 

@@ -132,7 +132,7 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], str]] = [
     (X, T, {"projection": W.t()}, r"projection must have the shape \(33, 24\), .* not \(24, 33\)"),
     (X, T, {"projection": W, "bias": B[1:]}, r"bias must have the shape \(33,\), .* not \(32,\)"),
     (X, T, {"projection": W.double()}, "projection must be torch.float32 .* not torch.float64"),
-    (X, T, {"projection": torch.nn.Linear(1, 1)}, "projection must be a tensor, not Linear"),
+    (X, T, {"projection": torch.nn.Linear(1, 1)}, "projection must be a tensor, not Linear: pass its .weight"),
     (X, T, {"projection": [W]}, "projection must be a tensor, as student is, not a list of 1"),
     ([X, X], [T, T], {"projection": [W]}, "projection must be a list of 2, one for each layer, not a list of 1"),
     ([X, X], [T, T], {"projection": [W, W.t()]}, r"projection\[1\] must have the shape"),

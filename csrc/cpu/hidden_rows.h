@@ -56,11 +56,12 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
     find(i);
     const double factor = weight / k.normalizer * (k.upstream ? (*k.upstream)[i] : 1);
     S* g = out ? place_of_gradient(out) : nullptr;
+    const bool over_row = g == x;  // written once the value is known: far_value() reads the row again
     if (k.forward) {
       a = b = Scale{}, shift = pull = 0;
-      static_cast<A*>(k.rows)[i] = A(weight * (scaled ? normalised()
-                                               : g    ? plain<true>(g, factor)
-                                                      : plain<false>(g, factor)));
+      static_cast<A*>(k.rows)[i] = A(weight * (scaled           ? normalised()
+                                               : g && !over_row ? plain<true>(g, factor)
+                                                                : plain<false>(g, factor)));
       const A found[] = {a.scale, a.mean, a.rest, b.scale, b.mean, b.rest, shift, pull};
       std::copy(found, found + HIDDEN_STATS, stats);
     } else {
@@ -69,7 +70,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
       shift = stats[SHIFT], pull = stats[PULL];
     }
     if (!g) return;
-    if (scaled || !k.forward) gradient(g, factor);
+    if (scaled || !k.forward || over_row) gradient(g, factor);
     if ((void*)g != (void*)out) write(k.student.type, out, 0, H, (const A*)g);
   }
 

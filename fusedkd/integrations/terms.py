@@ -273,9 +273,9 @@ class AttentionTerm(Term):
                     if self.relation_heads is None:
                         scales = {"student_scale": sides[0].scale, "teacher_scale": sides[1].scale}
                 (q, k), (of_teacher, k_of_teacher) = (side.relation(relation) for side in sides)
-                losses.append(loss_of(q, k, of_teacher, k_of_teacher, given.pair.attended, **options, **scales))
-        loss = share * torch.stack(losses).sum(0)
-        return loss.mean(1) if loss.dim() else loss  # over heads
+                loss = loss_of(q, k, of_teacher, k_of_teacher, given.pair.attended, **options, **scales)
+                losses.append(loss.mean(1) if loss.dim() else loss)  # over heads, of which grouped values have fewer
+        return share * torch.stack(losses).sum(0)
 
 
 def first(hidden: Tensor, attended: Tensor) -> Tensor:

@@ -165,9 +165,9 @@ def _checked(
             f"{(theirs[0], theirs[2])}"
         )
     needs_gradient = student_q.requires_grad or student_k.requires_grad
-    check.frozen("teacher_q", teacher_q, needs_gradient)
+    check.frozen("teacher_q", teacher_q, needs_gradient, never=True)
     if teacher_k is not teacher_q:
-        check.frozen("teacher_k", teacher_k, needs_gradient)
+        check.frozen("teacher_k", teacher_k, needs_gradient, never=True)
     if relation_heads is None:
         if ours[1] != theirs[1]:
             raise ValueError(

@@ -41,7 +41,8 @@ def contrastive_hidden_loss(
         student, teacher: ``(*, H)`` each, of one type: float16, bfloat16, float32 or float64. The teacher never
             receives a gradient.
         temperature: τ > 0, a number or a 0-d tensor.
-        negatives: what the teacher's row is told from. None: the selected rows of `teacher`, in the batch (CILDA).
+        negatives: what the teacher's row is told from. None: the selected rows of `teacher`, in the batch (CILDA);
+            the loss of a single row is 0.
             ``(R, H)``: these rows, of a memory bank (CoDIR), and no row of the batch. On several devices, the rows of
             the others are what can be put here.
         mask: ``(*)``. Bool or integer: non-zero selects; float: weights, 0 is not selected. Rows that are not selected
@@ -63,7 +64,7 @@ def contrastive_hidden_loss(
     check.reduction(reduction, normalizer=normalizer)
     if normalize not in ("l2", None):
         raise ValueError(f"normalize must be 'l2' or None, not {normalize!r}")
-    check.frozen("teacher", teacher, student.requires_grad)
+    check.frozen("teacher", teacher, student.requires_grad, never=True)
     flat_mask = check.row_vector("mask", mask, student)
     lead, H = student.shape[:-1], student.shape[-1]
     for name, rows in (("teacher", teacher), ("negatives", negatives)):
@@ -113,6 +114,9 @@ def _in_batch(student: Tensor, teacher: Tensor, selected: Tensor | None, **optio
     if selected is not None:
         labels = torch.where(selected, labels, -100)
         bias = torch.where(selected, 0.0, -torch.inf).to(teacher.dtype)
+    if len(teacher) == 1:  # nothing to be told from: 0, by a second column that no softmax sees
+        teacher = F.pad(teacher, (0, 0, 0, 1))
+        bias = torch.arange(2.0, device=teacher.device).log().flip(0).to(teacher.dtype)
     return _cross_entropy(student, teacher, labels, student_bias=bias, **options)
 
 

@@ -88,12 +88,13 @@ def hidden_loss(
     behind = list(zip(layers, projections(projection, bias, student), strict=True))
     for layer, projected in behind:
         _check_sides(*layer[:3], projected)
+    if not teacher_gradient:
+        trained = any([x.student.requires_grad or (p is not None and p.trained()) for x, p in behind])
+        for name, piece in [(x.name("teacher"), y) for x in layers for y in x.teacher if y.requires_grad][:1]:
+            check.frozen(name, piece, trained)  # one sentence for all layers
     for layer, projected in behind:
         x, pieces, selected = layer.student, layer.teacher, mask
         if not teacher_gradient:
-            trained = x.requires_grad or (projected is not None and projected.trained())
-            for piece in pieces:
-                check.frozen(layer.name("teacher"), piece, trained)
             pieces = frozen(pieces)
         if pool is not None:
             x, pieces, selected = _pooled(layer.name("student"), x, pieces, mask)
@@ -133,7 +134,7 @@ def cosine_hidden_loss(
         ValueError, TypeError: naming the argument, what it was and what it must be.
     """
     _check_sides(student_hidden, [teacher_hidden], "_hidden")
-    check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad)
+    check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad, never=True)
     check.reduction(reduction, normalizer=normalizer)
     return rows_loss(student_hidden, frozen([teacher_hidden]), mask, COSINE, reduction, normalizer)
 
@@ -184,6 +185,8 @@ def _layers(student: Any, teacher: Any, weights: Sequence[Real] | None) -> list[
             f"teacher must be a list of as many layers as student, at least one, but these are {len(student)} layers "
             f"and {got}"
         )
+    if weights is not None and not isinstance(weights, list | tuple):
+        raise TypeError(f"layer_weights must be a list of numbers or 0-d tensors, not {type(weights).__name__}")
     if weights is not None and len(weights) != len(student):
         raise ValueError(f"layer_weights must be one for each of {len(student)} layers, not {len(weights)}")
     for i, weight in enumerate(weights or ()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import NamedTuple
 
 import torch
@@ -125,6 +125,8 @@ def bucket_table(buckets: Sequence[Sequence[int]] | None, counts: tuple[int, int
         raise ValueError(f"buckets must have one entry for each of the {M} student layers, not {len(buckets)}")
     flags = [0.0] * (M * K)
     for j, bucket in enumerate(buckets):
+        if not isinstance(bucket, Sized):
+            raise TypeError(f"buckets[{j}] must be a list of positions in the teacher layers, not {bucket!r}")
         if len(bucket) == 0:
             raise ValueError(f"buckets[{j}] must name at least one teacher layer, but it is empty")
         for k in bucket:

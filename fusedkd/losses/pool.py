@@ -26,4 +26,5 @@ def pooled(hidden: Tensor, shares: Tensor) -> Tensor:
     they hold.
     """
     selected = hidden.where(shares.unsqueeze(-1) != 0, 0).to(accumulation_dtype(hidden.dtype))
-    return (shares.to(selected.dtype).unsqueeze(-2) @ selected).squeeze(-2)
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round the means
+        return (shares.to(selected.dtype).unsqueeze(-2) @ selected).squeeze(-2)

@@ -257,6 +257,14 @@ def test_an_evaluation_is_a_mean_over_rows(whole):
         assert found[f"eval_{name}"] == pytest.approx(whole[1][name], rel=1e-5), name
 
 
+def test_an_evaluation_of_relations_with_grouped_values():
+    """Queries have more heads than values: the mean over heads is each relation's own."""
+    _, logs, _ = step(*models("llama"), presets.minilm()["terms"])
+    options = {"eval_dataset": list(rows()), "per_device_eval_batch_size": 3}
+    found = trainer(*models("llama"), NONE, terms=presets.minilm()["terms"], **options).evaluate()
+    assert found["eval_relations"] == pytest.approx(logs["relations"], rel=1e-5)
+
+
 # ---- projections
 
 
