@@ -72,24 +72,24 @@ def weights_of(found) -> dict[str, torch.Tensor]:
 def test_projections_are_trained_saved_and_left_out_of_the_student(tmp_path):
     from safetensors.torch import load_file
 
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "batch": 4}
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "batch": 4}
     run, again = (trainer(*models(), KDConfig(), terms=EVERYTHING, folder=str(tmp_path / n), **options) for n in "ab")
     start = {k: v.clone() for k, v in weights_of(again).items()}
     own = [k for k in start if k.startswith("projections")]
     assert len(own) == 8
     run.train()
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
     for name, value in weights_of(run).items():
         assert torch.equal(value, weights_of(again)[name]), name
     assert not any(torch.equal(weights_of(run)[name], start[name]) for name in own)
     names = models()[0].state_dict().keys()
     assert run.model.state_dict().keys() == names
     run.save_model(str(tmp_path / "model"))
-    for saved in ("model", "a/checkpoint-2"):
+    for saved in ("model", "a/checkpoint-1"):
         assert load_file(tmp_path / saved / "model.safetensors").keys() <= names
-    (tmp_path / "a" / "checkpoint-2" / "distillation_terms.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-2 has no distillation_terms.safetensors"):
-        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    (tmp_path / "a" / "checkpoint-1" / "distillation_terms.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-1 has no distillation_terms.safetensors"):
+        again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
 
 
 def test_a_projection_draws_nothing_from_the_generator_of_everything_else():
