@@ -27,14 +27,7 @@ CUDA = pytest.param(
 )
 
 
-FIRST = (
-    "test_triton.py",
-    "test_cpu_instruction_sets.py",
-    "test_triton_launch.py",
-    "test_opcheck.py",
-    "test_ablation.py",
-)
-"""A minute and more each, of few slow functions."""
+FIRST = ("test_triton.py", "test_cpu_instruction_sets.py")  # few tests, of a minute and more each
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())  # file::function
 
 
