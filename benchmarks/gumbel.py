@@ -10,7 +10,6 @@ and back to the gradients of hidden states and head.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +22,8 @@ from torch import Tensor
 
 import fusedkd
 from benchmarks.measure import interleave, peak_bytes, seconds_of, set_malloc
-from benchmarks.record import require, stamp, write
+from benchmarks.record import process, require, stamp, write
 from benchmarks.speed import MEMORY, duration, relative, size
-from fusedkd import env
 from fusedkd.reference import gumbel
 
 SECONDS = 20.0  # of timed rounds, per shape
@@ -183,14 +181,7 @@ def measure(shape: Shape, providers: Sequence[str], device: str) -> list[dict[st
 
 def record(shapes: Sequence[Shape], providers: Sequence[str], device: str, command: str) -> dict[str, Any]:
     return {
-        "machine_info": {
-            **env.devices(),
-            "threads": torch.get_num_threads(),
-            "load_before": os.getloadavg()[0],
-            "memory": "fresh" if device == "cpu" else None,
-            "versions": env.versions(),
-            "command": command,
-        },
+        "machine_info": {**process(command), "memory": "fresh" if device == "cpu" else None},
         **stamp(),
         "straight_through": [entry for shape in shapes for entry in measure(shape, providers, device)],
     }

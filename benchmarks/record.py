@@ -30,15 +30,22 @@ def require(device: str) -> None:
         raise SystemExit("--device cuda, but torch sees no GPU")
 
 
-def machine(device: str, command: str) -> dict[str, Any]:
+def process(command: str) -> dict[str, Any]:
+    """What `machine_info` says of the process and where it runs."""
     return {
         **env.devices(),
         "threads": torch.get_num_threads(),
         "load_before": LOAD,
-        "copy_gb_per_s": copy_bandwidth(device) / 1e9,
-        "versions": {**env.versions(), **providers.versions()},
+        "versions": env.versions(),
         "command": command,
     }
+
+
+def machine(device: str, command: str) -> dict[str, Any]:
+    """With what else the comparison of providers depends on."""
+    found = process(command)
+    found["versions"] |= providers.versions()
+    return found | {"copy_gb_per_s": copy_bandwidth(device) / 1e9}
 
 
 def entry_of(case: Case, provider: str, measured: Measurement, device: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -27,9 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import interleave, peak_bytes, seconds_of, set_malloc
-from benchmarks.record import stamp
+from benchmarks.record import process, stamp
 from benchmarks.speed import MEMORY, duration, relative, size
-from fusedkd import env
 from fusedkd.nn import DistilBertLoss
 
 LOSS = DistilBertLoss()  # its temperature and weights
@@ -225,14 +223,7 @@ def measure(shape: Shape, providers: Sequence[str], device: str) -> list[dict[st
 
 def record(shapes: Sequence[Shape], providers: Sequence[str], device: str, command: str) -> dict[str, Any]:
     return {
-        "machine_info": {
-            **env.devices(),
-            "threads": torch.get_num_threads(),
-            "load_before": os.getloadavg()[0],
-            "memory": "fresh" if device == "cpu" else None,
-            "versions": env.versions(),
-            "command": command,
-        },
+        "machine_info": {**process(command), "memory": "fresh" if device == "cpu" else None},
         **stamp(),
         "driver_step": [entry for shape in shapes for entry in measure(shape, providers, device)],
     }

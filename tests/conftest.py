@@ -6,11 +6,15 @@ any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or ``FUSEDKD_BACKE
 leaves out the tests marked `wide` and still takes 20 minutes.
 
 Functions whose tests take more than 50 ms each are marked `slow`: those of slow.txt, one list, so that a measurement
-renews it as a whole. ``make quick`` runs the others, and names those that should be in the list.
+renews it as a whole. ``make quick`` runs the others, and names those that should be in the list. Files of which many
+tests are in it start first, and those of FIRST before them: a long file that starts last keeps one worker of
+``--dist loadfile`` busy while the others have nothing left.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,7 @@ CUDA = pytest.param(
 )
 
 
+FIRST = ("test_triton.py", "test_cpu_instruction_sets.py")  # few tests, of a minute and more each
 SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())  # file::function
 
 
@@ -34,13 +39,18 @@ def device(request: pytest.FixtureRequest) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "wide: rows too wide for Triton's interpreter")
     config.addinivalue_line("markers", "slow: more than 50 ms each, listed in tests/slow.txt")
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # pytest-xdist would start the files with the most tests
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     for item in items:
         if f"{item.path.name}::{getattr(item, 'originalname', item.name)}" in SLOW:
             item.add_marker(pytest.mark.slow)
     for item in items if INTERPRETED else []:
         if item.get_closest_marker("wide"):
             item.add_marker(pytest.mark.skip(reason="too wide for Triton's interpreter"))
+    yield  # `-m` selects
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.name not in FIRST, -slow[item.path], item.path))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import Any
 
 import torch
 from operators import Inputs, backward, forward, forward_, options_tensor, rescale_
@@ -53,6 +54,31 @@ def kd_inputs(
         "transform": bool(TRANSFORMS & {Option[name.upper()] for name in values}),
         "ce": labels is not None,
     }
+
+
+def row_weights(
+    teacher: Tensor,
+    backend: Any = torch.ops.fusedkd,
+    *,
+    ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    kd_mask: Tensor | None = None,
+    normalizers: Tensor | None = None,
+    kd: bool = True,
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = backend.kd_row_weights(
+        teacher=teacher, ids=ids, labels=labels, kd_mask=kd_mask, normalizers=normalizers, ignore_index=-100, kd=kd
+    )
+    return found
+
+
+def hidden_inputs(
+    student: Tensor, teacher: Tensor, weights: Tensor | None = None, normalizer: float = 1.0, kind: tuple = (1, 0)
+) -> Inputs:
+    """Of the cosine, or of a distance and a normalisation."""
+    divisor = torch.tensor(normalizer, dtype=torch.float64)
+    given = {"student": student, "teacher": [teacher], "weights": weights, "normalizer": divisor}
+    return given | dict(zip(("distance", "normalize"), kind, strict=True))
 
 
 def kd_operators(inputs: Inputs) -> list[Tensor]:

@@ -1,14 +1,11 @@
 """What `gumbel_rows` is held to: for the noise of the seed, the choice and the relaxed gradient of
-`fusedkd.reference.gumbel` in float64, the gradient by the rule of `linear_cases.py`; and the launches of its Triton
-kernels.
+`fusedkd.reference.gumbel` in float64, the gradient by the rule of `linear_cases.py`.
 
 S of a row is (‖y·r‖ + ‖y‖·|Σ y·r|)/T, the norms of the two terms subtracted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -161,35 +158,3 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         given = {**shared, **rows, "slopes": slopes, "scale": shared["temperature"], "first_row": 2}
         found["gumbel_backward"].append({**given, "logits": logits})
     return found
-
-
-# -------------------------------------------------- launches
-
-
-def launch(operator: str, dtype: torch.dtype, columns: int = 30522, aligned: bool = True) -> None:
-    """Of the Triton kernels, which have to be imported late: where there is no Triton, other tests are."""
-    from fusedkd.backends.triton import gumbel as kernels
-
-    n, start = 300, 0 if aligned else 1
-
-    def vector(count: int, dtype: torch.dtype) -> Tensor:
-        return torch.ones(count + 1, dtype=dtype)[start:][:count]
-
-    logits, slopes = (torch.zeros(1, n, columns + 1, dtype=dtype)[:, :, start:][:, :, :columns] for _ in range(2))
-    seed, temperature = vector(1, torch.int64).squeeze(0), vector(1, torch.float64).squeeze(0)
-    given = {"seed": seed, "temperature": temperature, "first_row": 7}
-    if operator == "forward":
-        kernels.gumbel_forward(logits, **given)
-        return
-    ids, stats = vector(n, torch.int64), vector(2 * n, dtype).view(n, 2)
-    kernels.gumbel_backward(logits, slopes, ids, stats, scale=temperature, **given)
-
-
-LAUNCHES: dict[str, Callable[..., None]] = {
-    "forward": partial(launch, "forward", torch.float32),
-    "forward, float64": partial(launch, "forward", torch.float64),
-    "backward": partial(launch, "backward", torch.float32),
-    "backward, float64": partial(launch, "backward", torch.float64, columns=300),
-    "forward, unaligned": partial(launch, "forward", torch.float32, aligned=False),
-    "backward, unaligned": partial(launch, "backward", torch.float32, aligned=False),
-}

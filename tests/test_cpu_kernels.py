@@ -5,7 +5,6 @@ set: test_cpu_instruction_sets.py.
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -16,13 +15,14 @@ from cpu_cases import (
     assert_guards,
     before_a_fault,
     guarded,
+    hidden_inputs,
     identical,
     kd_inputs,
     kd_operators,
+    row_weights,
 )
 from families import divergences, families
-from operators import Inputs, backward, forward, forward_, rescale_, truth
-from torch import Tensor
+from operators import backward, forward, forward_, rescale_, truth
 from truth import DTYPES, pair, targets
 
 from fusedkd import DKD, JSD
@@ -45,31 +45,6 @@ if serving["kd_forward", "CPU"][0] != "C++":
 
 ops = torch.ops.fusedkd
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def row_weights(
-    teacher: Tensor,
-    backend: Any = ops,
-    *,
-    ids: Tensor | None = None,
-    labels: Tensor | None = None,
-    kd_mask: Tensor | None = None,
-    normalizers: Tensor | None = None,
-    kd: bool = True,
-) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = backend.kd_row_weights(
-        teacher=teacher, ids=ids, labels=labels, kd_mask=kd_mask, normalizers=normalizers, ignore_index=-100, kd=kd
-    )
-    return found
-
-
-def hidden_inputs(
-    student: Tensor, teacher: Tensor, weights: Tensor | None = None, normalizer: float = 1.0, kind: tuple = (1, 0)
-) -> Inputs:
-    """Of the cosine, or of a distance and a normalisation."""
-    divisor = torch.tensor(normalizer, dtype=torch.float64)
-    given = {"student": student, "teacher": [teacher], "weights": weights, "normalizer": divisor}
-    return given | dict(zip(("distance", "normalize"), kind, strict=True))
 
 
 @families

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gumbel_cases
-import operators
 import pytest
 import torch
 from operators import Inputs
@@ -26,23 +24,13 @@ if INTERPRETED:
 import gpu_stub  # noqa: E402
 import triton.language as tl  # noqa: E402
 from gpu_stub import Launch, gpu  # noqa: E402
+from launch_cases import BF16, F16, F32, F64, GUMBEL, HIDDEN, LAYERS, call, rows, vector  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
-from fusedkd.backends.layout import (  # noqa: E402
-    HIDDEN_STATS,
-    SHARD_STATS,
-    STATS,
-    HiddenDistance,
-    HiddenNormalize,
-    KernelId,
-    Stage,
-    TopkKernelId,
-)
-from fusedkd.backends.triton import hidden, launch, layers  # noqa: E402
+from fusedkd.backends.layout import SHARD_STATS, STATS, KernelId, Stage, TopkKernelId  # noqa: E402
+from fusedkd.backends.triton import launch  # noqa: E402
 from fusedkd.backends.triton.kd_naive import kd_naive  # noqa: E402
-
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,28 +62,6 @@ def kernels(functions: list[JITFunction]) -> set[str]:
 
 
 # -------------------------------------------------- their launches
-
-
-def vector(n: int, dtype: torch.dtype = F32, aligned: bool = True) -> Tensor:
-    """Ones, which start on 16 bytes or one element after."""
-    return torch.ones(n + 1, dtype=dtype)[0 if aligned else 1 :][:n]
-
-
-def rows(n: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
-    """Logits ``(1, n, columns)``, with a gap after each row."""
-    return torch.zeros(1, n, columns + gap, dtype=dtype)[:, :, :columns]
-
-
-def call(operator: str, inputs: Inputs, upstream: Tensor, stats: Tensor, gradient: bool, launch: Any = launch) -> None:
-    """What `operators` calls forward, forward_, backward or rescale_."""
-    if operator == "forward":
-        operators.forward(inputs, gradient, launch)
-    elif operator == "forward_":
-        operators.forward_(inputs, launch)
-    elif operator == "backward":
-        operators.backward(upstream, inputs, stats, launch)
-    else:
-        operators.rescale_(torch.empty_like(inputs["student"]), upstream, inputs, stats, launch)
 
 
 def inputs_of(
@@ -138,7 +104,7 @@ def launch_kd(
     inputs = inputs_of(student, teacher, None, form, labels, transform, aligned)
     up = vector(1, exact, aligned).squeeze(0) if upstream == "scalar" else vector(n, exact, aligned)
     stats = vector(n * 8, exact, aligned).view(n, 8)
-    call(operator, inputs, up, stats, gradient)
+    call(operator, inputs, up, stats, gradient, launch)
 
 
 def launch_topk(
@@ -160,7 +126,7 @@ def launch_topk(
     ids = vector(n * k, torch.int64, aligned).view(n, k)
     inputs = inputs_of(student, teacher, ids, form, labels, transform, aligned)
     stats, up = vector(n * 8, exact, aligned).view(n, 8), vector(n, exact, aligned)
-    call(operator, inputs, up, stats, gradient)
+    call(operator, inputs, up, stats, gradient, launch)
 
 
 def launch_shard(
@@ -190,41 +156,6 @@ def launch_shard(
         offset=16032,
         vocabulary=128256,
     )
-
-
-def launch_layers(
-    operator: str,
-    *,
-    n: int = 300,
-    H: int = 768,
-    M: int = 4,
-    K: int = 12,
-    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
-    gradient: bool = False,
-    teacher_gradient: bool = False,
-    upstream: bool = False,
-    weights: bool = False,
-    aligned: bool = True,
-) -> None:
-    """M and K layers of n rows."""
-    exact = F64 if dtypes[0] == F64 else F32
-    given: dict[str, Any] = {
-        "student": [rows(n, H, dtypes[0])] * M,
-        "teacher": [rows(n, H, dtypes[1])] * K,
-        "weights": vector(n, F32, aligned) if weights or not aligned else None,
-        "normalizer": vector(1, F64, aligned).squeeze(0),
-    }
-    if operator == "layer_attention":
-        given |= {
-            "upstream": vector(n, exact, aligned) if upstream else None,
-            "buckets": vector(M * K, F64, aligned).view(M, K),
-            "gradient": torch.zeros(M, 1, n, H, dtype=dtypes[0]) if gradient else None,
-            "teacher_gradient": torch.zeros(K, 1, n, H, dtype=dtypes[1]) if teacher_gradient else None,
-            "skip_if_one": upstream,
-        }
-    elif upstream:
-        given["upstream"] = vector(M * K, F64, aligned).view(M, K)
-    getattr(layers, operator)(**given)
 
 
 def launch_weights(
@@ -261,32 +192,6 @@ def launch_unit(aligned: bool = True) -> None:
 def launch_naive(dtype: torch.dtype) -> None:
     student, teacher = rows(300, 3000, dtype)[0], rows(300, 3000, dtype)[0]
     kd_naive(student, teacher, vector(300, torch.int64), temperature=2.0, kd_weight=0.5, ce_weight=0.5)
-
-
-def launch_hidden(
-    operator: str,
-    columns: int,
-    distance: HiddenDistance,
-    normalize: HiddenNormalize,
-    *,
-    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
-    pieces: int = 1,
-    gap: int = 0,
-    weights: bool = True,
-    gradient: bool = True,
-    aligned: bool = True,
-) -> None:
-    n, exact = 300, F64 if dtypes[0] == F64 else F32
-    inputs: Inputs = {
-        "student": rows(n, columns, dtypes[0], gap),
-        "teacher": [rows(n, columns // pieces, dtypes[1], gap) for _ in range(pieces)],
-        "weights": vector(n, F32, aligned) if weights else None,
-        "normalizer": vector(1, F64, aligned).squeeze(0),
-        "distance": distance,
-        "normalize": normalize,
-    }
-    stats, up = vector(n * HIDDEN_STATS, exact, aligned).view(n, -1), vector(n, exact, aligned)
-    call(operator, inputs, up, stats, gradient, hidden)
 
 
 LONG, SHORT = 50257, 3000  # of few rows, the long ones are split
@@ -341,20 +246,6 @@ SHARD = {
     "top-k values": partial(launch_shard, Stage.VALUES, TopkKernelId.IGNORE, k=50),
     "top-k gradient": partial(launch_shard, Stage.GRADIENT, TopkKernelId.BUCKET_REVERSE, k=200, upstream=True),
 }
-MSE, COSINE, SMOOTH_L1 = HiddenDistance
-NONE, L2, LAYER_NORM = HiddenNormalize
-HIDDEN = {
-    "forward": partial(launch_hidden, "forward", 768, COSINE, NONE),
-    "pieces": partial(launch_hidden, "forward", 4096, MSE, LAYER_NORM, pieces=2),
-    "as long as is held": partial(launch_hidden, "forward", 8192, SMOOTH_L1, LAYER_NORM, dtypes=(F32, F32)),
-    "not held": partial(launch_hidden, "forward", 16384, MSE, L2, dtypes=(F16, F32)),
-    "no gradient": partial(launch_hidden, "forward", 1024, SMOOTH_L1, NONE, gradient=False, weights=False),
-    "backward": partial(launch_hidden, "backward", 768, SMOOTH_L1, L2),
-    "rescale": partial(launch_hidden, "rescale_", 768, COSINE, LAYER_NORM),
-    "float64": partial(launch_hidden, "forward", 4096, COSINE, LAYER_NORM, dtypes=(F64, F64)),
-    "one element": partial(launch_hidden, "forward", 1, MSE, L2),
-    "unaligned": partial(launch_hidden, "forward", 777, MSE, NONE, gap=1, aligned=False),
-}
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),
     "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
@@ -372,17 +263,6 @@ SMALL = {
     "terms per row": partial(launch_terms, F64, per_row=True),
     "terms, unaligned": partial(launch_terms, F32, per_row=True, aligned=False),
 }
-LAYERS = {
-    "attention": partial(launch_layers, "layer_attention", gradient=True, weights=True),
-    "attention, of the teacher": partial(launch_layers, "layer_attention", gradient=True, teacher_gradient=True, H=770),
-    "attention, no gradient": partial(launch_layers, "layer_attention", M=1, K=1, dtypes=(F32, BF16)),
-    "attention, float64": partial(launch_layers, "layer_attention", gradient=True, dtypes=(F64, F32), H=8192),
-    "attention, widest": partial(launch_layers, "layer_attention", gradient=True, H=16384),
-    "attention, unaligned": partial(launch_layers, "layer_attention", gradient=True, upstream=True, aligned=False),
-    "distances": partial(launch_layers, "layer_distances", weights=True),
-    "distances, widest": partial(launch_layers, "layer_distances", dtypes=(F32, F32), H=16384),
-    "distances, backward": partial(launch_layers, "layer_distances_backward", upstream=True, weights=True),
-}
 CASES = {
     f"{kind}: {name}": case
     for kind, cases in (
@@ -393,7 +273,7 @@ CASES = {
         ("shard", SHARD),
         ("hidden", HIDDEN),
         ("small", SMALL),
-        ("gumbel", gumbel_cases.LAUNCHES),
+        ("gumbel", GUMBEL),
         ("layers", LAYERS),
     )
     for name, case in cases.items()

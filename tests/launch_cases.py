@@ -1,0 +1,146 @@
+"""Launches of the Triton kernels of hidden states, layers and straight-through samples, for `test_triton_launch.py`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import operators
+import torch
+from operators import Inputs
+from torch import Tensor
+
+from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize
+from fusedkd.backends.triton import gumbel, hidden, layers
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def vector(n: int, dtype: torch.dtype = F32, aligned: bool = True) -> Tensor:
+    """Ones, which start on 16 bytes or one element after."""
+    return torch.ones(n + 1, dtype=dtype)[0 if aligned else 1 :][:n]
+
+
+def rows(n: int, columns: int, dtype: torch.dtype, gap: int = 0) -> Tensor:
+    """Logits ``(1, n, columns)``, with a gap after each row."""
+    return torch.zeros(1, n, columns + gap, dtype=dtype)[:, :, :columns]
+
+
+def call(operator: str, inputs: Inputs, upstream: Tensor, stats: Tensor, gradient: bool, launch: Any) -> None:
+    """What `operators` calls forward, forward_, backward or rescale_."""
+    if operator == "forward":
+        operators.forward(inputs, gradient, launch)
+    elif operator == "forward_":
+        operators.forward_(inputs, launch)
+    elif operator == "backward":
+        operators.backward(upstream, inputs, stats, launch)
+    else:
+        operators.rescale_(torch.empty_like(inputs["student"]), upstream, inputs, stats, launch)
+
+
+def launch_hidden(
+    operator: str,
+    columns: int,
+    distance: HiddenDistance,
+    normalize: HiddenNormalize,
+    *,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    pieces: int = 1,
+    gap: int = 0,
+    weights: bool = True,
+    gradient: bool = True,
+    aligned: bool = True,
+) -> None:
+    n, exact = 300, F64 if dtypes[0] == F64 else F32
+    inputs: Inputs = {
+        "student": rows(n, columns, dtypes[0], gap),
+        "teacher": [rows(n, columns // pieces, dtypes[1], gap) for _ in range(pieces)],
+        "weights": vector(n, F32, aligned) if weights else None,
+        "normalizer": vector(1, F64, aligned).squeeze(0),
+        "distance": distance,
+        "normalize": normalize,
+    }
+    stats, up = vector(n * HIDDEN_STATS, exact, aligned).view(n, -1), vector(n, exact, aligned)
+    call(operator, inputs, up, stats, gradient, hidden)
+
+
+def launch_layers(
+    operator: str,
+    *,
+    n: int = 300,
+    H: int = 768,
+    M: int = 4,
+    K: int = 12,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    gradient: bool = False,
+    teacher_gradient: bool = False,
+    upstream: bool = False,
+    weights: bool = False,
+    aligned: bool = True,
+) -> None:
+    """M and K layers of n rows."""
+    exact = F64 if dtypes[0] == F64 else F32
+    given: dict[str, Any] = {
+        "student": [rows(n, H, dtypes[0])] * M,
+        "teacher": [rows(n, H, dtypes[1])] * K,
+        "weights": vector(n, F32, aligned) if weights or not aligned else None,
+        "normalizer": vector(1, F64, aligned).squeeze(0),
+    }
+    if operator == "layer_attention":
+        given |= {
+            "upstream": vector(n, exact, aligned) if upstream else None,
+            "buckets": vector(M * K, F64, aligned).view(M, K),
+            "gradient": torch.zeros(M, 1, n, H, dtype=dtypes[0]) if gradient else None,
+            "teacher_gradient": torch.zeros(K, 1, n, H, dtype=dtypes[1]) if teacher_gradient else None,
+            "skip_if_one": upstream,
+        }
+    elif upstream:
+        given["upstream"] = vector(M * K, F64, aligned).view(M, K)
+    getattr(layers, operator)(**given)
+
+
+def launch_gumbel(operator: str, dtype: torch.dtype, columns: int = 30522, aligned: bool = True) -> None:
+    n, start = 300, 0 if aligned else 1
+    logits, slopes = (torch.zeros(1, n, columns + 1, dtype=dtype)[:, :, start:][:, :, :columns] for _ in range(2))
+    seed, temperature = vector(1, torch.int64, aligned).squeeze(0), vector(1, F64, aligned).squeeze(0)
+    given = {"seed": seed, "temperature": temperature, "first_row": 7}
+    if operator == "forward":
+        gumbel.gumbel_forward(logits, **given)
+        return
+    ids, stats = vector(n, torch.int64, aligned), vector(2 * n, dtype, aligned).view(n, 2)
+    gumbel.gumbel_backward(logits, slopes, ids, stats, scale=temperature, **given)
+
+
+MSE, COSINE, SMOOTH_L1 = HiddenDistance
+NONE, L2, LAYER_NORM = HiddenNormalize
+HIDDEN = {
+    "forward": partial(launch_hidden, "forward", 768, COSINE, NONE),
+    "pieces": partial(launch_hidden, "forward", 4096, MSE, LAYER_NORM, pieces=2),
+    "as long as is held": partial(launch_hidden, "forward", 8192, SMOOTH_L1, LAYER_NORM, dtypes=(F32, F32)),
+    "not held": partial(launch_hidden, "forward", 16384, MSE, L2, dtypes=(F16, F32)),
+    "no gradient": partial(launch_hidden, "forward", 1024, SMOOTH_L1, NONE, gradient=False, weights=False),
+    "backward": partial(launch_hidden, "backward", 768, SMOOTH_L1, L2),
+    "rescale": partial(launch_hidden, "rescale_", 768, COSINE, LAYER_NORM),
+    "float64": partial(launch_hidden, "forward", 4096, COSINE, LAYER_NORM, dtypes=(F64, F64)),
+    "one element": partial(launch_hidden, "forward", 1, MSE, L2),
+    "unaligned": partial(launch_hidden, "forward", 777, MSE, NONE, gap=1, aligned=False),
+}
+LAYERS = {
+    "attention": partial(launch_layers, "layer_attention", gradient=True, weights=True),
+    "attention, of the teacher": partial(launch_layers, "layer_attention", gradient=True, teacher_gradient=True, H=770),
+    "attention, no gradient": partial(launch_layers, "layer_attention", M=1, K=1, dtypes=(F32, BF16)),
+    "attention, float64": partial(launch_layers, "layer_attention", gradient=True, dtypes=(F64, F32), H=8192),
+    "attention, widest": partial(launch_layers, "layer_attention", gradient=True, H=16384),
+    "attention, unaligned": partial(launch_layers, "layer_attention", gradient=True, upstream=True, aligned=False),
+    "distances": partial(launch_layers, "layer_distances", weights=True),
+    "distances, widest": partial(launch_layers, "layer_distances", dtypes=(F32, F32), H=16384),
+    "distances, backward": partial(launch_layers, "layer_distances_backward", upstream=True, weights=True),
+}
+GUMBEL = {
+    "forward": partial(launch_gumbel, "forward", F32),
+    "forward, float64": partial(launch_gumbel, "forward", F64),
+    "backward": partial(launch_gumbel, "backward", F32),
+    "backward, float64": partial(launch_gumbel, "backward", F64, columns=300),
+    "forward, unaligned": partial(launch_gumbel, "forward", F32, aligned=False),
+    "backward, unaligned": partial(launch_gumbel, "backward", F32, aligned=False),
+}
