@@ -1,5 +1,5 @@
-// The squared error between the scores of attention maps, LogitMSE of divergences.h: value and gradient in one pass over
-// a tile that products have just made. (kd_rows.h, whose rows may be of any type and have other terms beside it, takes
+// The squared error between the scores of attention maps, LogitMSE of divergences.h: value and gradient in one pass
+// over a tile that products have just made. (kd_rows.h, whose rows are of any type and may have other terms, takes
 // several.) Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_ATTENTION_ROWS
 #define FUSEDKD_ATTENTION_ROWS
