@@ -1,10 +1,14 @@
 // The losses between attention maps from queries and keys: what fusedkd/backends/attention_loop.py does, one head of one
 // sequence per thread, where the products are those of product.cpp. A tile of both sides' scores stays in the cache from
-// the products that make it, over the rows of kd.cpp, to the products that take its gradient to queries and keys.
+// the products that make it, over the rows of kd.cpp or attention_rows.h, to the products that take its gradient to
+// queries and keys.
 #include <memory>
 
 #include "call.h"
 #include "product.h"
+
+#define FUSEDKD_BODY "attention_rows.h"
+#include "isa.h"
 
 namespace fusedkd {
 namespace {
@@ -73,7 +77,7 @@ class Pairs {
         student(fresh({1, most_rows, c.length}, ScalarType::Float)),
         teacher(fresh({1, most_rows, c.length}, ScalarType::Float)), weights(fresh({most_rows}, ScalarType::Float)),
         kd{{student, teacher, std::nullopt, weights, c.options, c.normalizers, -100, false, false}, c.kernel_id},
-        kd_scale(kd.kd_scale), z(static_cast<float*>(student.data_ptr())), t(static_cast<float*>(teacher.data_ptr())),
+        z(static_cast<float*>(student.data_ptr())), t(static_cast<float*>(teacher.data_ptr())),
         w(static_cast<float*>(weights.data_ptr())), row_losses(2 * most_rows), stats(STATS * most_rows) {}
 
   void pair(int64_t i) {
@@ -96,12 +100,9 @@ class Pairs {
         hide(r * seen, seen, keys.holes ? of_keys + left : nullptr, c.causal ? start + r + 1 - left : seen);
         w[r] = of_rows ? of_rows[start + r] : 1;
       }
-      divergence(n, seen);
       const int64_t at = i * L + start;
-      std::copy_n(row_losses.data(), n, c.losses + at);
-      if (c.upstream)
-        for (int64_t r = 0; r < n; r++)
-          for (int64_t j = 0; j < seen; j++) z[r * seen + j] *= c.upstream[at + r];
+      if (c.kernel_id == KernelId::LOGIT_MSE) squared_error(n, seen, at);
+      else divergence(n, seen, at);
       const char* g = reinterpret_cast<const char*>(z);
       if (c.d_q)
         multiply({{g, ScalarType::Float, n, seen, seen, 1},
@@ -130,17 +131,35 @@ class Pairs {
     }
   }
 
-  // The row losses of a tile, and its gradient in the place of the student's scores.
-  void divergence(int64_t n, int64_t columns) {
+  // The row losses of a tile, whose first query is `at`, and its gradient in the place of the student's scores.
+  void divergence(int64_t n, int64_t columns, int64_t at) {
     for (Rows* side : {&kd.student, &kd.teacher}) {
       side->count = side->inner = n, side->columns = columns;
       side->inner_bytes = columns * int64_t(sizeof(float));
     }
     kd.vocabulary = columns, kd.forward = true, kd.rows = row_losses.data(), kd.stats = stats.data();
     if (c.d_q || c.d_k) kd.gradient = kd.student;
-    // The squared error is a mean over all keys, whether or not a tile has them.
-    kd.kd_scale = c.kernel_id == KernelId::LOGIT_MSE ? kd_scale * double(columns) / double(c.length) : kd_scale;
     run(kd);
+    std::copy_n(row_losses.data(), n, c.losses + at);
+    if (c.upstream && kd.gradient)
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < columns; j++) z[r * columns + j] *= c.upstream[at + r];
+  }
+  // The same; the mean is over all keys, whether or not a tile has them.
+  void squared_error(int64_t n, int64_t columns, int64_t at) {
+    const ScoresCall k{.z = z,
+                       .t = t,
+                       .weights = w,
+                       .upstream = c.upstream ? c.upstream + at : nullptr,
+                       .losses = c.losses + at,
+                       .columns = columns,
+                       .keys = c.length,
+                       .coefficients = kd.coefficients,
+                       .scale = kd.kd_scale,
+                       .normalizer = kd.n_kd / kd.kd_weight,
+                       .gradient = c.d_q || c.d_k};
+    kd.student.count = n, kd.student.columns = columns;
+    over_rows(kd.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(score_rows, k, begin, end) });
   }
 
   // A copy with 0 in the rows that do not count: these may hold NaN, and 0·NaN is not 0.
@@ -158,7 +177,6 @@ class Pairs {
   const int64_t most_rows;
   const Tensor student, teacher, weights;
   KdCall kd;
-  const double kd_scale;
   float *z, *t, *w;
   std::vector<float> row_losses, stats;
   std::unique_ptr<char[]> q_copy, k_copy;

@@ -116,6 +116,19 @@ struct LayersCall {
   double weight(int64_t i) const { return weights ? weights[i] : 1; }
 };
 
+// Of attention_mse_loss: a tile of scores.
+struct ScoresCall {
+  float* z;               // [rows, columns] of the student; where wanted, the gradient goes over them
+  const float* t;         // of the teacher
+  const float* weights;   // [rows]
+  const float* upstream;  // [rows] or null: all 1
+  float* losses;          // [rows]
+  int64_t columns, keys;  // keys: what the mean is over
+  const double* coefficients;
+  double scale, normalizer;
+  bool gradient;
+};
+
 // Of gumbel_rows.
 struct GumbelCall {
   Rows logits;  // [1, N, V], float32 or float64; where there are slopes, the gradient goes over them

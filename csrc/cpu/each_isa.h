@@ -3,6 +3,7 @@
 
 // The guards of all headers that belong to an instruction set. One that is missing here does not compile: its functions
 // would be missing in the second namespace.
+#undef FUSEDKD_ATTENTION_ROWS
 #undef FUSEDKD_CROSS_ENTROPY
 #undef FUSEDKD_DIVERGENCES
 #undef FUSEDKD_GUMBEL_NOISE

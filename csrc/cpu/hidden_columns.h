@@ -98,10 +98,9 @@ template <class A, class S> struct HiddenColumns {
         }
       };
       for (; j + SLOTS * WIDTH<A> <= end; j += SLOTS * WIDTH<A>) {
-        for (int s = 0; s < SLOTS; s += 2) {
-          const int64_t at = j + s * WIDTH<A>;
-          unit(x + at, y + at, g + at, s, All{}, All{});
-        }
+        const int64_t half = j + UNIT;
+        unit(x + j, y + j, g + j, 0, All{}, All{});
+        unit(x + half, y + half, g + half, 2, All{}, All{});
       }
       for (; j < end; j += UNIT) unit(x + j, y + j, g + j, 0, All{}, All{});
       if (j == whole && whole < H) {
@@ -109,7 +108,9 @@ template <class A, class S> struct HiddenColumns {
         if (WRITES) std::copy(g_tail, g_tail + (H - whole), g + whole);
         j = H;
       }
-      for (int k = 0; k < K; k++) total[k] += sum_of(partial[k]);
+      [&]<size_t... k>(std::index_sequence<k...>) FLAT {  // no loop, for which the sums would leave the registers
+        ((total[k] += sum_of(partial[k])), ...);
+      }(std::make_index_sequence<K>{});
     }
   }
   static INLINE double sum_of(const Vec<A> (&partial)[SLOTS]) {

@@ -27,8 +27,8 @@ INLINE D load_double(const float* p) {
 INLINE D load_double(const double* p) { return load(p); }
 
 // Columns that start at c, a group of V vectors at a time, for use<V>(c): the last groups are of a step.
-template <class A, class Use> INLINE void over_groups(int64_t columns, const Use& use) {
-  constexpr int MANY = std::max(4, PER_STEP<A>);
+template <class A, int MANY = std::max(4, PER_STEP<A>), class Use>
+INLINE void over_groups(int64_t columns, const Use& use) {
   int64_t c = 0;
   for (; c + MANY * WIDTH<A> <= columns; c += MANY * WIDTH<A>) use.template operator()<MANY>(c);
   for (; c < columns; c += STEP) use.template operator()<PER_STEP<A>>(c);
@@ -59,35 +59,40 @@ template <class A> struct LayerRows {
   Buffer<A> converted{(M + K) * W}, out{std::max(M, K) * W};
   std::vector<const A*> s, t;
   std::vector<A*> to;
+  std::vector<const char*> next;  // the row after this one, of all layers
+  const int64_t bytes[2] = {size_of(k.student[0].type), size_of(k.teacher[0].type)};
   std::vector<A> factors;  // [M, K], of whatever is summed
-  explicit LayerRows(const LayersCall& call) : k(call), s(M), t(K), to(std::max(M, K)), factors(M * K) {}
+  explicit LayerRows(const LayersCall& call) : k(call), s(M), t(K), to(std::max(M, K)), next(M + K), factors(M * K) {}
 
   // Row i of all layers.
   void read_row(int64_t i) {
+    const int64_t following = std::min(i + 1, k.rows() - 1);
+    for (int64_t j = 0; j < M; j++) next[j] = k.student[j][following];
+    for (int64_t l = 0; l < K; l++) next[M + l] = k.teacher[l][following];
     A* buffer = converted.data;
     for (int64_t j = 0; j < M; j++, buffer += W) s[j] = read<A>(k.student[j].type, k.student[j][i], 0, H, buffer, A(0));
     for (int64_t l = 0; l < K; l++, buffer += W) t[l] = read<A>(k.teacher[l].type, k.teacher[l][i], 0, H, buffer, A(0));
+  }
+
+  // V vectors of columns from c on of the next row of all layers: a processor foresees fewer streams than these.
+  template <int V> INLINE void fetch(int64_t c) const {
+    for (size_t l = 0; l < next.size(); l++)
+      for (int64_t at = 0; at < V * WIDTH<A> * bytes[l >= size_t(M)]; at += 64)
+        __builtin_prefetch(next[l] + c * bytes[l >= size_t(M)] + at, 0, 2);
   }
 
   void clear(const std::vector<Rows>& gradient, int64_t i) const {
     for (const Rows& rows : gradient) std::memset(rows[i], 0, rows.row_bytes());
   }
 
-  // Row i of the gradients of a side, of which value<V>(j, c, V vectors) makes columns from c on. All layers take their
-  // turn at some columns: what these have in common is then in L1.
-  template <class Value> void write_gradients(const std::vector<Rows>& gradient, int64_t i, const Value& value) {
+  // Row i of the gradients of a side: work() fills to[j] with that of layer j.
+  template <class Work> void write_gradients(const std::vector<Rows>& gradient, int64_t i, const Work& work) {
     const int64_t layers = gradient.size();
     for (int64_t j = 0; j < layers; j++) {
       const bool there = size_of(gradient[j].type) == sizeof(A) && H == W;
       to[j] = there ? (A*)gradient[j][i] : out.data + j * W;
     }
-    over_groups<A>(W, [&]<int V>(int64_t c) {
-      for (int64_t j = 0; j < layers; j++) {
-        Vec<A> sum[V] = {};
-        value.template operator()<V>(j, c, sum);
-        for (int v = 0; v < V; v++) store(to[j] + c + v * WIDTH<A>, sum[v]);
-      }
-    });
+    work();
     for (int64_t j = 0; j < layers; j++)
       if (to[j] == out.data + j * W) write_row(gradient[j], i, to[j]);
   }
@@ -131,15 +136,29 @@ template <class A> struct AttentionRows : LayerRows<A> {
     slopes();
     const double f = w / k.normalizer * (k.upstream ? (*k.upstream)[i] : 1), of_r = 2 * f / double(H);
     for (int64_t p = 0; p < M * K; p++) factors[p] = A(f * e[p]);
-    this->write_gradients(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
+    by_layer(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
       this->add(g, A(of_r), r[j] + c);
       for (const int64_t l : bucket[j]) this->add(g, factors[j * K + l], t[l] + c);
     });
-    this->write_gradients(k.teacher_gradient, i, [&]<int V>(int64_t l, int64_t c, Vec<A>(&g)[V]) {
+    by_layer(k.teacher_gradient, i, [&]<int V>(int64_t l, int64_t c, Vec<A>(&g)[V]) {
       for (int64_t j = 0; j < M; j++) {
         if (k.buckets[j * K + l] == 0) continue;
         this->add(g, A(-of_r * alpha[j * K + l]), r[j] + c), this->add(g, factors[j * K + l], s[j] + c);
       }
+    });
+  }
+
+  // Row i of the gradients of a side, of which value<V>(j, c, V vectors) makes columns from c on. All layers take their
+  // turn at some columns: what these have in common is then in L1.
+  template <class Value> void by_layer(const std::vector<Rows>& gradient, int64_t i, const Value& value) {
+    this->write_gradients(gradient, i, [&] {
+      over_groups<A>(W, [&]<int V>(int64_t c) {
+        for (size_t j = 0; j < gradient.size(); j++) {
+          Vec<A> sum[V] = {};
+          value.template operator()<V>(j, c, sum);
+          for (int v = 0; v < V; v++) store(this->to[j] + c + v * WIDTH<A>, sum[v]);
+        }
+      });
     });
   }
 
@@ -265,14 +284,30 @@ template <class A> struct DistanceRows : LayerRows<A> {
     if (k.weight(i) == 0) return this->clear(k.gradient, i);
     this->read_row(i);
     for (int64_t p = 0; p < M * K; p++) factors[p] = A(scale * k.factors[p]);
-    this->write_gradients(k.gradient, i, [&]<int V>(int64_t j, int64_t c, Vec<A>(&g)[V]) {
-      Vec<A> x[V];
-      for (int v = 0; v < V; v++) x[v] = load(s[j] + c + v * WIDTH<A>);
-      for (int64_t l = 0; l < K; l++) {
-        const Vec<A> f = splat(factors[j * K + l]);
-        for (int v = 0; v < V; v++) g[v] = fma(f, x[v] - load(t[l] + c + v * WIDTH<A>), g[v]);
-      }
+    this->write_gradients(k.gradient, i, [&] {
+      over_groups<A, std::max(2, PER_STEP<A>)>(W, [&]<int V>(int64_t c) FLAT {
+        constexpr int J = V > 2 ? 1 : TILE;
+        int64_t j = 0;
+        for (; j + J <= M; j += J) gradient_tile<J, V>(j, c);
+        for (; j < M; j++) gradient_tile<1, V>(j, c);
+        this->template fetch<V>(c);
+      });
     });
+  }
+
+  // Of J student layers, V vectors from column c on: a teacher's are read once for all of them.
+  template <int J, int V> INLINE void gradient_tile(int64_t j, int64_t c) {
+    const A* f = &factors[j * K];
+    Vec<A> x[J][V], g[J][V] = {};
+    for (int a = 0; a < J; a++)
+      for (int v = 0; v < V; v++) x[a][v] = load(s[j + a] + c + v * WIDTH<A>);
+    for (int64_t l = 0; l < K; l++)
+      for (int v = 0; v < V; v++) {
+        const Vec<A> y = load(t[l] + c + v * WIDTH<A>);
+        for (int a = 0; a < J; a++) g[a][v] = fma(splat(f[a * K + l]), x[a][v] - y, g[a][v]);
+      }
+    for (int a = 0; a < J; a++)
+      for (int v = 0; v < V; v++) store(this->to[j + a] + c + v * WIDTH<A>, g[a][v]);
   }
 };
 
