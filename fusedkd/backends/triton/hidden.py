@@ -16,8 +16,8 @@ from fusedkd.backends.triton.row import upstream_of
 
 HELD_COLUMNS = 8192
 """Of both sides, in the registers of 512 threads: 16 of each side. More are read again for each pass."""
-LOOPED_COLUMNS = 4096
-"""Of a step of such a pass."""
+LOOPED_COLUMNS = 2048
+"""Of a step of such a pass. Of so many threads, a processor has registers for three programs or more."""
 WIDE = 8
 """Elements of an access of 16 bytes, where all rows allow one."""
 

@@ -21,6 +21,8 @@ from fusedkd.backends.triton.row import upstream_of
 
 COLUMNS = 16384
 """What the threads of a program hold a few rows of; half of it in float64. Larger rows are left to the definitions."""
+ATTENTION_COLUMNS = 8192
+"""The same for attention, whose products are made in float64."""
 
 
 def layer_attention(
@@ -34,7 +36,7 @@ def layer_attention(
     teacher_gradient: Tensor | None,
     skip_if_one: bool,
 ) -> Tensor:
-    if _too_wide(student[0]):
+    if _too_wide(student[0], ATTENTION_COLUMNS):
         more = (weights, normalizer, buckets, gradient, teacher_gradient, skip_if_one)
         return eager.layer_attention(upstream, student, teacher, *more)
     A = accumulation_dtype(student[0].dtype)
@@ -98,8 +100,8 @@ def layer_distances_backward(
     return gradient
 
 
-def _too_wide(layer: Tensor) -> bool:
-    return layer.shape[2] > COLUMNS // (2 if layer.dtype == torch.float64 else 1)
+def _too_wide(layer: Tensor, columns: int = COLUMNS) -> bool:
+    return layer.shape[2] > columns // (2 if layer.dtype == torch.float64 else 1)
 
 
 def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], **given: Any) -> None:
@@ -122,10 +124,16 @@ def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], *
             M=len(student),
             K=len(teacher),
             BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
+            num_warps=_warps(block, student[0].dtype, torch.version.hip is not None),
             **given,
             **FUSED,
         )
+
+
+def _warps(block: int, dtype: torch.dtype, hip: bool) -> int:
+    """16 columns for a thread, in float64 4, as long as 16 warps hold the row; of AMD's, twice as wide, 8 warps."""
+    warps = block // (128 if dtype == torch.float64 else 512)
+    return max(min(warps, 16) // (2 if hip else 1), 1)
 
 
 def _alike(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
