@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +128,15 @@ def test_layers(target: Any, how: str, dtypes: Any, H: int, tmp_path: Path) -> N
 
 
 def test_one_binary_serves_every_width() -> None:
-    """Of aligned rows, as far as a block does."""
+    """Of rows of a multiple of 128, as far as a block does."""
     for cases in (
-        [hidden_case(H=H, gradient=False) for H in (520, 768, 1024)],
+        [hidden_case(H=H, gradient=False) for H in (640, 768, 1024)],
         [layers_case("distances", H=H) for H in (528, 768, 1024)],
     ):
         assert len({compiled(SM90, case).hash for case in cases}) == 1
 
 
-HOW: list[dict[str, Any]] = [{}, {"how": "backward"}, {"gradient": False}]
+HOW: list[dict[str, Any]] = [{"how": "backward"}, {"gradient": False}]
 
 
 @pytest.mark.skipif(os.environ.get("FUSEDKD_AOT") != "all", reason="takes minutes: make aot")
@@ -147,11 +146,11 @@ HOW: list[dict[str, Any]] = [{}, {"how": "backward"}, {"gradient": False}]
 @pytest.mark.parametrize("distance", HiddenDistance, ids=str)
 def test_every_hidden_layout(distance: Any, normalize: Any, dtypes: Any, target: Any, tmp_path: Path) -> None:
     most = hidden.HELD_COLUMNS // (2 if FP64 in dtypes else 1)
-    for H, more in product((768, most, 2 * most), HOW):
+    for H, more in ((768, {}), (most, {}), (2 * most, {}), *((most, more) for more in HOW)):
         kernel = compiled(target, hidden_case(distance, normalize, dtypes, H, **more))
         does_not_spill(kernel, tmp_path)
         assert_wide(kernel, dtypes, more.get("gradient", True))
-    for H in (777, most - 1, most + 1):
+    for H in (777, most - 1):
         does_not_spill(compiled(target, hidden_case(distance, normalize, dtypes, H, **UNALIGNED)), tmp_path)
     does_not_spill(compiled(target, hidden_case(distance, normalize, dtypes, most, pieces=4)), tmp_path)
 
@@ -163,10 +162,10 @@ def test_every_hidden_layout(distance: Any, normalize: Any, dtypes: Any, target:
 def test_every_layout_of_layers(how: str, dtypes: Any, target: Any, tmp_path: Path) -> None:
     most = layers.ATTENTION_COLUMNS if "attention" in how else layers.COLUMNS
     most //= 2 if FP64 in dtypes else 1
-    for H in (312, 768, 2048, 4096, most):
+    for H in (304, 768, 2048, 4096, most):
         kernel = compiled(target, layers_case(how, dtypes, H))
         does_not_spill(kernel, tmp_path)
-        if H % 16 == 0:
+        if H > 304:  # of less than an access for a thread
             assert_wide(kernel, dtypes, how != "distances" and "no gradient" not in how)
-    for H in (777, most - 1):
+    for H in (777, most // 2 - 1):
         does_not_spill(compiled(target, layers_case(how, dtypes, H, aligned=False)), tmp_path)

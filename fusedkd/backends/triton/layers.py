@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkd.backends import eager
 from fusedkd.backends.schema import accumulation_dtype, layers_like
-from fusedkd.backends.triton.choice import FUSED
+from fusedkd.backends.triton.choice import FUSED, PROCESSOR_REGISTERS
 from fusedkd.backends.triton.layers_kernel import (
     layer_attention_kernel,
     layer_distances_backward_kernel,
@@ -101,7 +101,9 @@ def layer_distances_backward(
 
 
 def _too_wide(layer: Tensor, columns: int = COLUMNS) -> bool:
-    return layer.shape[2] > columns // (2 if layer.dtype == torch.float64 else 1)
+    """Half of it, too, where accesses are narrow."""
+    H = layer.shape[2]
+    return H > columns // (2 if layer.dtype == torch.float64 else 1) // (2 if H % 16 else 1)
 
 
 def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], **given: Any) -> None:
@@ -124,16 +126,19 @@ def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], *
             M=len(student),
             K=len(teacher),
             BLOCK=block,
-            num_warps=_warps(block, student[0].dtype, torch.version.hip is not None),
             **given,
-            **FUSED,
+            **layout(block, student[0].dtype, torch.version.hip is not None),
         )
 
 
-def _warps(block: int, dtype: torch.dtype, hip: bool) -> int:
-    """16 columns for a thread, in float64 4, as long as 16 warps hold the row; of AMD's, twice as wide, 8 warps."""
-    warps = block // (128 if dtype == torch.float64 else 512)
-    return max(min(warps, 16) // (2 if hip else 1), 1)
+def layout(block: int, dtype: torch.dtype, hip: bool) -> dict[str, Any]:
+    """Warps: 16 columns for a thread, in float64 4, as long as 16 warps hold the row; of AMD's, twice as wide, 8 warps.
+    And the registers that there are for them: ptxas would rather spill than leave room for fewer programs.
+    """
+    warps = max(min(block // (128 if dtype == torch.float64 else 512), 16), 1)
+    if hip:
+        return {"num_warps": max(warps // 2, 1)} | FUSED
+    return {"num_warps": warps, "maxnreg": min(PROCESSOR_REGISTERS // (32 * warps), 255)} | FUSED
 
 
 def _alike(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
