@@ -103,7 +103,7 @@ def layer_distances_backward(
 def _too_wide(layer: Tensor, columns: int = COLUMNS) -> bool:
     """Half of it, too, where accesses are narrow."""
     H = layer.shape[2]
-    return H > columns // (2 if layer.dtype == torch.float64 else 1) // (2 if H % 16 else 1)
+    return columns // (2 if layer.dtype == torch.float64 else 1) // (2 if H % 16 else 1) < H
 
 
 def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], **given: Any) -> None:
