@@ -346,7 +346,7 @@ NONE, L2, LAYER_NORM = HiddenNormalize
 HIDDEN = {
     "forward": partial(launch_hidden, "forward", 768, COSINE, NONE),
     "pieces": partial(launch_hidden, "forward", 4096, MSE, LAYER_NORM, pieces=2),
-    "as long as is held": partial(launch_hidden, "forward", 8192, SMOOTH_L1, LAYER_NORM, dtypes=(F32, F32)),
+    "as long as is held": partial(launch_hidden, "forward", 8192, COSINE, LAYER_NORM, dtypes=(F32, F32)),
     "not held": partial(launch_hidden, "forward", 16384, MSE, L2, dtypes=(F16, F32)),
     "no gradient": partial(launch_hidden, "forward", 1024, SMOOTH_L1, NONE, gradient=False, weights=False),
     "backward": partial(launch_hidden, "backward", 768, SMOOTH_L1, L2),
