@@ -9,16 +9,19 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from fusedkd.backends.triton import choice, kd
 
@@ -106,6 +109,37 @@ class Driver:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class _Compiler:
+    """A kernel that is compiled where it is launched."""
+
+    def __init__(self, kernel: JITFunction, found: list[CompiledKernel]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda **given: self.found.append(self.kernel.warmup(grid=grid, **given))
+
+
+@contextmanager
+def compiler(target: GPUTarget, *modules: ModuleType) -> Iterator[list[CompiledKernel]]:
+    """The kernels that these modules launch inside, compiled ahead of time for a target, AMD's included."""
+    hip = target.backend == "hip"
+    stub = Driver(942 if hip else target.arch)
+    found: list[CompiledKernel] = []
+    before = driver._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stub, "get_current_target", lambda: target)
+        patch.setattr(torch.version, "hip", "6.4" if hip else None)
+        for module in modules:
+            for name, x in list(vars(module).items()):
+                if isinstance(x, JITFunction):
+                    patch.setattr(module, name, _Compiler(x, found))
+        driver.set_active(stub)
+        try:
+            yield found
+        finally:
+            driver._active = before
 
 
 @contextmanager

@@ -304,6 +304,8 @@ def test_launches(name: str) -> None:
     elif kind == "hidden":
         assert names == {"hidden_kernel"}
         assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
+    elif kind == "layers":
+        assert not any(each.spilled for each in launches)
     elif kind == "top-k":
         assert names in ({"topk_forward_kernel"}, {"topk_backward_kernel"})
 

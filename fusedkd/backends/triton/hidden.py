@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from fusedkd.backends.composed import hidden_loss as hidden_loss
-from fusedkd.backends.layout import HIDDEN_STATS
+from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.hidden_kernel import hidden_kernel
@@ -16,16 +16,18 @@ from fusedkd.backends.triton.row import upstream_of
 
 HELD_COLUMNS = 8192
 """Of both sides, in the registers of 512 threads: 16 of each side. More are read again for each pass."""
-LOOPED_COLUMNS = 4096
-"""Of a step of such a pass."""
+LOOPED_COLUMNS = 2048
+"""Of a step of such a pass. Of so many threads, a processor has registers for three programs or more."""
 WIDE = 8
 """Elements of an access of 16 bytes, where all rows allow one."""
 
 
-def layout(columns: int, dtype: torch.dtype, hip: bool) -> dict[str, Any]:
-    """BLOCK and warps: 8 columns of each side for a thread, 16 of the longest."""
-    most = HELD_COLUMNS // 2 if dtype == torch.float64 else HELD_COLUMNS
-    held = columns <= most
+def layout(columns: int, dtype: torch.dtype, hip: bool, distance: int, normalize: int) -> dict[str, Any]:
+    """BLOCK and warps: 8 columns of each side for a thread, 16 of the longest. Not of smooth L1 after layer norm, whose
+    sums are most: Triton 3.9 spills.
+    """
+    many_sums = distance == HiddenDistance.SMOOTH_L1 and normalize == HiddenNormalize.LAYER_NORM
+    held = columns <= HELD_COLUMNS // (2 if dtype == torch.float64 or many_sums else 1)
     block = max(triton.next_power_of_2(columns), 64) if held else LOOPED_COLUMNS
     warps = min(max(block // 8 // 32, 1), 16)
     return {"HELD": held, "BLOCK": block, "num_warps": max(warps // 2, 1) if hip else warps} | FUSED
@@ -93,5 +95,7 @@ def _launch(*, student: Tensor, teacher: list[Tensor], stats: Tensor, gradient: 
             gradient_l=of_gradient[1],
             MULTIPLE=unit,
             **given,
-            **layout(student.shape[2], stats.dtype, torch.version.hip is not None),
+            **layout(
+                student.shape[2], stats.dtype, torch.version.hip is not None, given["DISTANCE"], given["NORMALIZE"]
+            ),
         )

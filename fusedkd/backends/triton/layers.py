@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkd.backends import eager
 from fusedkd.backends.schema import accumulation_dtype, layers_like
-from fusedkd.backends.triton.choice import FUSED
+from fusedkd.backends.triton.choice import FUSED, PROCESSOR_REGISTERS
 from fusedkd.backends.triton.layers_kernel import (
     layer_attention_kernel,
     layer_distances_backward_kernel,
@@ -21,6 +21,8 @@ from fusedkd.backends.triton.row import upstream_of
 
 COLUMNS = 16384
 """What the threads of a program hold a few rows of; half of it in float64. Larger rows are left to the definitions."""
+ATTENTION_COLUMNS = 8192
+"""The same for attention, whose products are made in float64."""
 
 
 def layer_attention(
@@ -34,7 +36,7 @@ def layer_attention(
     teacher_gradient: Tensor | None,
     skip_if_one: bool,
 ) -> Tensor:
-    if _too_wide(student[0]):
+    if _too_wide(student[0], ATTENTION_COLUMNS):
         more = (weights, normalizer, buckets, gradient, teacher_gradient, skip_if_one)
         return eager.layer_attention(upstream, student, teacher, *more)
     A = accumulation_dtype(student[0].dtype)
@@ -98,8 +100,10 @@ def layer_distances_backward(
     return gradient
 
 
-def _too_wide(layer: Tensor) -> bool:
-    return layer.shape[2] > COLUMNS // (2 if layer.dtype == torch.float64 else 1)
+def _too_wide(layer: Tensor, columns: int = COLUMNS) -> bool:
+    """Half of it, too, where accesses are narrow."""
+    H = layer.shape[2]
+    return columns // (2 if layer.dtype == torch.float64 else 1) // (2 if H % 16 else 1) < H
 
 
 def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], **given: Any) -> None:
@@ -122,10 +126,19 @@ def _launch(kernel: Any, student: Sequence[Tensor], teacher: Sequence[Tensor], *
             M=len(student),
             K=len(teacher),
             BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
             **given,
-            **FUSED,
+            **layout(block, student[0].dtype, torch.version.hip is not None),
         )
+
+
+def layout(block: int, dtype: torch.dtype, hip: bool) -> dict[str, Any]:
+    """Warps: 16 columns for a thread, in float64 4, as long as 16 warps hold the row; of AMD's, twice as wide, 8 warps.
+    And the registers that there are for them: ptxas would rather spill than leave room for fewer programs.
+    """
+    warps = max(min(block // (128 if dtype == torch.float64 else 512), 16), 1)
+    if hip:
+        return {"num_warps": max(warps // 2, 1)} | FUSED
+    return {"num_warps": warps, "maxnreg": min(PROCESSOR_REGISTERS // (32 * warps), 255)} | FUSED
 
 
 def _alike(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:

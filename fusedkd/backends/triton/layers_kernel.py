@@ -12,15 +12,15 @@ import triton.language as tl
 from fusedkd.backends.triton.math import INFINITY
 from fusedkd.backends.triton.row import first_column
 
-INTEGERS = ["L", "N", "upstream_stride"]
+INTEGERS = ["L", "N", "M", "K", "upstream_stride"]
 VECTORS = ["weights", "normalizer", "buckets", "factors", "upstream", "losses"]
 
 
 @triton.jit
-def layer(layers, i, COUNT: tl.constexpr):
+def layer(layers, i):
     """The pointer to layer i."""
     p = layers[0]
-    for j in tl.static_range(1, COUNT):
+    for j in tl.static_range(1, len(layers)):
         p = tl.where(i == j, layers[j], p)
     return p
 
@@ -40,23 +40,23 @@ def entry(b, o, i):
 
 
 @triton.jit
-def products(b_x, bucket, teacher, o_t, m, o_k, K: tl.constexpr):
+def products(b_x, bucket, teacher, o_t, m, o_k, K):
     """⟨x, t_k⟩ in float64 of the layers of a bucket, one per entry of o_k."""
     b_d = tl.zeros(o_k.shape, tl.float64)
     b_x = b_x.to(tl.float64)
     for k in range(K):
         if tl.load(bucket + k) != 0:
-            b_t = tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(tl.float64)
+            b_t = tl.load(layer(teacher, k) + o_t, m, other=0.0).to(tl.float64)
             b_d = tl.where(o_k == k, tl.sum(b_x * b_t, 0), b_d)
     return b_d
 
 
 @triton.jit
-def mixture(b, factors, bucket, teacher, o_t, m, o_k, K: tl.constexpr, A: tl.constexpr):
+def mixture(b, factors, bucket, teacher, o_t, m, o_k, K, A: tl.constexpr):
     """b + Σ_k factor_k·t_k over a bucket."""
     for k in range(K):
         if tl.load(bucket + k) != 0:
-            b += entry(factors, o_k, k) * tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(A)
+            b += entry(factors, o_k, k) * tl.load(layer(teacher, k) + o_t, m, other=0.0).to(A)
     return b
 
 
@@ -80,8 +80,8 @@ def layer_attention_kernel(
     teacher_l: tl.int64,
     upstream_stride,
     SKIP_IF_ONE: tl.constexpr,
-    M: tl.constexpr,
-    K: tl.constexpr,
+    M,
+    K,
     LAYERS: tl.constexpr,  # K, up to a power of two
     BLOCK: tl.constexpr,
 ):
@@ -104,7 +104,7 @@ def layer_attention_kernel(
 
     loss = tl.zeros([], A)
     for j in range(M):
-        b_s = tl.load(layer(student, j, M) + o_s, m, other=0.0).to(A)  # [BLOCK]
+        b_s = tl.load(layer(student, j) + o_s, m, other=0.0).to(A)  # [BLOCK]
         bucket = buckets + j * K
         b_in = tl.load(bucket + o_k, o_k < K, other=0.0) != 0  # [LAYERS]
         b_d = tl.where(b_in, products(b_s, bucket, teacher, o_t, m, o_k, K), -INFINITY)
@@ -141,8 +141,8 @@ def layer_distances_kernel(
     student_l: tl.int64,
     teacher_b: tl.int64,
     teacher_l: tl.int64,
-    M: tl.constexpr,
-    K: tl.constexpr,
+    M,
+    K,
     BLOCK: tl.constexpr,
 ):
     A: tl.constexpr = losses.dtype.element_ty
@@ -153,9 +153,9 @@ def layer_distances_kernel(
     o_s = first_column(0, student_b, student_l, i_row, L) + o
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     for j in range(M):
-        b_s = tl.load(layer(student, j, M) + o_s, m, other=0.0).to(A)
+        b_s = tl.load(layer(student, j) + o_s, m, other=0.0).to(A)
         for k in range(K):
-            b = b_s - tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(A)
+            b = b_s - tl.load(layer(teacher, k) + o_t, m, other=0.0).to(A)
             tl.store(losses + (i_row * M + j) * K + k, tl.where(w != 0, w * tl.sum(b * b, 0) / H, 0.0))
 
 
@@ -174,8 +174,8 @@ def layer_distances_backward_kernel(
     student_l: tl.int64,
     teacher_b: tl.int64,
     teacher_l: tl.int64,
-    M: tl.constexpr,
-    K: tl.constexpr,
+    M,
+    K,
     A: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -188,9 +188,9 @@ def layer_distances_backward_kernel(
     o_t = first_column(0, teacher_b, teacher_l, i_row, L) + o
     scale = w / tl.load(normalizer) * 2.0 / H
     for j in range(M):
-        b_s = tl.load(layer(student, j, M) + o_s, m, other=0.0).to(A)
+        b_s = tl.load(layer(student, j) + o_s, m, other=0.0).to(A)
         b_g = tl.zeros([BLOCK], A)
         for k in range(K):
             f = (tl.load(factors + j * K + k) * scale).to(A)
-            b_g += f * (b_s - tl.load(layer(teacher, k, K) + o_t, m, other=0.0).to(A))
+            b_g += f * (b_s - tl.load(layer(teacher, k) + o_t, m, other=0.0).to(A))
         tl.store(gradient + (j * N + i_row) * H + o, tl.where(m, b_g, 0.0), m_row)
