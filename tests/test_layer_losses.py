@@ -220,7 +220,7 @@ def test_a_teacher_that_requires_a_gradient_is_told(device: str) -> None:
     student, teacher = some_layers(2, 3, 5, 33, device=device)
     leaves = [x.requires_grad_() for x in student]
     teacher[1].requires_grad_()
-    with pytest.warns(UserWarning, match="teacher's layers requires a gradient, but gets none"):
+    with pytest.warns(UserWarning, match="teacher layer requires a gradient, but gets none"):
         loss = layer_attention_loss(leaves, teacher)
     assert torch.autograd.grad(loss, [*leaves, teacher[1]], allow_unused=True)[2] is None
 

@@ -47,7 +47,7 @@ class Sides(NamedTuple):
         needs = [torch.is_grad_enabled() and any([t.requires_grad for t in side]) for side in (student, teacher)]
         if not teacher_gradient:
             for layer in teacher:
-                check.frozen("teacher's layers", layer, needs[0])
+                check.frozen("teacher layer", layer, needs[0])
         return cls(student, teacher, stacked, (needs[0], needs[1] and teacher_gradient))
 
     @property
