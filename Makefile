@@ -30,7 +30,7 @@ test: .venv/ready
 quick: .venv/ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" --durations=10 --durations-min=0.2
 
-# Each version lies in .aot, in front of .venv. About ten minutes each on two cores.
+# Each version lies in .aot, in front of .venv. A quarter of an hour each on two cores.
 TRITONS ?= 3.6.0 $(shell sed -n 's/^triton==//p' constraints.txt) 3.9.0
 
 aot: .venv/ready $(TRITONS:%=.aot/%/triton)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedkd.backends.composed import hidden_loss as hidden_loss
 from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize
 from fusedkd.backends.schema import losses_and_stats
-from fusedkd.backends.triton.choice import FUSED
+from fusedkd.backends.triton.choice import FUSED, PROCESSOR_REGISTERS
 from fusedkd.backends.triton.hidden_kernel import hidden_kernel
 from fusedkd.backends.triton.row import upstream_of
 
@@ -22,7 +22,7 @@ WIDE = 8
 """Elements of an access of 16 bytes, where all rows allow one."""
 
 
-def layout(columns: int, dtype: torch.dtype, hip: bool, distance: int, normalize: int) -> dict[str, Any]:
+def layout(wide: bool, columns: int, dtype: torch.dtype, hip: bool, distance: int, normalize: int) -> dict[str, Any]:
     """BLOCK and warps: 8 columns of each side for a thread, 16 of the longest. Not of smooth L1 after layer norm, whose
     sums are most: Triton 3.9 spills.
     """
@@ -30,7 +30,10 @@ def layout(columns: int, dtype: torch.dtype, hip: bool, distance: int, normalize
     held = columns <= HELD_COLUMNS // (2 if dtype == torch.float64 or many_sums else 1)
     block = max(triton.next_power_of_2(columns), 64) if held else LOOPED_COLUMNS
     warps = min(max(block // 8 // 32, 1), 16)
-    return {"HELD": held, "BLOCK": block, "num_warps": max(warps // 2, 1) if hip else warps} | FUSED
+    options = {"HELD": held, "BLOCK": block, "num_warps": max(warps // 2, 1) if hip else warps} | FUSED
+    if hip or wide:
+        return options
+    return options | {"maxnreg": min(PROCESSOR_REGISTERS // (32 * warps), 255)}  # or ptxas spills for one more program
 
 
 def hidden_forward(
@@ -96,6 +99,11 @@ def _launch(*, student: Tensor, teacher: list[Tensor], stats: Tensor, gradient: 
             MULTIPLE=unit,
             **given,
             **layout(
-                student.shape[2], stats.dtype, torch.version.hip is not None, given["DISTANCE"], given["NORMALIZE"]
+                unit == WIDE,
+                student.shape[2],
+                stats.dtype,
+                torch.version.hip is not None,
+                given["DISTANCE"],
+                given["NORMALIZE"],
             ),
         )
