@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("triton")
 
 import gpu_stub
+from launch_cases import launch_hidden, launch_layers
 from test_triton_aot import AMD, BF16, FP16, FP32, FP64, NVIDIA, SM80, SM90, SM100, cache, describe, does_not_spill
-from test_triton_launch import launch_hidden, launch_layers
 
 from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize
 from fusedkd.backends.triton import hidden, layers
