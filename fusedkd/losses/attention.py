@@ -97,8 +97,9 @@ def attention_mse_loss(
     Over keys it is the mean of all L, of padding too, as in TinyBERT's code, which with `padded_queries` it equals.
 
     Args:
-        student_q, student_k, teacher_q, teacher_k, mask, causal, relation_heads, student_scale, teacher_scale,
-        padded_queries, reduction, normalizer: as of :func:`attention_kl_loss`.
+        student_q, student_k, teacher_q, teacher_k, mask: as of :func:`attention_kl_loss`.
+        causal, relation_heads, student_scale, teacher_scale: likewise.
+        padded_queries, reduction, normalizer: likewise.
 
     Returns, Raises:
         As :func:`attention_kl_loss`.
