@@ -16,7 +16,7 @@ csrc/cpu/attention.cpp does the same, a pair for each thread; the loop is for al
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option
 from fusedkd.backends.linear_loop import in_range
-from fusedkd.backends.products import aligned, own_product
+from fusedkd.backends.products import aligned, own_product, product
 from fusedkd.backends.schema import attention_memory
 from fusedkd.backends.slopes import bound_of
 
@@ -238,7 +238,7 @@ def _run(
             continue
         z, t = (tiles.get(role, tiles.dtype, most, *shape) for role in ("student", "teacher"))
         for tile, queries, its_keys in ((z, q, k), (t, t_q, t_k)):
-            _multiply(queries[:, part], its_keys[:, seen].transpose(1, 2), tile)
+            product(queries[:, part], its_keys[:, seen].transpose(1, 2), tile)
             if hidden is not None:
                 tile.masked_fill_(hidden[..., seen], -torch.inf)
             if call.causal:
@@ -254,9 +254,9 @@ def _run(
             z.mul_(upstream[:, part])
         g = tiles.get("gradient", k.dtype, most, *shape).copy_(z) if z.is_cuda and k.dtype != z.dtype else z
         if to_q is not None:
-            _multiply(g, k[:, seen], to_q[:, part], add=True)
+            product(g, k[:, seen], to_q[:, part], add=True)
         if to_k is not None:
-            _multiply(g.transpose(1, 2), q[:, part], to_k[:, seen], add=True)
+            product(g.transpose(1, 2), q[:, part], to_k[:, seen], add=True)
 
 
 def _hide_later(tile: Tensor, part: slice, seen: slice) -> None:
@@ -280,19 +280,3 @@ def _options(teacher: TeacherRows, columns: int, length: int) -> Tensor:
 def _operand(x: Tensor, result: torch.dtype) -> Tensor:
     """As the products read it."""
     return x if x.is_cuda or own_product(x.dtype, result) else x.to(result)
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a·b, or out += a·b, of each pair."""
-    if not a.is_cuda and own_product(b.dtype, out.dtype):
-        ops.product(a=a, b=b, bias=None, out=out, add=add)
-        return
-    options: dict[str, Any] = {}
-    if a.is_cuda and a.dtype != out.dtype:  # 16-bit operands, float32 result
-        options = {"out_dtype": out.dtype}
-    else:
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if add:
-        torch.baddbmm(out, a, b, **options, out=out)
-    else:
-        torch.bmm(a, b, **options, out=out)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends import products
-from fusedkd.backends.linear_loop import FLOAT16_TOP
 from fusedkd.backends.schema import accumulation_dtype, gradients_like, ids_and_stats
 
 ops = torch.ops.fusedkd
@@ -127,7 +126,7 @@ def _unit(upstreams: Sequence[Tensor], tables: Sequence[Tensor], temperature: Te
     """
     reach = reduce(torch.add, [_longest(g) * _longest(e) for g, e in zip(upstreams, tables, strict=True)])
     reach = 2 * reach / temperature
-    return (FLOAT16_TOP / torch.where(reach > 0, reach, 1)).log2().floor().exp2()
+    return products.float16_unit(reach)
 
 
 def _longest(rows: Tensor) -> Tensor:

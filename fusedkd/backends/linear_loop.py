@@ -24,7 +24,7 @@ from fusedkd.backends import block, products
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import rows_of
 from fusedkd.backends.layout import NORMALIZERS, Option
-from fusedkd.backends.products import Tiles, own_product, tile_type
+from fusedkd.backends.products import Tiles, float16_unit, own_product, tile_type
 from fusedkd.backends.schema import gradients_like, unit_shape
 from fusedkd.backends.shard import Shard
 
@@ -32,8 +32,6 @@ ops = torch.ops.fusedkd
 
 MOST_ROWS = 4096
 """Of a tile: more gain nothing."""
-FLOAT16_TOP = 8192.0
-"""Of 65504: an eighth, because some bounds of `slopes.py` hold for usual rows only."""
 
 
 class TileSize(NamedTuple):
@@ -237,7 +235,7 @@ def linear_unit(
 ) -> Tensor:
     """The operator, by PyTorch."""
     reach = torch.stack(list(map(_reach, row_weights, options, normalizers, slopes))).sum()
-    unit = (FLOAT16_TOP / torch.where(reach > 0, reach, 1)).log2().floor().exp2()  # scaling by it rounds nothing
+    unit = float16_unit(reach)
     return torch.cat([unit.view(1), *[each / unit for each in normalizers]])
 
 

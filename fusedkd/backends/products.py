@@ -16,6 +16,8 @@ ALIGNMENT = 64
 """Elements between the rows of a tile are a multiple of this, whatever V is: what matrix units want."""
 PANEL = 8192
 """Rows of a 16-bit weight that the CPU converts to float32 at a time, where it has no product of 16 bits."""
+FLOAT16_TOP = 8192.0
+"""Of 65504: an eighth, because some bounds of `slopes.py` hold for usual rows only."""
 own_products: frozenset[torch.dtype] = frozenset()
 """Types that csrc/cpu/product.cpp multiplies on this processor: :mod:`fusedkd.backends.dispatch` asks it."""
 
@@ -54,7 +56,7 @@ def operand(g: Tensor, dtype: torch.dtype, tiles: Tiles) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, bias: Tensor | None = None) -> None:
-    """out = a·b + bias, or out += a·b. Every product of the loss is made here."""
+    """out = a·b + bias, or out += a·b, of matrices or pairs of them. Every product of the losses is made here."""
     if not a.is_cuda and own_product(b.dtype, out.dtype):
         a = a if a.dtype == b.dtype else a.to(out.dtype)
         bias = None if bias is None else bias.float().contiguous()
@@ -65,16 +67,17 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False, bias: Tensor |
         options = {"out_dtype": out.dtype}
     else:
         a, b = a.to(out.dtype), b.to(out.dtype)
+    multiply, accumulate = (torch.mm, torch.addmm) if a.dim() == 2 else (torch.bmm, torch.baddbmm)
     if add:
-        torch.addmm(out, a, b, **options, out=out)
+        accumulate(out, a, b, **options, out=out)
     else:
-        torch.mm(a, b, **options, out=out)
+        multiply(a, b, **options, out=out)
     if bias is not None:
         out.add_(bias)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if 1 in x.stride() else x.contiguous()
+    return x if 1 in x.stride()[-2:] else x.contiguous()
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tensor, add: bool = False) -> Tensor:
@@ -97,6 +100,11 @@ def pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     for i, (panel, part) in enumerate(zip(weight.split(PANEL), g.split(PANEL, 1), strict=True)):
         product(part, panel, out, add=i > 0)
     return out
+
+
+def float16_unit(reach: Tensor) -> Tensor:
+    """A power of two, by which scaling rounds nothing, that brings values of at most `reach` to FLOAT16_TOP."""
+    return (FLOAT16_TOP / torch.where(reach > 0, reach, 1)).log2().floor().exp2()
 
 
 def aligned(width: int) -> int:

@@ -28,9 +28,6 @@ from fusedkd.backends.schema import projected_gradients_like
 
 ops = torch.ops.fusedkd
 
-FLOAT16_TOP = 8192.0
-"""What the largest ∂y of a tile of float16 operands is scaled to, of 65504."""
-
 
 def rows_per_tile(device: torch.device, columns: int, dtype: torch.dtype) -> int:
     """As many as the products want; on a CPU few enough for y to be in the cache when it is read again: 8 MB are within
@@ -140,9 +137,6 @@ def _pull_back(
 
 
 def _unit(g: Tensor) -> Tensor:
-    """A power of two that brings a gradient where float16 has room for it: divided by the number of rows, and by the
-    width, it would underflow.
-    """
+    """In which float16 has room for a gradient: divided by the number of rows, and by the width, it would underflow."""
     largest = g.abs().amax()
-    known = largest.where((largest > 0) & largest.isfinite(), 1)
-    return (FLOAT16_TOP / known).log2().floor().clamp(-100, 100).exp2()
+    return products.float16_unit(largest.where(largest.isfinite(), 1)).clamp(2.0**-100, 2.0**100)

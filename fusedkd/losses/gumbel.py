@@ -170,12 +170,11 @@ class GumbelPlan(NamedTuple):
 
 class GumbelRowsFunction(torch.autograd.Function):
     """(rows of each table …, ids) of hidden states, weight, bias, seed, temperature and the tables. The logits are made
-    again in backward. (The tensors are one parameter, for Dynamo drops `ctx` where no tensor requires a gradient and
-    there are as many arguments, without `ctx`, as parameters, with it: so it was of two tables.)
+    again in backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: GumbelPlan, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: GumbelPlan, *tensors: Any) -> tuple[Tensor, ...]:  # two parameters: losses/common.py
         hidden, weight, bias, seed, temperature, *tables = tensors
         ids, stats = ops.gumbel_ids(
             hidden=hidden,

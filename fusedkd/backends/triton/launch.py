@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fusedkd.backends import linear_loop
+from fusedkd.backends import linear_loop, products
 from fusedkd.backends.call import Call
 from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import NORMALIZERS, Stat
@@ -93,7 +93,7 @@ def linear_unit(
     with torch.cuda.device_of(weights):
         linear_unit_kernel[(1,)](
             *(weights, *options, *normalizers, *slopes, found, len(weights)),
-            TOP=linear_loop.FLOAT16_TOP,
+            TOP=products.FLOAT16_TOP,
             BLOCK=2048,
             num_warps=16,
             **FUSED,
