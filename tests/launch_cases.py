@@ -45,23 +45,32 @@ def launch_hidden(
     normalize: HiddenNormalize,
     *,
     dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
-    pieces: int = 1,
+    layers: int = 1,
+    pieces: int | list[int] = 1,
     gap: int = 0,
     weights: bool = True,
     gradient: bool = True,
     aligned: bool = True,
 ) -> None:
+    """``pieces``: so many, or their columns."""
     n, exact = 300, F64 if dtypes[0] == F64 else F32
-    inputs: Inputs = {
-        "student": rows(n, columns, dtypes[0], gap),
-        "teacher": [rows(n, columns // pieces, dtypes[1], gap) for _ in range(pieces)],
+    widths = pieces if isinstance(pieces, list) else [columns // pieces] * pieces
+    given: dict[str, Any] = {
+        "student": [rows(n, columns, dtypes[0], gap) for _ in range(layers)],
+        "teacher": [rows(n, width, dtypes[1], gap) for _ in range(layers) for width in widths],
         "weights": vector(n, F32, aligned) if weights else None,
         "normalizer": vector(1, F64, aligned).squeeze(0),
+        "layer_weights": vector(layers, F64, aligned),
+        "gradient": [torch.zeros(1, n, columns, dtype=dtypes[0]) for _ in range(layers)] if gradient else [],
         "distance": distance,
         "normalize": normalize,
     }
-    stats, up = vector(n * HIDDEN_STATS, exact, aligned).view(n, -1), vector(n, exact, aligned)
-    call(operator, inputs, up, stats, gradient, hidden)
+    if operator == "forward":
+        hidden.hidden_forward(**given)
+        return
+    stats = vector(layers * n * HIDDEN_STATS, exact, aligned).view(layers, n, -1)
+    up = vector(n, exact, aligned)
+    hidden.hidden_backward(**given, stats=stats, upstream=up, skip_if_one=operator == "rescale")
 
 
 def launch_layers(
@@ -120,10 +129,12 @@ HIDDEN = {
     "not held": partial(launch_hidden, "forward", 16384, MSE, L2, dtypes=(F16, F32)),
     "no gradient": partial(launch_hidden, "forward", 1024, SMOOTH_L1, NONE, gradient=False, weights=False),
     "backward": partial(launch_hidden, "backward", 768, SMOOTH_L1, L2),
-    "rescale": partial(launch_hidden, "rescale_", 768, COSINE, LAYER_NORM),
+    "rescale": partial(launch_hidden, "rescale", 768, COSINE, LAYER_NORM),
     "float64": partial(launch_hidden, "forward", 4096, COSINE, LAYER_NORM, dtypes=(F64, F64)),
     "one element": partial(launch_hidden, "forward", 1, MSE, L2),
     "unaligned": partial(launch_hidden, "forward", 777, MSE, NONE, gap=1, aligned=False),
+    "twelve layers": partial(launch_hidden, "forward", 768, MSE, L2, layers=12),
+    "twelve layers, backward": partial(launch_hidden, "backward", 768, SMOOTH_L1, LAYER_NORM, layers=12, pieces=2),
 }
 LAYERS = {
     "attention": partial(launch_layers, "layer_attention", gradient=True, weights=True),

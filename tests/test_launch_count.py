@@ -153,12 +153,36 @@ def test_linear_kd_loss(dtype: torch.dtype, most: int, monkeypatch: pytest.Monke
     assert products == 4
 
 
-def test_hidden_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", [1, 12])
+def test_hidden_loss(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many for a list of layers as for one."""
+    students = [STUDENT.detach().clone().requires_grad_() for _ in range(layers)]
     rows = ["hidden", "hidden"]
     for mask, launched, more in ((None, rows, {"le": 1, "where": 1}), (MASK, ["kd_row_weights", *rows], {})):
-        launches, operations, _ = cost(lambda mask=mask: hidden_loss(STUDENT, TEACHER, mask), [STUDENT], monkeypatch)
+        launches, operations, _ = cost(
+            lambda mask=mask: hidden_loss(students, [TEACHER] * layers, mask), students, monkeypatch
+        )
         assert launches == launched
-        assert operations == ONE | {"sum": 1, "div_": 1, "div": 1} | more
+        assert operations == ONE | {"sum": 1, "div_": 1} | more
+    launches, operations, _ = cost(
+        lambda: hidden_loss(students, [TEACHER] * layers, MASK, reduction="none"), students, monkeypatch, torch.ones(N)
+    )
+    assert launches == ["kd_row_weights", "hidden", "hidden"]
+    assert operations == ({} if layers == 1 else {"sum": 1})
+    with torch.no_grad(), gpu_stub.gpu() as launches, as_on_a_gpu(monkeypatch), Count():
+        hidden_loss(students, [TEACHER] * layers)
+    assert len(launches) == 1
+
+
+def test_hidden_loss_of_weighted_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are tensors are packed by three operations, however many there are."""
+    students = [STUDENT.detach().clone().requires_grad_() for _ in range(12)]
+    weights = [torch.tensor(1.0 + i) for i in range(12)]
+    launches, operations, _ = cost(
+        lambda: hidden_loss(students, [TEACHER] * 12, MASK, layer_weights=weights), students, monkeypatch
+    )
+    assert launches == ["kd_row_weights", "hidden", "hidden"]
+    assert operations == ONE | {"sum": 1, "div_": 1, "clone": 1, "stack": 1, "copy_": 1}
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 9)], ids=str)
