@@ -35,6 +35,8 @@ class Layer(NamedTuple):
 
     def frozen(self) -> Layer:
         """The same with a teacher that requires no gradient."""
+        if not any([piece.requires_grad for piece in self.teacher]):
+            return self
         return self._replace(teacher=[piece.detach() if piece.requires_grad else piece for piece in self.teacher])
 
 
@@ -76,7 +78,7 @@ def rows_loss(
     plan = Plan(
         grids=grids,
         per_row=per_row,
-        gradient_in_forward=any([gradient_in_forward(student, per_row) for student in students]),
+        gradient_in_forward=grad and any([gradient_in_forward(student, per_row) for student in students]),
         compared=compared,
     )
     given = divisor(reduction, normalizer, lead.numel(), flat_mask)
