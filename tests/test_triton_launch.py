@@ -24,7 +24,7 @@ if INTERPRETED:
 import gpu_stub  # noqa: E402
 import triton.language as tl  # noqa: E402
 from gpu_stub import Launch, gpu  # noqa: E402
-from launch_cases import BF16, F16, F32, F64, GUMBEL, HIDDEN, LAYERS, call, rows, vector  # noqa: E402
+from launch_cases import ATTENTION, BF16, F16, F32, F64, GUMBEL, HIDDEN, LAYERS, call, rows, vector  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
@@ -275,6 +275,7 @@ CASES = {
         ("small", SMALL),
         ("gumbel", GUMBEL),
         ("layers", LAYERS),
+        ("attention", ATTENTION),
     )
     for name, case in cases.items()
 }
@@ -304,7 +305,7 @@ def test_launches(name: str) -> None:
     elif kind == "hidden":
         assert names == {"hidden_kernel"}
         assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
-    elif kind == "layers":
+    elif kind in ("layers", "attention"):
         assert not any(each.spilled for each in launches)
     elif kind == "top-k":
         assert names in ({"topk_forward_kernel"}, {"topk_backward_kernel"})
