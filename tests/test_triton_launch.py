@@ -25,6 +25,7 @@ import gpu_stub  # noqa: E402
 import triton.language as tl  # noqa: E402
 from gpu_stub import Launch, gpu  # noqa: E402
 from launch_cases import (  # noqa: E402
+    ATTENTION,
     BF16,
     F16,
     F32,
@@ -290,6 +291,7 @@ CASES = {
         ("small", SMALL),
         ("gumbel", GUMBEL),
         ("layers", LAYERS),
+        ("attention", ATTENTION),
     )
     for name, case in cases.items()
 }
@@ -319,7 +321,7 @@ def test_launches(name: str) -> None:
     elif kind == "hidden":
         assert names == {"hidden_kernel"}
         assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
-    elif kind == "layers":
+    elif kind in ("layers", "attention"):
         assert not any(each.spilled for each in launches)
     elif kind == "top-k":
         assert names in ({"topk_forward_kernel"}, {"topk_backward_kernel"})

@@ -163,7 +163,8 @@ PAIRS = (
     "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, Tensor(a!) row_losses, Tensor(b!)? d_q, "
     "Tensor(c!)? d_k, int kernel_id, bool causal) -> bool"
 )
-"""All of attention, into results that are zeros; d_k may be d_q. False, and nothing done, as for product."""
+"""All of attention, into results that on a CPU are zeros; d_k may be d_q. False, and nothing done, where there is no
+kernel for these operands, as for product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
