@@ -2,7 +2,7 @@
 `truth.py`, for `triton_operators.py` and `triton_launches.py`, under the interpreter.
 
 The interpreter rounds bfloat16 towards zero, which no GPU does, and multiplies its bits as if they were integers: its
-cast is replaced by PyTorch's, operands of products are converted first, and bfloat16 is held to the rule like everything
+cast is replaced by PyTorch's, operands of products are converted first, and bfloat16 is held to the rule like all
 else. Stray reads do not fault here, so every row lies between NaNs. Blocks are of 512 columns, so that short rows have
 several.
 """
