@@ -73,7 +73,7 @@ def plan(folder: Path, device: str) -> list[Step]:
         *(headline(case, 150) for case in cases),
         *(
             Step(f"tests-{name}", [*tests, f"tests/gpu/test_{name}.py"], 600)
-            for name in ("kd_cluster", "kd_gpu", "linear_gpu", "hidden_gpu")
+            for name in ("kd_cluster", "kd_gpu", "linear_gpu", "hidden_gpu", "attention_gpu")
         ),
         Step("tests", [*tests, "tests", "--ignore=tests/gpu"], 3600),
         Step("bench", [*speed, f"--benchmark-json={folder}/{device}.json"], 1800),
