@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_gradient, attention_truth, check, maps, padding
+from attention_cases import Maps, assert_gradient, attention_truth, check, maps, padding
 from families import describe
+from graphs import capture
 from torch import Tensor
 from truth import assert_value
 
@@ -63,19 +64,12 @@ def test_in_a_cuda_graph() -> None:
         loss = attention_kl_loss(*leaves, *teacher, mask)
         return loss, *torch.autograd.grad(loss, leaves)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, *gradients = step()
+    graph, (loss, *gradients) = capture(step)
     with torch.no_grad():
         q.copy_(q.flip(0) * 0.5)
         mask[1, 100:] = False
     graph.replay()
-    m = type(maps(1, 1, 1))(q.detach(), k.detach(), *teacher)
+    m = Maps(q.detach(), k.detach(), *teacher)
     truth = attention_truth(m, mask)
     assert_value(loss, truth.loss)
     for found in zip(gradients, truth.gradients, truth.subtracted, truth.oracle, strict=True):
