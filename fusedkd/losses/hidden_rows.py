@@ -60,6 +60,7 @@ def rows_loss(
     lead, device = layers[0].student.shape[:-1], layers[0].student.device
     flat_mask = check.row_vector("mask", mask, layers[0].student)
     grad = torch.is_grad_enabled()
+    trained = grad and any([layer.student.requires_grad for layer in layers])
     taught = grad and any([piece.requires_grad for layer in layers for piece in layer.teacher])
     students: list[Tensor] = []
     teachers: list[Tensor] = []
@@ -78,12 +79,12 @@ def rows_loss(
     plan = Plan(
         grids=grids,
         per_row=per_row,
-        gradient_in_forward=grad and any([gradient_in_forward(student, per_row) for student in students]),
+        gradient_in_forward=trained and any([gradient_in_forward(x, per_row) for x in students]),
         compared=compared,
     )
     given = divisor(reduction, normalizer, lead.numel(), flat_mask)
     factors = pack([given, *[layer.weight for layer in layers]], device)
-    if torch.compiler.is_compiling() or (grad and (taught or any([student.requires_grad for student in students]))):
+    if trained or taught or torch.compiler.is_compiling():
         loss: Tensor = HiddenLossFunction.apply(plan, flat_mask, factors, *students, *teachers)
     else:
         loss, *_ = plan.loss(students, teachers, flat_mask, factors, [])
