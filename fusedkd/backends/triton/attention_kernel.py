@@ -73,6 +73,17 @@ def read(side, o, m, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def write(to, o, m, b, ADD: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows o of a gradient; ADD: to what is there."""
+    o_d = tl.arange(0, WIDTH)[None, :]
+    p = to + o[:, None] * D + o_d
+    m_tile = m[:, None] & (o_d < D)
+    if ADD:
+        b += tl.load(p, m_tile, other=0.0)
+    tl.store(p, b, m_tile)
+
+
+@triton.jit
 def counted(mask, o, at, L):
     """Which of the rows o there are, and are selected by the mask, [B, L] or None."""
     m = o < L
@@ -85,6 +96,12 @@ def counted(mask, o, at, L):
 def product(a, b):
     """In float32, of float32 operands without tf32: their scores are held to what float32 products leave open."""
     return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def scores(q, k, seen):
+    """Of queries and keys, a tile; −∞ where a key is not seen."""
+    return tl.where(seen, product(q, k.T), -INFINITY)
 
 
 @triton.jit
@@ -198,9 +215,9 @@ def attention_statistics_kernel(
         m_k = counted(keys, o_k, at, L)
         seen = visible(o_q[:, None], o_k[None, :], m_k[None, :], CAUSAL)
         b_k = read(of_keys, o_k, m_k, D, WIDTH)
-        of_student = accumulate(of_student, tl.where(seen, product(b_q, b_k.T), -INFINITY), k_s, 0, False)
+        of_student = accumulate(of_student, scores(b_q, b_k, seen), k_s, 0, False)
         b_k = read(of_teacher_keys, o_k, m_k, TEACHER_D, TEACHER_WIDTH)
-        of_teacher = accumulate(of_teacher, tl.where(seen, product(b_tq, b_k.T), -INFINITY), k_t, 0, False)
+        of_teacher = accumulate(of_teacher, scores(b_tq, b_k, seen), k_t, 0, False)
     N = pairs.to(tl.int64) * L
     o = at.i * L + o_q
     there = o_q < L
@@ -266,9 +283,9 @@ def attention_queries_kernel(
         m_k = counted(keys, o_k, at, L)
         seen = visible(o_q[:, None], o_k[None, :], m_k[None, :], CAUSAL)
         b_tk = read(of_teacher_keys, o_k, m_k, TEACHER_D, TEACHER_WIDTH)
-        b_v = tl.where(seen, product(b_tq, b_tk.T), -INFINITY)
+        b_v = scores(b_tq, b_tk, seen)
         b_k = read(of_keys, o_k, m_k, D, WIDTH)
-        b_z = tl.where(seen, product(b_q, b_k.T), -INFINITY)
+        b_z = scores(b_q, b_k, seen)
         b_value, b_w = values_and_slopes(b_z, b_v, s, tl.sqrt(kd_scale), a, KERNEL_ID)
         b_loss += tl.sum(b_value, 1)
         if d_q is not None:
@@ -278,17 +295,6 @@ def attention_queries_kernel(
     tl.store(row_losses + o, tl.where(m_q, b_loss, 0.0), o_q < L)
     if d_q is not None:
         write(d_q, o, o_q < L, b_dq * after, False, D, WIDTH)
-
-
-@triton.jit
-def write(to, o, m, b, ADD: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows o of a gradient; ADD: to what is there."""
-    o_d = tl.arange(0, WIDTH)[None, :]
-    p = to + o[:, None] * D + o_d
-    m_tile = m[:, None] & (o_d < D)
-    if ADD:
-        b += tl.load(p, m_tile, other=0.0)
-    tl.store(p, b, m_tile)
 
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
@@ -345,9 +351,9 @@ def attention_keys_kernel(
         s = softmaxes(of_rows, option)
         b_factor = factors_of(of_rows, upstream, o[:, None], m_q[:, None], unit)
         b_tq = read(of_teacher_queries, o_q, m_q, TEACHER_D, TEACHER_WIDTH)
-        b_v = tl.where(seen, product(b_tq, b_tk.T), -INFINITY)
+        b_v = scores(b_tq, b_tk, seen)
         b_q = read(of_queries, o_q, m_q, D, WIDTH)
-        b_z = tl.where(seen, product(b_q, b_k.T), -INFINITY)
+        b_z = scores(b_q, b_k, seen)
         _, b_w = values_and_slopes(b_z, b_v, s, root, a, KERNEL_ID)
         b_g = tl.where(b_factor == 0, 0.0, b_factor * b_w)
         b_dk += product(b_g.to(b_q.dtype).T, b_q)
