@@ -1,5 +1,8 @@
 // The CPU operators of hidden_loss: their arguments become a HiddenCall for each layer, and hidden_rows.h does the rest,
 // once per instruction set.
+#include <algorithm>
+#include <numeric>
+
 #include "call.h"
 
 #define FUSEDKD_BODY "hidden_rows.h"

@@ -62,8 +62,6 @@ def attention(
     to_k = to_q if student_k is None else d_k if wanted[1] else None
     student = student_q, student_q if student_k is None else student_k
     theirs = teacher_q, teacher_q if teacher_k is None else teacher_k
-    if not student_q.is_cuda:
-        _clear(found)
     if _is_compiled((*student, *theirs), kernel_id) and ops.attention_pairs(
         student_q=student[0],
         student_k=student[1],
@@ -81,8 +79,8 @@ def attention(
         causal=causal,
     ):
         return found
-    if student_q.is_cuda:
-        _clear(found)
+    for each in found:
+        each.zero_()
     B, heads, L, _ = student_q.shape
     weights = student_q.new_ones((), dtype=torch.float32) if rows is None else rows.float()[:, None]
     teacher = TeacherRows(teacher_q, None, None, None, weights.expand(B, heads, L), options, normalizers, kernel_id)
@@ -99,11 +97,6 @@ def attention(
             for each in (d_q, d_k):
                 each.div_(unit)
     return found
-
-
-def _clear(tensors: tuple[Tensor, ...]) -> None:
-    for each in tensors:
-        each.zero_()
 
 
 def _is_compiled(operands: tuple[Tensor, ...], kernel_id: int) -> bool:

@@ -163,8 +163,7 @@ PAIRS = (
     "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, Tensor(a!) row_losses, Tensor(b!)? d_q, "
     "Tensor(c!)? d_k, int kernel_id, bool causal) -> bool"
 )
-"""All of attention, into results that on a CPU are zeros; d_k may be d_q. False, and nothing done, where there is no
-kernel for these operands, as for product."""
+"""All of attention; d_k may be d_q. False, and nothing done, where no kernel takes these operands, as of product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
