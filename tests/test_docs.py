@@ -7,7 +7,7 @@ says in a comment on the line before, which no reader sees rendered:
 
 Each is a name, or a file, that `given` below makes; a name that is neither given nor made on the page is an error.
 
-Commands: those of the driver and of recipes.glue are parsed, and the models that they name are loaded, as the page's
+Commands: those of the driver and of recipes.finetune are parsed, and the models that they name are loaded, as the page's
 earlier commands would have left them. Targets of make exist.
 """
 
@@ -37,13 +37,13 @@ from transformers import (
 
 from fusedkd.distilbert import __main__ as driver
 from fusedkd.distilbert import distil as stages
-from recipes.glue import __main__ as glue
+from recipes.finetune import __main__ as tuning
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- given: (?P<given>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(
-    r"^    (?:torchrun .*-m|python -m) (fusedkd\.distilbert|recipes\.glue)\b(.*?)(?:\s+#.*)?$", re.MULTILINE
+    r"^    (?:torchrun .*-m|python -m) (fusedkd\.distilbert|recipes\.finetune)\b(.*?)(?:\s+#.*)?$", re.MULTILINE
 )
 VOCABULARY, ROWS, WIDTH = 48, 12, 16
 
@@ -147,17 +147,17 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch, capsys) -> None:
         seen.append(folder)
 
     def finetune(options: Any, arguments: Any) -> dict[str, float]:
-        glue.check(options, arguments)
+        tuning.check(options, arguments)
         saved_student(options.model, students[options.model])
-        glue.load_model(options.model, glue.TASKS[options.task], options.max_length, "--model")
+        tuning.load_model(options.model, tuning.TASKS[options.task], options.max_length, "--model")
         seen.append(arguments.output_dir)
         return {}
 
     monkeypatch.setattr(stages, "distil", distil)
-    monkeypatch.setattr(glue, "finetune", finetune)
+    monkeypatch.setattr(tuning, "finetune", finetune)
     found = COMMAND.findall(page.read_text())
     for module, arguments in found:
-        main = glue.main if module == "recipes.glue" else driver.main
+        main = tuning.main if module == "recipes.finetune" else driver.main
         assert main(shlex.split(arguments)) == 0, (arguments, capsys.readouterr().err)
     assert len(seen) == len(found)
     assert found or page.name not in ("distilbert.md", "trainers.md")

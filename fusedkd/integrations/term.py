@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fusedkd import checks as check
 from fusedkd.integrations.layer_pairs import Pairs
-from fusedkd.integrations.pair import Pair
 from fusedkd.integrations.states import Recorder, States
 
 Rows: TypeAlias = Literal["kd", "attended", "sequences", "positions"]
@@ -22,24 +21,19 @@ positions."""
 class Given(NamedTuple):
     """What a term is computed from, of one batch ``(B, L)``."""
 
-    pair: Pair
+    student: States
+    teacher: States
+    attended: Tensor
+    """The tokens that are no padding, ``(B, L)``."""
     pairs: Pairs
     """The layers that are compared."""
     projections: Sequence[nn.Linear]
     """For each pair, or one for all; empty without."""
     normalizer: Tensor | None
     """Of the rows, ``()``; None: the loss is per row."""
-    linear: Any
-    """`linear_kd_loss` of the pair, with further options."""
     causal: bool
-
-    @property
-    def student(self) -> States:
-        return self.pair.states  # type: ignore[return-value]
-
-    @property
-    def teacher(self) -> States:
-        return self.pair.teacher_states  # type: ignore[return-value]
+    linear: Any = None
+    """`linear_kd_loss` of the two models, with further options."""
 
     @property
     def reduced(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusedkd.integrations import refusals
+from fusedkd.integrations.bound import BoundTerms
 from fusedkd.integrations.evaluation import EvaluatingTrainer
 from fusedkd.integrations.offline import Batch
 from fusedkd.integrations.pair import Pair
@@ -36,8 +37,8 @@ class TermTrainer(EvaluatingTrainer):
     warned: set[str]
     given_terms: list[Term]
     """Beside those of KDConfig; without those of weight 0."""
-    projections: nn.ModuleDict
-    """Of each term that has some: a linear map for each pair of layers, or one for all."""
+    bound: BoundTerms | None
+    """Those that compare more than logits."""
 
     # ---- models
 
@@ -45,57 +46,47 @@ class TermTrainer(EvaluatingTrainer):
         self.given_terms = [term for term in terms if term.weight != 0]
         self.kinds = list(dict.fromkeys(term.rows for term in self.given_terms if term.rows != "kd"))
         self.compared: list[Term] = [term for term in self.given_terms if not term.of_logits]
-        self.recorders: tuple[Recorder, Recorder] | None = None
+        self.bound = None
         self.bound_to: Any = None
-        self.epoch = 0
-        self.pairs: dict[str, Any] = {}
-        self.projections = nn.ModuleDict()
+
+    @property
+    def projections(self) -> nn.ModuleDict:
+        """Of each term that has some: a linear map for each pair of layers, or one for all."""
+        return self.bound.projections if self.bound else nn.ModuleDict()
 
     def _bind_terms(self) -> None:
         """To the models as they are now, new projections with them."""
         if not self.compared or self.bound_to is self.model:
             return
-        teacher, causal, draw = self.teachers.distinct[0], self.head.causal, torch.Generator()
+        teacher, causal = self.teachers.distinct[0], self.head.causal
         if teacher.recorder is None:
             teacher.record(causal)
         student: Any = self.model
-        self.recorders = Recorder(student, causal), teacher.recorder
-        self._draw_layers()
-        draw.manual_seed(self.args.seed)
-        kind = {"device": self.args.device, "dtype": self.head.linear.weight.dtype}
-        for term in self.compared:
-            widths = term.widths(self.pairs[term.name], *self.recorders)
-            if widths:
-                self.projections[term.name] = nn.ModuleList([_linear(*each, draw).to(**kind) for each in widths])
+        kind: Any = {"device": self.args.device, "dtype": self.head.linear.weight.dtype}
+        recorders = Recorder(student, causal), teacher.recorder
+        self.bound = BoundTerms(self.compared, *recorders, self.args.seed, **kind)
         refusals.projections(self)
         self.bound_to = self.model
-
-    def _draw_layers(self) -> None:
-        """Of this epoch."""
-        assert self.recorders is not None
-        for recorder in self.recorders:
-            recorder.hidden, recorder.layers = False, frozenset()
-        draw = torch.Generator().manual_seed(self.args.seed + self.epoch)
-        self.pairs = {term.name: term.pairs(*self.recorders, draw) for term in self.compared}
 
     @contextmanager
     def recording(self, batch: Batch) -> Iterator[Callable[[Any], Any]]:
         """Within, the student runs once; yields what makes States of its outputs."""
-        if self.recorders is None:
+        if self.bound is None:
             yield lambda outputs: None
             return
-        if self.recorders[0].layers:
+        student, _ = self.bound.recorders
+        if student.layers:
             refusals.attention_batch(batch)
-        with self.recorders[0]() as states:
+        with student() as states:
             yield states
 
     def wanted(self) -> dict[str, Any]:
         """Further arguments of both models."""
-        epoch = int(self.state.epoch or 0)
-        if self.recorders is not None and epoch != self.epoch:
-            self.epoch = epoch
-            self._draw_layers()
-        return {"output_hidden_states": True} if self.recorders and self.recorders[0].hidden else {}
+        if self.bound is None:
+            return {}
+        if (epoch := int(self.state.epoch or 0)) != self.bound.epoch:
+            self.bound.draw(epoch)
+        return self.bound.wanted
 
     # ---- the loss
 
@@ -112,12 +103,21 @@ class TermTrainer(EvaluatingTrainer):
 
     def losses_of_terms(self, pair: Pair, counts: Tensor | None, linear: Callable[..., Any]) -> dict[str, Tensor]:
         """Times their weights, by name: scalars, or per row."""
-        found, parts, trained = {}, self.parts_of_terms(), self.projections.keys()
+        found, parts, projections = {}, self.parts_of_terms(), self.projections
         for term in self.given_terms:
             normalizer = None if counts is None else counts[parts[term.name][1]]
-            own: Any = self.projections[term.name] if term.name in trained else ()
-            pairs = self.pairs.get(term.name, ())
-            loss = term.loss(Given(pair, pairs, own, normalizer, partial(linear, pair), self.head.causal))
+            own: Any = projections[term.name] if term.name in projections else ()
+            pairs = self.bound.pairs.get(term.name, ()) if self.bound else ()
+            states: Any = {"student": pair.states, "teacher": pair.teacher_states, "attended": pair.attended}
+            given = Given(
+                **states,
+                pairs=pairs,
+                projections=own,
+                normalizer=normalizer,
+                causal=self.head.causal,
+                linear=partial(linear, pair),
+            )
+            loss = term.loss(given)
             if counts is not None:
                 refusals.constant(term.name, loss)
             found[term.name] = loss
@@ -202,13 +202,3 @@ class TermTrainer(EvaluatingTrainer):
             logs |= dict(zip(self.parts(), means, strict=True))
             self.terms, self.steps = 0, 0
         super().log(logs, start_time)
-
-
-def _linear(student: int, teacher: int, draw: torch.Generator) -> nn.Linear:
-    """With the values of a new `torch.nn.Linear`, from a generator."""
-    with torch.device("cpu"):
-        linear = nn.utils.skip_init(nn.Linear, student, teacher)
-    bound = student**-0.5
-    for parameter in (linear.weight, linear.bias):
-        nn.init.uniform_(parameter, -bound, bound, generator=draw)
-    return linear

@@ -126,7 +126,7 @@ class HiddenTerm(_OfHiddenStates):
         return "attended" if self.pool is None else "sequences"
 
     def loss(self, given: Given) -> Tensor:
-        attended, share = given.pair.attended, self.weight / (len(given.pairs) if self.average else 1)
+        attended, share = given.attended, self.weight / (len(given.pairs) if self.average else 1)
         student = [given.student.hidden[i] for i, _ in given.pairs]
         teacher = [[given.teacher.hidden[j] for j in group] for _, group in given.pairs]
         if self.pool == "first":
@@ -183,7 +183,7 @@ class ContrastiveTerm(_OfHiddenStates):
         for n, (i, (j,)) in enumerate(given.pairs):
             h = given.student.hidden[i]
             h = given.linears[n](h) if given.linears else h
-            shares, selected = token_weights(h, given.pair.attended)
+            shares, selected = token_weights(h, given.attended)
             sides = pooled(h, shares), pooled(given.teacher.hidden[j].to(h.dtype), shares)
             options: Any = {"temperature": self.temperature, "mask": selected, **given.reduced}
             losses.append(contrastive_hidden_loss(*sides, **options))
@@ -215,7 +215,7 @@ class LayerAttentionTerm(Term):
     def loss(self, given: Given) -> Tensor:
         student, buckets = [given.student.hidden[i] for i, _ in given.pairs], [group for _, group in given.pairs]
         options: Any = {"buckets": buckets, **given.reduced}
-        return self.weight * layer_attention_loss(student, given.teacher.hidden, given.pair.attended, **options)
+        return self.weight * layer_attention_loss(student, given.teacher.hidden, given.attended, **options)
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class AttentionTerm(Term):
                     if self.relation_heads is None:
                         scales = {"student_scale": sides[0].scale, "teacher_scale": sides[1].scale}
                 (q, k), (of_teacher, k_of_teacher) = (side.relation(relation) for side in sides)
-                loss = loss_of(q, k, of_teacher, k_of_teacher, given.pair.attended, **options, **scales)
+                loss = loss_of(q, k, of_teacher, k_of_teacher, given.attended, **options, **scales)
                 losses.append(loss.mean(1) if loss.dim() else loss)  # over heads, of which grouped values have fewer
         return share * torch.stack(losses).sum(0)
 

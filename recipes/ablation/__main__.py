@@ -1,7 +1,7 @@
 """`python -m recipes.ablation`: students without one part of the recipe each, several seeds, a table and a picture.
 
 Table 4 of the DistilBERT paper. The options are those of `python -m fusedkd.distilbert`, and which students are
-compared; with --tasks, every model is fine-tuned as by `recipes.glue`.
+compared; with --tasks, every model is fine-tuned as by `recipes.finetune`.
 """
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
@@ -22,9 +22,9 @@ from fusedkd.distilbert.student import tokenizer_for
 from fusedkd.integrations.command import UsageError, command_line, option
 from recipes.ablation import report
 from recipes.ablation.arms import ARMS, changed
-from recipes.glue.__main__ import GlueArguments, GlueOptions, finetune
-from recipes.glue.__main__ import check as check_task
-from recipes.glue.tasks import TASKS, read
+from recipes.finetune.__main__ import GlueArguments, GlueOptions, finetune
+from recipes.finetune.__main__ import check as check_task
+from recipes.finetune.tasks import TASKS, read
 
 
 @dataclass

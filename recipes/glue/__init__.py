@@ -1,1 +1,1 @@
-"""Fine-tuning on GLUE and SQuAD, with a teacher or without: `python -m recipes.glue --help`."""
+"""Methods of distillation compared on a classification task: `python -m recipes.glue --help`."""

@@ -1,197 +1,200 @@
-"""`python -m recipes.glue --task sst2 --model runs/mine/student --output_dir runs/sst2`: the paper's second step.
+"""`python -m recipes.glue --method pkd --task rte --teacher minilm`: methods of distillation, compared on a task.
 
-Fine-tunes on a task of GLUE or on SQuAD. With a teacher and on SQuAD this is DistilBERT(D) (Sanh et al. 2019, section
-3): half the task's loss, half the divergence from the teacher's outputs.
+The teacher is fine-tuned once and kept; each method trains a student for each seed. The run ends with a table,
+`results.json` and a picture; what is finished is not trained again.
 """
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
 import json
+import resource
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    EvalPrediction,
-    PreTrainedModel,
-)
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from fusedkd.distilbert.config import SHAPING, by_name, parse_divergence, refuse
-from fusedkd.distilbert.student import loading, tokenizer_for, usable_positions
-from fusedkd.integrations.command import UsageError, command_line, option, parse_into
-from fusedkd.integrations.interrupt import Arguments, claim, is_finished
-from recipes.glue import squad, tasks
-from recipes.glue.tasks import TASKS, Task
-from recipes.glue.trainer import Padding, TaskTrainer
+from fusedkd.distilbert.config import refuse
+from fusedkd.distilbert.student import loading
+from fusedkd.integrations.command import command_line, option, parse_into
+from fusedkd.integrations.interrupt import Arguments
+from recipes import teachers
+from recipes.finetune import tasks
+from recipes.finetune.__main__ import load_model
+from recipes.finetune.tasks import TASKS
+from recipes.glue.method import Chosen, methods, parse_method
+from recipes.glue.run import Run
+from recipes.glue.step import IGNORE, Step
 
-
-@dataclass
-class GlueOptions:
-    _argument_group_name = "task and models"
-    task: Literal[tuple(TASKS)] = option("sst2", "the task")  # type: ignore[valid-type]
-    model: str = option("", "what to fine-tune, with its tokenizer: folder or hub name")
-    teacher: str | None = option(None, "a model fine-tuned on the task: distil it on the way")
-    glue_dir: str | None = option(None, "folder with the files of GLUE's download (SST-2/train.tsv, ...; .gz too)")
-    squad_files: list[str] = option([], "instead of the hub: train-v1.1.json dev-v1.1.json")
-    dataset: str | None = option(None, "hub name or folder of that form; default: nyu-mll/glue, rajpurkar/squad")
-    max_train_examples: int = option(0, "train on so many examples, the same for every seed; 0: all")
-    max_length: int = option(None, "tokens per example, the rest is cut; default: 128, of squad 384")
-    doc_stride: int = option(128, "squad: tokens that neighbouring windows of a context share")
-    temperature: float = option(2.0, "softmax temperature of the KD term")
-    alpha_kd: float = option(0.5, "weight of the KD term (stsb: squared difference of the outputs)")
-    alpha_hard: float = option(0.5, "weight of the labels' term beside it; without --teacher always 1")
-    divergence: str = option("forward_kl", "of the KD term, parameters after a colon: jsd:beta=0.3")
+CLASSIFIED = {name: task for name, task in TASKS.items() if name != "squad"}
 
 
 @dataclass
-class GlueArguments(Arguments):
-    output_dir: str | None = option("runs/glue", "where the model goes; a finished one found there is kept")
+class CompareOptions:
+    _argument_group_name = "methods, task and models"
+    method: list[str] = option(["ce", "kd"], "all, or names with options: pkd:variant=last,beta=100")
+    task: Literal[tuple(CLASSIFIED)] = option("sst2", "the task")  # type: ignore[valid-type]
+    teacher: str = option(
+        "minilm",
+        f"{', '.join(teachers.PACKAGES)}, a folder or a hub name; fine-tuned on the task first unless it is a classifier",
+    )
+    student: str | None = option(None, "a model given: folder or hub name; default: made from the teacher")
+    layers: list[int] = option([], "of the teacher, from 0, that the student has; default: every other one")
+    width: int | None = option(None, "columns of a random student's hidden states; default: the teacher's")
+    init: Literal["copied", "random"] = option(
+        "copied", "the student's layers: the teacher's before fine-tuning, or fresh"
+    )
+    glue_dir: str | None = option(None, "folder with the files of GLUE's download; default: the hub's nyu-mll/glue")
+    labels: int = option(0, "training examples that keep their label, the same for every method; 0: all")
+    examples: int = option(0, "training examples; 0: all")
+    max_length: int = option(128, "tokens per example, the rest is cut")
+    seeds: int = option(1, "students of each method, from --seed on")
+    teacher_epochs: float = option(2.0, "of the teacher's fine-tuning, on all labels")
+    teacher_learning_rate: float = option(1e-4, "the same")
+
+
+@dataclass
+class CompareArguments(Arguments):
+    output_dir: str | None = option("runs/glue", "where everything goes; what is finished there is kept")
     per_device_train_batch_size: int = option(32, "examples per device and forward pass")
     per_device_eval_batch_size: int = option(64, "the same in evaluation")
+    learning_rate: float = option(1e-4, "peak learning rate of the students")
     warmup_steps: float = option(0.1, "below 1: share of the steps with a rising learning rate; it falls afterwards")
-    eval_strategy: str = option("epoch", "when to evaluate")
-    save_strategy: str = option("epoch", "when to write a checkpoint")
-    logging_steps: float = option(50, "log every so many steps")
-    report_to: None | str | list[str] = option("tensorboard", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
-    seed: int = option(56, "of the new head, the order and the dropout")
+    save_strategy: str = option("no", "a student is short: only finished ones are kept")
+    report_to: None | str | list[str] = option("none", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
+    seed: int = option(1, "of the first student: its new weights, the order of its data, its dropout")
 
 
-def check(options: GlueOptions, arguments: GlueArguments) -> None:
-    """Fill in what depends on the task; refuse what can be refused without reading anything."""
-    if options.max_length is None:
-        options.max_length = 384 if options.task == "squad" else 128
-    wrong = {
-        "--model is missing: a folder or hub name to start from": not options.model,
-        "--alpha_kd and --alpha_hard are both 0: there is nothing to learn": options.teacher
-        and not options.alpha_kd + options.alpha_hard,
-    }
-    refuse(wrong, options, arguments)
-    parse_divergence(options)
+def compare(options: CompareOptions, arguments: CompareArguments) -> dict[str, Any]:
+    chosen = chosen_methods(options.method)
+    refuse({"--seeds must be positive": options.seeds < 1}, options, arguments)
+    run = prepare(options, arguments)
+    for each in chosen:
+        each.check(run)
+    folder, results = Path(str(arguments.output_dir)), {}
+    for each in chosen:
+        for seed in range(arguments.seed, arguments.seed + options.seeds):
+            its = replace(run, arguments=replace(arguments, seed=seed), logs=[])
+            results[f"{each.text}-seed{seed}"] = found = train(each, its, folder / f"{each.text}-seed{seed}")
+            print(each.text, seed, json.dumps(found))
+    return results
 
 
-def settings(options: GlueOptions, arguments: GlueArguments) -> dict[str, Any]:
-    """What the model depends on; local inputs by their last names."""
-    of_run = {name: getattr(arguments, name) for name in (*SHAPING, "num_train_epochs", "train_sampling_strategy")}
-    inputs = ("model", "teacher", "glue_dir", "squad_files", "dataset")
-    return of_run | {name: by_name(value) if name in inputs else value for name, value in asdict(options).items()}
+def chosen_methods(names: list[str]) -> list[Chosen]:
+    return [parse_method(name) for name in (methods() if names == ["all"] else names)]
 
 
-def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]:
-    """Train, evaluate after each epoch, save the model of the last one; its metrics, all fractions (F1 0.86, not 86).
-
-    A finished model that is found in the folder is not trained again.
-    """
-    check(options, arguments)
-    task, folder = TASKS[options.task], Path(str(arguments.output_dir))
-    results = folder / "eval_results.json"
-    with arguments.main_process_first(local=False):  # the other ranks find what the first one wrote
-        transformers.set_seed(arguments.seed)
-        model, tokenizer = load_model(options.model, task, options.max_length, "--model")
-        teacher = None
-        if options.teacher:
-            teacher, other = load_model(options.teacher, task, options.max_length, "--teacher")
-            if other.get_vocab() != tokenizer.get_vocab():
-                raise UsageError(f"--teacher {options.teacher} has another vocabulary than --model {options.model}")
-        rows = tasks.read(task, options.dataset, options.glue_dir, options.squad_files)
-        if not all(map(len, rows)):
-            raise UsageError("there are no training or no held-out examples")
-        checkpoint = claim(folder, settings(options, arguments), arguments.resume_from_checkpoint)
-        if is_finished(folder):
-            return dict(json.loads(results.read_text()))
-        if 0 < options.max_train_examples < len(rows[0]):
-            rows[0] = rows[0].shuffle(seed=0).select(range(options.max_train_examples))
-        if task.name == "squad":
-            train, held_out = (squad.windows(part, tokenizer, options.max_length, options.doc_stride) for part in rows)
-        else:
-            train, held_out = (tasks.tokenized(task, part, tokenizer, options.max_length) for part in rows)
-        held_out = held_out.select(np.argsort(held_out["length"], kind="stable"))  # less padding
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits: Any = prediction.predictions
-        if any(np.isnan(part).any() for part in (logits if isinstance(logits, tuple) else [logits])):
-            raise UsageError("the outputs are not numbers: training diverged, try a smaller --learning_rate")
-        if isinstance(logits, tuple):
-            start, end = logits
-            return squad.score(squad.answers(start, end, held_out, rows[1]), rows[1])
-        return tasks.score(task, logits, prediction.label_ids)  # type: ignore[arg-type]
-
-    trainer = TaskTrainer(
-        model,
-        arguments,
-        Padding(tokenizer),
-        train,
-        held_out,
+def prepare(options: CompareOptions, arguments: CompareArguments) -> Run:
+    """Read the data, load the models, fine-tune the teacher or find it fine-tuned."""
+    task, folder = CLASSIFIED[options.task], Path(str(arguments.output_dir))
+    name = teachers.folder_of(options.teacher)
+    with loading("--teacher", options.teacher):
+        kinds = AutoConfig.from_pretrained(name).architectures or []
+    ready = any("SequenceClassification" in kind for kind in kinds)
+    transformers.set_seed(0)
+    source, tokenizer = load_model(name, task, options.max_length, "--teacher" if ready else "--model")
+    train, held_out = tasks.read(task, None, options.glue_dir, [])
+    if 0 < options.examples < len(train):
+        train = train.shuffle(seed=0).select(range(options.examples))
+    tokens = [tasks.tokenized(task, part, tokenizer, options.max_length) for part in (train, held_out)]
+    tokens[0] = tokens[0].add_column("index", np.arange(len(train)))
+    run = Run(
+        task,
         tokenizer,
-        compute_metrics=metrics,
-        teacher=teacher,
-        temperature=options.temperature,
-        divergence=parse_divergence(options),
-        alpha_kd=options.alpha_kd,
-        alpha_hard=options.alpha_hard,
+        train,
+        *tokens,
+        source,
+        None,
+        arguments,
+        options.layers or None,
+        options.width,
+        options.init,
+        max_length=options.max_length,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    last = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
-    found = {name: last[f"eval_{name}"] for name in task.metrics}
-    trainer.save_metrics("eval", found)
-    trainer.save_state()  # last: now it is finished
+    if options.student:
+        run.given, _ = load_model(options.student, task, options.max_length, "--student")
+    run.teacher = source if ready else fine_tuned(run, options, folder / "teacher")
+    if options.labels:
+        run.train = partly_labelled(run.train, options.labels, task)
+    return run
+
+
+def fine_tuned(run: Run, options: CompareOptions, folder: Path) -> PreTrainedModel:
+    """The teacher, trained on all labels with seed 0 or found in its folder."""
+    if not (folder / "config.json").is_file():
+        arguments = replace(
+            run.arguments,
+            num_train_epochs=options.teacher_epochs,
+            learning_rate=options.teacher_learning_rate,
+            max_steps=-1,
+            seed=0,
+        )
+        its = replace(run, arguments=arguments)
+        model = type(run.source)(run.source.config)
+        model.load_state_dict(run.source.state_dict())
+        its.fit(model, Step.hard)
+        model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def partly_labelled(rows: datasets.Dataset, count: int, task: tasks.Task) -> datasets.Dataset:
+    """The labels of `count` rows alone, the same ones for every method and seed."""
+    labels = np.asarray(rows["labels"])
+    hidden = np.random.default_rng(0).permutation(len(rows))[count:]
+    labels[hidden] = IGNORE if task.labels else np.nan
+    kind = rows.features["labels"]
+    return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", kind)
+
+
+def train(chosen: Chosen, run: Run, folder: Path) -> dict[str, Any]:
+    """One student: trained, scored and saved, or found finished."""
+    file = folder / "result.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text()))
+    transformers.set_seed(run.seed)
+    start = time.perf_counter()
+    model = chosen.method.train(run, **chosen.options)
+    seconds = time.perf_counter() - start
+    found = {
+        "seconds": seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "parameters": model.num_parameters(),
+        **scores(run, run.logits(model)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    file.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
-def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """A model for the task, in float32, and its tokenizer.
-
-    From a language model: its whole body must arrive, only the head is new. `--teacher` must have its head as well.
-    """
-    sizes: dict[str, Any] = {}
-    kind: Any = AutoModelForQuestionAnswering
-    if task.name != "squad":
-        kind = AutoModelForSequenceClassification
-        names = task.labels or ("score",)
-        sizes = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
-        sizes |= {"problem_type": "single_label_classification" if task.labels else "regression"}
-    with loading(flag, name):
-        config = AutoConfig.from_pretrained(name, **sizes)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = kind.from_pretrained(name, config=config, dtype=torch.float32, **more)
-    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    body = [k for k in absent if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]
-    positions, pieces = usable_positions(config), len(tokenizer)
-    wrong = {
-        f"{len(body)} weights missing or of another size, {body[:1]} the first": body,
-        f"it is not fine-tuned on {task.name}: no {absent[:1]}, or of another size": absent and flag == "--teacher",
-        "it has no tokenizer": pieces <= len(tokenizer.all_special_ids),  # what the library makes of a folder without
-        f"it has {config.vocab_size} vocabulary rows, its tokenizer {pieces} tokens": pieces > config.vocab_size,
-        f"--max_length {max_length} exceeds its {positions} positions": max_length > positions,
-        f"squad needs a model that reads in both directions, not {config.model_type}": task.name == "squad"
-        and tokenizer.cls_token is None,
-    }
-    if sentence := next((sentence for sentence, holds in wrong.items() if holds), None):
-        raise UsageError(f"{flag} {name}: {sentence}")
-    if tokenizer.pad_token is None:  # GPT-2, which then classifies at the last token that is not this one
-        tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer_for(config, tokenizer)
+def scores(run: Run, logits: Tensor) -> dict[str, float]:
+    """The task's metrics; of classes the negative log-likelihood and the divergence from the teacher besides."""
+    labels = torch.tensor(run.held_out["labels"])
+    found = tasks.score(run.task, logits.numpy(), labels.numpy())
+    if run.task.labels:
+        found["nll"] = float(F.cross_entropy(logits, labels))
+        if run.teacher is not None:
+            teacher = run.logits(run.teacher).log_softmax(-1)
+            found["kl_to_teacher"] = float(
+                F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
+            )
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    def run() -> None:
-        options, arguments = parse_into([GlueOptions, GlueArguments], argv, "python -m recipes.glue")
-        found = finetune(options, arguments)
-        if arguments.process_index == 0:
-            print(f"{options.task}: {', '.join(f'{name} {value:.3f}' for name, value in found.items())}")
-
-    return command_line(run)
+    return command_line(
+        lambda: compare(*parse_into([CompareOptions, CompareArguments], argv, "python -m recipes.glue"))
+    )
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_layers_are_drawn_for_each_epoch(tmp_path):
         drawn = []
         found = trainer(*models(width=32), NONE, terms=[term], folder=str(tmp_path / folder), **options)
         compute = found.compute_loss
-        found.compute_loss = lambda *a, **o: (compute(*a, **o), drawn.append(found.pairs["drawn"]))[0]
+        found.compute_loss = lambda *a, **o: (compute(*a, **o), drawn.append(found.bound.pairs["drawn"]))[0]
         found.train(**more)
         return drawn
 

@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.glue.trainer import TaskTrainer
+from recipes.finetune.trainer import TaskTrainer
 
 VOCAB, LENGTHS = 61, (4, 9, 5, 12, 7, 3, 11, 6)  # different lengths: a batch is padded to its own longest row
 

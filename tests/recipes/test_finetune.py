@@ -34,8 +34,8 @@ from transformers import (
 
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.interrupt import StopOnSignal, Stopped, last_checkpoint
-from recipes.glue.__main__ import GlueArguments, GlueOptions, finetune, load_model, main
-from recipes.glue.tasks import TASKS, read, tokenized
+from recipes.finetune.__main__ import GlueArguments, GlueOptions, finetune, load_model, main
+from recipes.finetune.tasks import TASKS, read, tokenized
 
 
 @pytest.fixture

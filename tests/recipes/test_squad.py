@@ -17,9 +17,9 @@ from distilbert.conftest import sentences
 from transformers import AutoModelForQuestionAnswering
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue import squad
-from recipes.glue.__main__ import GlueArguments, GlueOptions, finetune
-from recipes.glue.tasks import TASKS, read
+from recipes.finetune import squad
+from recipes.finetune.__main__ import GlueArguments, GlueOptions, finetune
+from recipes.finetune.tasks import TASKS, read
 
 
 def squad_json(file: Path, count: int, seed: int) -> str:

@@ -9,7 +9,7 @@ pytest.importorskip("accelerate")
 from one_task_step import VOCAB, models, pad, rows
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from recipes.glue.trainer import TaskTrainer, takes
+from recipes.finetune.trainer import TaskTrainer, takes
 
 
 def trainer(student, teacher, folder) -> TaskTrainer:

@@ -15,7 +15,7 @@ pytest.importorskip("torchmetrics")
 from glue_files import labelled
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue.tasks import TASKS, read, score
+from recipes.finetune.tasks import TASKS, read, score
 
 # ---- reading
 

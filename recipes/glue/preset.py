@@ -1,0 +1,20 @@
+"""The losses of :mod:`fusedkd.integrations.presets`, which are those of a DistillationTrainer, on a task."""
+
+from torch import Tensor
+
+from fusedkd.integrations.presets import Recipe
+from recipes.glue.step import Loss, Step
+
+
+def by_preset(recipe: Recipe) -> Loss:
+    """Its terms, to be given to `Run.fit` as well, and its losses of teacher and labels."""
+    kd = recipe["kd"]
+
+    def loss(step: Step) -> Tensor:
+        total = step.terms() if recipe["terms"] else step.labels.new_zeros((), dtype=step.student.logits.dtype)
+        if kd.kd_weight:
+            options = {"temperature": kd.temperature, "divergence": kd.divergence}
+            total = total + kd.kd_weight * step.soft(**options)
+        return total + kd.ce_weight * step.hard() if kd.ce_weight else total
+
+    return loss

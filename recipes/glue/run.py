@@ -1,0 +1,171 @@
+"""One training of one method with one seed: its data, its models, and how they are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fusedkd.integrations.bound import BoundTerms
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.states import Recorder
+from fusedkd.integrations.term import Term
+from recipes.finetune.tasks import Task
+from recipes.finetune.trainer import outputs, takes
+from recipes.glue.step import IGNORE, Loss
+from recipes.glue.students import student_of
+from recipes.glue.trainer import IndexedPadding, MethodTrainer
+
+
+@dataclass
+class Run:
+    """
+    task         how examples look and are scored
+    tokenizer    of all models
+    examples     training texts and `label`: the rows of `train`
+    train        tokens, `labels` (−100 or NaN where an example has none) and `index`, its row
+    held_out     tokens and `labels`
+    source       what the teacher was before it was fine-tuned, whose layers a student copies
+    teacher      fine-tuned on the task and frozen; None without
+    arguments    of a training: batch, learning rate, seed; its number of steps is that of the whole run
+    layers, width, init
+                 of the student, as for :func:`recipes.glue.students.student_of`
+    given        a student given by the user, instead
+    """
+
+    task: Task
+    tokenizer: Tokenizer
+    examples: datasets.Dataset
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    source: PreTrainedModel
+    teacher: PreTrainedModel | None
+    arguments: Arguments
+    layers: list[int] | None = None
+    width: int | None = None
+    init: Any = "copied"
+    given: PreTrainedModel | None = None
+    max_length: int = 128
+    logs: list[dict[str, float]] = field(default_factory=list)
+    """Of all trainings so far."""
+
+    @property
+    def seed(self) -> int:
+        return self.arguments.seed
+
+    @property
+    def labelled(self) -> datasets.Dataset:
+        """The training rows that have a label."""
+        return self.train.select(np.flatnonzero(self._has_label()))
+
+    @property
+    def unlabelled(self) -> datasets.Dataset:
+        return self.train.select(np.flatnonzero(~self._has_label()))
+
+    def _has_label(self) -> np.ndarray:
+        labels = np.asarray(self.train["labels"])
+        return labels != IGNORE if self.task.labels else ~np.isnan(labels.astype(float))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run, which a method of several stages shares out."""
+        if self.arguments.max_steps > 0:
+            return self.arguments.max_steps
+        batch = self.arguments.train_batch_size * self.arguments.gradient_accumulation_steps
+        return math.ceil(
+            self.arguments.num_train_epochs * math.ceil(len(self.train) / (batch * self.arguments.world_size))
+        )
+
+    # ---- models
+
+    def student(self, layers: list[int] | None = None) -> PreTrainedModel:
+        """A new one; the same for the same seed."""
+        if self.given is not None and layers is None:
+            model = type(self.given)(self.given.config)
+            model.load_state_dict(self.given.state_dict())
+            return model
+        return student_of(self.source, layers or self.layers, self.width, self.init, self.seed)
+
+    # ---- training
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        loss: Loss,
+        rows: datasets.Dataset | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+        terms: Sequence[Term] = (),
+        hidden: bool = False,
+        beside: nn.Module | None = None,
+        steps: int | None = None,
+        **arguments: Any,
+    ) -> PreTrainedModel:
+        """Train a model and return it.
+
+        Args:
+            model: trained in place.
+            loss: of a :class:`recipes.glue.step.Step`.
+            rows: training data of the form of `train`; None: `train`.
+            teacher: instead of the run's.
+            terms: what `Step.terms` sums: hidden states, attention maps, layers.
+            hidden: whether `Step.student.states.hidden` and the teacher's are wanted without a term that has them.
+            beside: a module that is trained with the student, and is no part of it.
+            steps: optimiser steps; None: those of the whole run.
+            arguments: of transformers' TrainingArguments, such as a `learning_rate`.
+        """
+        teacher = self.teacher if teacher is None else teacher
+        rows = self.train if rows is None else rows
+        steps = self.steps if steps is None else steps
+        if steps == 0:
+            return model
+        options = replace(self.arguments, max_steps=steps, **arguments)
+        trainer = MethodTrainer(
+            model,
+            options,
+            IndexedPadding(self.tokenizer),
+            rows,
+            None,
+            self.tokenizer,
+            teacher=teacher,
+            loss=loss,
+            bound=self._bound(terms, model, teacher) if terms else None,
+            hidden=hidden,
+            beside=beside,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        self.logs += trainer.state.log_history
+        return model
+
+    def _bound(self, terms: Sequence[Term], model: Any, teacher: Any) -> BoundTerms:
+        try:
+            recorders = Recorder(model, False), Recorder(teacher, False)
+            return BoundTerms(terms, *recorders, self.seed, device=self.arguments.device)
+        except ValueError as error:
+            raise UsageError(f"the terms of this method do not fit these models: {error}") from None
+
+    @torch.no_grad()
+    def logits(self, model: PreTrainedModel, rows: datasets.Dataset | None = None) -> Tensor:
+        """``(N, C)``, or scores ``(N,)``, float32 on the CPU, of a model in evaluation; None: of the held-out rows."""
+        rows = self.held_out if rows is None else rows
+        order = np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")  # less padding
+        collate, columns = IndexedPadding(self.tokenizer), takes(model)
+        device, training = model.device, model.training
+        model.eval()
+        found = []
+        loader = DataLoader(rows.select(order), self.arguments.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        for batch in loader:
+            found.append(outputs(model, columns, {k: v.to(device) for k, v in batch.items()}).float().cpu())
+        model.train(training)
+        return torch.cat(found)[torch.from_numpy(np.argsort(order))]

@@ -1,0 +1,59 @@
+"""Students of any depth and width: with layers of the teacher, with fresh weights, or given."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from fusedkd.distilbert.student import alternate_layers, check_layers
+from fusedkd.integrations.command import UsageError
+
+LAYER = re.compile(r"\.(layer|h|layers)\.(\d+)\.")
+
+
+def student_of(
+    source: PreTrainedModel,
+    layers: list[int] | None = None,
+    width: int | None = None,
+    init: Literal["copied", "random"] = "copied",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model of the source's class with some of its layers.
+
+    Args:
+        source: a model for the task; it is left as it is.
+        layers: which ones, from 0; None: every other one.
+        width: columns of the hidden states, of a random student; heads keep their columns, layers their proportions.
+        init: "copied": embeddings, these layers and what follows them are the source's; "random": only their number
+            counts.
+        seed: of fresh weights.
+
+    Raises:
+        UsageError: where the layers are not the source's, or a width does not go with copied layers or the heads.
+    """
+    config: Any = copy.deepcopy(source.config)
+    layers = alternate_layers(config.num_hidden_layers) if layers is None else layers
+    check_layers(layers, config.num_hidden_layers)
+    config.num_hidden_layers = len(layers)
+    if width is not None and width != config.hidden_size:
+        if init == "copied":
+            raise UsageError(
+                f"--width {width}: layers that are copied are {config.hidden_size} wide; use --init random"
+            )
+        columns = config.hidden_size // config.num_attention_heads
+        if width <= 0 or width % columns:
+            raise UsageError(f"--width {width} must be a multiple of {columns}, the columns of a head")
+        config.intermediate_size = config.intermediate_size * width // config.hidden_size
+        config.hidden_size, config.num_attention_heads = width, width // columns
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        student: PreTrainedModel = type(source)(config)
+    if init == "copied":
+        weights = source.state_dict()
+        names = {new: LAYER.sub(lambda m: f".{m[1]}.{layers[int(m[2])]}.", new) for new in student.state_dict()}
+        student.load_state_dict({new: weights[old] for new, old in names.items()}, strict=True)
+    return student

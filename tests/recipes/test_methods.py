@@ -1,0 +1,56 @@
+"""Every method of `recipes.glue` trains, on every kind of task that it takes, and refuses the others by one line."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("torchmetrics")
+
+from tiny_run import tiny_run
+
+from fusedkd.integrations.command import UsageError
+from recipes.glue.method import methods, parse_method
+
+TASKS = ("sst2", "stsb")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", methods())
+def test_a_method_trains(tmp_path, tokenizer, name, task):
+    """From partly labelled data; the teacher and what the student comes from stay as they are."""
+    run, chosen = tiny_run(tmp_path, tokenizer, task, labels=12), parse_method(name)
+    if task == "stsb" and "classes" in chosen.method.needs:
+        with pytest.raises(UsageError, match="needs classes"):
+            chosen.check(run)
+        return
+    chosen.check(run)
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in (run.source, run.teacher)]
+    model = chosen.method.train(run)
+    for kept, weights in zip((run.source, run.teacher), before, strict=True):
+        assert all(torch.equal(v, weights[k]) for k, v in kept.state_dict().items())
+    start = run.student().state_dict()
+    found = model.state_dict()
+    assert start.keys() != found.keys() or any(not torch.equal(v, start[k]) for k, v in found.items())
+    logits = run.logits(model)
+    assert logits.shape == ((8, 2) if task == "sst2" else (8,))
+    assert logits.isfinite().all()
+
+
+def test_names_and_options_are_parsed():
+    chosen = parse_method("pkd:variant=last,beta=100")
+    assert chosen.options == {"variant": "last", "beta": 100.0}
+    assert isinstance(chosen.options["beta"], float)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nothing", "--method nothing: it must be all, or of "),
+        ("pkd:gamma=1", "no option 'gamma=1'; its options are variant=skip"),
+        ("pkd:beta=much", "beta must be a number, not 'much'"),
+    ],
+)
+def test_other_names_and_options_are_refused(text, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        parse_method(text)
