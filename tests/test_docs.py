@@ -7,8 +7,8 @@ says in a comment on the line before, which no reader sees rendered:
 
 Each is a name, or a file, that `given` below makes; a name that is neither given nor made on the page is an error.
 
-Commands: those of the driver and of recipes.finetune are parsed, and the models that they name are loaded, as the page's
-earlier commands would have left them. Targets of make exist.
+Commands: those of the driver and of recipes.finetune are parsed, and the models that they name are loaded, as the
+page's earlier commands would have left them. Targets of make exist.
 """
 
 from __future__ import annotations

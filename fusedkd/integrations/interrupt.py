@@ -150,17 +150,19 @@ def last(trainer: Any) -> str:
 # -------------------------------------------------- folders
 
 
-def claim(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
+def claim(folder: Path, settings: dict[str, Any], resume: bool, kept: bool | None = None) -> str | None:
     """Make the folder that of a run with these settings, kept in its run.json; the checkpoint to go on from.
 
     UsageError where the folder holds anything else, also a run with other settings of which something is kept, or a
-    checkpoint that is not wanted, since training would replace it.
+    checkpoint that is not wanted, since training would replace it. `kept`: whether something is; None: whether a
+    finished model or a checkpoint is.
     """
     file, checkpoint = folder / "run.json", last_checkpoint(folder)
     settings = json.loads(json.dumps(settings))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
         raise UsageError(f"{folder} holds something else (no run.json): choose another --output_dir")
-    if kept := is_kept(folder):
+    kept = is_kept(folder) if kept is None else kept
+    if kept:
         try:
             before = dict(json.loads(file.read_text()))
         except (ValueError, TypeError):

@@ -106,7 +106,7 @@ class TermTrainer(EvaluatingTrainer):
         found, parts, projections = {}, self.parts_of_terms(), self.projections
         for term in self.given_terms:
             normalizer = None if counts is None else counts[parts[term.name][1]]
-            own: Any = projections[term.name] if term.name in projections else ()
+            own: Any = projections[term.name] if term.name in projections else ()  # noqa: SIM401 (a ModuleDict)
             pairs = self.bound.pairs.get(term.name, ()) if self.bound else ()
             states: Any = {"student": pair.states, "teacher": pair.teacher_states, "attended": pair.attended}
             given = Given(

@@ -189,14 +189,7 @@ def cell(values: list[float], digits: int) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables and what follows from them, for a page."""
-    lines = []
-    for table in tables(results):
-        table.box, table.title = box.MARKDOWN, None
-        page = io.StringIO()
-        Console(width=250, file=page, color_system=None).print(table)
-        head, _, *rows = [line.strip() for line in page.getvalue().splitlines() if line.strip()]
-        rules = "|".join(["", *("---" if c.justify == "left" else "---:" for c in table.columns), ""])
-        lines += [head, rules, *(row for row in rows if row.strip(" |-")), ""]
+    lines = [line for table in tables(results) for line in [*markdown_table(table), ""]]
     settings = results["settings"]
     where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
     seeds = f"Mean of {settings['seeds']} seeds ± standard deviation; loss" if settings["seeds"] > 1 else "Loss"
@@ -204,6 +197,16 @@ def markdown(results: dict[str, Any]) -> str:
     if settings["tasks"]:
         legend += " Tasks: on the development set, after the last epoch; change: ± its standard error."
     return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Its lines on a page."""
+    table.box, table.title = box.MARKDOWN, None
+    page = io.StringIO()
+    Console(width=250, file=page, color_system=None).print(table)
+    head, _, *rows = [line.strip() for line in page.getvalue().splitlines() if line.strip()]
+    rules = "|".join(["", *("---" if c.justify == "left" else "---:" for c in table.columns), ""])
+    return [head, rules, *(row for row in rows if row.strip(" |-"))]
 
 
 # ---- picture

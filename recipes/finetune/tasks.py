@@ -104,22 +104,27 @@ def load(source: str, **options: Any) -> Any:
         raise UsageError(f"cannot read {options.get('data_files', {}).get('train', source)}: {cause}") from error
 
 
-def local(task: Task, stem: Path) -> datasets.Dataset:
-    """Of a tab-separated file of GLUE's download, as it is or with gzip. Quotation marks are text."""
+def local(task: Task, stem: Path, labelled: bool = True) -> datasets.Dataset:
+    """Of a tab-separated file of GLUE's download, as it is or with gzip. Quotation marks are text.
+
+    Files of the test set (`labelled` False) have a line of names and no label: a row of the result for each line.
+    """
     file = next((file for file in (stem.with_suffix(".tsv"), stem.with_suffix(".tsv.gz")) if file.is_file()), None)
     if file is None:
         raise UsageError(f"no such file: {stem.with_suffix('.tsv')} (or .tsv.gz)")
     form: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE, "lineterminator": "\n", "encoding": "utf-8-sig"}
-    form |= {"header": None, "names": task.header} if task.header else {}
+    form |= {"header": None, "names": task.header} if task.header and labelled else {}
     try:
         rows = pandas.read_csv(file, dtype=str, na_filter=False, index_col=False, **form)
     except (OSError, EOFError, ValueError) as error:
         raise UsageError(f"cannot read {file}: {' '.join(str(error).split())}") from None
     rows.columns = rows.columns.str.rstrip("\r")
-    names = {name: task.local.get(name, name) for name in (*task.texts, "label")}
+    names = {name: task.local.get(name, name) for name in (*task.texts, *(["label"] if labelled else []))}
     if missing := set(names.values()) - set(rows.columns):
         raise UsageError(f"{file} is not of the form of {task.name}: it has no column {min(missing)}")
     rows = rows[list(names.values())].set_axis(list(names), axis=1).apply(lambda column: column.str.rstrip("\r"))
+    if not labelled:
+        return datasets.Dataset.from_pandas(rows, preserve_index=False)
     torn = (rows == "").any(axis=1)
     if torn.any():  # some of QQP's are broken over lines
         warnings.warn(f"{file}: {torn.sum()} of its lines lack a text or a label and are left out", stacklevel=2)
@@ -162,14 +167,18 @@ def squad_file(file: str) -> datasets.Dataset:
 
 
 def tokenized(task: Task, rows: datasets.Dataset, tokenizer: Tokenizer, max_length: int) -> datasets.Dataset:
-    """Token ids, `labels`, `length`. A tokenizer without a separator puts its end-of-text token between two texts."""
+    """Token ids, `labels` where there are some, `length`.
+
+    A tokenizer without a separator puts its end-of-text token between two texts.
+    """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[column] for column in task.texts]
         if len(texts) == 2 and tokenizer.sep_token is None:
             texts = [[tokenizer.eos_token.join(pair) for pair in zip(*texts, strict=True)]]
         tokens = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=True)
-        return {**tokens, "labels": batch["label"], "length": [len(ids) for ids in tokens["input_ids"]]}
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        return {**tokens, **labels, "length": [len(ids) for ids in tokens["input_ids"]]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names)
 

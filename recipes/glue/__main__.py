@@ -6,59 +6,69 @@ The teacher is fine-tuned once and kept; each method trains a student for each s
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
-import json
-import resource
 import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 import numpy as np
-import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig
 
-from fusedkd.distilbert.config import refuse
+from fusedkd.distilbert.config import by_name, refuse
 from fusedkd.distilbert.student import loading
-from fusedkd.integrations.command import command_line, option, parse_into
-from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.command import UsageError, command_line, option, parse_into
+from fusedkd.integrations.interrupt import Arguments, claim
 from recipes import teachers
-from recipes.finetune import tasks
 from recipes.finetune.__main__ import load_model
-from recipes.finetune.tasks import TASKS
-from recipes.glue.method import Chosen, methods, parse_method
+from recipes.finetune.tasks import TASKS, tokenized
+from recipes.glue import compare, data, report
+from recipes.glue.method import Chosen, chosen_methods, methods
 from recipes.glue.run import Run
-from recipes.glue.step import IGNORE, Step
 
-CLASSIFIED = {name: task for name, task in TASKS.items() if name != "squad"}
+KINDS = tuple(name for name in TASKS if name != "squad")
+OF = f"the others are compared with the first. Of {', '.join(methods())}"
+TEACHER = f"{', '.join(teachers.PACKAGES)}, a folder or a hub name; unless it is a classifier, it is fine-tuned first"
 
 
 @dataclass
-class CompareOptions:
-    _argument_group_name = "methods, task and models"
-    method: list[str] = option(["ce", "kd"], "all, or names with options: pkd:variant=last,beta=100")
-    task: Literal[tuple(CLASSIFIED)] = option("sst2", "the task")  # type: ignore[valid-type]
-    teacher: str = option(
-        "minilm",
-        f"{', '.join(teachers.PACKAGES)}, a folder or a hub name; fine-tuned on the task first unless it is a classifier",
+class MethodOptions:
+    _argument_group_name = "methods"
+    method: list[str] = option(["ce", "kd"], f"all, or names, with options as in pkd:variant=last,beta=100; {OF}")
+    seeds: int = option(1, "students of each method, from --seed on")
+
+
+@dataclass
+class DataOptions:
+    _argument_group_name = "data"
+    task: Literal[KINDS] = option("sst2", "a task of GLUE")  # type: ignore[valid-type]
+    glue_dir: str | None = option(None, "folder with the files of GLUE's download; default: the hub's nyu-mll/glue")
+    data: list[str] = option(
+        [], "instead: training and held-out file (.csv, .tsv, .jsonl, also .gz), or a hub data set"
     )
+    text: list[str] = option([], "of --data: the column of the text, or of the two texts")
+    label: str | None = option(None, "of --data: the column of the class; empty where an example has none")
+    score: str | None = option(None, "of --data: or that of a number")
+    unlabelled: str | None = option(None, "a file of further training texts, without labels")
+    examples: int = option(0, "training examples; 0: all")
+    labels: int = option(0, "so many keep their label, the same for every method (the teacher has all); 0: all")
+    max_length: int = option(128, "tokens per example, the rest is cut")
+    predict: bool = option(False, "write predictions for GLUE's test set, in the form that its server takes")
+
+
+@dataclass
+class ModelOptions:
+    _argument_group_name = "models"
+    teacher: str = option("minilm", TEACHER)
+    teacher_epochs: float = option(2.0, "of the teacher's fine-tuning, on all labels")
+    teacher_learning_rate: float = option(1e-4, "the same")
     student: str | None = option(None, "a model given: folder or hub name; default: made from the teacher")
     layers: list[int] = option([], "of the teacher, from 0, that the student has; default: every other one")
     width: int | None = option(None, "columns of a random student's hidden states; default: the teacher's")
     init: Literal["copied", "random"] = option(
-        "copied", "the student's layers: the teacher's before fine-tuning, or fresh"
+        "copied", "the student's layers: of the teacher before fine-tuning, or fresh"
     )
-    glue_dir: str | None = option(None, "folder with the files of GLUE's download; default: the hub's nyu-mll/glue")
-    labels: int = option(0, "training examples that keep their label, the same for every method; 0: all")
-    examples: int = option(0, "training examples; 0: all")
-    max_length: int = option(128, "tokens per example, the rest is cut")
-    seeds: int = option(1, "students of each method, from --seed on")
-    teacher_epochs: float = option(2.0, "of the teacher's fine-tuning, on all labels")
-    teacher_learning_rate: float = option(1e-4, "the same")
 
 
 @dataclass
@@ -68,133 +78,116 @@ class CompareArguments(Arguments):
     per_device_eval_batch_size: int = option(64, "the same in evaluation")
     learning_rate: float = option(1e-4, "peak learning rate of the students")
     warmup_steps: float = option(0.1, "below 1: share of the steps with a rising learning rate; it falls afterwards")
-    save_strategy: str = option("no", "a student is short: only finished ones are kept")
+    logging_steps: float = option(20, "log the loss every so many steps")
+    save_strategy: str = option("no", "a student is short: finished ones are kept, and no checkpoints")
     report_to: None | str | list[str] = option("none", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
     seed: int = option(1, "of the first student: its new weights, the order of its data, its dropout")
 
 
-def compare(options: CompareOptions, arguments: CompareArguments) -> dict[str, Any]:
-    chosen = chosen_methods(options.method)
-    refuse({"--seeds must be positive": options.seeds < 1}, options, arguments)
-    run = prepare(options, arguments)
+SHAPING = ("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "warmup_steps",
+           "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay")  # fmt: skip
+"""Of the training, what a student depends on."""
+
+
+def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> dict[str, Any]:
+    chosen = chosen_methods(method.method)
+    positive = {"--seeds must be positive": method.seeds < 1, "--max_length must be positive": its.max_length < 1}
+    positive |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
+    positive["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
+    refuse(positive, method, its, models, arguments)
+    settings = {name: getattr(arguments, name) for name in SHAPING} | asdict(its) | asdict(models)
+    for name in ("glue_dir", "data", "unlabelled", "student"):
+        settings[name] = by_name(settings[name]) if settings[name] else None
+    del settings["predict"]
+    folder = Path(str(arguments.output_dir))
+    claim(folder, settings, False, kept=(folder / "run.json").is_file())
+    prepared = prepare(its, models, arguments)
     for each in chosen:
-        each.check(run)
-    folder, results = Path(str(arguments.output_dir)), {}
-    for each in chosen:
-        for seed in range(arguments.seed, arguments.seed + options.seeds):
-            its = replace(run, arguments=replace(arguments, seed=seed), logs=[])
-            results[f"{each.text}-seed{seed}"] = found = train(each, its, folder / f"{each.text}-seed{seed}")
-            print(each.text, seed, json.dumps(found))
+        each.check(prepared)
+    teacher = prepared.logits(prepared.teacher) if prepared.teacher else None
+    results = train(chosen, prepared, method.seeds, teacher, folder, f"{models.teacher} as teacher")
+    of_teacher = {**teachers.described(models.teacher), "parameters": prepared.source.num_parameters()}
+    of_teacher |= compare.scores(prepared, prepared.teacher, teacher) if prepared.teacher else {}
+    if its.predict:
+        predict(prepared, its, chosen, folder)
+    return report.write(folder, settings, chosen, prepared.task, of_teacher, results)
+
+
+def train(
+    chosen: list[Chosen], prepared: Run, seeds: int, teacher: Tensor | None, folder: Path, card: str
+) -> dict[str, list[compare.Result]]:
+    """By seed first, so that a comparison that is cut short has every method."""
+    results: dict[str, list[compare.Result]] = {each.text: [] for each in chosen}
+    for seed in range(prepared.seed, prepared.seed + seeds):
+        for each in chosen:
+            its = replace(prepared, arguments=replace(prepared.arguments, seed=seed), logs=[])
+            found = compare.student(each, its, folder / f"{each.folder}-seed{seed}", teacher, card)
+            results[each.text].append(found)
+            metrics = ", ".join(f"{name} {found[name]:.3f}" for name in prepared.task.metrics)
+            print(f"{each.text}, seed {seed}: {metrics} ({found['seconds']:.0f} s)", flush=True)
     return results
 
 
-def chosen_methods(names: list[str]) -> list[Chosen]:
-    return [parse_method(name) for name in (methods() if names == ["all"] else names)]
-
-
-def prepare(options: CompareOptions, arguments: CompareArguments) -> Run:
+def prepare(its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> Run:
     """Read the data, load the models, fine-tune the teacher or find it fine-tuned."""
-    task, folder = CLASSIFIED[options.task], Path(str(arguments.output_dir))
-    name = teachers.folder_of(options.teacher)
-    with loading("--teacher", options.teacher):
+    read = data.of_files(its.data, its.text, its.label, its.score) if its.data else data.of_glue(its.task, its.glue_dir)
+    if its.unlabelled:
+        read = data.with_texts(read, its.unlabelled, its.text)
+    if 0 < its.examples < len(read.train):
+        read = read._replace(train=read.train.shuffle(seed=0).select(range(its.examples)))
+    name, task = teachers.folder_of(models.teacher), read.task
+    with loading("--teacher", models.teacher):
         kinds = AutoConfig.from_pretrained(name).architectures or []
     ready = any("SequenceClassification" in kind for kind in kinds)
-    transformers.set_seed(0)
-    source, tokenizer = load_model(name, task, options.max_length, "--teacher" if ready else "--model")
-    train, held_out = tasks.read(task, None, options.glue_dir, [])
-    if 0 < options.examples < len(train):
-        train = train.shuffle(seed=0).select(range(options.examples))
-    tokens = [tasks.tokenized(task, part, tokenizer, options.max_length) for part in (train, held_out)]
-    tokens[0] = tokens[0].add_column("index", np.arange(len(train)))
-    run = Run(
-        task,
-        tokenizer,
-        train,
-        *tokens,
-        source,
-        None,
-        arguments,
-        options.layers or None,
-        options.width,
-        options.init,
-        max_length=options.max_length,
+    transformers.set_seed(0)  # of a new head
+    source, tokenizer = load_model(name, task, its.max_length, "--teacher" if ready else "--model")
+    train, held_out = (tokenized(task, part, tokenizer, its.max_length) for part in (read.train, read.held_out))
+    train = train.add_column("index", np.arange(len(train)))
+    others = {name: tokenized(task, part, tokenizer, its.max_length) for name, part in read.others.items()}
+    prepared = Run(
+        task=task,
+        tokenizer=tokenizer,
+        examples=read.train,
+        train=train,
+        held_out=held_out,
+        others=others,
+        source=source,
+        teacher=None,
+        arguments=arguments,
+        layers=models.layers or None,
+        width=models.width,
+        init=models.init,
+        max_length=its.max_length,
     )
-    if options.student:
-        run.given, _ = load_model(options.student, task, options.max_length, "--student")
-    run.teacher = source if ready else fine_tuned(run, options, folder / "teacher")
-    if options.labels:
-        run.train = partly_labelled(run.train, options.labels, task)
-    return run
+    if models.student:
+        prepared.given, other = load_model(models.student, task, its.max_length, "--model")
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"--student {models.student} has another vocabulary than --teacher {models.teacher}")
+    folder = Path(str(arguments.output_dir)) / "teacher"
+    tuning = (models.teacher_epochs, models.teacher_learning_rate)
+    prepared.teacher = source if ready else compare.fine_tuned(prepared, folder, *tuning)
+    if its.labels:
+        prepared.train = compare.partly_labelled(prepared.train, its.labels, task)
+    return prepared
 
 
-def fine_tuned(run: Run, options: CompareOptions, folder: Path) -> PreTrainedModel:
-    """The teacher, trained on all labels with seed 0 or found in its folder."""
-    if not (folder / "config.json").is_file():
-        arguments = replace(
-            run.arguments,
-            num_train_epochs=options.teacher_epochs,
-            learning_rate=options.teacher_learning_rate,
-            max_steps=-1,
-            seed=0,
-        )
-        its = replace(run, arguments=arguments)
-        model = type(run.source)(run.source.config)
-        model.load_state_dict(run.source.state_dict())
-        its.fit(model, Step.hard)
-        model.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
-
-
-def partly_labelled(rows: datasets.Dataset, count: int, task: tasks.Task) -> datasets.Dataset:
-    """The labels of `count` rows alone, the same ones for every method and seed."""
-    labels = np.asarray(rows["labels"])
-    hidden = np.random.default_rng(0).permutation(len(rows))[count:]
-    labels[hidden] = IGNORE if task.labels else np.nan
-    kind = rows.features["labels"]
-    return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", kind)
-
-
-def train(chosen: Chosen, run: Run, folder: Path) -> dict[str, Any]:
-    """One student: trained, scored and saved, or found finished."""
-    file = folder / "result.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text()))
-    transformers.set_seed(run.seed)
-    start = time.perf_counter()
-    model = chosen.method.train(run, **chosen.options)
-    seconds = time.perf_counter() - start
-    found = {
-        "seconds": seconds,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "parameters": model.num_parameters(),
-        **scores(run, run.logits(model)),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    return found
-
-
-def scores(run: Run, logits: Tensor) -> dict[str, float]:
-    """The task's metrics; of classes the negative log-likelihood and the divergence from the teacher besides."""
-    labels = torch.tensor(run.held_out["labels"])
-    found = tasks.score(run.task, logits.numpy(), labels.numpy())
-    if run.task.labels:
-        found["nll"] = float(F.cross_entropy(logits, labels))
-        if run.teacher is not None:
-            teacher = run.logits(run.teacher).log_softmax(-1)
-            found["kl_to_teacher"] = float(
-                F.kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
-            )
-    return found
+def predict(prepared: Run, its: DataOptions, chosen: list[Chosen], folder: Path) -> None:
+    """Of each method's first student, into its folder."""
+    for file, texts in data.test_sets(its.task, its.glue_dir).items():
+        rows = tokenized(prepared.task, texts, prepared.tokenizer, its.max_length)
+        for each in chosen:
+            own = folder / f"{each.folder}-seed{prepared.seed}"
+            model, _ = load_model(str(own), prepared.task, its.max_length, "--teacher")
+            data.write_submission(prepared.task, prepared.logits(model, rows), own / f"{file}.tsv")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command_line(
-        lambda: compare(*parse_into([CompareOptions, CompareArguments], argv, "python -m recipes.glue"))
-    )
+    kinds = [MethodOptions, DataOptions, ModelOptions, CompareArguments]
+
+    def start() -> None:
+        run(*parse_into(kinds, argv, "python -m recipes.glue"))
+
+    return command_line(start)
 
 
 if __name__ == "__main__":

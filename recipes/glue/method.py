@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -54,6 +55,11 @@ class Chosen:
     method: Method
     options: dict[str, Any]
 
+    @property
+    def folder(self) -> str:
+        """The text as the name of a folder."""
+        return re.sub(r"[^\w.=-]+", "-", self.text)
+
     def check(self, run: Run) -> None:
         """UsageError where the run lacks what the method needs."""
         student, teacher = run.student().config, run.source.config
@@ -87,6 +93,13 @@ def methods() -> dict[str, Method]:
                 raise ValueError(f"two methods are named {name}")
             found[name] = method
     return found
+
+
+def chosen_methods(texts: list[str]) -> list[Chosen]:
+    """Each once; "all" are all methods, with their own options."""
+    if texts == ["all"]:
+        return [parse_method(name) for name in sorted(methods(), key=lambda name: (name != "ce", name))]
+    return [parse_method(text) for text in dict.fromkeys(texts)]
 
 
 def parse_method(text: str) -> Chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from fusedkd.integrations.interrupt import Arguments
 from fusedkd.integrations.states import Recorder
 from fusedkd.integrations.term import Term
 from recipes.finetune.tasks import Task
-from recipes.finetune.trainer import outputs, takes
+from recipes.finetune.trainer import takes
 from recipes.glue.step import IGNORE, Loss
 from recipes.glue.students import student_of
 from recipes.glue.trainer import IndexedPadding, MethodTrainer
@@ -41,6 +42,7 @@ class Run:
     layers, width, init
                  of the student, as for :func:`recipes.glue.students.student_of`
     given        a student given by the user, instead
+    others       further held-out rows, by name
     """
 
     task: Task
@@ -56,8 +58,11 @@ class Run:
     init: Any = "copied"
     given: PreTrainedModel | None = None
     max_length: int = 128
+    others: dict[str, datasets.Dataset] = field(default_factory=dict)
     logs: list[dict[str, float]] = field(default_factory=list)
     """Of all trainings so far."""
+    known_logits: dict[Any, Tensor] = field(default_factory=dict)
+    """Of teachers on training rows, for all methods and seeds of a comparison."""
 
     @property
     def seed(self) -> int:
@@ -130,11 +135,15 @@ class Run:
         if steps == 0:
             return model
         options = replace(self.arguments, max_steps=steps, **arguments)
+        read = steps * options.train_batch_size * options.gradient_accumulation_steps * options.world_size
+        logits = None
+        if teacher is not None and read >= len(rows):  # else it would run on more rows than it teaches
+            logits = partial(self._teacher_logits, teacher, rows)
         trainer = MethodTrainer(
             model,
             options,
             IndexedPadding(self.tokenizer),
-            rows,
+            rows.add_column("row", np.arange(len(rows))),
             None,
             self.tokenizer,
             teacher=teacher,
@@ -142,11 +151,19 @@ class Run:
             bound=self._bound(terms, model, teacher) if terms else None,
             hidden=hidden,
             beside=beside,
+            teacher_logits=logits,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         self.logs += trainer.state.log_history
         return model
+
+    def _teacher_logits(self, teacher: PreTrainedModel, rows: datasets.Dataset) -> Tensor:
+        """Once for this model, as it is now, and these rows."""
+        key = teacher, sum(parameter._version for parameter in teacher.parameters()), rows._fingerprint
+        if key not in self.known_logits:
+            self.known_logits[key] = self.logits(teacher, rows)
+        return self.known_logits[key]
 
     def _bound(self, terms: Sequence[Term], model: Any, teacher: Any) -> BoundTerms:
         try:
@@ -166,6 +183,7 @@ class Run:
         found = []
         loader = DataLoader(rows.select(order), self.arguments.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
         for batch in loader:
-            found.append(outputs(model, columns, {k: v.to(device) for k, v in batch.items()}).float().cpu())
+            found.append(model(**{k: v.to(device) for k, v in batch.items() if k in columns}).logits.float().cpu())
         model.train(training)
-        return torch.cat(found)[torch.from_numpy(np.argsort(order))]
+        logits = torch.cat(found)[torch.from_numpy(np.argsort(order))]
+        return logits if self.task.labels else logits.squeeze(-1)

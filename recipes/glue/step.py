@@ -60,6 +60,8 @@ class Step:
         epoch: how much of the training data has been seen, from 0.
         number, total: of the optimiser step, from 0, and how many there are.
         beside: the module that is trained beside the student, if there is one.
+        teacher_logits: makes the teacher's logits of all rows of the training, ``(N, …)``, by the batch's `row`; None:
+            the teacher runs.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Step:
         number: int = 0,
         total: int = 1,
         beside: Any = None,
+        teacher_logits: Callable[[], Tensor] | None = None,
     ):
         self.model, self.teacher_model, self.batch, self.counts = model, teacher, batch, counts
         self.bound, self.hidden, self.beside = bound, hidden, beside
         self.epoch, self.number, self.total = epoch, number, total
+        self.teacher_logits = teacher_logits
 
     # ---- outputs
 
@@ -102,7 +106,9 @@ class Step:
 
     @cached_property
     def teacher(self) -> Outputs:
-        """Without a gradient."""
+        """Without a gradient, without dropout: the same for a row in every epoch."""
+        if self.teacher_logits is not None and self.bound is None and not self.hidden:
+            return Outputs(self.teacher_logits().to(self.labels.device)[self.batch["row"]], States((), {}))
         with torch.no_grad():
             return self.run(self.teacher_model, self.bound.recorders[1] if self.bound else None)
 
@@ -147,9 +153,9 @@ class Step:
         if self.bound is None:
             raise ValueError("the training has no terms: pass them to Run.fit")
         by_rows = {"attended": self.counts.attended, "sequences": self.counts.rows, "positions": self.counts.positions}
-        losses = []
+        losses, projections = [], self.bound.projections
         for term in self.bound.terms:
-            own: Any = self.bound.projections[term.name] if term.name in self.bound.projections else ()
+            own: Any = projections[term.name] if term.name in projections else ()  # noqa: SIM401 (a ModuleDict)
             sides = self.student.states, self.teacher.states, self.attended
             pairs = self.bound.pairs[term.name]
             losses.append(term.loss(Given(*sides, pairs, own, by_rows[term.rows], causal=False)))

@@ -41,9 +41,7 @@ def student_of(
     config.num_hidden_layers = len(layers)
     if width is not None and width != config.hidden_size:
         if init == "copied":
-            raise UsageError(
-                f"--width {width}: layers that are copied are {config.hidden_size} wide; use --init random"
-            )
+            raise UsageError(f"--width {width}: copied layers are {config.hidden_size} wide; add --init random")
         columns = config.hidden_size // config.num_attention_heads
         if width <= 0 or width % columns:
             raise UsageError(f"--width {width} must be a multiple of {columns}, the columns of a head")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ BESIDE = "trained_beside"
 class IndexedPadding(Padding):
     """Keeps the rows' numbers, too."""
 
-    kept = (*Padding.kept, "index")
+    kept = (*Padding.kept, "index", "row")
 
 
 class MethodTrainer(TaskTrainer):
@@ -32,6 +32,8 @@ class MethodTrainer(TaskTrainer):
     bound     the terms that the loss asks for
     hidden    whether it asks for hidden states
     beside    a module that is trained with the student, and is no part of it: a projection, a temperature
+    teacher_logits
+              makes the teacher's logits of all training rows; None: the teacher runs on every batch
     """
 
     def __init__(
@@ -41,11 +43,12 @@ class MethodTrainer(TaskTrainer):
         bound: BoundTerms | None = None,
         hidden: bool = False,
         beside: nn.Module | None = None,
+        teacher_logits: Callable[[], Tensor] | None = None,
         **more: Any,
     ):
         super().__init__(*args, **more)
         self.loss_of, self.bound, self.hidden = loss, bound, hidden
-        self.beside = beside
+        self.beside, self.teacher_logits = beside, teacher_logits
         own = [module for module in (bound.projections if bound else None, beside) if module is not None]
         self.trained_beside = nn.ModuleList(own).to(self.args.device)
 
@@ -89,6 +92,7 @@ class MethodTrainer(TaskTrainer):
             number=self.state.global_step,
             total=self.state.max_steps,
             beside=self.beside,
+            teacher_logits=self.teacher_logits,
         )
         loss = self.loss_of(step) * self.accelerator.num_processes  # whose gradients data parallelism averages
         return (loss, {"logits": step.student.logits}) if return_outputs else loss

@@ -54,3 +54,25 @@ def test_names_and_options_are_parsed():
 def test_other_names_and_options_are_refused(text, sentence):
     with pytest.raises(UsageError, match=sentence):
         parse_method(text)
+
+
+def test_the_teachers_logits_are_of_the_model_as_it_is(tmp_path, tokenizer):
+    """They are kept for the rows of a training, and made anew once the model has changed."""
+    run = tiny_run(tmp_path, tokenizer, arguments={"max_steps": 4})
+    seen = []
+
+    def loss(step):
+        with torch.no_grad():
+            run_now = step.run(step.teacher_model)
+        seen.append((step.teacher.logits - run_now.logits).abs().max().item())
+        return step.soft()
+
+    run.fit(run.student(), loss)
+    assert len(run.known_logits) == 1
+    run.fit(run.student(), loss)
+    assert len(run.known_logits) == 1
+    with torch.no_grad():
+        run.teacher.classifier.bias += 1
+    run.fit(run.student(), loss)
+    assert len(run.known_logits) == 2
+    assert max(seen) < 1e-5

@@ -10,7 +10,8 @@ from glue_files import labelled
 from transformers import BertConfig, BertForSequenceClassification
 
 from recipes.finetune.tasks import TASKS, tokenized
-from recipes.glue.__main__ import CompareArguments, partly_labelled
+from recipes.glue.__main__ import CompareArguments
+from recipes.glue.compare import partly_labelled
 from recipes.glue.run import Run
 
 
@@ -20,7 +21,6 @@ def classifier(
     torch.manual_seed(seed)
     size = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
     config = BertConfig(vocab_size=vocab, num_labels=labels, initializer_range=0.2, max_position_embeddings=40, **size)
-    config.update(more)
     return BertForSequenceClassification(config)
 
 

@@ -1,0 +1,138 @@
+"""A comparison: the teacher is fine-tuned once, and each method trains a student for each seed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from benchmarks.measure import peak_bytes
+from recipes.finetune import tasks
+from recipes.finetune.tasks import Task
+from recipes.glue.method import Chosen
+from recipes.glue.run import Run
+from recipes.glue.step import IGNORE, Step
+
+Result = dict[str, Any]
+
+
+def fine_tuned(run: Run, folder: Path, epochs: float, learning_rate: float) -> PreTrainedModel:
+    """The teacher: its source trained on all labels with seed 0, or found finished in its folder."""
+    kind: Any = AutoModelForSequenceClassification
+    if not (folder / "config.json").is_file():
+        options: Any = {"num_train_epochs": epochs, "learning_rate": learning_rate, "max_steps": -1, "seed": 0}
+        model = copy_of(run.source)
+        replace(run, arguments=replace(run.arguments, **options)).fit(model, Step.hard, run.labelled)
+        run.tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return kind.from_pretrained(folder).eval()  # type: ignore[no-any-return]
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    other: PreTrainedModel = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def partly_labelled(rows: datasets.Dataset, count: int, task: Task) -> datasets.Dataset:
+    """The labels of `count` rows alone, the same ones for every method and seed."""
+    labels, kind = np.asarray(rows["labels"]), rows.features["labels"]
+    labels[np.random.default_rng(0).permutation(len(rows))[count:]] = IGNORE if task.labels else np.nan
+    return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", kind)
+
+
+def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card: str) -> Result:
+    """One student: trained, scored and saved, or found finished; what is known of it."""
+    file = folder / "result.json"
+    if file.is_file():
+        return dict(json.loads(file.read_text()))
+    transformers.set_seed(run.seed)
+    models = []
+    start = time.perf_counter()
+    peak = peak_bytes(lambda: models.append(chosen.method.train(run, **chosen.options)), run.arguments.device.type)
+    found: Result = {"method": chosen.text, "seed": run.seed, "seconds": time.perf_counter() - start}
+    found |= {"peak_mb": None if peak is None else peak / 2**20, "parameters": models[0].num_parameters()}
+    found |= scores(run, models[0], teacher)
+    found["curve"] = [{k: e[k] for k in ("step", "loss")} for e in run.logs if "loss" in e]
+    folder.mkdir(parents=True, exist_ok=True)
+    models[0].save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    write_card(chosen, folder, models[0], card, found)
+    file.write_text(json.dumps(found, indent=1) + "\n")  # last: now it is finished
+    return found
+
+
+def scores(run: Run, model: PreTrainedModel, teacher: Tensor | None) -> dict[str, float]:
+    """The task's metrics; of classes the negative log-likelihood and the divergence from the teacher's outputs, too."""
+    logits = run.logits(model)
+    labels = torch.tensor(run.held_out["labels"])
+    found = tasks.score(run.task, logits.numpy(), labels.numpy())
+    for name, rows in run.others.items():
+        other = tasks.score(run.task, run.logits(model, rows).numpy(), np.asarray(rows["labels"]))
+        found |= {f"{metric}_{name}": value for metric, value in other.items()}
+    if run.task.labels:
+        found["nll"] = float(F.cross_entropy(logits, labels))
+        if teacher is not None:
+            sides = logits.log_softmax(-1), teacher.log_softmax(-1)
+            found["kl_to_teacher"] = float(F.kl_div(*sides, reduction="batchmean", log_target=True))
+    return found
+
+
+def latency(models: dict[str, PreTrainedModel], run: Run, passes: int = 1) -> dict[str, float]:
+    """Seconds for all held-out examples one at a time on the CPU, as in table 3 of DistilBERT's paper: the models take
+    turns, example by example; the least of the passes.
+    """
+    bodies: dict[str, Any] = {name: model.cpu().eval() for name, model in models.items()}
+    rows = [torch.tensor(ids)[None] for ids in run.held_out["input_ids"]]
+    totals: dict[str, list[float]] = {name: [] for name in bodies}
+    with torch.inference_mode():
+        for _ in range(passes):
+            seconds = dict.fromkeys(bodies, 0.0)
+            for ids in rows:
+                for name, body in bodies.items():
+                    seconds[name] += _seconds(lambda body=body, ids=ids: body(input_ids=ids))  # type: ignore[misc]
+            for name, value in seconds.items():
+                totals[name].append(value)
+    return {name: min(values) for name, values in totals.items()}
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def write_card(chosen: Chosen, folder: Path, model: PreTrainedModel, made_of: str, found: Result) -> None:
+    """README.md of a student: what it was made of, how good it is, how it is loaded."""
+    known = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=["fusedkd"])
+    source = f" ({chosen.method.paper})" if chosen.method.paper else ""
+    measured = {k: v for k, v in found.items() if isinstance(v, float) and k not in ("seconds", "peak_mb")}
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+    ModelCard(
+        f"""---
+{known.to_yaml()}
+---
+# {folder.resolve().name}
+
+A {type(model).__name__} of {found["parameters"]:,} parameters, trained by `{chosen.text}`, {chosen.method.title}{source}, {made_of}.
+On held-out examples: {numbers}.
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{folder.resolve().name}")
+model = AutoModelForSequenceClassification.from_pretrained("{folder.resolve().name}")
+```
+"""  # noqa: E501
+    ).save(folder / "README.md")

@@ -1,0 +1,150 @@
+"""What came out: the table, `results.json` and `methods.png`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from fusedkd import env
+from recipes.ablation.report import cell, grid, spread
+from recipes.finetune.tasks import Task
+from recipes.glue.compare import Result
+from recipes.glue.method import Chosen, parse_method
+
+BESIDE = {"nll": "NLL", "kl_to_teacher": "KL to teacher"}
+Results = dict[str, Any]
+
+
+def write(
+    folder: Path,
+    settings: dict[str, Any],
+    chosen: Sequence[Chosen],
+    task: Task,
+    teacher: Result,
+    students: dict[str, list[Result]],
+) -> Results:
+    """Compare the students; print the table, write JSON and picture."""
+    results: Results = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": env.devices(),
+        "versions": env.versions(),
+        "settings": settings,
+        "task": task.name,
+        "metrics": list(task.metrics),
+        "teacher": teacher,
+        "published": {each.text: each.method.published for each in chosen if each.method.published},
+        "students": students,
+    }
+    files = folder / "results.json", folder / "methods.png"
+    files[0].write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, files[1])
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    published = [f"{name}, as published: {text}" for name, text in results["published"].items()]
+    for line in [table(results), *findings(results), *published, f"numbers, picture: {', '.join(map(str, files))}"]:
+        console.print(line)
+    return results
+
+
+# ---- numbers
+
+
+def score(results: Results, found: Result) -> float:
+    """As in GLUE: the mean of the task's metrics × 100."""
+    return 100 * mean(found[metric] for metric in results["metrics"])
+
+
+def paired(ours: Sequence[Result], base: Sequence[Result], results: Results) -> tuple[float, float | None]:
+    """The mean difference of two methods' scores over the seeds that both have, and its standard error; None of one
+    seed. A seed is one order of the data and one set of new weights, in all methods.
+    """
+    other = {found["seed"]: score(results, found) for found in base}
+    differences = [score(results, found) - other[found["seed"]] for found in ours if found["seed"] in other]
+    if not differences:
+        return math.nan, None
+    if len(differences) == 1:
+        return differences[0], None
+    return mean(differences), spread(differences) / math.sqrt(len(differences))
+
+
+def findings(results: Results) -> list[str]:
+    """What follows from the numbers, a sentence each: the differences beyond two standard errors, and the rest."""
+    (first, base), *others = results["students"].items()
+    if not others:
+        return []
+    changes = {name: paired(students, base, results) for name, students in others}
+    if all(error is None for _, error in changes.values()):
+        return [f"One seed: differences from {first} have no error; --seeds 5 gives one."]
+    lines = []
+    for what, sign in (("better", 1), ("worse", -1)):
+        beyond = {n: c for n, c in changes.items() if c[1] is not None and sign * c[0] > 2 * c[1]}
+        if beyond:
+            each = ", ".join(f"{name} ({change:+.1f} ± {error:.1f})" for name, (change, error) in beyond.items())
+            lines.append(f"Beyond two standard errors {what} than {first}: {each}.")
+    within = [n for n, (change, error) in changes.items() if error is not None and abs(change) <= 2 * error]
+    if within:
+        lines.append(f"Not told apart from {first}: {', '.join(within)}.")
+    return lines
+
+
+# ---- table
+
+
+def table(results: Results) -> Table:
+    """A row per method: score, its median, the difference from the first method; and what it costs."""
+    students, metrics = results["students"], results["metrics"]
+    first, base = next(iter(students.items()))
+    beside = {name: title for name, title in BESIDE.items() if name in base[0]}
+    seeds = max(map(len, students.values()))
+    title = f"{results['task']}: {' and '.join(metrics)} × 100" + (
+        f", mean of {seeds} seeds ± standard deviation; differences ± their standard error" if seeds > 1 else ""
+    )
+    found = grid(title, "model", "score", "median", f"from {first}", *beside.values(), "seconds", "MB", "parameters")
+    teacher = results["teacher"]
+    if metrics[0] in teacher:
+        cells = ["teacher", f"{score(results, teacher):.1f}", "", "", *(f"{teacher[n]:.3f}" for n in beside), "", ""]
+        found.add_row(*cells, f"{teacher['parameters']:,}")
+        found.add_section()
+    for name, its in students.items():
+        values = [score(results, each) for each in its]
+        change, error = paired(its, base, results)
+        difference = "" if name == first else f"{change:+.1f}" + ("" if error is None else f" ± {error:.1f}")
+        peaks = [each["peak_mb"] for each in its if each["peak_mb"] is not None]
+        cells = [name, cell(values, 1), f"{median(values):.1f}", difference]
+        cells += [cell([each[n] for each in its], 3) for n in beside]
+        cells += [f"{median(e['seconds'] for e in its):.0f}", f"{median(peaks):.0f}" if peaks else ""]
+        found.add_row(*cells, f"{its[0]['parameters']:,}")
+    return found
+
+
+# ---- picture
+
+
+def plot(results: Results, file: Path) -> None:
+    """A line per method: every seed a point, the mean a bar; the teacher dashed."""
+    students = results["students"]
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(students)), layout="constrained")
+    axis = figure.subplots()
+    for row, its in enumerate(students.values()):
+        values = [score(results, each) for each in its]
+        axis.plot(values, [row] * len(values), "o", color="#0b6e99", ms=4, alpha=0.6)
+        axis.plot([mean(values)] * 2, [row - 0.3, row + 0.3], color="#c4554d", lw=2)
+    if results["metrics"][0] in results["teacher"]:
+        axis.axvline(score(results, results["teacher"]), color="0.35", ls="--", lw=1.2, label="teacher")
+        axis.legend(frameon=False, fontsize=8)
+    titles = [name if ":" in name else parse_method(name).method.title for name in students]
+    axis.set_yticks(range(len(students)), titles)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{' and '.join(results['metrics'])} × 100, {results['task']}")
+    axis.grid(alpha=0.25, axis="x")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
