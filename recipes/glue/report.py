@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusedkd import env
-from recipes.ablation.report import cell, grid, spread
+from recipes.ablation.report import cell, grid, markdown_table, spread
 from recipes.finetune.tasks import Task
 from recipes.glue.compare import Result
 from recipes.glue.method import Chosen, parse_method
@@ -35,6 +35,7 @@ def write(
 ) -> Results:
     """Compare the students; print the table, write JSON and picture."""
     results: Results = {
+        "recipe": "glue",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": env.devices(),
         "versions": env.versions(),
@@ -124,6 +125,24 @@ def table(results: Results) -> Table:
         cells += [f"{median(e['seconds'] for e in its):.0f}", f"{median(peaks):.0f}" if peaks else ""]
         found.add_row(*cells, f"{its[0]['parameters']:,}")
     return found
+
+
+def markdown(results: Results) -> str:
+    """The table and what follows from it, for a page."""
+    its, shown = results["settings"], table(results)
+    texts = f"{its['examples']:,} training examples" if its["examples"] else "all training examples"
+    labels = f", {its['labels']:,} of them with their label" if its["labels"] else ""
+    where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
+    source = results["teacher"]
+    package = (
+        f" ({source['distribution']} {source['version']}, {source['licence']})" if "distribution" in source else ""
+    )
+    legend = (
+        f"{where}. Teacher {source['name']}{package}; students of {its['layers'] or 'every other'} layers, {its['init']}; "
+        f"{texts}{labels}; {its['max_steps']} steps of {its['per_device_train_batch_size']} at {its['learning_rate']:g}. "
+        f"{shown.title}; seconds and MB are medians, MB the growth of memory."
+    )
+    return "\n".join([*markdown_table(shown), "", legend, "", *(f"- {line}" for line in findings(results))])
 
 
 # ---- picture
