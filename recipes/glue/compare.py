@@ -28,13 +28,12 @@ from recipes.glue.step import IGNORE, Step
 Result = dict[str, Any]
 
 
-def fine_tuned(run: Run, folder: Path, epochs: float, learning_rate: float) -> PreTrainedModel:
-    """The teacher: its source trained on all labels with seed 0, or found finished in its folder."""
+def fine_tuned(run: Run, folder: Path, **arguments: Any) -> PreTrainedModel:
+    """The teacher: its source trained on all labels with these TrainingArguments, or found finished in its folder."""
     kind: Any = AutoModelForSequenceClassification
     if not (folder / "config.json").is_file():
-        options: Any = {"num_train_epochs": epochs, "learning_rate": learning_rate, "max_steps": -1, "seed": 0}
         model = copy_of(run.source)
-        replace(run, arguments=replace(run.arguments, **options)).fit(model, Step.hard, run.labelled)
+        replace(run, arguments=replace(run.arguments, **arguments)).fit(model, Step.hard, run.labelled)
         run.tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return kind.from_pretrained(folder).eval()  # type: ignore[no-any-return]

@@ -137,12 +137,13 @@ def markdown(results: Results) -> str:
     package = (
         f" ({source['distribution']} {source['version']}, {source['licence']})" if "distribution" in source else ""
     )
-    legend = (
-        f"{where}. Teacher {source['name']}{package}; students of {its['layers'] or 'every other'} layers, {its['init']}; "
-        f"{texts}{labels}; {its['max_steps']} steps of {its['per_device_train_batch_size']} at {its['learning_rate']:g}. "
-        f"{shown.title}; seconds and MB are medians, MB the growth of memory."
-    )
-    return "\n".join([*markdown_table(shown), "", legend, "", *(f"- {line}" for line in findings(results))])
+    trained = f"{its['max_steps']} steps of {its['per_device_train_batch_size']} at {its['learning_rate']:g}"
+    lines = [
+        f"{where}. {shown.title}; seconds and MB, the growth of memory, are medians.",
+        f"Teacher {source['name']}{package}; students of {its['layers'] or 'every other'} layers, {its['init']};",
+        f"{texts}{labels}; {trained}.",
+    ]
+    return "\n".join([*markdown_table(shown), "", *lines, "", *(f"- {line}" for line in findings(results))])
 
 
 # ---- picture
