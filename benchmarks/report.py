@@ -5,7 +5,8 @@
 
 The pages quote benchmarks/results between the markers ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks -->``, where
 NAME is that of a JSON file or of an excerpt below, and list the divergences of the code between the markers
-``<!-- divergences -->`` and ``<!-- /divergences -->``; rendering that folder renews both, any other leaves them alone.
+``<!-- divergences -->`` and ``<!-- /divergences -->``, the methods of the recipes between ``<!-- methods -->`` and
+``<!-- /methods -->``; rendering that folder renews them, any other leaves them alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results"  # what the pages quote
-PAGES = (ROOT / "README.md", ROOT / "docs" / "losses.md", ROOT / "docs" / "numbers.md", ROOT / "docs" / "evidence.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("losses", "numbers", "recipes", "evidence")))
 BLOCK = re.compile(r"(<!-- benchmarks:([\w.-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 EXCERPTS = {
     "headline": (
@@ -46,6 +47,7 @@ SUBJECTS = {
     "straight_through": gumbel,
     "memory_against_size": memory,
 }  # by what the JSON has
+METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
 DIVERGENCES = re.compile(r"(<!-- divergences -->\n).*?(<!-- /divergences -->)", re.DOTALL)
 
 
@@ -113,6 +115,19 @@ def summary(family: type[Divergence]) -> str:
     return " ".join((inspect.getdoc(family) or "").split("\n\n")[0].split()).replace("|", "\\|")
 
 
+def methods() -> str:
+    """A row per method of recipes.glue: its name and options, what it is, its source and the source's own number."""
+    from recipes.glue.method import methods
+
+    rows = ["| `--method`, and its options | method | source | as published |", "|---|---|---|---|"]
+    for name, method in sorted(methods().items()):
+        options = ", ".join(f"{key}={value}" for key, value in method.options.items())
+        rows.append(
+            f"| `{name}`{f': `{options}`' if options else ''} | {method.title} | {method.paper} | {method.published} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
 # -------------------------------------------------- files
 
 
@@ -145,6 +160,7 @@ def quote(name: str, page: Path) -> str:
 def with_quotes(page: Path) -> str:
     """Its text, renewed."""
     text = BLOCK.sub(lambda block: block[1] + quote(block[2], page) + block[3], page.read_text())
+    text = METHODS.sub(lambda block: block[1] + methods() + block[2], text)
     return DIVERGENCES.sub(lambda block: block[1] + divergences() + block[2], text)
 
 

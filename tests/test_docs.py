@@ -38,6 +38,8 @@ from transformers import (
 from fusedkd.distilbert import __main__ as driver
 from fusedkd.distilbert import distil as stages
 from recipes.finetune import __main__ as tuning
+from recipes.glue import __main__ as comparison
+from recipes.glue.method import chosen_methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +47,7 @@ BLOCK = re.compile(r"^(?:<!-- given: (?P<given>.*?) -->\n)?```python\n(?P<code>.
 COMMAND = re.compile(
     r"^    (?:torchrun .*-m|python -m) (fusedkd\.distilbert|recipes\.finetune)\b(.*?)(?:\s+#.*)?$", re.MULTILINE
 )
+COMPARISON = re.compile(r"^    python -m recipes\.glue\b(.*?)(?:\s+#.*)?$", re.MULTILINE)
 VOCABULARY, ROWS, WIDTH = 48, 12, 16
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -185,3 +188,15 @@ def test_targets_of_make(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^    make ([\w-]+)|`make ([\w-]+)", page.read_text(), re.MULTILINE))
     assert {a or b for a, b in named} <= targets
+
+
+@pages
+def test_comparisons_are_parsed_and_methods_exist(page: Path) -> None:
+    text = page.read_text()
+    for arguments in COMPARISON.findall(text):
+        chosen_methods(comparison.parse(shlex.split(arguments))[0].method)
+    if page.name == "recipes.md":
+        rows = re.search(r"## Which method\n(.*?)\n## ", text, re.DOTALL)[1].splitlines()
+        named = [name for row in rows for name in re.findall(r"`([\w:=,]+)`", " ".join(row.split("|")[2:3]))]
+        assert len(named) > 20
+        chosen_methods(named)

@@ -92,7 +92,12 @@ SHAPING = ("num_train_epochs", "max_steps", "learning_rate", "per_device_train_b
 """Of the training, what a student depends on."""
 
 
-def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> dict[str, Any]:
+def parse(argv: list[str] | None) -> tuple[Any, ...]:
+    kinds = [MethodOptions, DataOptions, ModelOptions, CompareArguments]
+    return parse_into(kinds, argv, "python -m recipes.glue")
+
+
+def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> None:
     chosen = chosen_methods(method.method)
     positive = {"--seeds must be positive": method.seeds < 1, "--max_length must be positive": its.max_length < 1}
     positive |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
@@ -113,7 +118,7 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     of_teacher |= compare.scores(prepared, prepared.teacher, teacher) if prepared.teacher else {}
     if its.predict:
         predict(prepared, its, chosen, folder)
-    return report.write(folder, settings, chosen, prepared.task, of_teacher, results)
+    report.write(folder, settings, chosen, prepared.task, of_teacher, results)
 
 
 def train(
@@ -189,12 +194,7 @@ def predict(prepared: Run, its: DataOptions, chosen: list[Chosen], folder: Path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    kinds = [MethodOptions, DataOptions, ModelOptions, CompareArguments]
-
-    def start() -> None:
-        run(*parse_into(kinds, argv, "python -m recipes.glue"))
-
-    return command_line(start)
+    return command_line(lambda: run(*parse(argv)))
 
 
 if __name__ == "__main__":
