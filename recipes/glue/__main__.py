@@ -102,6 +102,7 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     positive = {"--seeds must be positive": method.seeds < 1, "--max_length must be positive": its.max_length < 1}
     positive |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
     positive["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
+    positive["it runs in one process, not under torchrun"] = arguments.world_size > 1
     refuse(positive, method, its, models, arguments)
     settings = {name: getattr(arguments, name) for name in SHAPING} | asdict(its) | asdict(models)
     for name in ("glue_dir", "data", "unlabelled", "student"):
