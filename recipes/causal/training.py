@@ -92,6 +92,9 @@ class BudgetTrainer(Interruptible, DistillationTrainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.budget.learning_rate)  # type: ignore[arg-type]
         return self.lr_scheduler
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """None, not even when a signal ends the training: a student that is not finished is trained again."""
+
 
 @dataclass(frozen=True)
 class Shared:

@@ -1,6 +1,8 @@
 """`recipes.causal`: half of a causal LM's layers, with and without a teacher, at equal steps and equal seconds."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from importlib import metadata, util
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.interrupt import Stopped
 from recipes import teachers
 from recipes.causal import __main__ as causal
 from recipes.causal import eager, training
@@ -137,6 +140,18 @@ def test_a_budget_of_seconds_costs_training_alone(monkeypatch):
     assert budget.spent == {"wall": 5.0, "processor": 10.0}
     assert rates == pytest.approx([min(i / 0.5, (10 - i) / 9.5) for i in range(1, 11)])
     assert evaluated == training.EVALUATIONS
+
+
+def test_a_signal_ends_a_training_without_a_checkpoint(tmp_path, shared, monkeypatch):
+    whole = training.BudgetTrainer.compute_loss
+    monkeypatch.setattr(
+        training.BudgetTrainer,
+        "compute_loss",
+        lambda *given, **options: os.kill(os.getpid(), signal.SIGTERM) or whole(*given, **options),
+    )
+    with pytest.raises(Stopped, match="SIGTERM ended the training after step 1; there is no checkpoint"):
+        training.train(shared, half(shared), loss_of("ce", 1.0, 1.0, 0.0), Budget(steps=3))
+    assert not list((tmp_path / "runs").glob("checkpoint-*"))
 
 
 def test_a_budget_of_steps_has_a_rate_of_steps():

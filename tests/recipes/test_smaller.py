@@ -11,7 +11,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
 from tiny_run import tiny_run
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from fusedkd.integrations.command import UsageError
 from recipes.glue.method import methods, parse_method
@@ -155,6 +155,17 @@ def test_pruned_weights_have_no_gradient_and_stay_pruned(tmp_path, tokenizer):
     assert (model.get_parameter(f"{name}.weight") == 0).sum() == round(0.7 * gone.numel())
     with pytest.raises(RuntimeError, match="zeros, not"):
         pruning.Masks(model).bake(0.9)
+
+
+def test_layers_without_a_torch_linear_are_pruned_too():
+    size = {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 20, "n_positions": 8}
+    model = GPT2ForSequenceClassification(GPT2Config(**size))
+    masks = pruning.Masks(model)
+    masks.grow(0.5)
+    masks.bake(0.5)
+    assert len(masks.matrices) == 2 * 4
+    with pytest.raises(UsageError, match="Linear has no layers whose weights could be pruned"):
+        pruning.Masks(torch.nn.Linear(2, 2))
 
 
 def test_the_share_of_zeros_grows_as_a_cubic():
