@@ -10,7 +10,8 @@ folder, and what is finished is not trained again. It ends with a table, a pictu
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,29 +88,32 @@ def compare(options: CausalOptions, arguments: CausalArguments) -> None:
     shared, settings = prepare(options, arguments)
     folder = Path(str(arguments.output_dir))
     begin(folder, settings)
-    budgets = {"steps": {"steps": arguments.max_steps}}
+    budgets = {"steps": (str(arguments.max_steps), Budget(steps=arguments.max_steps))}
     if options.seconds:
-        budgets["seconds"] = {"seconds": options.seconds, "clock": options.clock}  # type: ignore[dict-item]
-    students: dict[str, Any] = {budget: {} for budget in budgets}
+        name, budget = f"{options.seconds:g}-{options.clock}", Budget(seconds=options.seconds, clock=options.clock)
+        budgets["seconds"] = name, budget
+    students: dict[str, Any] = {}
 
-    def trained(arm: str, budget: str) -> dict[str, Any]:
-        student = student_of(shared.teacher, settings["layers"])
-        return training.train(shared, student, losses[arm], Budget(**budgets[budget]))  # type: ignore[arg-type]
+    def trained(arm: str, budget: Budget) -> dict[str, Any]:
+        return training.train(shared, student_of(shared.teacher, settings["layers"]), losses[arm], replace(budget))
 
-    for budget in budgets:
+    for unit, (name, budget) in budgets.items():
+        students[unit] = {}
         for arm in options.arms:
-            students[budget][arm] = found = kept(folder / f"{arm}-{budget}.json", lambda a=arm, b=budget: trained(a, b))  # type: ignore[misc]
-            print(f"{arm}, {budget}: {shown(found)}", flush=True)
+            make = partial(trained, arm, budget)
+            students[unit][arm] = found = kept(folder / f"{arm}-{name}-{unit}.json", make)
+            print(f"{arm}, {name} {unit}: {shown(found)}", flush=True)
     forward = loss_of("forward_kl", *weights)
     step = kept(
         folder / "step.json", lambda: eager.compare(shared, student_of(shared.teacher, settings["layers"]), forward)
     )
     teacher = kept(folder / "teacher.json", lambda: evaluated(shared, options.teacher))
+    settings |= {"max_steps": arguments.max_steps, "seconds": options.seconds, "clock": options.clock}
     report.write(folder, {"settings": settings, "teacher": teacher, "students": students, "step": step})
 
 
 def prepare(options: CausalOptions, arguments: CausalArguments) -> tuple[Shared, dict[str, Any]]:
-    """Models and blocks, and what the numbers depend on."""
+    """Models and blocks, and what the numbers depend on but for steps and seconds, which name their files."""
     transformers.set_seed(arguments.seed)
     train_text, eval_text = read_text(TextOptions(train_files=options.train_files, eval_files=options.eval_files))
     teacher, tokenizer = teachers.load_causal(options.teacher)
@@ -122,7 +126,7 @@ def prepare(options: CausalOptions, arguments: CausalArguments) -> tuple[Shared,
     settings = {
         **{name: getattr(arguments, name) for name in SHAPING},
         **{name: by_name(getattr(options, name)) for name in ("teacher", "train_files", "eval_files")},
-        **{name: getattr(options, name) for name in ("seconds", "clock", "block_size", "eval_blocks")},
+        **{name: getattr(options, name) for name in ("block_size", "eval_blocks")},
         **{name: getattr(options, name) for name in ("temperature", "kd_weight", "ce_weight")},
         "layers": options.layers or alternate_layers(depth),
     }

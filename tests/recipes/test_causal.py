@@ -83,13 +83,13 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_was(tmp_path, command, mon
     shown = capsys.readouterr().out
     assert "At equal seconds, perplexity from the best to the worst" in shown
     assert "Published beside it: DistilGPT2" in shown
-    (folder / "jsd-steps.json").unlink()
+    (folder / "jsd-3-steps.json").unlink()
     made, whole = [], training.train
     monkeypatch.setattr(training, "train", lambda *given: made.append(given[2]) or whole(*given))
     assert causal.main([*command, "--seconds", "0.2"]) == 0
     assert [kd.divergence for kd in made] == ["jsd"]
-    assert causal.main([*command, "--seconds", "0.3"]) == 2
-    assert "holds a run with seconds 0.2, not 0.3" in capsys.readouterr().err
+    assert causal.main([*command, "--temperature", "2"]) == 2
+    assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
 
 
 def test_all_arms_see_the_same_data_and_one_without_a_teacher_runs_none(shared, monkeypatch):
