@@ -12,7 +12,6 @@ from recipes.ablation.report import circumstances, finish, grid
 from recipes.causal.arms import ARMS, PUBLISHED
 
 Results = dict[str, Any]
-UNITS = {"steps": "equal steps", "seconds": "equal seconds"}
 
 
 def write(folder: Path, results: Results) -> None:
@@ -23,19 +22,19 @@ def write(folder: Path, results: Results) -> None:
 
 def tables(results: Results) -> list[Table]:
     clock = results["settings"]["clock"]
-    columns = ("model", "steps", f"{clock} s", f"{clock} s/step", "MB beyond models", "perplexity", "KL to teacher")
-    table = grid("Half of the layers", *columns)
+    columns = ("model", "at equal", "steps", "s", "s/step", "MB beyond models", "perplexity", "KL to teacher")
+    table = grid(f"Half of the layers; {clock} seconds", *columns)
     teacher = results["teacher"]
-    table.add_row("teacher", "", "", "", "", f"{teacher['perplexity']:.2f}", "0")
+    table.add_row("teacher", "", "", "", "", "", f"{teacher['perplexity']:,.2f}", "0")
     for budget, arms in results["students"].items():
         table.add_section()
         for name, found in arms.items():
-            row = [f"{ARMS[name].title}, {UNITS[budget]}", str(found["steps"]), f"{found['seconds'][clock]:.0f}"]
+            row = [ARMS[name].title, budget, str(found["steps"]), f"{found['seconds'][clock]:.0f}"]
             row += [f"{found['seconds_per_step'][clock]:.2f}", megabytes(found["peak_mb"])]
-            table.add_row(*row, f"{found['perplexity']:.2f}", f"{found['kl']:.3f}")
+            table.add_row(*row, f"{found['perplexity']:,.2f}", f"{found['kl']:.3f}")
     first = next(iter(next(iter(results["students"].values())).values()))["curve"][0]
     table.add_section()
-    table.add_row("student as copied", "0", "", "", "", f"{first['perplexity']:.3g}", f"{first['kl']:.3f}")
+    table.add_row("student as copied", "", "0", "", "", "", f"{first['perplexity']:,.2f}", f"{first['kl']:.3f}")
     step = grid(
         "Forward and backward of one batch, forward KL", "model", f"{clock} s", "MB beyond models and gradients"
     )
@@ -54,8 +53,8 @@ def findings(results: Results) -> list[str]:
     lines = []
     for budget, arms in results["students"].items():
         order = sorted(arms, key=lambda name: arms[name]["perplexity"])
-        shown = ", ".join(f"{ARMS[name].title} {arms[name]['perplexity']:.2f}" for name in order)
-        lines.append(f"At {UNITS[budget]}, perplexity from the best to the worst: {shown} (one seed).")
+        shown = ", ".join(f"{ARMS[name].title} {arms[name]['perplexity']:,.2f}" for name in order)
+        lines.append(f"At equal {budget}, perplexity from the best to the worst: {shown} (one seed).")
     fused, eager = (results["step"][name] for name in ("fused", "eager"))
     clock = results["settings"]["clock"]
     line = f"The eager loss takes {eager['seconds'][clock] / fused['seconds'][clock]:.2f} times as long for one batch"
@@ -77,7 +76,7 @@ def plot(results: Results, file: Path) -> None:
                 axis.plot(x, y, "o-", color=ARMS[name].colour, lw=1.4, ms=3, label=ARMS[name].title)
             if metric == "perplexity":
                 axis.axhline(results["teacher"]["perplexity"], color="0.35", ls="--", lw=1.2, label="teacher")
-            axis.set_yscale("log")
+                axis.set_yscale("log")
             axis.set_xlabel(f"seconds of training ({clock})" if budget == "seconds" else "optimiser steps")
             axis.set_ylabel("held-out perplexity" if metric == "perplexity" else "KL to teacher (nats per token)")
             axis.grid(alpha=0.25, which="both")
