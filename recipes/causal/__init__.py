@@ -1,0 +1,1 @@
+"""Half of a causal language model's layers, with and without a teacher."""
