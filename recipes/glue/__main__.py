@@ -162,7 +162,7 @@ def train(chosen: Chosen, run: Run, folder: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     transformers.set_seed(run.seed)
     start = time.perf_counter()
-    model = chosen.method.train(run, **chosen.options)
+    model = chosen.train(run)
     seconds = time.perf_counter() - start
     found = {
         "seconds": seconds,
