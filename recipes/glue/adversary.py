@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedkd.integrations.command import UsageError
 from recipes.glue.generator import Generator, batches, embedded
 from recipes.glue.run import Run
 from recipes.glue.step import Counts, Step
@@ -29,6 +30,9 @@ class Adversary:
         divergence: what is maximised.
         steps, every: so many steps of the generator before each so many steps of the student.
         learning_rate: constant.
+
+    Raises:
+        UsageError: for numbers of steps that cannot be.
     """
 
     def __init__(
@@ -41,8 +45,10 @@ class Adversary:
         every: int = 100,
         learning_rate: float = 5e-7,
     ):
+        if steps < 0 or every < 1:
+            raise UsageError(f"generator_steps={steps}, student_steps={every}: at least 0 and at least 1")
         self.generator, self.student, self.teacher, self.divergence = generator, student, run.teacher, divergence
-        self.steps, self.every, self.seed = steps, every, run.seed
+        self.steps, self.every, self.seed, self.device = steps, every, run.seed, run.arguments.device
         self.parameters = [*generator.model.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=0.0)
         self.batches = batches(run, run.seed)
@@ -51,7 +57,7 @@ class Adversary:
     def before(self, step: Step) -> None:
         """Called with every micro-batch of the student."""
         if step.number != self.seen and step.number % self.every == 0:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(self.seed + step.number)
                 for _ in range(self.steps):
                     self.update()

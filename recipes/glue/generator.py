@@ -146,7 +146,7 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
         return loaded(run, str(folder))
     config = copy.deepcopy(run.source.config)
     config.tie_word_embeddings = True
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         try:
             model = AutoModelForMaskedLM.from_config(config)

@@ -15,6 +15,7 @@ Combined_KD_bert.py computes the term of x' and does not use it: it takes ½ CE(
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fusedkd.integrations.command import UsageError
 from recipes.glue.adversary import Adversary
 from recipes.glue.generator import Generator
 from recipes.glue.method import Method
@@ -45,6 +46,10 @@ def com_kd(
     max_temperature: int = 10,
     first_stage: float = 0.77,
 ) -> PreTrainedModel:
+    if max_temperature < 1 or not 0 <= first_stage <= 1:
+        raise UsageError(
+            f"max_temperature={max_temperature}, first_stage={first_stage:g}: at least 1 and between 0 and 1"
+        )
     student = run.student()
     writer = Generator(run, generator, pretraining, share, [student])
     adversary = Adversary(run, writer, student, mse, generator_steps, student_steps, generator_learning_rate)
