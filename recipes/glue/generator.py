@@ -29,7 +29,8 @@ from recipes.glue.trainer import IndexedPadding
 
 
 class Generator:
-    """
+    """Draws tokens for some of a text's, which it does not see.
+
     Args:
         run: whose texts it writes anew.
         folder: of a masked LM with the run's vocabulary; empty: one is made of `run.source`, see :func:`made`.
@@ -47,7 +48,9 @@ class Generator:
         self.tokenizer, self.share = run.tokenizer, share
         self.model, self.head = masked_lm(run, folder, steps, share)
         self.model.train()
-        sizes = {len(each.get_input_embeddings().weight) for each in (self.model, run.teacher, *students) if each}
+        sizes = {
+            len(each.get_input_embeddings().weight) for each in (self.model, run.teacher, *students) if each is not None
+        }
         if len(sizes) > 1:
             raise UsageError(f"generator, teacher and student must have one vocabulary, not {sorted(sizes)} tokens")
 
@@ -166,7 +169,8 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
         return loss / (share * step.counts.attended)
 
     run.fit(model, fills_in, steps=steps, seed=0)
-    if run.arguments.should_save:
-        model.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
+    with run.arguments.main_process_first(local=False):  # the other ranks go on when it is there
+        if run.arguments.should_save:
+            model.save_pretrained(folder)
+            run.tokenizer.save_pretrained(folder)
     return model  # type: ignore[no-any-return]

@@ -117,6 +117,8 @@ def parse_method(text: str) -> Chosen:
             listed = ", ".join(f"{key}={value}" for key, value in {**method.options, **SHARED}.items())
             raise UsageError(f"--method {text}: no option {item!r}; its options are {listed}")
         options[key] = _value(text, key, value, known[key])
+    if "generator" in options and "generator" not in method.options and not options.get("augment"):
+        raise UsageError(f"--method {text}: a generator is of use to {name} only with augment=N")
     return Chosen(text, method, options)
 
 
@@ -131,4 +133,8 @@ def _value(text: str, key: str, value: str, default: Any) -> Any:
         number and (isinstance(found, bool) or not isinstance(found, int | float))
     ):
         raise UsageError(f"--method {text}: {key} must be {'a number' if number else 'true or false'}, not {value!r}")
+    if isinstance(default, int) and isinstance(found, float):
+        if not found.is_integer():
+            raise UsageError(f"--method {text}: {key} must be a whole number, not {value!r}")
+        return int(found)
     return type(default)(found) if number and isinstance(default, float) else found

@@ -8,9 +8,9 @@ with the largest KL(p_T ‖ q_S) at the temperature T are learnt from:
 
 a mean over the labelled texts; of scores both divergences are squared differences. Vanilla kNN learns from all K.
 
-The published code (huawei-noah/KD-NLP) retrieves from 100 million web sentences with SentAugment and orders them by the
-teacher's states; here the texts are the task's own. It sums over the k₁ instead of taking their mean (the same for
-k₁ = 1, its default) and can start with the neighbours some epochs later and leave out those beyond an angle.
+The published code (huawei-noah/KD-NLP) retrieves from a large bank of web sentences with SentAugment and orders what it
+finds by the teacher's states; here the texts are the task's own. It sums over the k₁ instead of taking their mean (the
+same for k₁ = 1), and can start with the neighbours some epochs later and leave out those beyond an angle.
 """
 
 from functools import partial
@@ -117,7 +117,7 @@ METHODS = {
         minimax_knn,
         "Minimax-kNN-KD",
         PAPER,
-        published="DistilRoBERTa from RoBERTa-large: SST-5 55.4, SST-2 95.2, CR 91.6, IMP 87.8, TREC 97.4",
+        published="accuracy: SST-5 55.4, SST-2 95.2, CR 91.6, IMP 87.8, TREC 97.4",
         needs=NEEDS,
     ),
     "vanilla_knn": Method(partial(minimax_knn, neighbours=8, chosen=8), "Vanilla-8NN-KD", PAPER, needs=NEEDS),

@@ -9,7 +9,8 @@ each of them by the straight-through Gumbel-softmax at temperature 1; x' is the 
 at temperature 1, each a mean over examples; of scores both divergences are squared differences. Examples without a
 label have the teacher's terms alone. The steps of the run are those of the student; the generator's come in addition,
 and so do, without `generator=FOLDER`, the `pretraining` steps of one that is made (recipes.glue.generator). G's
-learning rate is the paper's, for 30 epochs of fine-tuning: in short runs G stays almost as it was unless it is raised.
+learning rate is that of the published code, which trains for 30 epochs: in short runs G stays almost as it was unless
+the rate is raised.
 
 The published code (huawei-noah/KD-NLP, train_adversarial_student.py) takes the cross-entropy −Σ p_T log q_S for both
 divergences. For the student that is the same; the generator then also maximises the teacher's entropy.

@@ -50,6 +50,8 @@ def test_names_and_options_are_parsed():
         ("nothing", "--method nothing: it must be all, or of "),
         ("pkd:gamma=1", "no option 'gamma=1'; its options are variant=skip"),
         ("pkd:beta=much", "beta must be a number, not 'much'"),
+        ("kd:augment=2.5", "augment must be a whole number, not '2.5'"),
+        ("kd:generator=lm", "a generator is of use to kd only with augment=N"),
     ],
 )
 def test_other_names_and_options_are_refused(text, sentence):
