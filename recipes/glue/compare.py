@@ -60,7 +60,7 @@ def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card
     transformers.set_seed(run.seed)
     models = []
     start = time.perf_counter()
-    peak = peak_bytes(lambda: models.append(chosen.method.train(run, **chosen.options)), run.arguments.device.type)
+    peak = peak_bytes(lambda: models.append(chosen.train(run)), run.arguments.device.type)
     found: Result = {"method": chosen.text, "seed": run.seed, "seconds": time.perf_counter() - start}
     found |= {"peak_mb": None if peak is None else peak / 2**20, "parameters": models[0].num_parameters()}
     found |= scores(run, models[0], teacher)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedModel
 
 from fusedkd.integrations.command import UsageError
+from recipes.glue.augment import augmented
 
 if TYPE_CHECKING:
     from recipes.glue.run import Run
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 Need = Literal["teacher", "classes", "width", "multiple", "unlabelled"]
 """A teacher; classes and no score; a student as wide as its teacher; a teacher of a multiple of its layers; examples
 without a label."""
+
+SHARED: dict[str, Any] = {"augment": 0, "generator": ""}
+"""Options of every method: `augment` further texts without a label for each training text, which a masked language
+model writes; and its folder. See :func:`recipes.glue.augment.augmented`."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,13 @@ class Chosen:
         """The text as the name of a folder."""
         return re.sub(r"[^\w.=-]+", "-", self.text)
 
+    def train(self, run: Run) -> PreTrainedModel:
+        """On augmented data, if so asked."""
+        its = {name: value for name, value in self.options.items() if name in self.method.options}
+        if times := self.options.get("augment", 0):
+            run = augmented(run, times, self.options.get("generator", ""))
+        return self.method.train(run, **its)
+
     def check(self, run: Run) -> None:
         """UsageError where the run lacks what the method needs."""
         student, teacher = run.student().config, run.source.config
@@ -75,7 +87,10 @@ class Chosen:
                 f"{teacher.num_hidden_layers}",
                 teacher.num_hidden_layers % student.num_hidden_layers,
             ),
-            "unlabelled": ("examples without a label: --labels N leaves the others without", not run.unlabelled),
+            "unlabelled": (
+                "examples without a label: --labels N leaves the others without, augment=N writes some",
+                not run.unlabelled and not self.options.get("augment"),
+            ),
         }
         for need in self.method.needs:
             sentence, holds = absent[need]
@@ -107,14 +122,16 @@ def parse_method(text: str) -> Chosen:
     name, _, given = text.partition(":")
     if name not in methods():
         raise UsageError(f"--method {name}: it must be all, or of {', '.join(methods())}")
-    method = methods()[name]
-    options = {}
+    method, options = methods()[name], {}
+    known = {**SHARED, **method.options}
     for item in filter(None, given.split(",")):
         key, equals, value = item.partition("=")
-        if key not in method.options or not equals:
-            known = ", ".join(f"{key}={value}" for key, value in method.options.items()) or "none"
-            raise UsageError(f"--method {text}: no option {item!r}; its options are {known}")
-        options[key] = _value(text, key, value, method.options[key])
+        if key not in known or not equals:
+            listed = ", ".join(f"{key}={value}" for key, value in {**method.options, **SHARED}.items())
+            raise UsageError(f"--method {text}: no option {item!r}; its options are {listed}")
+        options[key] = _value(text, key, value, known[key])
+    if "generator" in options and "generator" not in method.options and not options.get("augment"):
+        raise UsageError(f"--method {text}: a generator is of use to {name} only with augment=N")
     return Chosen(text, method, options)
 
 
@@ -129,4 +146,8 @@ def _value(text: str, key: str, value: str, default: Any) -> Any:
         number and (isinstance(found, bool) or not isinstance(found, int | float))
     ):
         raise UsageError(f"--method {text}: {key} must be {'a number' if number else 'true or false'}, not {value!r}")
+    if isinstance(default, int) and isinstance(found, float):
+        if not found.is_integer():
+            raise UsageError(f"--method {text}: {key} must be a whole number, not {value!r}")
+        return int(found)
     return type(default)(found) if number and isinstance(default, float) else found

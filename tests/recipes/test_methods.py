@@ -26,7 +26,8 @@ def test_a_method_trains(tmp_path, tokenizer, name, task):
         return
     chosen.check(run)
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in (run.source, run.teacher)]
-    model = chosen.method.train(run)
+    short = {"pretraining": 0} if "pretraining" in chosen.method.options else {}
+    model = chosen.method.train(run, **short)
     for kept, weights in zip((run.source, run.teacher), before, strict=True):
         assert all(torch.equal(v, weights[k]) for k, v in kept.state_dict().items())
     start = run.student().state_dict()
@@ -49,6 +50,8 @@ def test_names_and_options_are_parsed():
         ("nothing", "--method nothing: it must be all, or of "),
         ("pkd:gamma=1", "no option 'gamma=1'; its options are variant=skip"),
         ("pkd:beta=much", "beta must be a number, not 'much'"),
+        ("kd:augment=2.5", "augment must be a whole number, not '2.5'"),
+        ("kd:generator=lm", "a generator is of use to kd only with augment=N"),
     ],
 )
 def test_other_names_and_options_are_refused(text, sentence):

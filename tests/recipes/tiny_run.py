@@ -38,7 +38,7 @@ def tiny_run(folder: Path, tokenizer: Any, task: str = "sst2", labels: int = 0, 
     arguments: dict[str, Any] = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 8}
     arguments |= {"learning_rate": 1e-3, "disable_tqdm": True, **more.pop("arguments", {})}
     source, teacher = (classifier(len(tokenizer), labels=1 if scores else 2, seed=seed) for seed in (0, 1))
-    more = {"layers": [0, 2], **more}
+    more = {"layers": [0, 2], "max_length": 32, **more}
     held_out = train.select(range(8)) if not labels else tokenized(its, examples.select(range(8)), tokenizer, 32)
     return Run(
         its, tokenizer, examples, train, held_out, source.eval(), teacher.eval(), CompareArguments(**arguments), **more
