@@ -131,6 +131,15 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, tokenizer, method):
     assert close(*found, 1e-4)
 
 
+@pytest.mark.parametrize("method", ["distilbert", "distilbert_d", "takd"])
+def test_narrower_students(tmp_path, tokenizer, method):
+    """With projections that are no part of the student, and assistants as narrow as it is."""
+    run = tiny_run(tmp_path, tokenizer, width=16, init="random")
+    found = trained(method, run)
+    assert found.config.hidden_size == 16
+    assert found.state_dict().keys() == run.student().state_dict().keys()
+
+
 # ---- schedules and stages
 
 
