@@ -70,14 +70,17 @@ def distil(config: Config) -> None:
     run.say(f"student            {shown(last)}\nthe student is in {config.folder / 'student'}")
 
 
-def prepare(config: Config) -> Run:
-    """Text, tokenizer, blocks and a teacher from elsewhere. Nothing is written before everything has been read."""
+def prepare(config: Config, new_head: bool = False) -> Run:
+    """Text, tokenizer, blocks and a teacher from elsewhere. Nothing is written before everything has been read.
+
+    With `new_head` that teacher may lack its language-modelling head.
+    """
     text, saved, training = config.text, config.folder / "teacher", config.training
     with training.main_process_first(local=False):  # the other ranks find what the first one wrote
         tokenizer, teacher = data.load_vocab(text.vocab_file) if text.vocab_file else None, None
         if config.teacher.teacher:
             vocab = tokenizer.get_vocab() if tokenizer else None
-            teacher, tokenizer = load_teacher(config.teacher.teacher, text.block_size, vocab)
+            teacher, tokenizer = load_teacher(config.teacher.teacher, text.block_size, vocab, new_head)
             check_folding(config.student.fold_token_type, teacher.config.model_type)
         layers_of(config.student, depth_of(config, teacher))  # refuses what cannot be
         begun = is_kept(saved) or training.process_index > 0

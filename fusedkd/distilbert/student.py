@@ -117,8 +117,12 @@ def loading(flag: str, name: str) -> Iterator[None]:
         raise UsageError(f"cannot load {flag} {name}: {absent}{reason}") from error
 
 
-def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None) -> tuple[Teacher, Tokenizer]:
+def load_teacher(
+    name: str, block_size: int, vocab: dict[str, int] | None = None, new_head: bool = False
+) -> tuple[Teacher, Tokenizer]:
     """A BERT, RoBERTa or GPT-2 with its head, local or from the hub, in float32, and its tokenizer.
+
+    With `new_head` the language-modelling head may be absent, and is then drawn from torch's generator.
 
     UsageError for any other model; for one without a language-modelling head, all weights or a tokenizer; for a
     tokenizer larger than the model's vocabulary, or other than `vocab` where that is given; for a `block_size` beyond
@@ -135,9 +139,10 @@ def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None
         tokenizer = AutoTokenizer.from_pretrained(name)
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         teacher, info = kind.from_pretrained(name, dtype=torch.float32, **options)
-    if any(key.startswith(head) for key in info["missing_keys"]):
+    of_head = {key for key in info["missing_keys"] if key.startswith(head)}
+    if of_head and not new_head:
         raise UsageError(f"--teacher {name} has no language-modelling head")
-    if wrong := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+    if wrong := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])} - of_head):
         raise UsageError(f"--teacher {name}: {len(wrong)} weights missing or of another size, {wrong[0]} the first")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library makes of a folder without one
         raise UsageError(f"--teacher {name} has no tokenizer")
@@ -152,7 +157,11 @@ def load_teacher(name: str, block_size: int, vocab: dict[str, int] | None = None
 
 def alternate_layers(depth: int) -> list[int]:
     """Half of the teacher's layers, evenly spread from the first to the last: 0, 2, 4, 7, 9, 11 of 12, as published."""
-    kept = max(depth // 2, 1)
+    return spread_layers(depth, max(depth // 2, 1))
+
+
+def spread_layers(depth: int, kept: int) -> list[int]:
+    """So many of the layers, evenly spread from the first to the last."""
     return [round(i * (depth - 1) / max(kept - 1, 1)) for i in range(kept)]
 
 

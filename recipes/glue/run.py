@@ -91,6 +91,13 @@ class Run:
             self.arguments.num_train_epochs * math.ceil(len(self.train) / (batch * self.arguments.world_size))
         )
 
+    def in_two(self, share: float) -> tuple[int, int]:
+        """`steps` of a first stage, which has this share of them, and of a second one. UsageError where it has none."""
+        if not 0 < share < 1:
+            raise UsageError(f"share must lie between 0 and 1, not {share:g}: it is that of the first stage")
+        first = round(share * self.steps)
+        return first, self.steps - first
+
     # ---- models
 
     def student(self, layers: list[int] | None = None) -> PreTrainedModel:
