@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -86,6 +87,13 @@ class Run:
             self.arguments.num_train_epochs * math.ceil(len(self.train) / (batch * self.arguments.world_size))
         )
 
+    def split(self, *shares: float) -> list[int]:
+        """The steps of stages that share out those of the run in these proportions."""
+        if min(shares) < 0 or not sum(shares):
+            raise UsageError(f"shares of the steps must not be negative, but are {', '.join(map(str, shares))}")
+        ends = [round(self.steps * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
+        return [end - start for start, end in pairwise(ends)]
+
     # ---- models
 
     def student(self, layers: list[int] | None = None) -> PreTrainedModel:
@@ -130,6 +138,8 @@ class Run:
         if steps == 0:
             return model
         options = replace(self.arguments, max_steps=steps, **arguments)
+        if options.warmup_steps < 1:  # rounded down: a stage of few steps is not to be all warm-up
+            options.warmup_steps = int(options.warmup_steps * steps)
         trainer = MethodTrainer(
             model,
             options,
