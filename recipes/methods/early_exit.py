@@ -83,7 +83,7 @@ def with_exits(model: PreTrainedModel, exits: Exits, speed: float) -> None:
         logits = torch.stack([*exits(found.hidden_states, attention_mask != 0), found.logits])
         layers = leaves(logits, speed)
         exits.left += (layers + 1).tolist()
-        return SequenceClassifierOutput(logits=logits[layers, torch.arange(len(layers))])
+        return SequenceClassifierOutput(logits=logits[layers, torch.arange(len(layers), device=layers.device)])
 
     model.add_module("exits", exits)
     model.forward = forward

@@ -76,8 +76,13 @@ METHODS = {
         minilm,
         "MiniLM",
         "arXiv:2002.10957",
-        published="SST-2 91.5, RTE 68.8, CoLA 47.5, 6 layers of 384 columns from UniLM v2 (BERT-base 93.2, 68.6, 58.9)",
+        published="SST-2 92.0, RTE 71.5, MNLI 84.0, BERT of 12 layers (93.2, 68.6, 84.5) → 6, on general text",
         needs=("teacher", "heads"),
     ),
-    "minilm_v2": Method(minilm_v2, "MiniLMv2", "arXiv:2012.15828"),
+    "minilm_v2": Method(
+        minilm_v2,
+        "MiniLMv2",
+        "arXiv:2012.15828",
+        published="MNLI 84.2, BERT of 12 layers (84.5) → 6, on general text (MiniLM 84.0)",
+    ),
 }

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
+from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.terms import AttentionTerm, HiddenTerm
 from recipes.glue.method import Method
@@ -49,9 +50,11 @@ def mobilebert(
 
 def only(student: nn.Module, layer: int) -> None:
     """Freeze all but this layer, from 1. Those above it have no gradient anyway."""
+    its = {name for name, _ in student.named_parameters() if (at := LAYER.search(name)) and int(at[2]) == layer - 1}
+    if not its:
+        raise UsageError(f"--method mobilebert: layer {layer} of {type(student).__name__} has no weights of its own")
     for name, parameter in student.named_parameters():
-        found = LAYER.search(f"{name}.")
-        parameter.requires_grad_(found is not None and int(found[2]) + 1 == layer)
+        parameter.requires_grad_(name in its)
 
 
 def of_layer(terms: list[Term], student: int, teacher: int) -> list[Term]:
