@@ -1,7 +1,5 @@
 """The losses of :mod:`fusedkd.integrations.presets`, which are those of a DistillationTrainer, on a task."""
 
-from typing import Any
-
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,8 +14,7 @@ def by_preset(recipe: Recipe) -> Loss:
     def loss(step: Step) -> Tensor:
         total = step.terms() if recipe["terms"] else step.labels.new_zeros((), dtype=step.student.logits.dtype)
         if kd.kd_weight:
-            options: Any = {"temperature": kd.temperature, "divergence": kd.divergence}
-            total = total + kd.kd_weight * step.soft(**options)
+            total = total + kd.kd_weight * step.soft(temperature=kd.temperature, divergence=kd.divergence)
         return total + kd.ce_weight * step.hard() if kd.ce_weight else total
 
     return loss

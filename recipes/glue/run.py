@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -91,8 +90,10 @@ class Run:
         """The steps of stages that share out those of the run in these proportions."""
         if min(shares) < 0 or not sum(shares):
             raise UsageError(f"shares of the steps must not be negative, but are {', '.join(map(str, shares))}")
-        ends = [round(self.steps * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
-        return [end - start for start, end in pairwise(ends)]
+        found: list[int] = []
+        for i in range(len(shares)):
+            found.append(round(self.steps * sum(shares[: i + 1]) / sum(shares)) - sum(found))
+        return found
 
     # ---- models
 
@@ -137,9 +138,9 @@ class Run:
         steps = self.steps if steps is None else steps
         if steps == 0:
             return model
+        if (share := arguments.get("warmup_steps", self.arguments.warmup_steps)) < 1:
+            arguments["warmup_steps"] = int(share * steps)  # rounded down: a stage of a step is not to be all warm-up
         options = replace(self.arguments, max_steps=steps, **arguments)
-        if options.warmup_steps < 1:  # rounded down: a stage of few steps is not to be all warm-up
-            options.warmup_steps = int(options.warmup_steps * steps)
         trainer = MethodTrainer(
             model,
             options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_run import classifier, tiny_run
+import torch.nn.functional as F
+from tiny_run import tiny_run
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 from recipes.glue.method import parse_method
 from recipes.glue.run import Run
@@ -121,7 +124,9 @@ def batch_of(run: Run, start: int = 0, lengths: Sequence[int] = LENGTHS) -> dict
 
 def of_width(tokenizer: Any, width: int, heads: int = 4) -> Any:
     """A student to be given."""
-    return classifier(len(tokenizer), 2, seed=3, hidden_size=width, num_attention_heads=heads)
+    torch.manual_seed(3)
+    size = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 2, "intermediate_size": 2 * width}
+    return BertForSequenceClassification(BertConfig(len(tokenizer), initializer_range=0.2, **size))
 
 
 def far(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -132,3 +137,42 @@ def far(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     size = torch.stack([g.norm() for g in expected.values()]).norm()
     assert size > 1e-3
     return float(torch.stack(parts).norm() / size)
+
+
+# ---- by plain formulas
+
+
+class View:
+    """Of a model on a batch, in float64, by the model's own outputs."""
+
+    def __init__(self, model, batch):
+        self.model = copy.deepcopy(model).double().eval().requires_grad_(True)
+        given = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        found = self.model(**given, output_hidden_states=True)
+        self.hidden, self.logits, self.mask = found.hidden_states, found.logits, batch["attention_mask"].bool()
+        self.first = [h[:, 0] for h in self.hidden]
+        m = self.mask[..., None]
+        self.means = [(h * m).sum(1) / m.sum(1) for h in self.hidden]
+
+    def scores(self, layer, of="query key"):
+        """Before the softmax, 0 for padded keys."""
+        attention = self.model.bert.encoder.layer[layer].attention.self
+        q, k = (getattr(attention, name)(self.hidden[layer]).unflatten(-1, (4, -1)) for name in of.split())
+        found = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+        return found.masked_fill(~self.mask[:, None, None], 0)
+
+    def logmap(self, layer, of="query key"):
+        return self.scores(layer, of).masked_fill(~self.mask[:, None, None], -1e30).log_softmax(-1)
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+def soft(s, t, temperature=1.0):
+    sides = [(z / temperature).log_softmax(-1) for z in (s.logits, t.logits)]
+    return temperature**2 * F.kl_div(*sides, reduction="batchmean", log_target=True)
+
+
+def hard(s, y):
+    return F.cross_entropy(s.logits, y)
