@@ -126,7 +126,7 @@ def of_width(tokenizer: Any, width: int, heads: int = 4) -> Any:
     """A student to be given."""
     torch.manual_seed(3)
     size = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": 2, "intermediate_size": 2 * width}
-    return BertForSequenceClassification(BertConfig(len(tokenizer), initializer_range=0.2, **size))
+    return BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), initializer_range=0.2, **size))
 
 
 def far(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
