@@ -15,7 +15,7 @@ from typing import Literal, TypedDict
 
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.term import Term
-from fusedkd.integrations.terms import AttentionTerm, HiddenTerm, LayerAttentionTerm
+from fusedkd.integrations.terms import AttentionTerm, HiddenTerm, LayerAttentionTerm, Pool
 
 
 class Recipe(TypedDict):
@@ -129,12 +129,14 @@ def alp_kd(
     eta: float = 1 / 3,
     lambda_: float = 1 / 3,
     temperature: float = 1.0,
+    pool: Pool | None = None,
 ) -> Recipe:
     """ALP-KD (arXiv:2012.14022, §3): β·CE + η·T²·KL + λ·Σ of the mean squared difference of each of the
     student's layers from an attention-weighted mean of the teacher's, all of them or those of a bucket (`buckets`:
     "regular" for consecutive ones). Student and teacher have one width.
 
-    The paper tunes the weights; the defaults are arbitrary. It takes the [CLS] states; here all tokens count.
+    The paper tunes the weights; the defaults are arbitrary. It takes the [CLS] states, as with ``pool="first"``;
+    without, all tokens count.
     """
-    attentive = LayerAttentionTerm(buckets, weight=lambda_)
+    attentive = LayerAttentionTerm(buckets, pool, weight=lambda_)
     return {"terms": [attentive], "kd": KDConfig(temperature=temperature, kd_weight=eta, ce_weight=beta)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from fusedkd.losses.contrastive import contrastive_hidden_loss
 from fusedkd.losses.hidden import comparison, hidden_loss
 from fusedkd.losses.layers import layer_attention_loss
 from fusedkd.losses.pool import pooled, token_weights
+
+Pool: TypeAlias = Literal["mean", "first"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class HiddenTerm(_OfHiddenStates):
 
     distance: Literal["mse", "cosine", "smooth_l1"] = "mse"
     normalize: Literal["l2", "layer_norm"] | None = None
-    pool: Literal["mean", "first"] | None = None
+    pool: Pool | None = None
     average: bool = False
     name: str = field(default="hidden", kw_only=True)
 
@@ -118,8 +120,7 @@ class HiddenTerm(_OfHiddenStates):
         super().__post_init__()
         comparison(self.distance, self.normalize)
         check.flag("average", self.average)
-        if self.pool not in (None, "mean", "first"):
-            raise ValueError(f"pool must be None, 'mean' or 'first', not {self.pool!r}")
+        _check_pool(self.pool)
 
     @property
     def rows(self) -> Rows:
@@ -198,10 +199,20 @@ class LayerAttentionTerm(Term):
     Args:
         buckets: for each of the student's layers 1 … M the indices of the teacher's `hidden_states` that it attends to;
             or the name of a map of :mod:`fusedkd.layer_maps`, such as "regular". None: all of its layers.
+        pool: as for :class:`HiddenTerm`.
     """
 
     buckets: Sequence[Sequence[int]] | str | None = None
+    pool: Pool | None = None
     name: str = field(default="layers", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_pool(self.pool)
+
+    @property
+    def rows(self) -> Rows:
+        return "attended" if self.pool is None else "sequences"
 
     def pairs(self, student: Recorder, teacher: Recorder, draw: torch.Generator) -> Pairs:
         student.hidden = teacher.hidden = True
@@ -214,8 +225,15 @@ class LayerAttentionTerm(Term):
 
     def loss(self, given: Given) -> Tensor:
         student, buckets = [given.student.hidden[i] for i, _ in given.pairs], [group for _, group in given.pairs]
-        options: Any = {"buckets": buckets, **given.reduced}
-        return self.weight * layer_attention_loss(student, given.teacher.hidden, given.attended, **options)
+        teacher, attended = [*given.teacher.hidden], given.attended
+        if self.pool == "first":
+            student, teacher = ([first(h, attended) for h in side] for side in (student, teacher))
+        elif self.pool == "mean":
+            shares, _ = token_weights(student[0], attended)
+            student, teacher = ([pooled(h, shares) for h in side] for side in (student, teacher))
+        attended = attended if self.pool is None else attended.any(1)
+        loss = self.weight * layer_attention_loss(student, teacher, attended, buckets=buckets, **given.reduced)
+        return loss[:, None] if loss.dim() == 1 else loss
 
 
 @dataclass(frozen=True)
@@ -276,6 +294,11 @@ class AttentionTerm(Term):
                 loss = loss_of(q, k, of_teacher, k_of_teacher, given.attended, **options, **scales)
                 losses.append(loss.mean(1) if loss.dim() else loss)  # over heads, of which grouped values have fewer
         return share * torch.stack(losses).sum(0)
+
+
+def _check_pool(pool: Any) -> None:
+    if pool not in (None, "mean", "first"):
+        raise ValueError(f"pool must be None, 'mean' or 'first', not {pool!r}")
 
 
 def first(hidden: Tensor, attended: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from transformers import PreTrainedModel
 
@@ -20,9 +20,9 @@ from recipes.glue.augment import augmented
 if TYPE_CHECKING:
     from recipes.glue.run import Run
 
-Need = Literal["teacher", "classes", "width", "multiple", "unlabelled"]
-"""A teacher; classes and no score; a student as wide as its teacher; a teacher of a multiple of its layers; examples
-without a label."""
+Need = Literal["teacher", "classes", "width", "heads", "multiple", "unlabelled"]
+"""A teacher; classes and no score; a student as wide as its teacher; one of as many attention heads; a teacher of a
+multiple of its layers; examples without a label."""
 
 SHARED: dict[str, Any] = {"augment": 0, "generator": ""}
 """Options of every method: `augment` further texts without a label for each training text, which a masked language
@@ -50,6 +50,11 @@ class Method:
         """Keyword-only options of `train`, and their defaults."""
         parameters = inspect.signature(self.train).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def choices(self, option: str) -> tuple[Any, ...]:
+        """The values of an option that is a Literal; empty: it may be any."""
+        annotation = inspect.signature(self.train).parameters[option].annotation
+        return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ class Chosen:
             "width": (
                 f"a student as wide as its teacher, {teacher.hidden_size}, not {student.hidden_size}",
                 teacher.hidden_size != student.hidden_size,
+            ),
+            "heads": (
+                f"a student of as many attention heads as its teacher, {teacher.num_attention_heads}, not "
+                f"{student.num_attention_heads}",
+                teacher.num_attention_heads != student.num_attention_heads,
             ),
             "multiple": (
                 f"a teacher of a multiple of the student's {student.num_hidden_layers} layers, not "
@@ -130,6 +140,8 @@ def parse_method(text: str) -> Chosen:
             listed = ", ".join(f"{key}={value}" for key, value in {**method.options, **SHARED}.items())
             raise UsageError(f"--method {text}: no option {item!r}; its options are {listed}")
         options[key] = _value(text, key, value, known[key])
+        if (choices := method.choices(key)) and options[key] not in choices:
+            raise UsageError(f"--method {text}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     if "generator" in options and "generator" not in method.options and not options.get("augment"):
         raise UsageError(f"--method {text}: a generator is of use to {name} only with augment=N")
     return Chosen(text, method, options)

@@ -1,6 +1,7 @@
 """The losses of :mod:`fusedkd.integrations.presets`, which are those of a DistillationTrainer, on a task."""
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fusedkd.integrations.presets import Recipe
 from recipes.glue.step import Loss, Step
@@ -17,3 +18,8 @@ def by_preset(recipe: Recipe) -> Loss:
         return total + kd.ce_weight * step.hard() if kd.ce_weight else total
 
     return loss
+
+
+def other_width(student: PreTrainedModel, teacher: PreTrainedModel | None) -> bool:
+    """Whether hidden states of the two are compared behind a projection only."""
+    return teacher is not None and bool(student.config.hidden_size != teacher.config.hidden_size)

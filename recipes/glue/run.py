@@ -91,12 +91,14 @@ class Run:
             self.arguments.num_train_epochs * math.ceil(len(self.train) / (batch * self.arguments.world_size))
         )
 
-    def in_two(self, share: float) -> tuple[int, int]:
-        """`steps` of a first stage, which has this share of them, and of a second one. UsageError where it has none."""
-        if not 0 < share < 1:
-            raise UsageError(f"share must lie between 0 and 1, not {share:g}: it is that of the first stage")
-        first = round(share * self.steps)
-        return first, self.steps - first
+    def split(self, *shares: float) -> list[int]:
+        """The steps of stages that share out those of the run in these proportions."""
+        if min(shares) < 0 or not sum(shares):
+            raise UsageError(f"shares of the steps must not be negative, but are {', '.join(map(str, shares))}")
+        found: list[int] = []
+        for i in range(len(shares)):
+            found.append(round(self.steps * sum(shares[: i + 1]) / sum(shares)) - sum(found))
+        return found
 
     # ---- models
 
@@ -141,6 +143,8 @@ class Run:
         steps = self.steps if steps is None else steps
         if steps == 0:
             return model
+        if (share := arguments.get("warmup_steps", self.arguments.warmup_steps)) < 1:
+            arguments["warmup_steps"] = int(share * steps)  # rounded down: a stage of a step is not to be all warm-up
         options = replace(self.arguments, max_steps=steps, **arguments)
         read = steps * options.train_batch_size * options.gradient_accumulation_steps * options.world_size
         logits = None

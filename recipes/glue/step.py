@@ -119,8 +119,9 @@ class Step:
         given = {name: value for name, value in given.items() if name in columns}
         with recorder() if recorder else nullcontext() as keep:
             found = model(**given, output_hidden_states=self.hidden or bool(recorder and recorder.hidden))
-        hidden = tuple(found.hidden_states) if self.hidden else ()
-        states = keep(found) if keep else States(hidden, {})
+        states = keep(found) if keep else States((), {})
+        if self.hidden:
+            states = states._replace(hidden=tuple(found.hidden_states))
         return Outputs(found.logits.squeeze(-1) if self.is_regression else found.logits, states)
 
     # ---- losses: each the batch's part of a mean over the optimiser step

@@ -38,7 +38,7 @@ def distilbert(
 
 def distilbert_d(run: Run, *, share: float = 0.5, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
     """share: of the steps that are before the task."""
-    first, second = run.in_two(share)
+    first, second = run.split(share, 1 - share)
     student, source = run.student(), run.source
 
     def on_the_task(step: Step) -> Tensor:

@@ -1,4 +1,12 @@
-"""PKD: patient knowledge distillation (Sun et al. 2019, arXiv:1908.09355), §3.2."""
+"""PKD: the student follows the teacher's [CLS] states layer by layer (Sun et al. 2019, arXiv:1908.09355, §3.2, eq. 7).
+
+(1 − α)·CE + α·T²·KL + β·PT. PT is the mean, over the student's layers but the last, examples and columns, of the
+squared difference of the [CLS] states, each divided by its L2 norm first. A student of M layers has the teacher's
+layers k, 2k, … (`skip`, k = N/M) or the M − 1 before its last one (`last`).
+
+The published code means the KL divergence over classes as well, so that its α weighs a term C times smaller. The
+weights are those of one of its runs.
+"""
 
 from typing import Literal
 
@@ -22,4 +30,12 @@ def pkd(
     return run.fit(run.student(), by_preset(recipe), terms=recipe["terms"])
 
 
-METHODS = {"pkd": Method(pkd, "PKD", "arXiv:1908.09355", needs=("teacher", "width", "multiple"))}
+METHODS = {
+    "pkd": Method(
+        pkd,
+        "PKD",
+        "arXiv:1908.09355",
+        published="76.44, mean over GLUE's tasks, BERT of 12 layers → 4 (KD 76.02, labels 74.61; arXiv:2012.14022)",
+        needs=("teacher", "width", "multiple"),
+    )
+}

@@ -24,7 +24,7 @@ def kd_unlabelled(run: Run, *, temperature: float = 2.0) -> PreTrainedModel:
 
 def pretrained_distillation(run: Run, *, share: float = 0.5, temperature: float = 1.0) -> PreTrainedModel:
     """share: of the steps that are distillation."""
-    first, second = run.in_two(share)
+    first, second = run.split(share, 1 - share)
     student = run.fit(run.student(), lambda step: soft(step, temperature), steps=first)
     return run.fit(student, Step.hard, run.labelled, steps=second)
 

@@ -54,10 +54,12 @@ def test_bad_options_are_refused(options, message):
         HiddenTerm(**options)
 
 
-def test_bad_options_of_attention_are_refused():
+def test_bad_options_of_attention_and_of_layers_are_refused():
     for options, message in (({"kind": "l2"}, "kind must be"), ({"relations": "qk"}, "relations must be a tuple")):
         with pytest.raises(ValueError, match=message):
             AttentionTerm(**options)
+    with pytest.raises(ValueError, match="pool must be None, 'mean' or 'first'"):
+        LayerAttentionTerm(pool="max")
 
 
 def test_teachers_that_cannot_serve_are_refused():

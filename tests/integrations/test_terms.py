@@ -85,6 +85,21 @@ def test_layers_by_attention_and_contrast():
     compare("bert", [LayerAttentionTerm("regular"), ContrastiveTerm(weight=0.3)], formulas, width=32)
 
 
+def test_layers_by_attention_of_pooled_states():
+    def formulas(s, t, _):
+        found = {}
+        for name, pooled in (("firsts", lambda run, i: run.hidden[i][:, 0]), ("means", lambda run, i: run.pooled(i))):
+            found[name] = 0
+            for i in (1, 2):
+                layers = torch.stack([pooled(t, j) for j in range(1, 5)], 1)
+                weights = torch.einsum("bh,bkh->bk", pooled(s, i), layers).softmax(-1)
+                found[name] = found[name] + F.mse_loss(pooled(s, i), (weights[..., None] * layers).sum(1))
+        return found
+
+    terms = [LayerAttentionTerm(pool="first", name="firsts"), LayerAttentionTerm(pool="mean", name="means")]
+    compare("bert", terms, formulas, width=32, batch=2, accumulation=4)
+
+
 def test_logits_have_several_divergences():
     """Of several teachers as well, of one for each row, and of those on disk."""
     student, (teacher, other) = models()[0], (models(width=width)[1] for width in (48, 32))

@@ -12,8 +12,10 @@ from distilbert.conftest import gpt2_tokenizer, own_caches, roberta_tokenizer, t
 from glue_files import glue
 
 
-@pytest.fixture(scope="session", autouse=True)
-def collected() -> None:
-    """Every training ends with `gc.collect`, which takes a quarter of a second to look at what the imports made."""
+@pytest.fixture(autouse=True, scope="session")
+def frozen_modules():
+    """Each training ends with a garbage collection, whose time is that of looking at everything imported so far."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()

@@ -1,0 +1,47 @@
+"""CKD: combinatorial distillation, a layer for several (Wu et al. 2020, arXiv:2010.03034, §2).
+
+(1 − α − β)·CE + α·T²·KL + β·Σ_i |ŝ_i − t̂_i|². Layer i of the student is projected to the width of a group of the
+teacher's layers, whose hidden states are concatenated; both sides are divided by their L2 norms, and the loss is a mean
+over tokens. Which layers are a group:
+
+regular       k = N/M in turn
+overlap       the same, and one more of either neighbour
+skip_middle   k − 1 in turn, from the bottom for the lower half of the student and up to the top for the upper one
+cross         every other one of the regular groups
+interleaved   every M-th layer
+
+The published code is of translation and sums over tokens. The paper tunes α and β; the defaults are arbitrary.
+"""
+
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from fusedkd.integrations import presets
+from recipes.glue.method import Method
+from recipes.glue.preset import by_preset
+from recipes.glue.run import Run
+
+
+def ckd(
+    run: Run,
+    *,
+    variant: Literal["regular", "overlap", "skip_middle", "cross", "interleaved"] = "regular",
+    alpha: float = 0.4,
+    beta: float = 0.2,
+    temperature: float = 1.0,
+) -> PreTrainedModel:
+    recipe = presets.ckd(variant, alpha=alpha, beta=beta, temperature=temperature)
+    return run.fit(run.student(), by_preset(recipe), terms=recipe["terms"])
+
+
+METHODS = {
+    "ckd": Method(
+        ckd,
+        "CKD",
+        "arXiv:2010.03034",
+        published="76.37 regular, 76.73 overlap, mean over GLUE's tasks, BERT of 12 layers → 4 (KD 76.02; in "
+        "arXiv:2012.14022)",
+        needs=("teacher", "multiple"),
+    )
+}
