@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -44,6 +44,10 @@ class Method:
         """Keyword-only options of `train`, and their defaults."""
         parameters = inspect.signature(self.train).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def choices(self, option: str) -> tuple[Any, ...]:
+        """The values that an option may have; none: any of its default's type."""
+        return get_args(inspect.signature(self.train, eval_str=True).parameters[option].annotation)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def parse_method(text: str) -> Chosen:
             known = ", ".join(f"{key}={value}" for key, value in method.options.items()) or "none"
             raise UsageError(f"--method {text}: no option {item!r}; its options are {known}")
         options[key] = _value(text, key, value, method.options[key])
+        if (choices := method.choices(key)) and options[key] not in choices:
+            raise UsageError(f"--method {text}: {key} must be one of {', '.join(choices)}, not {value!r}")
     return Chosen(text, method, options)
 
 
@@ -116,4 +122,6 @@ def _value(text: str, key: str, value: str, default: Any) -> Any:
         number and (isinstance(found, bool) or not isinstance(found, int | float))
     ):
         raise UsageError(f"--method {text}: {key} must be {'a number' if number else 'true or false'}, not {value!r}")
+    if number and isinstance(default, int) and not isinstance(found, int):
+        raise UsageError(f"--method {text}: {key} must be a whole number, not {value!r}")
     return type(default)(found) if number and isinstance(default, float) else found
