@@ -30,9 +30,8 @@ class Ensemble(PreTrainedModel):
     def __init__(self, config: EnsembleConfig):
         super().__init__(config)
         member = AutoConfig.for_model(**config.member)
-        self.members = nn.ModuleList(
-            AutoModelForSequenceClassification.from_config(member) for _ in range(config.count)
-        )
+        members = [AutoModelForSequenceClassification.from_config(member) for _ in range(config.count)]
+        self.members = nn.ModuleList(members)
         self.post_init()
 
     @classmethod
@@ -40,9 +39,8 @@ class Ensemble(PreTrainedModel):
         """Of models with one configuration."""
         member = models[0].config
         labels = {"id2label": member.id2label, "label2id": member.label2id}
-        found = cls(EnsembleConfig(member.to_dict(), len(models), **labels)).to(models[0].device)
-        for own, model in zip(found.members, models, strict=True):
-            own.load_state_dict(model.state_dict())
+        found = cls(EnsembleConfig(member.to_dict(), len(models), **labels))
+        found.members = nn.ModuleList(models)
         return found
 
     def forward(

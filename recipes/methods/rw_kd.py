@@ -62,9 +62,9 @@ class Weights(nn.Module):
 class HeldBack:
     """What a step along each example's losses does for held-back ones."""
 
-    def __init__(self, run: Run, rows: Any, temperature: float):
-        self.rows, self.temperature, self.seed = rows, temperature, run.seed
-        self.collate, self.size = IndexedPadding(run.tokenizer), run.arguments.train_batch_size
+    def __init__(self, run: Run, rows: Any, batch: int, temperature: float):
+        self.rows, self.batch, self.temperature, self.seed = rows, batch, temperature, run.seed
+        self.collate = IndexedPadding(run.tokenizer)
         self.number, self.gradient = -1, {}  # type: int, dict[str, Tensor]
 
     def gains(self, step: Step) -> Tensor:
@@ -82,7 +82,7 @@ class HeldBack:
 
     def direction(self, model: Any, number: int) -> dict[str, Tensor]:
         random = np.random.default_rng((self.seed, number))
-        chosen = random.choice(len(self.rows), min(self.size, len(self.rows)), replace=False)
+        chosen = random.choice(len(self.rows), min(self.batch, len(self.rows)), replace=False)
         batch = {k: v.to(model.device) for k, v in self.collate([self.rows[int(i)] for i in chosen]).items()}
         logits, labels = self.forward(model, {}, batch), batch["labels"]
         loss = F.mse_loss(logits, labels) if labels.is_floating_point() else F.cross_entropy(logits, labels)
@@ -104,16 +104,20 @@ class HeldBack:
         return logits.squeeze(-1) if batch["labels"].is_floating_point() else logits
 
 
-def rw_kd(run: Run, *, temperature: float = 2.0, held_back: float = 0.1, width: int = 16) -> PreTrainedModel:
-    """`held_back`: the share of the labelled examples."""
+def rw_kd(
+    run: Run, *, temperature: float = 2.0, held_back: float = 0.1, batch: int = 32, width: int = 16
+) -> PreTrainedModel:
+    """`held_back`: the share of the labelled examples; `batch`: how many of them g is of; `width`: of the network."""
     labelled = run.labelled
     count = round(held_back * len(labelled))
     if not 0 < count < len(labelled):
         raise UsageError(f"held_back={held_back} of {len(labelled)} labelled examples leaves none on one of the sides")
+    if batch < 1 or width < 1:
+        raise UsageError(f"batch and width must be at least 1, not {batch} and {width}")
     order = np.random.default_rng(run.seed).permutation(len(labelled))
     rows = labelled.select(order[:count])
     others = run.train.select(np.flatnonzero(~np.isin(run.train["index"], rows["index"])))
-    side = HeldBack(run, rows, temperature)
+    side = HeldBack(run, rows, batch, temperature)
     torch.manual_seed(run.seed)
     beside = Weights(width)
 
