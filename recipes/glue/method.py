@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from transformers import PreTrainedModel
 
@@ -47,7 +47,8 @@ class Method:
 
     def choices(self, option: str) -> tuple[Any, ...]:
         """The values that an option may have; none: any of its default's type."""
-        return get_args(inspect.signature(self.train, eval_str=True).parameters[option].annotation)
+        annotation = inspect.signature(self.train, eval_str=True).parameters[option].annotation
+        return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,20 @@ class Chosen:
                 raise UsageError(f"--method {self.text} needs {sentence}")
 
 
+def positive(**options: float) -> None:
+    """UsageError for an option that is not."""
+    for name, value in options.items():
+        if not value > 0:
+            raise UsageError(f"{name} must be above 0, not {value}")
+
+
+def shares(**options: float) -> None:
+    """UsageError for an option outside [0, 1]."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name} must be between 0 and 1, not {value}")
+
+
 @cache
 def methods() -> dict[str, Method]:
     """All of them, by name, from the modules of `recipes.methods`."""
@@ -107,7 +122,7 @@ def parse_method(text: str) -> Chosen:
             raise UsageError(f"--method {text}: no option {item!r}; its options are {known}")
         options[key] = _value(text, key, value, method.options[key])
         if (choices := method.choices(key)) and options[key] not in choices:
-            raise UsageError(f"--method {text}: {key} must be one of {', '.join(choices)}, not {value!r}")
+            raise UsageError(f"--method {text}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     return Chosen(text, method, options)
 
 

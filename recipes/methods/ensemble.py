@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, positive, shares
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -38,8 +37,8 @@ def ensemble(
     alpha: float = 1.0,
 ) -> PreTrainedModel:
     """`temperature` is of the probabilities."""
-    if teachers < 1:
-        raise UsageError(f"teachers must be at least 1, not {teachers}")
+    positive(teachers=teachers, temperature=temperature)
+    shares(alpha=alpha)
     others = further_teachers(run, teachers - 1)
     options: dict[str, Any] = {"temperature": temperature}
     if target == "logits":

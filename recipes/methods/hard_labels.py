@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recipes.finetune.tasks import tokenized
-from recipes.glue.method import Method
+from recipes.glue.method import Method, shares
 from recipes.glue.run import Run
 from recipes.glue.step import IGNORE, Step
 
@@ -30,6 +30,7 @@ def by_argmax(step: Step) -> Tensor:
 
 
 def hard_kd(run: Run, *, alpha: float = 0.5) -> PreTrainedModel:
+    shares(alpha=alpha)
     return run.fit(run.student(), lambda step: (1 - alpha) * step.hard() + alpha * by_argmax(step))
 
 

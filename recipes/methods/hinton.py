@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import DKD
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, positive, shares
 from recipes.glue.run import Run
 from recipes.glue.step import Loss, Step, has_label
 
@@ -43,6 +43,8 @@ Divergence = Literal[
 
 def hinton(alpha: float, temperature: float, divergence: str = "forward_kl") -> Loss:
     """(1 − α) · labels + α · teacher."""
+    shares(alpha=alpha)
+    positive(temperature=temperature)
 
     def loss(step: Step) -> Tensor:
         soft = step.soft(temperature=temperature, divergence=divergence)
@@ -75,6 +77,7 @@ def dkd(run: Run, *, temperature: float = 4.0, alpha: float = 1.0, beta: float =
     An example without a label is split at the class that the teacher prefers. With two classes the rest is one class,
     NCKD is 0 and this is CE + α·T²·KL. The published code raises the second term from 0 in the first 20 epochs.
     """
+    positive(temperature=temperature)
 
     def loss(step: Step) -> Tensor:
         target = torch.where(has_label(step.labels), step.labels, step.teacher.logits.argmax(-1))

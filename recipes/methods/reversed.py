@@ -11,24 +11,25 @@ means over classes.
 
 from transformers import PreTrainedModel
 
-from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, positive, shares
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.methods.hinton import hinton, labels_alone
 
 
 def reverse_kd(run: Run, *, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
-    return run.fit(run.source_again(), hinton(alpha, temperature), teacher=labels_alone(run))
+    loss = hinton(alpha, temperature)
+    return run.fit(run.source_again(), loss, teacher=labels_alone(run))
 
 
 def defective_kd(run: Run, *, share: float = 0.05, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
     """`share` of the run's steps, at least one, are the teacher's."""
-    if not 0 < share <= 1:
-        raise UsageError(f"share must be above 0 and at most 1, not {share}")
+    positive(share=share)
+    shares(share=share)
+    loss = hinton(alpha, temperature)
     few = max(1, round(share * run.steps))
     teacher = run.fit(run.source_again(), Step.hard, run.labelled, steps=few)
-    return run.fit(run.student(), hinton(alpha, temperature), teacher=teacher)
+    return run.fit(run.student(), loss, teacher=teacher)
 
 
 METHODS = {

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from fusedkd import kd_loss
 from fusedkd.integrations.command import UsageError
 from recipes.finetune.trainer import takes
-from recipes.glue.method import Method
+from recipes.glue.method import Method, positive
 from recipes.glue.run import Run
 from recipes.glue.step import IGNORE, Step, has_label
 from recipes.glue.trainer import BESIDE, IndexedPadding
@@ -112,8 +112,7 @@ def rw_kd(
     count = round(held_back * len(labelled))
     if not 0 < count < len(labelled):
         raise UsageError(f"held_back={held_back} of {len(labelled)} labelled examples leaves none on one of the sides")
-    if batch < 1 or width < 1:
-        raise UsageError(f"batch and width must be at least 1, not {batch} and {width}")
+    positive(temperature=temperature, batch=batch, width=width)
     order = np.random.default_rng(run.seed).permutation(len(labelled))
     rows = labelled.select(order[:count])
     others = run.train.select(np.flatnonzero(~np.isin(run.train["index"], rows["index"])))

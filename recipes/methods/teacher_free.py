@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, positive, shares
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.methods.hinton import hinton, labels_alone
 
 
 def label_smoothing(run: Run, *, epsilon: float = 0.1) -> PreTrainedModel:
+    shares(epsilon=epsilon)
+
     def loss(step: Step) -> Tensor:
         uniform = torch.zeros_like(step.student.logits)
         return (1 - epsilon) * step.hard() + epsilon * step.soft(teacher=uniform, temperature=1.0)
@@ -50,8 +51,8 @@ def tf_kd_reg(
     correct: float = 0.99,
     form: Literal["paper", "code"] = "paper",
 ) -> PreTrainedModel:
-    if not 0 < correct < 1:
-        raise UsageError(f"correct must be between 0 and 1, not {correct}")
+    shares(alpha=alpha, correct=correct)
+    positive(temperature=temperature)
 
     def loss(step: Step) -> Tensor:
         teacher = virtual_teacher(step.labels, step.student.logits.shape[-1], correct)
@@ -66,12 +67,12 @@ def tf_kd_reg(
 
 def tf_kd_self(run: Run, *, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
     """The paper tunes both numbers for each network."""
-    return run.fit(run.student(), hinton(alpha, temperature), teacher=labels_alone(run))
+    loss = hinton(alpha, temperature)
+    return run.fit(run.student(), loss, teacher=labels_alone(run))
 
 
 def self_distillation(run: Run, *, rounds: int = 2, temperature: float = 1.0) -> PreTrainedModel:
-    if rounds < 1:
-        raise UsageError(f"rounds must be at least 1, not {rounds}")
+    positive(rounds=rounds, temperature=temperature)
     model = labels_alone(run)
     for _ in range(rounds):
         model = run.fit(run.student(), lambda step: step.soft(temperature=temperature), teacher=model)

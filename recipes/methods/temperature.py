@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, positive, shares
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -54,6 +54,8 @@ def learned_temperature(
     """One optimiser step moves the sigmoid's argument by up to `speed` learning rates. T is the last of `run.logs`."""
     if not 0 < low < start < high:
         raise UsageError(f"0 < low < start < high must hold, not low={low}, start={start}, high={high}")
+    shares(alpha=alpha)
+    positive(speed=speed)
     sign = -1.0 if direction == "up" else 1.0
     beside = Temperature(start, low, high, speed)
 
