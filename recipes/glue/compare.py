@@ -32,17 +32,11 @@ def fine_tuned(run: Run, folder: Path, **arguments: Any) -> PreTrainedModel:
     """The teacher: its source trained on all labels with these TrainingArguments, or found finished in its folder."""
     kind: Any = AutoModelForSequenceClassification
     if not (folder / "config.json").is_file():
-        model = copy_of(run.source)
+        model = run.source_again()
         replace(run, arguments=replace(run.arguments, **arguments)).fit(model, Step.hard, run.labelled)
         run.tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
     return kind.from_pretrained(folder).eval()  # type: ignore[no-any-return]
-
-
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    other: PreTrainedModel = type(model)(model.config)
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 def partly_labelled(rows: datasets.Dataset, count: int, task: Task) -> datasets.Dataset:

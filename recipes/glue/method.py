@@ -53,7 +53,7 @@ class Method:
 
     def choices(self, option: str) -> tuple[Any, ...]:
         """The values of an option that is a Literal; empty: it may be any."""
-        annotation = inspect.signature(self.train).parameters[option].annotation
+        annotation = inspect.signature(self.train, eval_str=True).parameters[option].annotation
         return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
@@ -108,6 +108,20 @@ class Chosen:
                 raise UsageError(f"--method {self.text} needs {sentence}")
 
 
+def positive(**options: float) -> None:
+    """UsageError for an option that is not."""
+    for name, value in options.items():
+        if not value > 0:
+            raise UsageError(f"{name} must be above 0, not {value}")
+
+
+def shares(**options: float) -> None:
+    """UsageError for an option outside [0, 1]."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name} must be between 0 and 1, not {value}")
+
+
 @cache
 def methods() -> dict[str, Method]:
     """All of them, by name, from the modules of `recipes.methods`."""
@@ -140,7 +154,8 @@ def parse_method(text: str) -> Chosen:
             listed = ", ".join(f"{key}={value}" for key, value in {**method.options, **SHARED}.items())
             raise UsageError(f"--method {text}: no option {item!r}; its options are {listed}")
         options[key] = _value(text, key, value, known[key])
-        if (choices := method.choices(key)) and options[key] not in choices:
+        choices = method.choices(key) if key in method.options else ()
+        if choices and options[key] not in choices:
             raise UsageError(f"--method {text}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     if "generator" in options and "generator" not in method.options and not options.get("augment"):
         raise UsageError(f"--method {text}: a generator is of use to {name} only with augment=N")

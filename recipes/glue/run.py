@@ -110,6 +110,12 @@ class Run:
             return model
         return student_of(self.source, layers or self.layers, self.width, self.init, self.seed)
 
+    def source_again(self) -> PreTrainedModel:
+        """A copy of the source, to be trained: a model of the teacher's size."""
+        model: PreTrainedModel = type(self.source)(self.source.config)
+        model.load_state_dict(self.source.state_dict())
+        return model
+
     # ---- training
 
     def fit(

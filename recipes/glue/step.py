@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -137,14 +137,18 @@ class Step:
         )
         return loss / self.counts.labelled.clamp(min=1)
 
-    def soft(self, logits: Tensor | None = None, teacher: Tensor | None = None, **options: Any) -> Tensor:
+    def soft(
+        self, logits: Tensor | None = None, teacher: Tensor | Sequence[Tensor] | None = None, **options: Any
+    ) -> Tensor:
         """The teacher's loss, a mean over examples: T^k · D of :func:`fusedkd.kd_loss`, whose options it takes (the
-        defaults are temperature 2 and forward KL); of scores the squared difference.
+        defaults are temperature 2 and forward KL); of scores the squared difference. Of several teachers: from a list
+        of their logits, the mean of their losses; of scores the squared difference from their mean.
         """
         logits = self.student.logits if logits is None else logits
         teacher = self.teacher.logits if teacher is None else teacher
         if self.is_regression:
-            return (logits.float() - teacher.float()).square().sum() / self.counts.rows
+            target = teacher if isinstance(teacher, Tensor) else torch.stack(list(teacher)).mean(0)
+            return (logits.float() - target.float()).square().sum() / self.counts.rows
         options = {"temperature": 2.0, "kd_weight": 1.0, "ce_weight": 0.0, **options}
         loss: Tensor = kd_loss(logits, teacher, kd_normalizer=self.counts.rows, **options)
         return loss
