@@ -62,6 +62,7 @@ struct LogitsCall {
 
 struct KdCall : LogitsCall {
   KernelId kernel_id;
+  bool both = false;  // another follows it row by row, with the sides exchanged
 };
 
 struct TopkCall : LogitsCall {
@@ -80,7 +81,8 @@ bool legal(const TopkList& list);  // whether it is as fusedkd/checks.py says
 
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);
-void run_in_lanes(const KdCall& k);  // of at most LANE_COLUMNS columns, not DKD, and no shard
+void run_both(const KdCall& k, const KdCall& exchanged);  // of one accumulation type
+void run_in_lanes(const KdCall& k);                       // of at most LANE_COLUMNS columns, not DKD, and no shard
 void run(const TopkCall& k);
 
 // Of hidden_loss.

@@ -39,6 +39,7 @@ KERNEL_OPERATORS = {
 WITH_KERNELS = list(chain.from_iterable(KERNEL_OPERATORS.values()))
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
+BOTH_OPERATORS = ["kd_both"]
 SCALARS = "a few scalars"
 GATHERED = "the logits of all ranks are gathered"
 UNIT_OPERATORS = ["linear_unit"]
@@ -150,7 +151,7 @@ def _dispatch_cpu() -> None:
         missing = load("_C")
         if missing is None:
             _serve(UNIT_OPERATORS, "CPU", "PyTorch", SCALARS, linear_loop)
-            _serve(WITH_KERNELS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(WITH_KERNELS + SHARD_OPERATORS + BOTH_OPERATORS, "CPU", "C++", "fusedkd._C is built")
             _ask_for_products()
         else:
             _serve_definitions("CPU", missing, _Slow(missing))

@@ -32,6 +32,9 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``kd_shard``        a stage (:class:`fusedkd.backends.layout.Stage`) of kd_forward and kd_backward for the columns
                     [offset, offset + V) of a vocabulary, whose labels and ids count over all of it. The statistics,
                     ``(N, STATS + SHARD_STATS)``, are merged between the stages (:mod:`fusedkd.backends.shard`).
+``kd_both``         kd_forward, and row by row the same with the sides exchanged, which gives the teacher's gradient, in
+                    `teacher_gradient` unless it is None. The options of the exchanged call are `exchanged`. Returns row
+                    losses, statistics, and those of the exchanged call. Without ids; in C++ alone.
 ``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
@@ -152,6 +155,11 @@ SHARD = (
     f"kd_shard(*, Tensor? upstream, {_INPUTS}, Tensor(a!) stats, Tensor(b!)? gradient, {_FLAGS}, bool skip_if_one, "
     "int stage, int offset, int vocabulary) -> ()"
 )
+BOTH = (
+    "kd_both(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
+    "Tensor normalizers, Tensor exchanged, Tensor(a!)? gradient, Tensor(b!)? teacher_gradient, int ignore_index, "
+    "int kernel_id, int exchanged_kernel_id, bool transform, bool ce) -> (Tensor, Tensor, Tensor)"
+)
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
 """out = a·b + bias, or out += a·b, in float32, of one pair of matrices or of several. False, and nothing done: this
 processor has no such product."""
@@ -167,6 +175,7 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
 library.define(CLUSTER)  # called by kd_* alone, below everything that traces
 library.define(SHARD)  # called in eager mode alone
+library.define(BOTH)  # in eager mode alone, on a CPU
 library.define(PRODUCT)  # by linear_kd
 library.define(PAIRS)  # by attention
 
