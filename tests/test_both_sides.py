@@ -79,3 +79,22 @@ def test_refusals() -> None:
         ops.kd_both(student=z, teacher=v, exchanged_kernel_id=1, **given)
     with pytest.raises(RuntimeError, match="unknown kernel"):
         ops.kd_both(student=z, teacher=z, exchanged_kernel_id=99, **given)
+    with pytest.raises(RuntimeError, match="which the student's would overwrite"):
+        ops.kd_both(student=z, teacher=z, exchanged_kernel_id=1, **{**given, "gradient": z})
+
+
+@pytest.mark.parametrize("columns", [300, 30])  # one row after the other, or in lanes
+def test_opcheck_and_over_the_teacher(columns: int) -> None:
+    z, v = (torch.randn(1, 5, columns, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    given: dict[str, Any] = {"labels": None, "row_weights": torch.ones(5), "ignore_index": -100, "ce": False}
+    given |= {"options": options(FAMILIES["reverse_kl"](), (2.0, 1.5), 1.0, 0.0), "transform": False}
+    given |= {"exchanged": options(FAMILIES["forward_kl"](), (1.5, 2.0), 1.0, 0.0), "kernel_id": 1}
+    given |= {"normalizers": torch.ones(2, dtype=torch.float64), "exchanged_kernel_id": 0}
+    g, h = torch.empty_like(z), torch.empty_like(v)
+    torch.library.opcheck(
+        ops.kd_both.default, (), {**given, "student": z, "teacher": v, "gradient": g, "teacher_gradient": h}
+    )
+    ops.kd_both(**given, student=z, teacher=v, gradient=g, teacher_gradient=h)
+    over = v.clone()
+    ops.kd_both(**given, student=z, teacher=over, gradient=None, teacher_gradient=over)
+    torch.testing.assert_close(over, h)

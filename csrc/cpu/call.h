@@ -24,7 +24,7 @@ struct LogitsCall {
   int64_t ignore_index;
   bool transform, ce;
   bool forward = false;                    // rows and stats are results, else stats are given
-  void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, STATS] of the accumulation type
+  void *rows = nullptr, *stats = nullptr;  // [2, N], if they are wanted, and [N, STATS] of the accumulation type
   int64_t vocabulary, offset = 0;          // columns of the student; of a shard: of all shards, and before this one
   std::optional<Stage> stage = {};         // of a shard; then there are no row losses, and stats have more columns
   std::optional<Rows> gradient = {};       // [B, L, V] like the student; may be the student itself

@@ -12,6 +12,7 @@ void run(const KdCall& k) {
 }
 
 void run_both(const KdCall& k, const KdCall& exchanged) {
+  if (k.student.columns <= LANE_COLUMNS) return run(k), run(exchanged);
   over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(kd_rows_both, k, exchanged, begin, end) });
 }
 

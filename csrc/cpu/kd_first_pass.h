@@ -22,16 +22,18 @@ template <class A> struct KdRows {
   std::vector<A> w;             // of a row whose exponentials are needed again, w has a place of its own
   int64_t label, excluded;      // excluded: the column that the divergence does without, −1 if none
   bool kd, ce, broken;          // the terms that the row has; whether its label is no column
+  bool value_known = false;     // D and W are, by the row with the sides exchanged
   A z_y, v_y, *stats;  // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
                        // near 1, of the three softmaxes; W
   int squarings;       // that make e_1 of e_s, −1 if none do
-  double cross_entropy_value;
+  double value, cross_entropy_value;
 
   explicit KdRows(const KdCall& call) : k(call) {}
   virtual ~KdRows() = default;
-  virtual void start(int64_t i) = 0;   // what is known of the row before it is read
-  virtual void first_pass() = 0;       // statistics
-  virtual void finish(int64_t i) = 0;  // value and gradient
+  virtual void start(int64_t i) = 0;               // what is known of the row before it is read
+  virtual void first_pass() = 0;                   // statistics
+  virtual void finish(int64_t i) = 0;              // value and gradient
+  virtual void take_value(const KdRows& own) = 0;  // what D, the same from both sides, says of W
 
   void row(int64_t i) {
     start(i), first_pass();
@@ -46,6 +48,7 @@ template <class A> struct KdRows {
     stats[STUDENT_MAX] = own.stats[OTHER_MAX], stats[STUDENT_SUM] = own.stats[OTHER_SUM];
     stats[OTHER_MAX] = own.stats[STUDENT_MAX], stats[OTHER_SUM] = own.stats[STUDENT_SUM];
     stats[CE_MAX] = -INFINITE<A>, stats[CE_SUM] = -1;  // it has no cross-entropy
+    take_value(own);
     finish(i);
     exchange();
   }

@@ -66,6 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_both(Tensor student, Tensor teacher, Optio
                   "fusedkd: unknown kernel");
   STD_TORCH_CHECK(k.teacher.columns <= k.student.columns && accumulation_type(k.teacher.type) == type,
                   "fusedkd: student and teacher rows do not match");
+  STD_TORCH_CHECK(!gradient || gradient->data_ptr() != student.data_ptr(),
+                  "fusedkd: the teacher's gradient needs the student's logits, which the student's would overwrite");
   Tensor row_losses = fresh({2, k.student.count}, type);
   Tensor stats = fresh({k.student.count, STATS}, type), others = fresh({k.student.count, STATS}, type);
   KdCall own{k, KernelId(kernel_id), true}, other{e, KernelId(exchanged_kernel_id)};

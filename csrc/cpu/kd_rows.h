@@ -16,7 +16,8 @@
 // in float32, 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of
 // e_s = exp((z − m_s)/T_s) at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics
 // and W, is one pass for every divergence, and computes the exponentials anew. The gradients of both sides, by
-// kd_rows_both, are that of D and that of D with the sides exchanged, whose first pass is D's seen from the other side.
+// kd_rows_both, are that of D and that of D with the sides exchanged, whose first pass is D's seen from the other side,
+// and which has one pass more, with the exponentials kept, where D or its statistics tell W; two where not.
 // Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_KD_ROWS
 #define FUSEDKD_KD_ROWS
@@ -73,7 +74,7 @@ struct DivergenceRows : KdRows<A> {
 
   void finish(int64_t i) override {
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    const double value = value_and_gradient(i);
+    const double value = this->value = value_and_gradient(i);
     if (twice && std::isinf(A(value))) stats[WEIGHT_SUM] = A(value), value_and_gradient(i);
     if (k.at(Stage::VALUES)) {
       of_shard(VALUE) = A(kd ? value : excludes_label && k.weights[i] != 0 ? nan : 0);
@@ -83,6 +84,16 @@ struct DivergenceRows : KdRows<A> {
     if (!k.forward || k.stage || !rows) return;
     rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : excludes_label && k.weights[i] != 0 ? nan : 0);
     rows[k.student.count + i] = A(ce ? this->cross_entropy_value : this->broken ? nan : 0);
+  }
+
+  // W of reverse KL is D of forward KL; of forms that need no more, W says whether D is infinite.
+  void take_value(const KdRows<A>& own) override {
+    const bool reverse = k.kernel_id == KernelId::JEFFREYS && own.k.kernel_id == KernelId::FORWARD_KL;
+    this->value_known = reverse || !Divergence::needs_weight_sum || !Divergence::centred;
+    const bool dead = softmax && (this->l_s() == 0 || this->l_t() == 0);
+    if (!this->value_known || !Divergence::needs_weight_sum || dead) return;
+    const A D = A(reverse ? k.coefficients[1] * own.value : own.value);
+    stats[WEIGHT_SUM] = reverse || !std::isfinite(D) ? D : A(0);
   }
 
   // The later passes; returns D. All but the kept exponentials follows from the statistics as stored.
@@ -97,7 +108,7 @@ struct DivergenceRows : KdRows<A> {
     const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
     const bool alive = kd && !no_student && has_teacher;
     double value = kd && no_student && has_teacher ? INFINITE<double> : 0;
-    Wanted wanted{k.forward && alive, k.gradient && alive && !this->broken && a != 0,
+    Wanted wanted{k.forward && alive && !this->value_known, k.gradient && alive && !this->broken && a != 0,
                   k.gradient && ce && this->l_1() != 0 && b != 0};
     if (twice) wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
     if constexpr (excludes_label) {

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import attention_loop, eager, gumbel_loop, linear_loop, products, projected
+from fusedkd.backends import attention_loop, block, eager, gumbel_loop, linear_loop, products, projected
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -154,6 +154,7 @@ def _dispatch_cpu() -> None:
         if missing is None:
             _serve(UNIT_OPERATORS, "CPU", "PyTorch", SCALARS, linear_loop)
             _serve(WITH_KERNELS + SHARD_OPERATORS + BOTH_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            block.both_on = frozenset({"cpu"})
             _ask_for_products()
         else:
             _serve_definitions("CPU", missing, _Slow(missing))
