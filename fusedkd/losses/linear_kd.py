@@ -13,8 +13,7 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, tile_size
-from fusedkd.backends.products import row_bytes, tile_type
+from fusedkd.backends.linear_loop import tile_size
 from fusedkd.backends.slopes import bound_of
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
@@ -23,6 +22,7 @@ from fusedkd.losses.kd import Teacher, Teachers
 from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import Prepared, checked_options, members, prepare
 from fusedkd.losses.teacher_gradient import exchanged, refuse_listed, wants_teacher_gradient
+from fusedkd.losses.tiles import Tiles, bytes_per_row
 
 ops = torch.ops.fusedkd
 
@@ -152,17 +152,16 @@ def linear_kd_loss(
             if any(wanted[3 * i + 3 : 3 * i + 6]):
                 given[i], family = exchanged(part, given[i])
                 families.append(family)
-    slopes = []
+    slopes: list[Tensor] = []
     others = [t for t in given if t.exchanged is not None]
     if (dtype == torch.float16 and any(wanted)) or torch.float16 in [t.rows.dtype for t in others]:
-        whole = columns if shard is None else shard.columns
         calls = given + [t._replace(kernel_id=t.exchanged_kernel_id) for t in others]
         numbers = [part.known.coefficients for part in parts] + [f.coefficients() for f in families[len(parts) :]]
+        whole = columns if shard is None else shard.columns
         slopes = [bound_of(call, each, whole) for call, each in zip(calls, numbers, strict=True)]
     columns = vocabulary.rows_alike(columns, shard)
-    bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
-    if max_tile_bytes is None and others and not student_hidden.is_cuda:  # a cache need not hold what is not read again
-        bytes_per_row -= row_bytes(columns, tile_type(dtype, tile_dtype)) if any(wanted[:3]) else 0
+    of_cache = max_tile_bytes is None and not student_hidden.is_cuda
+    size = bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted, read_again=of_cache)
     plan = LinearPlan(
         per_row=first.rules.per_row,
         return_terms=return_terms,
@@ -170,7 +169,7 @@ def linear_kd_loss(
         families=tuple(families),
         slopes=len(slopes),
         flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
-        tile=tiles.rows(bytes_per_row, lead.numel(), tile_size(device, dtype, tile_dtype)),
+        tile=tiles.rows(size, lead.numel(), tile_size(device, dtype, tile_dtype)),
         tile_dtype=tile_dtype,
         dtype=dtype,
         max_rows=max_rows,
@@ -191,32 +190,6 @@ def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None =
     checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
 
 
-class Tiles(NamedTuple):
-    """What `linear_kd_loss` is told of them."""
-
-    max_bytes: int | None
-    dtype: torch.dtype
-    max_rows: int | None
-
-    def check(self) -> None:
-        check.count("max_tile_bytes", 1 if self.max_bytes is None else self.max_bytes)
-        check.count("max_rows", 1 if self.max_rows is None else self.max_rows)
-        if self.dtype not in check.FLOATING:
-            raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {self.dtype}")
-
-    def rows(self, bytes_per_row: int, count: int, size: TileSize) -> int:
-        """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
-        if self.max_bytes is None:
-            return max(size.fewest, min(size.most, size.max_bytes // bytes_per_row))
-        rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
-        if rows < min(size.fewest, count) and not torch.compiler.is_compiling():
-            check.warn(
-                f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {size.fewest} "
-                "the matrix products are slow"
-            )
-        return rows
-
-
 def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> TeacherRows:
     """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
@@ -233,34 +206,6 @@ def _leaves(part: Prepared) -> list[Tensor | None]:
     """The teacher's rows, head and bias, of those that get a gradient."""
     tensors = [part.known.rows, *(part.known.head or (None, None))]
     return [x if part.rules.kd and x is not None and x.requires_grad else None for x in tensors]
-
-
-def _bytes_per_row(
-    columns: int,
-    dtype: torch.dtype,
-    tile_dtype: torch.dtype,
-    parts: Sequence[Prepared],
-    given: Sequence[TeacherRows],
-    wanted: Sequence[bool],
-) -> int:
-    """Of all tiles that exist at the same time."""
-    student = row_bytes(columns, tile_type(dtype, tile_dtype))
-    teacher = more = 0  # one after the other, but for those that get a gradient
-    for part, each in zip(parts, given, strict=True):
-        of_tile = each.rows.dtype if each.head is None else tile_type(each.head.dtype, tile_dtype)
-        of_teacher = part.known.columns if part.flags.shard is None or part.known.ids is not None else columns
-        if each.exchanged is None:
-            teacher = max(teacher, row_bytes(of_teacher if part.rules.kd else 0, of_tile))
-        else:
-            more += row_bytes(of_teacher, torch.promote_types(of_tile, torch.float32) if each.head is None else of_tile)
-    total = student + teacher + more
-    if any(wanted[:3]) and more:  # the student's gradient is not written over its logits
-        total += student
-    if any(wanted) and len(given) > 1:
-        total += student * min(len(given) - 1, 2)  # a gradient per teacher, and their sum
-    if any(wanted) and given[0].row_weights.is_cuda and tile_type(dtype, tile_dtype) != dtype:
-        total += row_bytes(columns, dtype)
-    return total
 
 
 class LinearPlan(NamedTuple):
