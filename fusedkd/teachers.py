@@ -186,11 +186,11 @@ class KnownTeacher(NamedTuple):
     def columns(self) -> int:
         return self.rows.shape[-1] if self.head is None else self.head[0].shape[0]
 
-    def logits(self) -> Tensor:
+    def logits(self, differentiable: bool = False) -> Tensor:
         """The rows, all of them projected where they are hidden states."""
         if self.head is None:
             return self.rows
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             return torch.nn.functional.linear(self.rows, *self.head)
 
 
@@ -244,7 +244,7 @@ def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[T
     check.head("teacher.", teacher.hidden, teacher.weight, teacher.bias)
     check.vocabularies(student.shape[-1], teacher.weight.shape[0], vocab_mismatch)
     columns = slice(student.shape[-1])
-    return teacher.weight.detach()[columns], None if teacher.bias is None else teacher.bias.detach()[columns]
+    return teacher.weight[columns], None if teacher.bias is None else teacher.bias[columns]
 
 
 def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> KnownTeacher:

@@ -27,7 +27,7 @@ from truth import DTYPES, assert_value, noise_for
 
 from fusedkd import TeacherHead
 from fusedkd.backends import dispatch, linear_loop, products
-from fusedkd.losses.linear_kd import Tiles
+from fusedkd.losses.tiles import Tiles
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 N = 18

@@ -101,7 +101,9 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             "row_weights": [weights] * 2,
             "options": [options] * 2,
             "normalizers": [normalizers] * 2,
+            "exchanged": [options if some else None, None],
             "kernel_ids": [form, TopkKernelId.BUCKET],
+            "exchanged_kernel_ids": [KernelId.JEFFREYS, -1],
             "transform": some,
             "ce": some,
             "tile": 3,
@@ -113,8 +115,10 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         cases["linear_unit"].append(
             {name: linear[name] for name in ("row_weights", "options", "normalizers")} | {"slopes": slopes}
         )
-        for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
-            cases["linear_kd"].append({**linear, "slopes": slopes, "upstream": u, "wanted": wanted})
+        of_sides = [True] * 3 + [some, some, False] + [False] * 3
+        for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), of_sides), (None, [False] * 3)):
+            bounds = slopes + slopes[: int(wanted == of_sides and some)]
+            cases["linear_kd"].append({**linear, "slopes": bounds, "upstream": u, "wanted": wanted})
 
         factors = pack([n, 1.0, 0.5], student.device)
         sides = {"student": [student, student[..., :9]], "teacher": [*teacher.split(9, -1), teacher[..., :9].clone()]}

@@ -24,7 +24,7 @@ struct LogitsCall {
   int64_t ignore_index;
   bool transform, ce;
   bool forward = false;                    // rows and stats are results, else stats are given
-  void *rows = nullptr, *stats = nullptr;  // [2, N] and [N, STATS] of the accumulation type
+  void *rows = nullptr, *stats = nullptr;  // [2, N], if they are wanted, and [N, STATS] of the accumulation type
   int64_t vocabulary, offset = 0;          // columns of the student; of a shard: of all shards, and before this one
   std::optional<Stage> stage = {};         // of a shard; then there are no row losses, and stats have more columns
   std::optional<Rows> gradient = {};       // [B, L, V] like the student; may be the student itself
@@ -62,6 +62,7 @@ struct LogitsCall {
 
 struct KdCall : LogitsCall {
   KernelId kernel_id;
+  bool both = false;  // another follows it row by row, with the sides exchanged
 };
 
 struct TopkCall : LogitsCall {
@@ -80,7 +81,8 @@ bool legal(const TopkList& list);  // whether it is as fusedkd/checks.py says
 
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);
-void run_in_lanes(const KdCall& k);  // of at most LANE_COLUMNS columns, not DKD, and no shard
+void run_both(const KdCall& k, const KdCall& exchanged);  // of one accumulation type
+void run_in_lanes(const KdCall& k);                       // of at most LANE_COLUMNS columns, not DKD, and no shard
 void run(const TopkCall& k);
 
 // Of hidden_loss: a layer.

@@ -11,6 +11,11 @@ void run(const KdCall& k) {
   over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(kd_rows, k, begin, end) });
 }
 
+void run_both(const KdCall& k, const KdCall& exchanged) {
+  if (k.student.columns <= LANE_COLUMNS) return run(k), run(exchanged);
+  over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(kd_rows_both, k, exchanged, begin, end) });
+}
+
 }  // namespace fusedkd
 
 // The instruction set in use, for whoever asks (ctypes).

@@ -169,9 +169,10 @@ template <class A> struct KdLanes {
       below /= A(V);
     }
     const X nan = X{} + std::numeric_limits<A>::quiet_NaN(), nll = cross_entropy.value(z_y, below);
-    A* losses = static_cast<A*>(k.rows);
-    put(losses + i, count, kd ? A(k.kd_scale) * kd_weight * value : X{});
-    put(losses + k.student.count + i, count, ce ? nll : (broken ? nan : X{}));
+    if (A* losses = static_cast<A*>(k.rows)) {
+      put(losses + i, count, kd ? A(k.kd_scale) * kd_weight * value : X{});
+      put(losses + k.student.count + i, count, ce ? nll : (broken ? nan : X{}));
+    }
     A column[STATS * W] = {};
     const auto of = [&](Stat stat, X x) { store(column + stat * W, x); };
     of(STUDENT_MAX, s.m), of(STUDENT_SUM, s.less_one), of(OTHER_MAX, t.m), of(OTHER_SUM, t.less_one);

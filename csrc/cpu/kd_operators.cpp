@@ -53,6 +53,33 @@ void kd_backward(Tensor upstream, Tensor student, Tensor teacher, Optional ids, 
             });
 }
 
+// kd_forward, and row by row the same with the sides exchanged: the teacher's gradient and statistics.
+std::tuple<Tensor, Tensor, Tensor> kd_both(Tensor student, Tensor teacher, Optional labels, Tensor row_weights,
+                                           Tensor options, Tensor normalizers, Tensor exchanged, Optional gradient,
+                                           Optional teacher_gradient, int64_t ignore_index, int64_t kernel_id,
+                                           int64_t exchanged_kernel_id, bool transform, bool ce) {
+  const LogitsCall k(student, teacher, labels, row_weights, options, normalizers, ignore_index, transform, ce);
+  const LogitsCall e(teacher, student, std::nullopt, row_weights, exchanged, normalizers, ignore_index, transform,
+                     false);
+  const ScalarType type = accumulation_type(k.student.type);
+  STD_TORCH_CHECK(std::min(kernel_id, exchanged_kernel_id) >= 0 && std::max(kernel_id, exchanged_kernel_id) < KERNELS,
+                  "fusedkd: unknown kernel");
+  STD_TORCH_CHECK(k.teacher.columns <= k.student.columns && accumulation_type(k.teacher.type) == type,
+                  "fusedkd: student and teacher rows do not match");
+  STD_TORCH_CHECK(!gradient || gradient->data_ptr() != student.data_ptr(),
+                  "fusedkd: the teacher's gradient needs the student's logits, which the student's would overwrite");
+  Tensor row_losses = fresh({2, k.student.count}, type);
+  Tensor stats = fresh({k.student.count, STATS}, type), others = fresh({k.student.count, STATS}, type);
+  KdCall own{k, KernelId(kernel_id), true}, other{e, KernelId(exchanged_kernel_id)};
+  other.teacher.columns = other.student.columns;
+  own.forward = other.forward = true;
+  own.rows = row_losses.data_ptr(), own.stats = stats.data_ptr(), other.stats = others.data_ptr();
+  if (gradient) own.write_gradient(*gradient);
+  if (teacher_gradient) other.write_gradient(*teacher_gradient);
+  run_both(own, other);
+  return {row_losses, stats, others};
+}
+
 // Whether a row has a column, of the list where there are ids, that is not −∞.
 bool known(const Rows& rows, int64_t i, const int64_t* ids) {
   for (int64_t j = 0; j < rows.columns; j++) {
@@ -171,6 +198,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedkd, CPU, m) {
   m.impl("kd_backward", TORCH_BOX(&kd_backward));
   m.impl("kd_terms", TORCH_BOX(&kd_terms));
   m.impl("kd_loss", TORCH_BOX(&kd_loss));
+  m.impl("kd_both", TORCH_BOX(&kd_both));
 }
 
 }  // namespace fusedkd

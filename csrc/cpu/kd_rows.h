@@ -15,94 +15,16 @@
 // the teacher's exponentials, and the last pass computes the gradient of it. Per column 4 + 4 bytes read and 4 written
 // in float32, 2 + 2 + 2 in 16 bits. Exponentials: the first pass's two; e_1 = exp(z − m_1) is a power of
 // e_s = exp((z − m_s)/T_s) at T_s = 1, 2, 4 where C = V, one more otherwise. Backward, which starts from the statistics
-// and W, is one pass for every divergence, and computes the exponentials anew. Compiled once per instruction set (isa.h).
+// and W, is one pass for every divergence, and computes the exponentials anew. The gradients of both sides, by
+// kd_rows_both, are that of D and that of D with the sides exchanged, whose first pass is D's seen from the other side,
+// and which has one pass more, with the exponentials kept, where D or its statistics tell W; two where not.
+// Compiled once per instruction set (isa.h).
 #ifndef FUSEDKD_KD_ROWS
 #define FUSEDKD_KD_ROWS
 
-#include "call.h"
-#include "kd_pass.h"
-#include "logits.h"
-#include "softmax.h"
+#include "kd_first_pass.h"
 
 namespace FUSEDKD_NAMESPACE {
-
-// One thread's rows. The members after the buffers describe the current one.
-template <class A> struct KdRows {
-  const KdCall& k;
-  const int64_t V = k.student.columns, C = k.teacher.columns;
-  Logits<A> student{k.student, k.transform, k.softcap, k.scale};
-  Logits<A> teacher{k.teacher, k.transform, k.teacher_softcap, k.teacher_scale};
-  alignas(64) A g_buffer[BLOCK], w_buffer[BLOCK];
-  std::vector<A> e_s, e_t;      // exponentials of the C columns,
-  std::vector<A> top_s, top_t;  // and the maximum that each block's are relative to; forward only
-  int64_t label, excluded;      // excluded: the column that the divergence does without, −1 if none
-  bool kd, ce;                  // the terms that the row has
-  A z_y, v_y, *stats;  // logits of the label, 0 where there is none; m and l − 1, which has the digits that l lacks
-                       // near 1, of the three softmaxes; W
-  int squarings;       // that make e_1 of e_s, −1 if none do
-
-  explicit KdRows(const KdCall& call) : k(call) {}
-
-  // How many columns the block at j has: blocks end where the common columns do.
-  int64_t block_at(int64_t j) const { return std::min(BLOCK, (j < C ? C : V) - j); }
-
-  // First pass: the statistics, of the KD term's softmaxes if `tempered`; returns CE, if the row has it.
-  [[gnu::noinline]] double statistics(bool tempered) {
-    Softmax<A> s{.c = LOG2E / k.temperature}, t{.c = LOG2E / k.teacher_temperature}, one{.c = LOG2E};
-    const bool shared = ce && squarings >= 0;
-    s.squarings = shared ? squarings : 0;
-    double z_sum = 0;
-    for (int64_t j = 0, n; j < (ce ? V : tempered ? C : 0); j += n) {
-      n = block_at(j);
-      const A* z = student.block(j, n);
-      if (ce && !shared) one.add(z, whole_steps(n));
-      if (ce && k.smoothing != 0) z_sum += sum_of(z, n);
-      if (!tempered || j >= C) continue;
-      s.add(student.without(excluded, z, j, n), whole_steps(n), k.stage ? nullptr : &e_s[j]);
-      t.add(teacher.without(excluded, teacher.block(j, n), j, n), whole_steps(n), k.stage ? nullptr : &e_t[j]);
-      if (!k.stage) top_s[j / BLOCK] = s.m, top_t[j / BLOCK] = t.m;
-    }
-    s.settle(), t.settle(), one.settle();
-    if (shared) one.m = s.m, one.l = squarings ? s.l_1 : s.l;
-    std::fill_n(stats, k.stat_columns(), A(0));
-    stats[STUDENT_MAX] = s.m, stats[STUDENT_SUM] = A(s.l - 1), stats[OTHER_MAX] = t.m, stats[OTHER_SUM] = A(t.l - 1);
-    stats[CE_MAX] = one.m, stats[CE_SUM] = A(one.l - 1);
-    if (k.stage) of_shard(LABEL_STUDENT) = z_y, of_shard(LABEL_TEACHER) = v_y, of_shard(COLUMNS) = A(V);
-    if (k.stage) return of_shard(GAP) = k.smoothing == 0 ? 0 : A(gap(one.m, z_sum, V)), 0;
-    return ce ? CrossEntropy<double>(k, one.m, one.l - 1).value(z_y, one.m - z_sum / double(V)) : 0;
-  }
-
-  A& of_shard(ShardStat stat) const { return stats[int64_t(STATS) + stat]; }
-  double l_s() const { return 1 + double(stats[STUDENT_SUM]); }
-  double l_t() const { return 1 + double(stats[OTHER_SUM]); }
-  double l_1() const { return 1 + double(stats[CE_SUM]); }
-  CrossEntropy<double> cross_entropy() const { return {k, stats[CE_MAX], stats[CE_SUM]}; }
-
-  // What the later passes need, from the statistics as stored.
-  Terms<A> terms(double a, double b) const {
-    Terms<A> r{};
-    r.template set_softmaxes<double>(k, {double(stats[STUDENT_MAX]), double(stats[STUDENT_SUM])},
-                                     {double(stats[OTHER_MAX]), double(stats[OTHER_SUM])});
-    r.a = A(a), r.ce.b = A(b), r.ce.squarings = squarings;
-    if (ce) {
-      const CrossEntropy<double> cross_entropy = this->cross_entropy();
-      r.ce.m = stats[CE_MAX], r.ce.inv_l = A(cross_entropy.q_scale()), r.ce.target = A(cross_entropy.target());
-    }
-    r.z_bytes = size_of(k.student.type), r.v_bytes = size_of(k.teacher.type);
-    return r;
-  }
-
-  // The gradient of n columns from their w, or of the cross-entropy alone.
-  template <bool centred, bool kept>
-  [[gnu::noinline]] static void emit(const Terms<A>& r, const A* z, const A* w, int64_t n, A* g, bool kd, E1 e_1) {
-    using Given = GivenTerms<centred>;
-    n = whole_steps(n);
-    if (!kd) pass<NoDivergence, A, false, Out::gradient, E1::own>({}, r, z, nullptr, n, g);
-    else if (e_1 == E1::none) pass<Given, A, kept, Out::gradient, E1::none>({}, r, z, w, n, g);
-    else if (e_1 == E1::power) pass<Given, A, kept, Out::gradient, E1::power>({}, r, z, w, n, g);
-    else pass<Given, A, kept, Out::gradient, E1::own>({}, r, z, w, n, g);
-  }
-};
 
 // Those of one divergence. `needs_weight_sum`: D and W take a pass of their own before the gradient. A form that needs
 // D alone, for the gradient to be 0 where it is infinite, can do without: such a row is then written twice.
@@ -124,10 +46,10 @@ struct DivergenceRows : KdRows<A> {
     const int64_t kept = whole_steps(k.stage ? std::min(BLOCK, C) : C);
     this->e_s.resize(kept), this->e_t.resize(kept);
     this->top_s.resize(C / BLOCK + 1), this->top_t.resize(C / BLOCK + 1);
+    if (needs_weight_sum && k.both) this->w.resize(kept);
   }
 
-  void row(int64_t i) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
+  void start(int64_t i) override {
     student.row = k.student[i], teacher.row = k.teacher[i], stats = static_cast<A*>(k.stats) + k.stat_columns() * i,
     excluded = -1;
     const int64_t given_label = k.labels ? k.labels[i] : k.ignore_index;
@@ -135,6 +57,7 @@ struct DivergenceRows : KdRows<A> {
     const bool common = k.labels && legal && (k.stage || given_label < C);  // the label's column is
     label = k.column(given_label);
     kd = k.weights[i] != 0 && C > 0 && (!excludes_label || common), ce = labelled && legal;
+    this->broken = labelled && !legal;
     this->squarings = kd && C == V && softmax && !excludes_label ? squarings_at(k.temperature) : -1;
     if (k.stage && !k.at(Stage::STATISTICS)) {
       z_y = of_shard(LABEL_STUDENT), v_y = of_shard(LABEL_TEACHER);
@@ -143,22 +66,38 @@ struct DivergenceRows : KdRows<A> {
       v_y = label >= 0 && kd && common ? *teacher.block(label, 1) : 0;
     }
     if (excludes_label && kd) excluded = label;
-    const double cross_entropy = k.forward && !k.at(Stage::VALUES) ? this->statistics(kd && softmax) : 0;
-    if (k.at(Stage::STATISTICS)) return;
-    const double value = value_and_gradient(i, !labelled || legal);
-    if (twice && std::isinf(A(value))) stats[WEIGHT_SUM] = A(value), value_and_gradient(i, !labelled || legal);
+  }
+
+  void first_pass() override {
+    this->cross_entropy_value = k.forward && !k.at(Stage::VALUES) ? this->statistics(kd && softmax) : 0;
+  }
+
+  void finish(int64_t i) override {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    const double value = this->value = value_and_gradient(i);
+    if (twice && std::isinf(A(value))) stats[WEIGHT_SUM] = A(value), value_and_gradient(i);
     if (k.at(Stage::VALUES)) {
       of_shard(VALUE) = A(kd ? value : excludes_label && k.weights[i] != 0 ? nan : 0);
       of_shard(WEIGHT) = kd ? stats[WEIGHT_SUM] : A(0);
     }
-    if (!k.forward || k.stage) return;
     A* rows = static_cast<A*>(k.rows);
+    if (!k.forward || k.stage || !rows) return;
     rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : excludes_label && k.weights[i] != 0 ? nan : 0);
-    rows[k.student.count + i] = A(ce ? cross_entropy : labelled ? nan : 0);
+    rows[k.student.count + i] = A(ce ? this->cross_entropy_value : this->broken ? nan : 0);
+  }
+
+  // W of reverse KL is D of forward KL; of forms that need no more, W says whether D is infinite.
+  void take_value(const KdRows<A>& own) override {
+    const bool reverse = k.kernel_id == KernelId::JEFFREYS && own.k.kernel_id == KernelId::FORWARD_KL;
+    this->value_known = reverse || !Divergence::needs_weight_sum || !Divergence::centred;
+    const bool dead = softmax && (this->l_s() == 0 || this->l_t() == 0);
+    if (!this->value_known || !Divergence::needs_weight_sum || dead) return;
+    const A D = A(reverse ? k.coefficients[1] * own.value : own.value);
+    stats[WEIGHT_SUM] = reverse || !std::isfinite(D) ? D : A(0);
   }
 
   // The later passes; returns D. All but the kept exponentials follows from the statistics as stored.
-  double value_and_gradient(int64_t i, bool legal) {
+  double value_and_gradient(int64_t i) {
     const double upstream = k.upstream ? (*k.upstream)[i] : 1, b = k.ce_weight / k.n_ce * upstream;
     const double a = k.kd_weight * k.kd_scale * k.weights[i] / (k.n_kd * k.temperature) * upstream;
     Terms<A> row = this->terms(a, b);
@@ -169,14 +108,14 @@ struct DivergenceRows : KdRows<A> {
     const bool no_teacher = softmax && l_t == 0, has_teacher = excludes_label || !no_teacher;
     const bool alive = kd && !no_student && has_teacher;
     double value = kd && no_student && has_teacher ? INFINITE<double> : 0;
-    Wanted wanted{k.forward && alive, k.gradient && alive && legal && a != 0,
+    Wanted wanted{k.forward && alive && !this->value_known, k.gradient && alive && !this->broken && a != 0,
                   k.gradient && ce && this->l_1() != 0 && b != 0};
     if (twice) wanted.of_kd = wanted.of_kd && !std::isinf(stats[WEIGHT_SUM]);
     if constexpr (excludes_label) {
       if (alive && (label >= 0 || !k.stage)) value = divergence.label_value;
       if (alive) row.centre = divergence.centre;
     }
-    bool given = false;  // w, in the place of e_t
+    bool given = false;  // w
     if constexpr (needs_weight_sum) {
       if (wanted.value) {
         const Sums sums = weight_sum(i, row, divergence, wanted.of_kd);
@@ -189,12 +128,12 @@ struct DivergenceRows : KdRows<A> {
     return gradient(i, row, divergence, wanted, given, value);
   }
 
-  // The pass before the gradient: D, W, and w, which takes the place of e_t where it is going to be needed.
+  // The pass before the gradient: D, W, and w, which usually takes the place of e_t where it is going to be needed.
   Sums weight_sum(int64_t i, Terms<A>& r, const Divergence& divergence, bool keep) {
     Sums sums;
     for (int64_t j = 0, n; j < C; j += n) {
       n = this->block_at(j);
-      A* w = keep ? &this->e_t[j] : this->w_buffer;
+      A* w = keep ? kept_w(j) : this->w_buffer;
       move_to(j, i, r);
       const A *z = student.block(j, n), *v = teacher.block(j, n);
       if (k.stage) keep_again(r, z, v, n);
@@ -202,6 +141,8 @@ struct DivergenceRows : KdRows<A> {
     }
     return sums;
   }
+
+  A* kept_w(int64_t j) { return this->w.empty() ? &this->e_t[j] : &this->w[j]; }
 
   // The last pass: the gradient; returns D, `value` and what the columns add to it.
   double gradient(int64_t i, Terms<A>& r, const Divergence& divergence, Wanted wanted, bool given, double value) {
@@ -216,7 +157,7 @@ struct DivergenceRows : KdRows<A> {
       const E1 from = common ? e_1 : E1::own;
       if (common) move_to(j, i, r);
       if (given) {
-        this->template emit<Divergence::centred, true>(r, z, &this->e_t[j], n, g, wanted_here.of_kd, from);
+        this->template emit<Divergence::centred, true>(r, z, kept_w(j), n, g, wanted_here.of_kd, from);
       } else {
         const A* v = nullptr;
         if (wanted_here.of_kd || wanted_here.value) {
@@ -309,22 +250,43 @@ struct DivergenceRows : KdRows<A> {
   }
 };
 
-template <class A> void kd_rows_in(const KdCall& k, int64_t begin, int64_t end) {
-  const auto walk = [&](auto rows) {
-    for (int64_t i = begin; i < end; i++) rows.row(i);
-  };
+// Calls use(rows) with the KdRows of a call.
+template <class A, class Use> void with_rows(const KdCall& k, const Use& use) {
   const bool in_place = k.gradient && k.gradient->data == k.student.data;  // no row can be written twice
   with_divergence<A>(k.kernel_id, [&]<class Divergence>() {
     if constexpr (Divergence::needs_weight_sum && !Divergence::centred) {
-      if (!in_place) return walk(DivergenceRows<A, Divergence, false>(k));
+      if (!in_place) {
+        DivergenceRows<A, Divergence, false> rows(k);
+        return use(rows);
+      }
     }
-    walk(DivergenceRows<A, Divergence>(k));
+    DivergenceRows<A, Divergence> rows(k);
+    use(rows);
+  });
+}
+
+template <class A> void kd_rows_in(const KdCall& k, int64_t begin, int64_t end) {
+  with_rows<A>(k, [&](KdRows<A>& rows) {
+    for (int64_t i = begin; i < end; i++) rows.row(i);
   });
 }
 
 inline void kd_rows(const KdCall& k, int64_t begin, int64_t end) {
   if (k.student.type == ScalarType::Double) kd_rows_in<double>(k, begin, end);
   else kd_rows_in<float>(k, begin, end);
+}
+
+template <class A> void kd_rows_both_in(const KdCall& k, const KdCall& exchanged, int64_t begin, int64_t end) {
+  with_rows<A>(k, [&](KdRows<A>& own) {
+    with_rows<A>(exchanged, [&](KdRows<A>& other) {
+      for (int64_t i = begin; i < end; i++) own.row(i), other.row_after(own, i);
+    });
+  });
+}
+
+inline void kd_rows_both(const KdCall& k, const KdCall& exchanged, int64_t begin, int64_t end) {
+  if (k.student.type == ScalarType::Double) kd_rows_both_in<double>(k, exchanged, begin, end);
+  else kd_rows_both_in<float>(k, exchanged, begin, end);
 }
 
 }  // namespace FUSEDKD_NAMESPACE

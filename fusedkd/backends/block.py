@@ -14,9 +14,13 @@ from torch import Tensor
 from fusedkd.backends import composed, gathered, shard
 from fusedkd.backends.call import made
 from fusedkd.backends.layout import FIRST_DEFINED
+from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.backends.shard import Shard
 
 ops = torch.ops.fusedkd
+
+both_on: frozenset[str] = frozenset()
+"""Types of devices that have the operator kd_both: :mod:`fusedkd.backends.dispatch` knows."""
 
 
 class TeacherRows(NamedTuple):
@@ -32,6 +36,11 @@ class TeacherRows(NamedTuple):
     options: Tensor
     normalizers: Tensor
     kernel_id: int
+    exchanged: Tensor | None = None
+    """Of a teacher that gets a gradient: the options with the sides exchanged, of the call whose student it is."""
+    exchanged_kernel_id: int = -1
+    gradient: Tensor | None = None
+    """Where the teacher's goes; it may be the memory of its rows."""
 
 
 class WholeTeacher(NamedTuple):
@@ -163,12 +172,13 @@ def _total(losses: Sequence[Tensor]) -> Tensor:
 
 def forward(
     student: Tensor, labels: Tensor | None, teachers: Sequence[TeacherRows], flags: Flags, gradient: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Row losses ``(teachers, 2, N)`` and the statistics of each teacher's call. `gradient`, unless it is None, is
-    overwritten with the gradient for upstream 1; it may be the student's own memory, for the first teacher comes last.
-    Each teacher is asked for once, so that they may be made on demand.
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    """Row losses ``(teachers, 2, N)`` and the statistics of each teacher's call, and of the exchanged one if it has
+    that. `gradient`, unless it is None, is overwritten with the gradient for upstream 1; it may be the student's own
+    memory, for the first teacher comes last, unless a teacher gets a gradient. Each teacher is asked for once, so that
+    they may be made on demand.
     """
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     others = None  # gradients of all teachers but the first
     for i in reversed(range(len(teachers))):
         to = None if gradient is None else gradient if i == 0 else torch.empty_like(gradient)
@@ -178,8 +188,8 @@ def forward(
     if gradient is not None and others is not None:
         gradient.add_(others)
     found.reverse()
-    losses = found[0][0].unsqueeze(0) if len(found) == 1 else torch.stack([losses for losses, _ in found])
-    return losses, [stats for _, stats in found]
+    losses = found[0][0].unsqueeze(0) if len(found) == 1 else torch.stack([losses for losses, *_ in found])
+    return losses, [each[1:] for each in found]
 
 
 def backward(
@@ -222,13 +232,51 @@ def rescale_(
 
 def _forward(
     student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags, gradient: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    if teacher.exchanged is not None:
+        return _forward_both(student, labels, teacher, flags, gradient)
     inputs = _inputs(student, labels, teacher, flags)
     if flags.shard is not None:
         return _sharded(inputs).kd_forward(inputs, flags.shard, gradient)
     operator = ops.defined_forward if teacher.kernel_id >= FIRST_DEFINED else ops.kd_forward
     found: tuple[Tensor, Tensor] = operator(**inputs, gradient=gradient)
     return found
+
+
+def _forward_both(
+    student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a teacher that gets a gradient: row by row where an operator does so, else by one call after the other."""
+    kernels = teacher.kernel_id < FIRST_DEFINED and teacher.exchanged_kernel_id < FIRST_DEFINED
+    alike = accumulation_dtype(student.dtype) == accumulation_dtype(teacher.rows.dtype)
+    if kernels and alike and student.device.type in both_on:
+        inputs = _inputs(student, labels, teacher, flags)
+        del inputs["ids"]
+        more = {"exchanged": teacher.exchanged, "exchanged_kernel_id": teacher.exchanged_kernel_id}
+        return ops.kd_both(**inputs, **more, gradient=gradient, teacher_gradient=teacher.gradient)  # type: ignore
+    row_losses, stats = _forward(student, labels, teacher._replace(exchanged=None), flags, gradient)
+    _, others = _forward(*exchanged(student, labels, teacher, flags), teacher.gradient)
+    return row_losses, stats, others
+
+
+def exchanged(
+    student: Tensor, labels: Tensor | None, teacher: TeacherRows, flags: Flags
+) -> tuple[Tensor, Tensor | None, TeacherRows, Flags]:
+    """The same of the call with the sides exchanged, whose gradient is the teacher's: D(p, q) as a function of the
+    teacher's logits is another divergence (`Divergence.exchanged`) of the student's. Labels are for a `definition`.
+    """
+    assert teacher.exchanged is not None
+    other = TeacherRows(
+        rows=student[..., : teacher.rows.shape[2]],
+        head=None,
+        bias=None,
+        ids=None,
+        row_weights=teacher.row_weights,
+        options=teacher.exchanged,
+        normalizers=teacher.normalizers,
+        kernel_id=teacher.exchanged_kernel_id,
+    )
+    return teacher.rows, labels if other.kernel_id >= FIRST_DEFINED else None, other, flags._replace(ce=False)
 
 
 def _sharded(inputs: dict[str, Any]) -> Any:

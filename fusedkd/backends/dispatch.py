@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import attention_loop, eager, gumbel_loop, linear_loop, products, projected
+from fusedkd.backends import attention_loop, block, eager, gumbel_loop, linear_loop, products, projected
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -39,6 +39,7 @@ KERNEL_OPERATORS = {
 WITH_KERNELS = list(chain.from_iterable(KERNEL_OPERATORS.values()))
 DEFINED_OPERATORS = [name for name in SCHEMAS if name.startswith("defined_")]
 SHARD_OPERATORS = ["kd_shard"]
+BOTH_OPERATORS = ["kd_both"]
 SCALARS = "a few scalars"
 GATHERED = "the logits of all ranks are gathered"
 UNIT_OPERATORS = ["linear_unit"]
@@ -152,7 +153,8 @@ def _dispatch_cpu() -> None:
         missing = load("_C")
         if missing is None:
             _serve(UNIT_OPERATORS, "CPU", "PyTorch", SCALARS, linear_loop)
-            _serve(WITH_KERNELS + SHARD_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            _serve(WITH_KERNELS + SHARD_OPERATORS + BOTH_OPERATORS, "CPU", "C++", "fusedkd._C is built")
+            block.both_on = frozenset({"cpu"})
             _ask_for_products()
         else:
             _serve_definitions("CPU", missing, _Slow(missing))

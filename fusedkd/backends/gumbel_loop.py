@@ -68,7 +68,7 @@ def gumbel_gradients(
     """The operator of :mod:`fusedkd.backends.schema`, on any device."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head, tiles = weight.to(dtype), _tiles(hidden, tile)
-        gradients = d_hidden, d_weight, d_bias = gradients_like(hidden.to(dtype), head, wanted)
+        gradients = _, d_weight, d_bias = gradients_like(hidden.to(dtype), head, wanted)
         unit = temperature.new_ones(())
         if dtype == torch.float16:
             unit = _unit(upstreams, tables, temperature)
@@ -90,13 +90,7 @@ def gumbel_gradients(
                 scale=unit / temperature,
                 first_row=part.start,
             )
-            if wanted[2]:
-                d_bias.add_(g.sum(0, dtype=d_bias.dtype))
-            g = products.operand(g, dtype, tiles)
-            if wanted[0]:
-                products.pull_back(g, head, d_hidden[part])
-            if wanted[1]:
-                products.product(g.t(), x, d_weight, add=part.start > 0)
+            products.take(g, x, head, gradients, part, part.start > 0, tiles)
         if dtype == torch.float16:
             for each in gradients:
                 each.div_(unit)

@@ -5,7 +5,8 @@
     ∂x = g·W            [R, H_s]
     ∂W += gᵀ·x          [V_s, H_s] float32 over all tiles, the first of which writes
 
-6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of size N×V exists. The gradient is
+6·N·V_s·H_s + 2·N·V_t·H_t operations in all: nothing is computed twice, and nothing of size N×V exists. A teacher that
+gets a gradient has g and the two products after it of its own, from the same logits, 4·N·V_t·H_t more. The gradient is
 that of upstream 1, as in kd_loss, and backward only scales it. (The loop is that of QuACK's chunked linear
 cross-entropy; why the rows per tile matter, and not the number of tiles: Liger-Kernel's pull request 1472; why ∂W adds
 up in float32: 1391.)
@@ -25,7 +26,7 @@ from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import rows_of
 from fusedkd.backends.layout import NORMALIZERS, Option
 from fusedkd.backends.products import Tiles, float16_unit, own_product, tile_type
-from fusedkd.backends.schema import gradients_like, unit_shape
+from fusedkd.backends.schema import accumulation_dtype, linear_gradients_like, unit_shape
 from fusedkd.backends.shard import Shard
 
 ops = torch.ops.fusedkd
@@ -66,10 +67,12 @@ def linear_kd(
     row_weights: Sequence[Tensor],
     options: Sequence[Tensor],
     normalizers: Sequence[Tensor],
+    exchanged: Sequence[Tensor | None],
     slopes: Sequence[Tensor],
     upstream: Tensor | None,
     ignore_index: int,
     kernel_ids: Sequence[int],
+    exchanged_kernel_ids: Sequence[int],
     transform: bool,
     ce: bool,
     tile: int,
@@ -78,11 +81,12 @@ def linear_kd(
     max_rows: int | None,
     wanted: Sequence[bool],
     shard: Shard | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no
     operator can be given, the gradient of the hidden states is the sum over the ranks, on each of them.
     """
-    fields = zip(teachers, heads, biases, ids, row_weights, options, normalizers, kernel_ids, strict=True)
+    calls = row_weights, options, normalizers, kernel_ids, exchanged, exchanged_kernel_ids
+    fields = zip(teachers, heads, biases, ids, *calls, strict=True)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return _linear_kd(
             hidden=hidden,
@@ -116,25 +120,32 @@ def _linear_kd(
     dtype: torch.dtype,
     max_rows: int | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, grad = hidden.shape[0], any(wanted)
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    n, grad = hidden.shape[0], any(wanted[:3])
     row_weights = [each.row_weights for each in members]
     active, places, overflow = selected(row_weights, labels if flags.ce else None, flags.ignore_index, max_rows)
     if overflow is not None:
         members = [t._replace(normalizers=torch.where(overflow, torch.nan, t.normalizers)) for t in members]
-    unit = hidden.new_empty(unit_shape(dtype, wanted), dtype=torch.float64)
+    gradients = linear_gradients_like(hidden, weight, [t.rows for t in members], [t.head for t in members], wanted)
+    sides = [gradients[i : i + 3] for i in range(0, len(gradients), 3)]
+    others = [any(wanted[i + 3 : i + 6]) for i in range(0, 3 * len(members), 3)]
+    members = [t if want else t._replace(exchanged=None) for t, want in zip(members, others, strict=True)]
+    unit = hidden.new_empty(unit_shape(slopes, wanted), dtype=torch.float64)
     if unit.dim() == 0:
         unit, members, upstream = in_range(members, slopes, upstream)
     hidden, head = hidden.to(dtype), weight.to(dtype)
     row_losses = hidden.new_empty(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
-    d_hidden, d_weight, d_bias = gradients_like(hidden, weight, wanted)
     count = n if places is None else len(places)
     size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
-    if places is not None:  # the other rows
+    for d_hidden, d_weight, d_bias in sides:
+        if len(d_bias):
+            d_bias.zero_()
+        if places is not None:  # the other rows
+            d_hidden.zero_()
+        if count == 0:
+            d_weight.zero_()
+    if places is not None:
         row_losses.zero_()
-        d_hidden.zero_()
-    if wanted[2]:
-        d_bias.zero_()
     tiles = Tiles(size, hidden)
     for start in range(0, count, max(1, size)):
         stop = min(start + size, count)
@@ -143,43 +154,41 @@ def _linear_kd(
         if active is not None:  # what is in a row without a term must not reach ∂W, not even as 0·NaN
             x = torch.where(active[part].unsqueeze(1), x, 0)
         z = products.project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
-        logits, of_tile = z.unsqueeze(0), _TeacherTiles(members, part, z, tiles, tile_dtype)
-        found, _ = block.forward(logits, y, of_tile, flags, logits if grad else None)
+        of_tile, g = _TeacherTiles(members, part, z, tiles, tile_dtype), None
+        if grad:  # a teacher's gradient needs the logits
+            g = tiles.get("student's gradient", head.shape[0], z.dtype)[: len(z)] if any(others) else z
+        found, _ = block.forward(z.unsqueeze(0), y, of_tile, flags, None if g is None else g.unsqueeze(0))
         if size == n and places is None:
             row_losses = found
         else:
             row_losses[:, :, part] = found
-        if not grad:
-            continue
-        g = z
-        if upstream is not None:
-            g.mul_(upstream[part].unsqueeze(1))
-        if wanted[2]:
-            d_bias.add_(g.sum(0, dtype=d_bias.dtype))
-        g = products.operand(g, dtype, tiles)
-        if wanted[0]:
-            if isinstance(part, slice):
-                products.pull_back(g, head, d_hidden[part])
+        of_sides = [(g, x, head), *map(of_tile.gradient, range(len(members)))]
+        for (g, x, head_of_side), side in zip(of_sides, sides, strict=False):
+            if g is None:
+                continue
+            if upstream is not None:
+                g.mul_(upstream[part].unsqueeze(1))
+            if head_of_side is None:
+                side[0][part] = g
             else:
-                d_hidden[part] = products.pull_back(g, head, d_hidden.new_empty(len(part), head.shape[1]))
-        if wanted[1]:
-            products.product(g.t(), x, d_weight, add=start > 0)
-    if wanted[1] and count == 0:
-        d_weight.zero_()
+                products.take(g, x, head_of_side, side, part, start > 0, tiles)
     if flags.shard is not None and wanted[0]:
-        torch.distributed.all_reduce(d_hidden, group=flags.shard.group)
+        torch.distributed.all_reduce(gradients[0], group=flags.shard.group)
     if overflow is not None:
         row_losses = torch.where(overflow, torch.nan, row_losses)
-    return row_losses, d_hidden, d_weight, d_bias, unit
+    return row_losses, gradients, unit
 
 
 class _TeacherTiles(Sequence[TeacherRows]):
-    """The teachers' rows of one tile, made when they are asked for: their logits share memory."""
+    """The teachers' rows of one tile, made when they are asked for: their logits share memory, but for those over which
+    a teacher's gradient is written.
+    """
 
     def __init__(
         self, members: list[TeacherRows], part: slice | Tensor, student: Tensor, tiles: Tiles, dtype: torch.dtype
     ):
         self.members, self.part, self.student, self.tiles, self.dtype = members, part, student, tiles, dtype
+        self.made: dict[int, TeacherRows] = {}
 
     def __len__(self) -> int:
         return len(self.members)
@@ -187,14 +196,31 @@ class _TeacherTiles(Sequence[TeacherRows]):
     def __getitem__(self, i: Any) -> Any:
         t = self.members[i]
         rows = rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
+        role = "teacher" if t.exchanged is None else f"teacher {i}"
         if t.head is not None:
             to = tile_type(t.head.dtype, self.dtype)
-            rows = products.project(rows, t.head, t.bias, self.tiles.get("teacher", t.head.shape[0], to))
-        return t._replace(
-            rows=rows.unsqueeze(0),
+            rows = products.project(rows, t.head, t.bias, self.tiles.get(role, t.head.shape[0], to))
+        elif t.exchanged is not None:
+            tile = self.tiles.get(role, rows.shape[1], accumulation_dtype(rows.dtype))
+            rows = tile[: len(rows)].copy_(rows)
+        rows = rows.unsqueeze(0)
+        self.made[i] = t._replace(
+            rows=rows,
             ids=None if t.ids is None else t.ids[self.part],
             row_weights=t.row_weights[self.part],
+            gradient=None if t.exchanged is None else rows,
         )
+        return self.made[i]
+
+    def gradient(self, i: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """That of a teacher's logits, if it gets one, and the hidden states and the head of which they were made."""
+        t, made = self.members[i], self.made[i]
+        if made.gradient is None:
+            return None, t.rows, t.head
+        x = t.rows
+        if t.head is not None:  # what is in a row without the term must not reach ∂W
+            x = torch.where(made.row_weights.unsqueeze(1) != 0, rows_of(t.rows, self.part), 0)
+        return made.gradient[0], x, t.head
 
 
 def selected(
@@ -220,9 +246,10 @@ def in_range(
     """A unit for gradients that float16 has room for, and normalisers and upstream gradient in it: those of the logits
     are then FLOAT16_TOP at most, where divided by the number of rows they would underflow.
     """
-    given = {name: [getattr(each, name) for each in members] for name in ("row_weights", "options", "normalizers")}
-    unit, *scaled = ops.linear_unit(**given, slopes=slopes).split([1, *[NORMALIZERS] * len(members)])
-    unit, members = unit.view(()), [t._replace(normalizers=n) for t, n in zip(members, scaled, strict=True)]
+    calls = members + [t._replace(options=t.exchanged) for t in members if t.exchanged is not None]
+    given = {name: [getattr(each, name) for each in calls] for name in ("row_weights", "options", "normalizers")}
+    unit, *scaled = ops.linear_unit(**given, slopes=slopes).split([1, *[NORMALIZERS] * len(calls)])
+    unit, members = unit.view(()), [t._replace(normalizers=n) for t, n in zip(members, scaled, strict=False)]
     if upstream is None:
         return unit, members, None
     top = power_above(upstream)

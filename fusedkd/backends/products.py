@@ -5,6 +5,7 @@ of 16-bit operands with a float32 result there; they round a gradient to the ope
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,6 +101,23 @@ def pull_back(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     for i, (panel, part) in enumerate(zip(weight.split(PANEL), g.split(PANEL, 1), strict=True)):
         product(part, panel, out, add=i > 0)
     return out
+
+
+def take(
+    g: Tensor, x: Tensor, head: Tensor, gradients: Sequence[Tensor], part: slice | Tensor, add: bool, tiles: Tiles
+) -> None:
+    """∂x, ∂W and ∂b of a tile of rows from ∂z: those that have memory. The last two add up over the tiles, if `add`."""
+    d_hidden, d_weight, d_bias = gradients
+    if len(d_bias):
+        d_bias.add_(g.sum(0, dtype=d_bias.dtype))
+    g = operand(g, head.dtype, tiles)
+    if d_hidden.dim() == 2:
+        if isinstance(part, slice):
+            pull_back(g, head, d_hidden[part])
+        else:
+            d_hidden[part] = pull_back(g, head, d_hidden.new_empty(len(part), head.shape[1]))
+    if d_weight.dim() == 2:
+        product(g.t(), x, d_weight, add=add)
 
 
 def float16_unit(reach: Tensor) -> Tensor:

@@ -32,14 +32,20 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 ``kd_shard``        a stage (:class:`fusedkd.backends.layout.Stage`) of kd_forward and kd_backward for the columns
                     [offset, offset + V) of a vocabulary, whose labels and ids count over all of it. The statistics,
                     ``(N, STATS + SHARD_STATS)``, are merged between the stages (:mod:`fusedkd.backends.shard`).
+``kd_both``         kd_forward, and row by row the same with the sides exchanged, which gives the teacher's gradient, in
+                    `teacher_gradient` unless it is None: that may be the teacher's own memory, but `gradient` not the
+                    student's. The options of the exchanged call are `exchanged`. Returns row losses, statistics, and
+                    those of the exchanged call. Without ids; in C++ alone.
 ``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
                     The first has the cross-entropy. ``tile`` rows of ``tile_dtype`` logits at a time; ``wanted``: the
-                    gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1. Products are made
-                    in ``dtype``. `slopes`: a bound of |∂D/∂s| of each teacher, ``()`` float64, where ``dtype`` is
-                    float16 and a gradient is wanted. Returns row losses ``(teachers, 2, N)``; the gradients in A, each
-                    empty if not wanted; and the unit they are in, ``()`` float64, empty if it is 1.
+                    gradients of hidden states, head, bias, for `upstream`: ``(N,)``, or None for 1; then perhaps of
+                    each teacher those of its rows, head, bias, for which it has the options and the kernel of the
+                    `exchanged` call, as kd_both. Products are made in ``dtype``, or a teacher's. `slopes`: a bound of
+                    |∂D/∂s| of each teacher, and of each exchanged call, ``()`` float64, where a gradient is wanted
+                    that is made of float16. Returns row losses ``(teachers, 2, N)``; the gradients in A, each empty if
+                    not wanted; and the unit they are in, ``()`` float64, empty if it is 1.
 ``linear_unit``     the unit in which float16 has room for the gradients of the logits, and the normalisers in it, of
                     each teacher two: ``(1 + 2·teachers,)`` float64.
 ``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
@@ -82,6 +88,7 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,10 +126,10 @@ SCHEMAS = {
     "kd_loss": _LOSS,
     "defined_loss": _LOSS,
     "linear_kd": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor? labels, Tensor[] teachers, Tensor?[] heads, "
-    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes, "
-    "Tensor? upstream, int ignore_index, int[] kernel_ids, bool transform, bool ce, SymInt tile, "
-    "ScalarType tile_dtype, ScalarType dtype, SymInt? max_rows, bool[] wanted) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, "
+    "Tensor?[] exchanged, Tensor[] slopes, Tensor? upstream, int ignore_index, int[] kernel_ids, "
+    "int[] exchanged_kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype, "
+    "SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
     "linear_unit": "(*, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes) -> Tensor",
     "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
     f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
@@ -155,6 +162,11 @@ SHARD = (
     f"kd_shard(*, Tensor? upstream, {_INPUTS}, Tensor(a!) stats, Tensor(b!)? gradient, {_FLAGS}, bool skip_if_one, "
     "int stage, int offset, int vocabulary) -> ()"
 )
+BOTH = (
+    "kd_both(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
+    "Tensor normalizers, Tensor exchanged, Tensor(a!)? gradient, Tensor(b!)? teacher_gradient, int ignore_index, "
+    "int kernel_id, int exchanged_kernel_id, bool transform, bool ce) -> (Tensor, Tensor, Tensor)"
+)
 PRODUCT = "product(*, Tensor a, Tensor b, Tensor? bias, Tensor(a!) out, bool add) -> bool"
 """out = a·b + bias, or out += a·b, in float32, of one pair of matrices or of several. False, and nothing done: this
 processor has no such product."""
@@ -170,6 +182,7 @@ for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.needs_exact_strides)
 library.define(CLUSTER)  # called by kd_* alone, below everything that traces
 library.define(SHARD)  # called in eager mode alone
+library.define(BOTH, tags=torch.Tag.needs_exact_strides)  # where C++ serves a CPU
 library.define(PRODUCT)  # by linear_kd
 library.define(PAIRS)  # by attention
 
@@ -225,15 +238,27 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     add up over the tiles and all of them wait for the upstream gradient, so that each is rounded once.
     """
     total = torch.promote_types(hidden.dtype, torch.float32)
-    d_hidden = hidden.new_empty(hidden.shape if wanted[0] else 0, dtype=total)
+    rows = math.prod(hidden.shape[:-1])
+    d_hidden = hidden.new_empty((rows, hidden.shape[-1]) if wanted[0] else 0, dtype=total)
     d_weight = weight.new_empty(weight.shape if wanted[1] else 0, dtype=total)
     d_bias = weight.new_empty(weight.shape[0] if wanted[2] else 0, dtype=total)
     return d_hidden, d_weight, d_bias
 
 
-def unit_shape(dtype: torch.dtype, wanted: Sequence[bool]) -> tuple[int, ...]:
+def linear_gradients_like(
+    hidden: Tensor, weight: Tensor, teachers: Sequence[Tensor], heads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """As `gradients_like`, and then, if `wanted` goes on, for those of each teacher."""
+    found = [*gradients_like(hidden, weight, wanted[:3])]
+    for i in range(len(wanted) // 3 - 1):
+        head = heads[i]
+        found += gradients_like(teachers[i], teachers[i] if head is None else head, wanted[3 * i + 3 : 3 * i + 6])
+    return found
+
+
+def unit_shape(slopes: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[int, ...]:
     """Of the unit of linear_kd's gradients."""
-    return () if dtype == torch.float16 and any(wanted) else (0,)
+    return () if len(slopes) > 0 and any(wanted) else (0,)
 
 
 def projected_gradients_like(
@@ -262,6 +287,12 @@ def _(*, teacher: Tensor, given: Tensor | None = None, **_: Any) -> tuple[Tensor
 @torch.library.register_fake("fusedkd::defined_forward")
 def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return losses_and_stats(student, 2, len(Stat))
+
+
+@torch.library.register_fake("fusedkd::kd_both")
+def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    row_losses, stats = losses_and_stats(student, 2, len(Stat))
+    return row_losses, stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("fusedkd::hidden_forward")
@@ -317,11 +348,19 @@ def _(
 
 @torch.library.register_fake("fusedkd::linear_kd")
 def _(
-    *, hidden: Tensor, weight: Tensor, teachers: list[Tensor], dtype: torch.dtype, wanted: list[bool], **_: Any
-) -> tuple[Tensor, ...]:
+    *,
+    hidden: Tensor,
+    weight: Tensor,
+    teachers: list[Tensor],
+    heads: list[Tensor | None],
+    slopes: list[Tensor],
+    dtype: torch.dtype,
+    wanted: list[bool],
+    **_: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
     row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
-    unit = hidden.new_empty(unit_shape(dtype, wanted), dtype=torch.float64)
-    return row_losses, *gradients_like(hidden, weight, wanted), unit
+    unit = hidden.new_empty(unit_shape(slopes, wanted), dtype=torch.float64)
+    return row_losses, linear_gradients_like(hidden, weight, teachers, heads, wanted), unit
 
 
 @torch.library.register_fake("fusedkd::linear_unit")

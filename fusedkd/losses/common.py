@@ -63,8 +63,8 @@ def _ordinary(t: Tensor) -> Tensor:
 
 def save_teachers(ctx: Any, teachers: Sequence[TeacherRows], *tensors: Tensor | None) -> None:
     """Keeps the tensors, and the teachers, for `saved_teachers`."""
-    ctx.kernel_ids = [t.kernel_id for t in teachers]
-    fields = [field for t in teachers for field in t._replace(kernel_id=None)]  # type: ignore[arg-type]
+    ctx.kernel_ids = [{"kernel_id": t.kernel_id, "exchanged_kernel_id": t.exchanged_kernel_id} for t in teachers]
+    fields = [field for t in teachers for field in t._replace(kernel_id=None, exchanged_kernel_id=None)]  # type: ignore
     save_for_backward(ctx, *tensors, *fields)
 
 
@@ -72,7 +72,7 @@ def saved_teachers(ctx: Any, tensors: int) -> tuple[list[TeacherRows], tuple[Any
     """The teachers, and the first so many of the tensors that were kept with them."""
     saved = ctx.saved_tensors
     teachers = zip(unflatten(TeacherRows, saved[tensors:]), ctx.kernel_ids, strict=True)
-    return [t._replace(kernel_id=kernel_id) for t, kernel_id in teachers], saved[:tensors]
+    return [t._replace(**kernel_ids) for t, kernel_ids in teachers], saved[:tensors]
 
 
 def refuse_double_backward() -> None:

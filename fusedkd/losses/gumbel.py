@@ -15,8 +15,8 @@ from fusedkd.backends.products import row_bytes
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.checks import Real
 from fusedkd.losses.common import refuse_double_backward, save_for_backward
-from fusedkd.losses.linear_kd import Tiles
 from fusedkd.losses.names import by_name
+from fusedkd.losses.tiles import Tiles
 
 ops = torch.ops.fusedkd
 

@@ -20,8 +20,8 @@ from fusedkd.losses import vocabulary
 from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_for_backward
 from fusedkd.losses.inplace import overwritable
 from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
-from fusedkd.losses.rules import members, prepare
-from fusedkd.losses.teacher_gradient import wants_teacher_gradient, with_teacher_gradient
+from fusedkd.losses.rules import Prepared, members, prepare
+from fusedkd.losses.teacher_gradient import kd_of_both_sides, refuse_listed, wants_teacher_gradient
 
 Teacher: TypeAlias = teachers.Teacher
 Teachers: TypeAlias = Teacher | Sequence[Teacher]
@@ -125,14 +125,17 @@ def kd_loss(
     student = student_logits
     if len(parts) > 1 and student.dtype in (torch.float16, torch.bfloat16):
         student = student.float()  # so that the gradients add up in float32 and are rounded once
-    student, rows, grid = as_rows(student, *[part.known.logits() for part in parts])
+    if teacher_gradient:
+        refuse_listed(asked)
+    logits = [part.known.logits(differentiable=teacher_gradient) for part in parts]
+    student, rows, grid = as_rows(student, *logits)
+    flags = first.flags
+    if len(parts) > 1:
+        flags = flags._replace(transform=any([part.flags.transform for part in parts]))
     inplace = inplace and len(parts) == 1
     in_forward = gradient_in_forward(student, first.rules.per_row, inplace)
     if inplace and in_forward:
         overwritable(student_logits, teacher=rows[0], ids=first.known.ids, labels=first.labels)
-    flags = first.flags
-    if len(parts) > 1:
-        flags = flags._replace(transform=any([part.flags.transform for part in parts]))
     plan = Plan(
         grid=grid,
         per_row=first.rules.per_row,
@@ -144,28 +147,36 @@ def kd_loss(
         families=[part.rules.family for part in parts],
         flags=flags,
     )
+    if teacher_gradient and any([part.rules.kd and x.requires_grad for part, x in zip(parts, logits, strict=True)]):
+        loss, terms = kd_of_both_sides(student, parts, logits, rows, plan)
+    else:
+        loss, terms = _kd_of_student(student, parts, rows, plan)
+    if plan.per_row:
+        loss = loss.view(student_logits.shape[:-1])
+        terms = None if terms is None else terms.view(len(parts), 2, *student_logits.shape[:-1])
+    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
+
+
+def _kd_of_student(
+    student: Tensor, parts: Sequence[Prepared], rows: Sequence[Tensor], plan: Plan
+) -> tuple[Tensor, Tensor | None]:
+    """(loss, terms or None), differentiable in the student's logits."""
+    labels = parts[0].labels
     given: list[Any] = [part.whole_teacher(each) for part, each in zip(parts, rows, strict=True)]
     try:
         if torch.compiler.is_compiling():  # a compiled graph sees tensors among the arguments alone
             fields = [field for each in given for field in each]
-            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, *fields)
+            loss, terms, _ = KDLossFunction.apply(student, labels, plan, *fields)
         elif student.requires_grad and torch.is_grad_enabled():  # fewer arguments take less time
-            loss, terms, _ = KDLossFunction.apply(student, first.labels, plan, given)
+            loss, terms, _ = KDLossFunction.apply(student, labels, plan, given)
         else:
-            loss, terms, _, _ = plan.run(student, first.labels, given)
+            loss, terms, _, _ = plan.run(student, labels, given)
     except RuntimeError:
         if plan.checked:
             for part in parts:
                 part.check_values(student.shape[-1])
         raise
-    if plan.per_row:
-        loss = loss.view(student_logits.shape[:-1])
-        terms = None if terms is None else terms.view(len(parts), 2, *student_logits.shape[:-1])
-    if teacher_gradient:
-        own = first.rules.options
-        side = teachers.TeacherLogits(student_logits, own["logit_softcap"], own["logit_scale"])
-        loss = with_teacher_gradient(loss, side, asked, parts)
-    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
+    return loss, terms
 
 
 class Plan(NamedTuple):

@@ -13,8 +13,7 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.linear_loop import MOST_ROWS, TileSize, tile_size
-from fusedkd.backends.products import row_bytes, tile_type
+from fusedkd.backends.linear_loop import tile_size
 from fusedkd.backends.slopes import bound_of
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
@@ -22,8 +21,8 @@ from fusedkd.losses.common import refuse_double_backward, rounded, save_for_back
 from fusedkd.losses.kd import Teacher, Teachers
 from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_options
 from fusedkd.losses.rules import Prepared, checked_options, members, prepare
-from fusedkd.losses.teacher_gradient import wants_teacher_gradient, with_teacher_gradient
-from fusedkd.teachers import TeacherHead
+from fusedkd.losses.teacher_gradient import exchanged, refuse_listed, wants_teacher_gradient
+from fusedkd.losses.tiles import Tiles, bytes_per_row
 
 ops = torch.ops.fusedkd
 
@@ -78,6 +77,8 @@ def linear_kd_loss(
     a tile of rows: 2·N·V·(3·H_s + H_t) operations, as few as value and gradient can take, and no memory that grows with
     N × V (:mod:`fusedkd.backends.linear_loop`).
 
+    With `teacher_gradient` the teacher's gradient is made of the same logits: 4·N·V·H_t operations more.
+
     The tiles are float32, for 16-bit logits alone would cost 1 % of the gradient at KL 0.15, and all of it near
     convergence; each gradient is rounded once to the type of its input. Products are PyTorch's, on a GPU cuBLAS's in
     the operands' type with float32 sums. Rows that carry no term are not projected: always on a CPU, on a GPU through
@@ -102,7 +103,8 @@ def linear_kd_loss(
         return_terms: also return :class:`KDTerms`.
 
     Returns:
-        As :func:`kd_loss`. Gradients reach `student_hidden`, `student_weight` and `student_bias`.
+        As :func:`kd_loss`. Gradients reach `student_hidden`, `student_weight` and `student_bias`, and with
+        `teacher_gradient` the teacher's hidden states, head and bias, or its logits.
 
     Raises:
         ValueError, TypeError: before anything is computed, naming the argument, what it was and what it must be.
@@ -110,9 +112,9 @@ def linear_kd_loss(
     shard = None
     split = vocabulary.is_split(options, student_weight, student_hidden)
     teacher_gradient = wants_teacher_gradient(options, split)
-    tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
     if split:
         if torch.compiler.is_compiling():
+            tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
             more = {"student_bias": student_bias, "return_terms": return_terms, **tiling, **options}
             return vocabulary.eagerly(linear_kd_loss, student_hidden, student_weight, teacher, labels, **more)
         student_hidden, student_weight, student_bias, teacher, shard = vocabulary.split_head(
@@ -140,35 +142,45 @@ def linear_kd_loss(
         if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
     given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
-    slopes = []
-    if dtype == torch.float16 and any(wanted):
+    families = [part.rules.family for part in parts]
+    leaves: list[Tensor | None] = []
+    if teacher_gradient:
+        refuse_listed(asked)
+        leaves = [leaf for part in parts for leaf in _leaves(part)]
+        wanted += [leaf is not None for leaf in leaves]
+        for i, part in enumerate(parts):
+            if any(wanted[3 * i + 3 : 3 * i + 6]):
+                given[i], family = exchanged(part, given[i])
+                families.append(family)
+    slopes: list[Tensor] = []
+    others = [t for t in given if t.exchanged is not None]
+    if (dtype == torch.float16 and any(wanted)) or torch.float16 in [t.rows.dtype for t in others]:
+        calls = given + [t._replace(kernel_id=t.exchanged_kernel_id) for t in others]
+        numbers = [part.known.coefficients for part in parts] + [f.coefficients() for f in families[len(parts) :]]
         whole = columns if shard is None else shard.columns
-        slopes = [bound_of(t, part.known.coefficients, whole) for part, t in zip(parts, given, strict=True)]
+        slopes = [bound_of(call, each, whole) for call, each in zip(calls, numbers, strict=True)]
     columns = vocabulary.rows_alike(columns, shard)
-    bytes_per_row = _bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted)
+    of_cache = max_tile_bytes is None and not student_hidden.is_cuda
+    size = bytes_per_row(columns, dtype, tile_dtype, parts, given, wanted, read_again=of_cache)
     plan = LinearPlan(
         per_row=first.rules.per_row,
         return_terms=return_terms,
         wanted=wanted,
-        families=tuple([part.rules.family for part in parts]),
+        families=tuple(families),
         slopes=len(slopes),
         flags=first.flags._replace(transform=any([part.flags.transform for part in parts])),
-        tile=tiles.rows(bytes_per_row, lead.numel(), tile_size(device, dtype, tile_dtype)),
+        tile=tiles.rows(size, lead.numel(), tile_size(device, dtype, tile_dtype)),
         tile_dtype=tile_dtype,
         dtype=dtype,
         max_rows=max_rows,
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
-    fields = [*slopes, *[field for each in given for field in each]]
+    fields = [*leaves, *slopes, *[field for each in given for field in each]]
     read = first.labels if any([part.rules.labels_read for part in parts]) else None
     loss, terms = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)
     if plan.per_row:
         loss = loss.view(lead)
         terms = None if terms is None else terms.view(len(parts), 2, *lead)
-    if teacher_gradient:
-        own = first.rules.options
-        side = TeacherHead(*heads, own["logit_softcap"], own["logit_scale"])
-        loss = with_teacher_gradient(loss, side, asked, parts, **tiling)
     return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
 
 
@@ -178,36 +190,10 @@ def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None =
     checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
 
 
-class Tiles(NamedTuple):
-    """What `linear_kd_loss` is told of them."""
-
-    max_bytes: int | None
-    dtype: torch.dtype
-    max_rows: int | None
-
-    def check(self) -> None:
-        check.count("max_tile_bytes", 1 if self.max_bytes is None else self.max_bytes)
-        check.count("max_rows", 1 if self.max_rows is None else self.max_rows)
-        if self.dtype not in check.FLOATING:
-            raise TypeError(f"tile_dtype must be float16, bfloat16, float32 or float64, not {self.dtype}")
-
-    def rows(self, bytes_per_row: int, count: int, size: TileSize) -> int:
-        """Per tile, of `count` in all: at least 1, at most MOST_ROWS."""
-        if self.max_bytes is None:
-            return max(size.fewest, min(size.most, size.max_bytes // bytes_per_row))
-        rows = max(1, min(MOST_ROWS, self.max_bytes // bytes_per_row))
-        if rows < min(size.fewest, count) and not torch.compiler.is_compiling():
-            check.warn(
-                f"max_tile_bytes={self.max_bytes} leaves {rows} rows per tile, and below {size.fewest} "
-                "the matrix products are slow"
-            )
-        return rows
-
-
 def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> TeacherRows:
     """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
-    head, bias = part.known.head or (None, None)
+    head, bias = [None if x is None else x.detach() for x in part.known.head or (None, None)]
     like = rows if head is None else pack([0.0], rows.device).expand(1, count, 1)  # of a head, all rows count
     if not part.rules.kd and part.known.ids is None:  # nothing reads it
         rows, head, bias = rows[..., :0], None, None
@@ -216,27 +202,10 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
     return part.teacher_rows(rows, head, bias, like)
 
 
-def _bytes_per_row(
-    columns: int,
-    dtype: torch.dtype,
-    tile_dtype: torch.dtype,
-    parts: Sequence[Prepared],
-    given: Sequence[TeacherRows],
-    wanted: Sequence[bool],
-) -> int:
-    """Of all tiles that exist at the same time."""
-    student = row_bytes(columns, tile_type(dtype, tile_dtype))
-    teacher = 0  # one after the other
-    for part, each in zip(parts, given, strict=True):
-        of_tile = each.rows.dtype if each.head is None else tile_type(each.head.dtype, tile_dtype)
-        of_teacher = part.known.columns if part.flags.shard is None or part.known.ids is not None else columns
-        teacher = max(teacher, row_bytes(of_teacher if part.rules.kd else 0, of_tile))
-    total = student + teacher
-    if any(wanted) and len(given) > 1:
-        total += student * min(len(given) - 1, 2)  # a gradient per teacher, and their sum
-    if any(wanted) and given[0].row_weights.is_cuda and tile_type(dtype, tile_dtype) != dtype:
-        total += row_bytes(columns, dtype)
-    return total
+def _leaves(part: Prepared) -> list[Tensor | None]:
+    """The teacher's rows, head and bias, of those that get a gradient."""
+    tensors = [part.known.rows, *(part.known.head or (None, None))]
+    return [x if part.rules.kd and x is not None and x.requires_grad else None for x in tensors]
 
 
 class LinearPlan(NamedTuple):
@@ -245,7 +214,7 @@ class LinearPlan(NamedTuple):
     per_row: bool
     return_terms: bool
     wanted: list[bool]
-    """The gradients of hidden states, weight and bias."""
+    """The gradients of hidden states, weight, bias, and with `teacher_gradient` of each teacher's rows, head, bias."""
     families: tuple[Divergence, ...]
     """Alive until backward: a divergence without a kernel is known by its number only."""
     slopes: int
@@ -266,8 +235,8 @@ class LinearPlan(NamedTuple):
         teachers: Sequence[TeacherRows],
         upstream: Tensor | None,
         wanted: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The operator: row losses; the gradients of hidden states, weight and bias; their unit."""
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The operator: row losses; the gradients; their unit."""
         shard = {} if self.flags.shard is None else {"shard": self.flags.shard}
         operator = linear_loop.linear_kd if shard else ops.linear_kd
         return operator(  # type: ignore[no-any-return]
@@ -283,10 +252,12 @@ class LinearPlan(NamedTuple):
             row_weights=[t.row_weights for t in teachers],
             options=[t.options for t in teachers],
             normalizers=[t.normalizers for t in teachers],
+            exchanged=[t.exchanged for t in teachers],
             slopes=list(slopes),
             upstream=upstream,
             ignore_index=self.flags.ignore_index,
             kernel_ids=[t.kernel_id for t in teachers],
+            exchanged_kernel_ids=[t.exchanged_kernel_id for t in teachers],
             transform=self.flags.transform,
             ce=self.flags.ce,
             tile=self.tile,
@@ -299,7 +270,8 @@ class LinearPlan(NamedTuple):
 
 class LinearKDLossFunction(torch.autograd.Function):
     """(loss, terms ``(teachers, 2, …)`` for logging or None). The forward call computes the gradients, in float32 and
-    for upstream 1, unless it is ``per_row``; backward scales and rounds them. The teachers come as their fields, one
+    for upstream 1, unless it is ``per_row``; backward scales and rounds them. First of the fields come the tensors of
+    teachers that may get a gradient, as many as there are in ``wanted``, then slopes, then the teachers' fields, one
     after the other.
     """
 
@@ -313,16 +285,18 @@ class LinearKDLossFunction(torch.autograd.Function):
         plan: LinearPlan,
         *fields: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        slopes, teachers = fields[: plan.slopes], block.unflatten(TeacherRows, fields[plan.slopes :])
-        wanted = [False] * 3 if plan.per_row else plan.wanted
-        row_losses, *found = plan.run(hidden, weight, bias, labels, slopes, teachers, None, wanted)
+        own = len(plan.wanted) - 3
+        leaves = hidden, weight, bias, *fields[:own]
+        slopes, teachers = fields[own : own + plan.slopes], block.unflatten(TeacherRows, fields[own + plan.slopes :])
+        wanted = [want and not plan.per_row for want in plan.wanted]
+        row_losses, gradients, unit = plan.run(hidden, weight, bias, labels, slopes, teachers, None, wanted)
         ctx.plan = plan
-        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        ctx.like = [None if x is None else (x.dtype, x.shape) for x in leaves]
         ctx.set_materialize_grads(False)
         if plan.per_row:
             save_teachers(ctx, teachers, hidden, weight, bias, labels, *slopes)
         else:
-            save_for_backward(ctx, *found)
+            save_for_backward(ctx, *gradients, unit)
         terms = None
         if plan.return_terms:
             terms = row_losses.new_empty(row_losses.shape[: 2 + plan.per_row])
@@ -332,17 +306,21 @@ class LinearKDLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _terms: None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
-        unused = (None,) * (len(ctx.needs_input_grad) - 3)
+        unused = (None,) * len(ctx.needs_input_grad)
         if upstream is None:
-            return None, None, None, *unused
+            return unused
         plan, factor = ctx.plan, None
         if plan.per_row:
             teachers, saved = saved_teachers(ctx, 4 + plan.slopes)
-            _, *gradients, unit = plan.run(*saved[:4], saved[4:], teachers, upstream.contiguous(), plan.wanted)
+            _, gradients, unit = plan.run(*saved[:4], saved[4:], teachers, upstream.contiguous(), plan.wanted)
             if unit.dim() == 0:
                 factor = unit.reciprocal()
         else:
             *gradients, unit = ctx.saved_tensors
             factor = upstream if unit.dim() else upstream / unit
-        typed = zip(gradients, ctx.dtypes, plan.wanted, strict=True)
-        return *[rounded(gradient, factor, dtype) if want else None for gradient, dtype, want in typed], *unused
+        found: list[Tensor | None] = [None] * len(gradients)
+        for i, gradient in enumerate(gradients):
+            if plan.wanted[i]:
+                dtype, shape = ctx.like[i]
+                found[i] = rounded(gradient, factor, dtype).view(shape)
+        return *found[:3], None, None, *found[3:], *unused[len(found) + 2 :]
