@@ -1,23 +1,25 @@
 """One step of gradient descent by a method, against a loss written plainly."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_run import classifier, tiny_run
+from tiny_run import tiny_run
 from torch import Tensor
 
 from recipes.glue.run import Run
 
-STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
 
 def still(run: Run) -> Run:
     """Its students and generators have no dropout."""
-    labels = run.source.config.num_labels
-    return replace(run, source=classifier(len(run.tokenizer), labels=labels, **STILL).eval())
+    config = copy.deepcopy(run.source.config)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    source = type(run.source)(config)
+    source.load_state_dict(run.source.state_dict())
+    return replace(run, source=source.eval())
 
 
 def one_sgd_step(folder: Path, tokenizer: Any, task: str, cuts: int = 1, **more: Any) -> Run:
