@@ -7,10 +7,9 @@ Everything is computed in float64 on both sides: what is compared is what a loss
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from parity import entropy, same
 from torch import Tensor
 from torch.nn import functional as F
 from truth import pair
@@ -28,18 +27,6 @@ def batch(device: str) -> tuple[Tensor, Tensor, Tensor]:
     for row, (start, end) in enumerate(((0, 6), (2, 5), (3, 4))):
         labels[row, :start] = labels[row, end:] = -100
     return student, teacher, labels.to(device)
-
-
-def same(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], student: Tensor) -> None:
-    """Value and gradient."""
-    results = []
-    for function in (ours, theirs):
-        leaf = student.clone().requires_grad_()
-        loss = function(leaf)
-        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-8, atol=1e-13)
-    assert results[1][1].norm() > 1e-4
 
 
 def log_probs(z: Tensor, v: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -121,10 +108,6 @@ def token_mean(rows: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropy_with(target: Tensor, log_q: Tensor) -> Tensor:
     return -(target * log_q).sum(-1)
-
-
-def entropy(v: Tensor) -> Tensor:
-    return -(v.softmax(-1) * v.log_softmax(-1)).sum(-1)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4])

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedkd.backends import block
+from fusedkd.backends import block, products
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.layout import FIRST_DEFINED, KernelId, Option
 from fusedkd.backends.linear_loop import in_range
-from fusedkd.backends.products import aligned, own_product, product
+from fusedkd.backends.products import aligned, own_product
 from fusedkd.backends.schema import attention_memory
 from fusedkd.backends.slopes import bound_of
 
@@ -240,7 +240,7 @@ def _run(
             continue
         z, t = (tiles.get(role, tiles.dtype, most, *shape) for role in ("student", "teacher"))
         for tile, queries, its_keys in ((z, q, k), (t, t_q, t_k)):
-            product(queries[:, part], its_keys[:, seen].transpose(1, 2), tile)
+            products.product(queries[:, part], its_keys[:, seen].transpose(1, 2), tile)
             if hidden is not None:
                 tile.masked_fill_(hidden[..., seen], -torch.inf)
             if call.causal:
@@ -256,9 +256,9 @@ def _run(
             z.mul_(upstream[:, part])
         g = tiles.get("gradient", k.dtype, most, *shape).copy_(z) if z.is_cuda and k.dtype != z.dtype else z
         if to_q is not None:
-            product(g, k[:, seen], to_q[:, part], add=True)
+            products.product(g, k[:, seen], to_q[:, part], add=True)
         if to_k is not None:
-            product(g.transpose(1, 2), q[:, part], to_k[:, seen], add=True)
+            products.product(g.transpose(1, 2), q[:, part], to_k[:, seen], add=True)
 
 
 def _hide_later(tile: Tensor, part: slice, seen: slice) -> None:

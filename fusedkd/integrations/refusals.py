@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +276,18 @@ def terms_given(terms: Any, kd: KDConfig, teacher: Any) -> None:
 
 
 def projections(trainer: Any) -> None:
-    if trainer.projections and trainer.is_fsdp_enabled:
+    if trainer.projections and trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError(
-            "projection=True does not go with FSDP, which would shard the projections: use DistributedDataParallel"
+            "projection=True does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}, or DistributedDataParallel"
+        )
+
+
+def own_units(name: str, projections: Iterable[nn.Linear]) -> None:
+    """Projections of the term that are a share in the forward of the whole model, whose gradients nobody would add."""
+    if any(hasattr(linear.weight, "full_tensor") for linear in projections):
+        raise RuntimeError(
+            f"the projections of the term {name!r} are an FSDP unit of their own, whose forward is not called: leave "
+            "them to the unit of the whole model, as transformer_layer_cls_to_wrap does"
         )
 
 

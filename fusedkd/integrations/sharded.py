@@ -1,6 +1,6 @@
-"""A teacher of which each rank holds a share: FSDP2 (:func:`torch.distributed.fsdp.fully_shard`), DeepSpeed ZeRO-3.
+"""Models of which each rank holds a share: FSDP2 (:func:`torch.distributed.fsdp.fully_shard`), DeepSpeed ZeRO-3.
 
-Its forward gathers one unit after the other, which all ranks must do together, and equally often.
+A forward gathers one unit after the other, which all ranks must do together, and equally often.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import distribute_tensor
 
     UNITS: tuple[type, ...] = (FSDPModule,)
 else:
@@ -54,6 +55,19 @@ class Shares:
         self.gathered.close()
         for unit in units(self.model):
             unit.reshard()
+
+
+def whole(tensor: Any) -> Tensor:
+    """Of FSDP2's shares, on every rank; all of them ask together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def set_whole(tensor: Any, values: Tensor) -> None:
+    """Each rank its share of what all of them have."""
+    with torch.no_grad():
+        if hasattr(tensor, "full_tensor"):
+            values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(values)
 
 
 def _is_zero3(parameter: Any) -> bool:

@@ -19,6 +19,7 @@ from fusedkd.integrations.bound import BoundTerms
 from fusedkd.integrations.evaluation import EvaluatingTrainer
 from fusedkd.integrations.offline import Batch
 from fusedkd.integrations.pair import Pair
+from fusedkd.integrations.sharded import set_whole, whole
 from fusedkd.integrations.states import Recorder
 from fusedkd.integrations.term import Given, Term
 
@@ -107,6 +108,7 @@ class TermTrainer(EvaluatingTrainer):
         for term in self.given_terms:
             normalizer = None if counts is None else counts[parts[term.name][1]]
             own: Any = projections[term.name] if term.name in projections else ()  # noqa: SIM401 (a ModuleDict)
+            refusals.own_units(term.name, own)
             pairs = self.bound.pairs.get(term.name, ()) if self.bound else ()
             states: Any = {"student": pair.states, "teacher": pair.teacher_states, "attended": pair.attended}
             given = Given(
@@ -134,6 +136,7 @@ class TermTrainer(EvaluatingTrainer):
         if not self.projections:
             yield
             return
+        keys = self.projections.state_dict()  # FSDP2 makes parameters shares again, which an evaluation left whole
         held = {p for group in self.optimizer.param_groups for p in group["params"]} if self.optimizer else None
         if held is not None and not held.issuperset(self.projections.parameters()):
             raise ValueError(
@@ -142,7 +145,7 @@ class TermTrainer(EvaluatingTrainer):
             )
         ignored = getattr(model, "_keys_to_ignore_on_save", None)
         model.add_module(MODULE, self.projections)
-        model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{MODULE}.{k}" for k in self.projections.state_dict())}
+        model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{MODULE}.{k}" for k in keys)}
         try:
             yield
         finally:
@@ -151,20 +154,25 @@ class TermTrainer(EvaluatingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.projections and self.args.should_save:  # of a checkpoint
-            values = {name: value.contiguous() for name, value in self.projections.state_dict().items()}
-            save_file(values, Path(str(output_dir)) / FILE)
+        if _internal_call and self.projections:  # of a checkpoint
+            self.save_projections(Path(str(output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._bind_terms()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projections(resume_from_checkpoint)
+        self.load_projections(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_projections(str(self.state.best_model_checkpoint))
+        self.load_projections(str(self.state.best_model_checkpoint))
 
-    def _load_projections(self, checkpoint: str) -> None:
+    def save_projections(self, checkpoint: Path) -> None:
+        values = {name: whole(value).contiguous() for name, value in self.projections.state_dict().items()}
+        if self.args.should_save:
+            checkpoint.mkdir(parents=True, exist_ok=True)  # of FSDP's shares the Trainer has saved nothing yet
+            save_file(values, checkpoint / FILE)
+
+    def load_projections(self, checkpoint: str | Path) -> None:
         if not self.projections:
             return
         file = Path(checkpoint) / FILE
@@ -173,7 +181,8 @@ class TermTrainer(EvaluatingTrainer):
         saved, own = load_file(file), self.projections.state_dict()
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise ValueError(f"{file} holds {', '.join(saved)}, but the terms have {', '.join(own)}, in their shapes")
-        self.projections.load_state_dict(saved)
+        for name, value in own.items():
+            set_whole(value, saved[name])
 
     # ---- logs
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from graphs import capture
 from torch import Tensor
-from truth import assert_gradient, assert_value, hidden_truth, pair
+from truth import EMULATED, assert_gradient, assert_value, hidden_truth, pair
 
 from fusedkd import hidden_loss
 from fusedkd.backends import dispatch
@@ -38,7 +38,7 @@ def test_in_a_cuda_graph() -> None:
 
 def test_deterministic_and_served_by_triton() -> None:
     assert dispatch.serving["hidden_forward", "CUDA"][0] == "Triton", dispatch.serving["hidden_forward", "CUDA"]
-    x, y = pair(64, 64, 4096, dtype=torch.bfloat16, device="cuda")
+    x, y = pair(2 if EMULATED else 4096, 4096, dtype=torch.bfloat16, device="cuda")
     x.requires_grad_()
     first, second = (torch.autograd.grad(hidden_loss(x, y, normalize="l2"), x)[0] for _ in range(2))
     assert torch.equal(first, second)

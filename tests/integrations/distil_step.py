@@ -156,6 +156,11 @@ if __name__ == "__main__":
         sharded_gradient(ROWS // 2, own_unit=True)
     except RuntimeError as error:
         result["refusal"] = str(error)
+    result["FSDP2 terms"] = term_step.sharded_step("llama", Path(sys.argv[3]).parent)
+    try:
+        term_step.sharded_step("llama", Path(sys.argv[3]).parent, own_unit=True)
+    except RuntimeError as error:
+        result["refusal of projections"] = str(error)
     if torch.distributed.get_rank() == 0:
         torch.save(result, Path(sys.argv[3]))
     torch.distributed.barrier()

@@ -1,11 +1,14 @@
 """Terms of DistillationTrainer that cannot be."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from fusedkd.integrations import refusals
 from fusedkd.integrations.terms import AttentionTerm, HiddenTerm, LayerAttentionTerm, LogitsTerm
 
 from .distil_step import LENGTH, rows, trainer
@@ -108,3 +111,12 @@ def test_batches_whose_maps_are_not_one_text_each_are_refused():
         p.requires_grad_(p is student.lm_head.weight)
     with pytest.raises(ValueError, match="the term 'attention' has no gradient: everything"):
         found.compute_loss(student, batch)
+
+
+def test_projections_go_with_fsdp2_alone():
+    accelerator = SimpleNamespace(is_fsdp2=True)
+    found = SimpleNamespace(projections={"hidden": []}, is_fsdp_enabled=True, accelerator=accelerator)
+    refusals.projections(found)
+    accelerator.is_fsdp2 = False
+    with pytest.raises(ValueError, match="projection=True does not go with FSDP1: use FSDP2"):
+        refusals.projections(found)

@@ -102,6 +102,11 @@ def test_two_processes_are_exact(tmp_path):
     expected = term_step.step(*term_step.models(), term_step.EVERYTHING, KDConfig())[:2]
     for found in result["terms"]:
         assert_equal(found, (expected[0], {term.name: expected[1][term.name] for term in term_step.EVERYTHING}))
+    expected = term_step.step(*term_step.models("llama"), term_step.EVERYTHING, KDConfig())[:2]
+    (sharded, loss), loaded = result["FSDP2 terms"]
+    assert_equal((sharded, {"loss": loss}), (expected[0], {"loss": expected[1]["loss"]}))
+    assert loaded
+    assert "'hidden' are an FSDP unit of their own" in result["refusal of projections"]
 
 
 @pytest.mark.parametrize(("mine", "teachers"), [(VOCAB, VOCAB + 3), (VOCAB + 7, VOCAB)])
