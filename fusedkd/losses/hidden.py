@@ -41,7 +41,7 @@ def hidden_loss(
     """Mean over the selected rows of a distance between the student's hidden states and the teacher's, of one layer or
     of several.
 
-    ``normalize="l2"`` with ``distance="mse"`` is the loss of PKD (arXiv:1908.09355, eq. 7), CKD (arXiv:2012.06048) and
+    ``normalize="l2"`` with ``distance="mse"`` is the loss of PKD (arXiv:1908.09355, eq. 7), CKD (arXiv:2010.03034) and
     RAIL-KD (arXiv:2109.10164), which is (2 − 2·cos)/H; ``"layer_norm"`` that of MobileBERT (arXiv:2004.02984, eq. 1);
     without either it is that of TinyBERT (arXiv:1909.10351, eq. 8). Each side is read once, nothing is gathered,
     concatenated or copied, and the gradient is taken in the forward call.
