@@ -64,7 +64,7 @@ class ModelOptions:
     _argument_group_name = "models"
     teacher: str = option("minilm", TEACHER)
     teacher_epochs: float = option(2.0, "of the teacher's fine-tuning, on all labels")
-    teacher_steps: int = option(0, "optimiser steps of it instead; 0: as the epochs have")
+    teacher_max_steps: int = option(0, "optimiser steps of it instead; 0: as the epochs have")
     teacher_learning_rate: float = option(1e-4, "the same")
     student: str | None = option(None, "a model given: folder or hub name; default: made from the teacher")
     layers: list[int] = option([], "of the teacher, from 0, that the student has; default: every other one")
@@ -176,7 +176,7 @@ def prepare(its: DataOptions, models: ModelOptions, arguments: CompareArguments)
         if other.get_vocab() != tokenizer.get_vocab():
             raise UsageError(f"--student {models.student} has another vocabulary than --teacher {models.teacher}")
     folder = Path(str(arguments.output_dir)) / "teacher"
-    tuning: Any = {"num_train_epochs": models.teacher_epochs, "max_steps": models.teacher_steps or -1}
+    tuning: Any = {"num_train_epochs": models.teacher_epochs, "max_steps": models.teacher_max_steps or -1}
     tuning |= {"learning_rate": models.teacher_learning_rate, "seed": 0}
     prepared.teacher = source if ready else compare.fine_tuned(prepared, folder, **tuning)
     if its.labels:
