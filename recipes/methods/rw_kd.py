@@ -33,6 +33,10 @@ from recipes.glue.trainer import BESIDE, IndexedPadding
 
 EPSILON = 1e-2
 """How far the student moves along g, all of its weights as one vector."""
+SHARE = 1e-2
+"""Of the network's loss: AdamW does not see it. The clipping of gradients does, which takes network and student
+together: so it leaves the student alone.
+"""
 
 
 def by_example(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -124,7 +128,7 @@ def rw_kd(
         losses = by_example(step.student.logits, step.teacher.logits, step.labels, temperature)
         weights = beside(losses.detach(), has_label(step.labels))
         counts = torch.stack([step.counts.labelled.clamp(min=1), step.counts.rows])
-        network = -(weights * side.gains(step) / counts).sum()
+        network = -SHARE * (weights * side.gains(step) / counts).sum()
         network = network - network.detach()  # a gradient without a value
         return (weights.detach() * losses / counts).sum() + network
 
