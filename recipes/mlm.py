@@ -4,6 +4,10 @@ A sentence encoder such as MiniLM comes without the head that DistilBERT's tripl
 augmentation by a masked LM need. Here the whole model is trained on masked text, body included. What is written is
 `OUTPUT_DIR/model`, a folder that `python -m fusedkd.distilbert --teacher` takes, and `OUTPUT_DIR/result.json`.
 
+A short training learns faster with fewer masks. From MiniLM on WikiText-2, after 100 steps of 16 blocks, the held-out
+loss was 5.84 with 15 % of the tokens masked in training, 6.57 with 40 % (both at a learning rate of 1e-3); with 15 % at
+4e-4 it was 5.56.
+
 The decoder is tied to the embeddings. The bias of a new head begins as the logarithm of how often each token occurs, so
 that the model begins as a unigram model (about 7 nats) and not as a uniform one (10.3 nats for 30,522 tokens).
 """
@@ -46,8 +50,8 @@ class Model:
 @dataclass
 class MaskedArguments(DistilArguments):
     output_dir: str | None = option("runs/mlm", "where everything goes; what is finished there is kept")
-    max_steps: int = option(1000, "optimiser steps")
-    learning_rate: float = option(1e-3, "peak learning rate")
+    max_steps: int = option(1500, "optimiser steps")
+    learning_rate: float = option(5e-4, "peak learning rate")
     per_device_train_batch_size: int = option(16, "blocks per device and forward pass")
     eval_on_start: bool = option(False, "evaluate at the training's share of masks before the first step")
 

@@ -94,5 +94,8 @@ class MethodTrainer(TaskTrainer):
             beside=self.beside,
             teacher_logits=self.teacher_logits,
         )
-        loss = self.loss_of(step) * self.accelerator.num_processes  # whose gradients data parallelism averages
+        loss = self.loss_of(step)
+        if self.args.world_size > 1 and "student" in vars(step):  # which waits for a gradient of the head, too
+            loss = loss + 0.0 * step.student.logits.float().sum()
+        loss = loss * self.accelerator.num_processes  # whose gradients data parallelism averages
         return (loss, {"logits": step.student.logits}) if return_outputs else loss
