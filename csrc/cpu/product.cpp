@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t TILE_ROWS = 6, TILE_COLUMNS = 64;                        // 24 registers of 16 sums, 4 of b, 1 of a
 constexpr int64_t BLOCK_ROWS = 48;                                         // of a are packed side by side
+constexpr int64_t PER_THREAD = 4;                                          // chunks
 constexpr int64_t MOST_PARTS = 8;                                          // of a long sum
 constexpr int64_t MOST_ROWS = 960, MOST_COLUMNS = 1024, MOST_STEPS = 512;  // of a chunk: 2 MB packed of either side
 
@@ -83,19 +84,27 @@ void run_chunk(const Kernel& kernel, const Product& p, int64_t i, int64_t rows, 
                         p.bias && k == 0 ? p.bias + j + column : nullptr);
 }
 
-// Rows and columns of a chunk: as many as the caches hold, fewer where not every thread would have some.
+// Rows and columns of a chunk: as many as the caches hold, fewer where not every thread would have some, and in chunks
+// of equal size.
 struct Chunk {
   int64_t rows, columns;
 
   Chunk(const Product& p, int64_t parts) {
-    const auto within = [](int64_t most, int64_t n, int64_t unit) { return std::min(most, ceil_div(n, unit) * unit); };
-    rows = within(MOST_ROWS, p.a.count, BLOCK_ROWS), columns = within(MOST_COLUMNS, p.b.count, TILE_COLUMNS);
-    const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
-    const auto worth = [&] { return rows * columns * p.a.depth / parts >= 1 << 22; };
-    while (parts * ceil_div(p.a.count, rows) * ceil_div(p.b.count, columns) < wanted && worth()) {
-      if (columns > std::max(rows, TILE_COLUMNS)) columns = ceil_div(columns / 2, TILE_COLUMNS) * TILE_COLUMNS;
-      else if (rows > BLOCK_ROWS) rows = ceil_div(rows / 2, BLOCK_ROWS) * BLOCK_ROWS;
+    const int64_t m = p.a.count, n = p.b.count, threads = torch::stable::get_num_threads();
+    const int64_t wanted = threads > 1 ? PER_THREAD * threads : 1;
+    int64_t down = ceil_div(m, MOST_ROWS), across = ceil_div(n, MOST_COLUMNS);
+    const auto cut = [&] {
+      rows = ceil_div(ceil_div(m, down), TILE_ROWS) * TILE_ROWS;
+      columns = ceil_div(ceil_div(n, across), TILE_COLUMNS) * TILE_COLUMNS;
+    };
+    cut();
+    const auto uneven = [&](int64_t chunks) { return chunks < wanted || (chunks % threads && chunks < 2 * wanted); };
+    while (uneven(parts * down * across)) {
+      if (rows * columns * p.a.depth / parts < 1 << 22) return;
+      if (columns > std::max(rows, TILE_COLUMNS)) across++;
+      else if (rows > BLOCK_ROWS) down++;
       else return;
+      cut();
     }
   }
 };
@@ -106,7 +115,8 @@ void run(const Kernel& kernel, const Product& p, int64_t part_depth, int64_t par
   const Chunk chunk(p, parts);
   const int64_t across = ceil_div(n, chunk.columns), per_part = ceil_div(m, chunk.rows) * across;
   torch::stable::parallel_for(0, parts * per_part, 1, [&](int64_t begin, int64_t end) {
-    const size_t size = (chunk.rows + chunk.columns) * ceil_div(std::min(most, depth), kernel.per_step);
+    const int64_t packed = ceil_div(chunk.rows, BLOCK_ROWS) * BLOCK_ROWS + chunk.columns;
+    const size_t size = packed * ceil_div(std::min(most, depth), kernel.per_step);
     const std::unique_ptr<Line[]> scratch(new Line[size / 16 + 1]);
     for (int64_t u = begin; u < end; u++) {
       const int64_t part = u / per_part, i = u % per_part / across * chunk.rows, j = u % across * chunk.columns;

@@ -83,8 +83,8 @@ inline void pack(const Operand& from, int64_t row, int64_t rows, int64_t k, int6
                  uint32_t* to) {
   const int64_t steps = (depth + PER_STEP - 1) / PER_STEP, size = size_of(from.type);
   const char* start = from.data + (row * from.stride + k * from.depth_stride) * size;
-  for (int64_t i = 0; i < width; i += 16) {
-    if (from.depth_stride == 1) {
+  if (from.depth_stride == 1) {
+    for (int64_t i = 0; i < width; i += 16)
       for (int64_t s = 0; s < steps; s += 16) {
         __m512i x[16];
         for (int64_t r = 0; r < 16; r++) {
@@ -95,13 +95,13 @@ inline void pack(const Operand& from, int64_t row, int64_t rows, int64_t k, int6
         for (int64_t j = 0; j < std::min<int64_t>(16, steps - s); j++)
           _mm512_store_si512(to + (s + j) * width + i, x[j]);
       }
-    } else {
-      for (int64_t s = 0; s < steps; s++) {
-        const char *at = start + (i + s * PER_STEP * from.depth_stride) * size, *next = at + from.depth_stride * size;
-        const bool odd = s * PER_STEP + 1 == depth;
-        _mm512_store_si512(to + s * width + i, step_of(from.type, at, odd ? nullptr : next, first(rows - i)));
-      }
-    }
+    return;
+  }
+  for (int64_t s = 0; s < steps; s++) {
+    const char *row = start + s * PER_STEP * from.depth_stride * size, *next = row + from.depth_stride * size;
+    const bool odd = s * PER_STEP + 1 == depth;
+    for (int64_t i = 0; i < width; i += 16, to += 16)
+      _mm512_store_si512(to, step_of(from.type, row + i * size, odd ? nullptr : next + i * size, first(rows - i)));
   }
 }
 
