@@ -38,7 +38,7 @@ aot: .venv/ready $(TRITONS:%=.aot/%/triton)
 	for version in $(TRITONS); do \
 		echo "== Triton $$version"; \
 		PYTHONPATH=.aot/$$version OMP_NUM_THREADS=1 FUSEDKD_AOT=all .venv/bin/python -m pytest -n auto \
-			$(addprefix tests/test_,triton_aot.py topk_aot.py gumbel_aot.py hidden_aot.py) || failed=1; \
+			$(addprefix tests/test_,triton_aot.py topk_aot.py gumbel_aot.py hidden_aot.py attention_aot.py) || failed=1; \
 	done; \
 	exit $$failed
 

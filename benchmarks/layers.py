@@ -16,7 +16,8 @@ import fusedkd
 from benchmarks.cases import CACHE_BYTES, ROWS_AT_A_TIME, Case
 from fusedkd.reference import layers
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any, Tensor], Tensor]
+LISTED = "hidden_loss of a list"
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,16 @@ class LayersCase(Case):
         return super().__str__().replace(f"{self.rows}x", f"{self.layers}+{self.teacher_layers}x{self.rows}x")
 
     def inputs(self, device: str) -> list[Any]:
-        """Sets of (student, teacher, the factors of the distances)."""
-        return _layers(self.layers, self.teacher_layers, self.rows, self.columns, self.dtype, device)
+        """Sets of (student, teacher, the factors of the distances); both a tensor, or for LISTED a list of layers."""
+        sets = _layers(self.layers, self.teacher_layers, self.rows, self.columns, self.dtype, device)
+        if self.loss != LISTED:
+            return sets
+        return [(_leaves(student), [*teacher], factors) for student, teacher, factors in sets]
 
-    def truth(self, student: Tensor, teacher: Tensor, factors: Tensor) -> tuple[float, Tensor]:
+    def truth(self, student: Any, teacher: Any, factors: Tensor) -> tuple[float, Any]:
+        if self.loss == LISTED:
+            found = [_difference(x, y, self.upstream / self.rows) for x, y in zip(student, teacher, strict=True)]
+            return sum([value for value, _ in found]), tuple([gradient for _, gradient in found])
         value, gradient = 0.0, torch.empty(student.shape, dtype=torch.float64, device=student.device)
         inside = torch.ones(factors.shape, dtype=torch.bool, device=student.device)
         for start in range(0, self.rows, ROWS_AT_A_TIME):
@@ -78,7 +85,29 @@ def _layers(M: int, K: int, rows: int, columns: int, dtype: str, device: str) ->
     return sets
 
 
+def _leaves(layers: Tensor) -> tuple[Tensor, ...]:
+    return tuple([layer.detach().clone().requires_grad_() for layer in layers])
+
+
+def _difference(x: Tensor, y: Tensor, scale: float) -> tuple[float, Tensor]:
+    """The mean squared difference, and its gradient times `scale`·rows."""
+    d = x.detach().double() - y.double()
+    return d.square().mean().item(), d.mul_(2 * scale / d.shape[-1])
+
+
 # -------------------------------------------------- providers
+
+
+def fusedkd_listed(case: Case) -> Loss:
+    return lambda student, teacher, factors: fusedkd.hidden_loss(student, teacher)
+
+
+def eager_listed(case: Case) -> Loss:
+    def loss(student: Any, teacher: Any, factors: Tensor) -> Tensor:
+        pairs = zip(student, teacher, strict=True)
+        return torch.stack([F.mse_loss(x.float(), y.float()) for x, y in pairs]).sum()
+
+    return loss
 
 
 def fusedkd_attention(case: Case) -> Loss:
@@ -115,6 +144,7 @@ PROVIDERS = {
         "eager": eager_attention,
         "torch.compile": eager_attention,
     },
+    LISTED: {"fusedkd": fusedkd_listed, "eager": eager_listed, "torch.compile": eager_listed},
     "pairwise_layer_mse": {"fusedkd": fusedkd_distances, "eager": eager_distances, "torch.compile": eager_distances},
 }
 
@@ -132,8 +162,16 @@ def distances(layers: int, teacher_layers: int, rows: int, columns: int, dtype: 
     return LayersCase("pairwise_layer_mse", rows, columns, dtype, **shape, **mode)
 
 
+def listed(layers: int, rows: int, columns: int, dtype: str, **mode: Any) -> LayersCase:
+    return LayersCase(LISTED, rows, columns, dtype, layers=layers, teacher_layers=layers, **mode)
+
+
 CASES = {
     "cpu-layers": [
+        listed(12, 4096, 768, "float32"),
+        listed(12, 4096, 768, "bfloat16"),
+        listed(12, 4096, 768, "float32", backward=False),
+        listed(12, 32, 768, "float32"),
         attention(4, 12, 2048, 768, "float32"),  # BERT-base, 4 layers of 12
         attention(4, 12, 2048, 768, "bfloat16"),
         attention(4, 12, 2048, 768, "float32", backward=False),
@@ -144,6 +182,8 @@ CASES = {
         distances(12, 24, 512, 1024, "float32"),
     ],
     "cuda-layers": [
+        listed(12, 8192, 768, "bfloat16"),
+        listed(32, 4096, 4096, "bfloat16"),
         attention(4, 12, 8192, 768, "bfloat16"),
         attention(12, 24, 8192, 1024, "bfloat16"),
         attention(8, 32, 4096, 4096, "bfloat16"),
@@ -152,6 +192,8 @@ CASES = {
         distances(8, 32, 4096, 4096, "bfloat16"),
     ],
     "smoke-layers": [
+        listed(2, 6, 20, "float32"),
+        listed(2, 6, 20, "bfloat16", backward=False),
         attention(2, 3, 6, 20, "float32"),
         attention(2, 3, 6, 20, "bfloat16", backward=False),
         distances(2, 3, 6, 20, "float32"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.attention import attention
 from benchmarks.cases import HIDDEN, KNOWN_AT_K, OTHERS, Case, cosine, family, kd, listed, states
 from benchmarks.linear import linear
 from benchmarks.measure import error_of, evaluate
@@ -34,6 +35,11 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "linear": [linear(512, 256, 512, 32000, dtype) for dtype in ("bfloat16", "float16", "float32")],
         "cosine": [cosine(4096, 768, "bfloat16"), cosine(512, 4096), cosine(64, 20001, "bfloat16")],
         "hidden": [states(*kind, 512, 1024, "bfloat16") for kind in HIDDEN],
+        "attention": [
+            *(attention(loss, 2, 300, dtype) for loss in ("kl", "mse") for dtype in ("bfloat16", "float16", "float32")),
+            attention("kl", 2, 300, "bfloat16", causal=True),
+            attention("kl", 2, 300, "bfloat16", width=96),
+        ],
     },
     "cpu": {  # tests the harness
         "kd": [kd(6, 33), *(family(name, 6, 33) for name in OTHERS)],
@@ -41,6 +47,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "linear": [linear(6, 5, 7, 33, dtype) for dtype in ("float16", "float32")],
         "cosine": [cosine(6, 20, "bfloat16")],
         "hidden": [states(*kind, 6, 20) for kind in HIDDEN],
+        "attention": [attention(loss, 2, 9, heads=3) for loss in ("kl", "mse")],
     },
 }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from benchmarks import layers
 from benchmarks.attention import AttentionCase
 from benchmarks.cases import Case
-from benchmarks.layers import LayersCase
 from benchmarks.linear import LinearCase
 from benchmarks.projected import ProjectedCase
 from benchmarks.providers import PRODUCTS
@@ -20,7 +20,7 @@ BOUND_BY_PRODUCTS: dict[str, type[Case]] = {
     "attention_kl_loss": AttentionCase,
     "attention_mse_loss": AttentionCase,
 }
-KINDS = BOUND_BY_PRODUCTS | {"layer_attention_loss": LayersCase, "pairwise_layer_mse": LayersCase}
+KINDS = BOUND_BY_PRODUCTS | dict.fromkeys(layers.PROVIDERS, layers.LayersCase)
 """The losses that have cases of their own; all others have those of `cases.py`."""
 COLOURS = {"fusedkd": "#0b7285", "eager": "#adb5bd", "torch.compile": "#868e96", "liger": "#e8590c"}
 OTHER_COLOUR = "#ced4da"

@@ -61,19 +61,19 @@ def plan(folder: Path, device: str) -> list[Step]:
     cases = ("logits", "logits-kl", "linear", "cosine")
     if device == "cpu":
         quick = [headline(case, 60, "--providers", "eager") for case in cases]
-        return [*map(smoke, ("kd", "topk", "linear", "cosine", "hidden")), *quick]
+        return [*map(smoke, ("kd", "topk", "linear", "cosine", "hidden", "attention")), *quick]
     pytest = [*module, "pytest", "-p", "no:cacheprovider"]
     tests = [*pytest, "-m", "gpu", *(["-n", "auto", "--dist", "worksteal"] if find_spec("xdist") else [])]
     speed = [*pytest, "benchmarks", "--disable-warnings", *on, "--benchmark-columns=median,iqr,rounds"]
     return [
         Step("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 300),
         Step("environment", [*module, "fusedkd.env"], 60),
-        *map(smoke, ("cluster", "resident", "whole", "split", "topk", "linear", "cosine", "hidden")),
+        *map(smoke, ("cluster", "resident", "whole", "split", "topk", "linear", "cosine", "hidden", "attention")),
         Step("smoke-shard", [*tests, "tests/test_shards.py"], 120),
         *(headline(case, 150) for case in cases),
         *(
             Step(f"tests-{name}", [*tests, f"tests/gpu/test_{name}.py"], 600)
-            for name in ("kd_cluster", "kd_gpu", "linear_gpu", "hidden_gpu")
+            for name in ("kd_cluster", "kd_gpu", "linear_gpu", "hidden_gpu", "attention_gpu")
         ),
         Step("tests", [*tests, "tests", "--ignore=tests/gpu"], 3600),
         Step("bench", [*speed, f"--benchmark-json={folder}/{device}.json"], 1800),

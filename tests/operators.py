@@ -5,6 +5,7 @@ is what hidden_forward and hidden_backward are. Which of the two is meant is see
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fusedkd.backends.layout import OPTIONS, Option
 
 Inputs = dict[str, Any]
 """student, teacher, ids, labels, row_weights, options, normalizers, ignore_index, kernel_id, transform, ce; of the
-operators of hidden states student, teacher (a list), weights, normalizer, distance, normalize."""
+operators of hidden states student, teacher (a list), weights, normalizer, distance, normalize: one layer."""
 
 
 def options_tensor(coefficients: Iterable[Any] = (), fill: float = 0.0, **values: float) -> Tensor:
@@ -29,8 +30,17 @@ def options_tensor(coefficients: Iterable[Any] = (), fill: float = 0.0, **values
 
 
 def _operator(inputs: Inputs, which: str, ops: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(ops, f"kd_{which}" if "kernel_id" in inputs else f"hidden_{which}")
-    return found
+    if "kernel_id" in inputs:
+        found: Callable[..., Any] = getattr(ops, f"kd_{which}")
+        return found
+    return partial(_one_layer, getattr(ops, f"hidden_{which}"))
+
+
+def _one_layer(operator: Callable[..., Any], *, student: Tensor, gradient: Tensor | None, **given: Any) -> Any:
+    one = torch.ones(1, dtype=torch.float64, device=student.device)
+    layers = {"student": [student], "layer_weights": one, "gradient": [] if gradient is None else [gradient]}
+    found = operator(**layers, **given)
+    return None if found is None else [each[0] for each in found]
 
 
 def forward(

@@ -93,6 +93,10 @@ def test_accesses_are_wide(target: Any, dtypes: Any, H: int, tmp_path: Path) -> 
     assert_wide(kernel, dtypes, gradient=True)
 
 
+def test_accesses_of_layers_are_wide() -> None:
+    assert_wide(compiled(SM90, hidden_case(dtypes=(BF16, BF16), layers=12)), (BF16, BF16), gradient=True)
+
+
 @pytest.mark.parametrize(
     ("target", "case"),
     [
@@ -101,9 +105,10 @@ def test_accesses_are_wide(target: Any, dtypes: Any, H: int, tmp_path: Path) -> 
         (SM90, hidden_case(COSINE, LAYER_NORM, (FP64, FP64), 4096)),
         (SM80, hidden_case(COSINE, NONE, pieces=2, how="backward")),
         (SM90, hidden_case(gradient=False)),
+        (SM90, hidden_case(COSINE, LAYER_NORM, layers=12)),
         (AMD, hidden_case(SMOOTH_L1, LAYER_NORM, (FP16, FP32), 8192)),
     ],
-    ids=["looped", "unaligned", "float64", "backward", "no gradient", "amd"],
+    ids=["looped", "unaligned", "float64", "backward", "no gradient", "layers", "amd"],
 )
 def test_nothing_spills(target: Any, case: Case, tmp_path: Path) -> None:
     does_not_spill(compiled(target, case), tmp_path)

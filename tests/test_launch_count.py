@@ -22,10 +22,18 @@ if INTERPRETED:
 
 import gpu_stub
 
-from fusedkd import TeacherHead, TeacherTopK, hidden_loss, kd_loss, linear_kd_loss
+from fusedkd import (
+    TeacherHead,
+    TeacherTopK,
+    attention_kl_loss,
+    attention_mse_loss,
+    hidden_loss,
+    kd_loss,
+    linear_kd_loss,
+)
 from fusedkd import checks as check
-from fusedkd.backends import composed, linear_loop, projected
-from fusedkd.backends.triton import hidden, launch
+from fusedkd.backends import attention_loop, composed, linear_loop, projected
+from fusedkd.backends.triton import attention, hidden, launch
 
 N, V, H = 6, 300, 16
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "view", "_unsafe_view", "expand", "select"}
@@ -55,6 +63,7 @@ class Count(TorchDispatchMode):
             return function(*args, **kwargs)
         own = {"linear_kd": linear_loop.linear_kd, "hidden_loss": composed.hidden_loss}
         own["linear_hidden"] = projected.linear_hidden
+        own |= {"attention": attention_loop.attention, "attention_pairs": attention.attention_pairs}
         answer = own.get(name) or getattr(launch, name, None) or getattr(hidden, name)
         with self:
             return answer(**kwargs)
@@ -153,12 +162,36 @@ def test_linear_kd_loss(dtype: torch.dtype, most: int, monkeypatch: pytest.Monke
     assert products == 4
 
 
-def test_hidden_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", [1, 12])
+def test_hidden_loss(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many for a list of layers as for one."""
+    students = [STUDENT.detach().clone().requires_grad_() for _ in range(layers)]
     rows = ["hidden", "hidden"]
     for mask, launched, more in ((None, rows, {"le": 1, "where": 1}), (MASK, ["kd_row_weights", *rows], {})):
-        launches, operations, _ = cost(lambda mask=mask: hidden_loss(STUDENT, TEACHER, mask), [STUDENT], monkeypatch)
+        launches, operations, _ = cost(
+            lambda mask=mask: hidden_loss(students, [TEACHER] * layers, mask), students, monkeypatch
+        )
         assert launches == launched
-        assert operations == ONE | {"sum": 1, "div_": 1, "div": 1} | more
+        assert operations == ONE | {"sum": 1, "div_": 1} | more
+    launches, operations, _ = cost(
+        lambda: hidden_loss(students, [TEACHER] * layers, MASK, reduction="none"), students, monkeypatch, torch.ones(N)
+    )
+    assert launches == ["kd_row_weights", "hidden", "hidden"]
+    assert operations == ({} if layers == 1 else {"sum": 1})
+    with torch.no_grad(), gpu_stub.gpu() as launches, as_on_a_gpu(monkeypatch), Count():
+        hidden_loss(students, [TEACHER] * layers)
+    assert len(launches) == 1
+
+
+def test_hidden_loss_of_weighted_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are tensors are packed by three operations, however many there are."""
+    students = [STUDENT.detach().clone().requires_grad_() for _ in range(12)]
+    weights = [torch.tensor(1.0 + i) for i in range(12)]
+    launches, operations, _ = cost(
+        lambda: hidden_loss(students, [TEACHER] * 12, MASK, layer_weights=weights), students, monkeypatch
+    )
+    assert launches == ["kd_row_weights", "hidden", "hidden"]
+    assert operations == ONE | {"sum": 1, "div_": 1, "clone": 1, "stack": 1, "copy_": 1}
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 9)], ids=str)
@@ -174,3 +207,16 @@ def test_hidden_loss_with_a_projection(dtype: torch.dtype, most: int, monkeypatc
         assert launches == [*more, "hidden"]
         assert sum(operations.values()) <= most, operations
         assert products == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_attention_losses(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three launches, and none for what it has no statistics of. The loss is summed and divided, the normaliser made
+    safe; two gradients times the upstream one, and in 16 bits rounded.
+    """
+    q, k, *teacher = (torch.randn(2, 3, N, H).to(dtype) for _ in range(4))
+    leaves = [q.requires_grad_(), k.requires_grad_()]
+    for loss, launched in ((attention_kl_loss, ["attention_statistics"]), (attention_mse_loss, [])):
+        launches, operations, products = cost(lambda loss=loss: loss(*leaves, *teacher), leaves, monkeypatch)
+        assert launches == [*launched, "attention_queries", "attention_keys"]
+        assert (sum(operations.values()), products) == (8 if dtype == torch.float32 else 10, 0), operations

@@ -116,13 +116,18 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
         for u, wanted in ((None, [some, True, False]), (torch.rand(n, device=device), [True] * 3), (None, [False] * 3)):
             cases["linear_kd"].append({**linear, "slopes": slopes, "upstream": u, "wanted": wanted})
 
-        sides = {"student": student, "teacher": list(teacher.split(9, -1)), "distance": int(some), "normalize": 2}
-        inputs = {**sides, "weights": weights if some else None, "normalizer": normalizers[0].clone()}
-        _, stats, gradient = forward(inputs)
-        add_calls(cases, "hidden", inputs, stats, gradient, upstream, n)
-        whole = {**sides, "mask": mask, "normalizers": normalizers}
-        to = torch.full_like(gradient, torch.nan)
-        cases["hidden_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), (None, True)))
+        factors = pack([n, 1.0, 0.5], student.device)
+        sides = {"student": [student, student[..., :9]], "teacher": [*teacher.split(9, -1), teacher[..., :9].clone()]}
+        sides |= {"distance": int(some), "normalize": 2}
+        whole = {**sides, "mask": mask, "normalizers": factors}
+        inputs = {**sides, "weights": weights if some else None, "normalizer": factors[0], "layer_weights": factors[1:]}
+        to = [torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in sides["student"]]
+        cases["hidden_forward"].extend({**inputs, "gradient": g} for g in (to, [to[0], to[1][..., :0]], []))
+        cases["hidden_loss"].extend({**whole, "gradient": g, "per_row": x} for g, x in ((to, False), ([], True)))
+        _, stats = ops.hidden_forward(**inputs, gradient=[])
+        for u, skip in ((upstream, False), (torch.rand(n, device=device), False), (upstream, True)):
+            again = {"upstream": u, "stats": stats, "gradient": to, "skip_if_one": skip}
+            cases["hidden_backward"].append({**inputs, **again})
 
         several = {"student": [student, student * 2], "teacher": [teacher, teacher * 2, teacher / 2]}
         several |= {"weights": weights if some else None, "normalizer": normalizers[0].clone()}

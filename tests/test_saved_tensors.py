@@ -154,5 +154,5 @@ def test_hooks_see_every_tensor_of_the_logits_size(device: str) -> None:
             held = losses(device)[name](leaf * 1)
         seen = {key for key, reference in made.storages.items() if not reference.expired()}
         assert seen <= set(packed)
-        assert [arguments["gradient"] for name, arguments in calls if "gradient" in arguments] == [None]
+        assert [arguments["gradient"] for name, arguments in calls if "gradient" in arguments] in ([None], [[]])
         held.backward()

@@ -1,5 +1,6 @@
-"""The Triton kernels without a GPU, by Triton's interpreter: `triton_operators.py` and `triton_launches.py` on the
-operators; and what the conformance tests ask of rows that are broken, far from 0 or not selected, of the backend.
+"""The Triton kernels without a GPU, by Triton's interpreter: `triton_operators.py`, `triton_launches.py` and
+`triton_attention_operators.py` on the operators; and what the conformance tests ask of rows that are broken, far from 0
+or not selected, of the backend.
 
 Triton decides when it is imported whether it interprets, hence processes of their own.
 """
@@ -40,3 +41,7 @@ def test_rules_under_the_interpreter() -> None:
 
 def test_gumbel_under_the_interpreter() -> None:
     interpreted("test_gumbel_operators.py", "-k", GUMBEL, FUSEDKD_BACKEND="triton")
+
+
+def test_attention_under_the_interpreter() -> None:
+    interpreted("triton_attention_operators.py", FUSEDKD_BACKEND="triton")

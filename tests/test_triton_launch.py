@@ -24,7 +24,23 @@ if INTERPRETED:
 import gpu_stub  # noqa: E402
 import triton.language as tl  # noqa: E402
 from gpu_stub import Launch, gpu  # noqa: E402
-from launch_cases import BF16, F16, F32, F64, GUMBEL, HIDDEN, LAYERS, call, rows, vector  # noqa: E402
+from launch_cases import (  # noqa: E402
+    ATTENTION,
+    BF16,
+    F16,
+    F32,
+    F64,
+    GUMBEL,
+    HIDDEN,
+    L2,
+    LAYERS,
+    MSE,
+    NONE,
+    call,
+    launch_hidden,
+    rows,
+    vector,
+)
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
@@ -275,6 +291,7 @@ CASES = {
         ("small", SMALL),
         ("gumbel", GUMBEL),
         ("layers", LAYERS),
+        ("attention", ATTENTION),
     )
     for name, case in cases.items()
 }
@@ -304,7 +321,7 @@ def test_launches(name: str) -> None:
     elif kind == "hidden":
         assert names == {"hidden_kernel"}
         assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
-    elif kind == "layers":
+    elif kind in ("layers", "attention"):
         assert not any(each.spilled for each in launches)
     elif kind == "top-k":
         assert names in ({"topk_forward_kernel"}, {"topk_backward_kernel"})
@@ -357,3 +374,23 @@ def test_kernels_are_those_that_no_other_calls() -> None:
     functions = jit_functions(fusedkd)
     assert kernels([*functions, a_name_of_triton]) == kernels(functions) | {"a_name_of_triton"}
     assert "columns" in {f.__name__ for f in functions} - kernels(functions)
+
+
+def test_numbers_in_tuples_compile_nothing_of_their_own() -> None:
+    """Widths and strides of pieces, among them 1 and multiples of 16, which do_not_specialize does not reach there."""
+    launches = [
+        launches_of(partial(launch_hidden, "forward", 776, MSE, L2, pieces=widths, layers=layers))
+        for layers in (1, 3)
+        for widths in ([136, 640], [768, 8], [8, 768], [256, 520])
+    ]
+    assert all(len(each) == 1 for each in launches)
+    for same in (launches[:4], launches[4:]):
+        assert len({(str(x.signature), str(x.constants), x.aligned) for (x,) in same}) == 1
+
+
+def test_launches_of_layers() -> None:
+    """32 in one, and of more as few as hold them."""
+    for layers, expected in ((32, 1), (33, 2), (70, 3)):
+        launches = launches_of(partial(launch_hidden, "forward", 64, MSE, NONE, layers=layers))
+        found = sorted(each.grid[0] // 300 for each in launches)
+        assert found == sorted([32] * (expected - 1) + [layers - 32 * (expected - 1)])

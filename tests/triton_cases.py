@@ -1,9 +1,10 @@
 """Rows for the KD operators of Triton, and the check of them against the definitions in float64 by the rule of
 `truth.py`, for `triton_operators.py` and `triton_launches.py`, under the interpreter.
 
-The interpreter rounds bfloat16 towards zero, which no GPU does: its cast is replaced by PyTorch's, and bfloat16 is held
-to the rule like everything else. Stray reads do not fault here, so every row lies between NaNs. Blocks are of 512
-columns, so that short rows have several.
+The interpreter rounds bfloat16 towards zero, which no GPU does, and multiplies its bits as if they were integers: its
+cast is replaced by PyTorch's, operands of products are converted first, and bfloat16 is held to the rule like all
+else. Stray reads do not fault here, so every row lies between NaNs. Blocks are of 512 columns, so that short rows have
+several.
 """
 
 from __future__ import annotations
@@ -56,6 +57,15 @@ def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: Any) -> 
 
 
 interpreter._convert_float = convert
+multiplying = interpreter.InterpreterBuilder.create_dot
+
+
+def dot(self: Any, a: Any, b: Any, *more: Any) -> Any:
+    a, b = (self.create_fp_ext(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b))
+    return multiplying(self, a, b, *more)
+
+
+interpreter.InterpreterBuilder.create_dot = dot
 
 
 def surroundings(view: Tensor) -> Tensor:

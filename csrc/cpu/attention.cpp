@@ -82,6 +82,9 @@ class Pairs {
 
   void pair(int64_t i) {
     const int64_t b = i / c.heads, h = i % c.heads, L = c.length;
+    std::fill_n(c.losses + i * L, L, 0.0f);
+    for (float* gradient : {c.d_q, c.d_k})
+      if (gradient) std::fill_n(gradient + i * L * c.q.width, L * c.q.width, 0.0f);
     const bool *of_rows = c.rows ? c.rows + b * L : nullptr, *of_keys = c.keys ? c.keys + b * L : nullptr;
     const Span rows(of_rows, L), keys(of_keys, L);
     Matrix q(c.q, b, h), k(c.k, b, h);
@@ -186,7 +189,7 @@ const bool* mask_data(const Optional& mask, int64_t size) {
   return mask ? contiguous_data<bool>(*mask, ScalarType::Bool, size, "mask") : nullptr;
 }
 
-// Where a wanted result goes, which is zeros.
+// Where a wanted result goes.
 float* result(const Optional& to, int64_t size) {
   return to ? const_cast<float*>(contiguous_data<float>(*to, ScalarType::Float, size, "a result")) : nullptr;
 }

@@ -83,12 +83,12 @@ void run(const KdCall& k);
 void run_in_lanes(const KdCall& k);  // of at most LANE_COLUMNS columns, not DKD, and no shard
 void run(const TopkCall& k);
 
-// Of hidden_loss.
+// Of hidden_loss: a layer.
 struct HiddenCall {
   Rows student;               // [B, L, H]
   std::vector<Rows> teacher;  // pieces [B, L, H_k], which count as their concatenation
   const float* weights;       // [N] or null: all 1
-  double normalizer;
+  double normalizer, layer_weight;
   HiddenDistance distance;
   HiddenNormalize normalize;
   bool forward = false;                    // rows and stats are results, else stats are given

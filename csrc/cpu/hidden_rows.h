@@ -45,7 +45,7 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
   explicit HiddenRows(const HiddenCall& call) : Columns(call), share(1.0 / double(H)) {}
 
   void row(int64_t i) {
-    const double weight = k.weights ? k.weights[i] : 1;
+    const double weight = k.weights ? k.weights[i] : 1, share_of_loss = weight * k.layer_weight;
     char* out = k.gradient ? (*k.gradient)[i] : nullptr;
     A* stats = static_cast<A*>(k.stats) + HIDDEN_STATS * i;
     if (weight == 0) {  // not read
@@ -54,14 +54,13 @@ template <class A, class S, HiddenDistance D, HiddenNormalize N> struct HiddenRo
       return;
     }
     find(i);
-    const double factor = weight / k.normalizer * (k.upstream ? (*k.upstream)[i] : 1);
+    const double factor = share_of_loss / k.normalizer * (k.upstream ? (*k.upstream)[i] : 1);
     S* g = out ? place_of_gradient(out) : nullptr;
     const bool over_row = g == x;  // written once the value is known: far_value() reads the row again
     if (k.forward) {
       a = b = Scale{}, shift = pull = 0;
-      static_cast<A*>(k.rows)[i] = A(weight * (scaled           ? normalised()
-                                               : g && !over_row ? plain<true>(g, factor)
-                                                                : plain<false>(g, factor)));
+      const double distance = scaled ? normalised() : g && !over_row ? plain<true>(g, factor) : plain<false>(g, factor);
+      static_cast<A*>(k.rows)[i] = A(share_of_loss * distance);
       const A found[] = {a.scale, a.mean, a.rest, b.scale, b.mean, b.rest, shift, pull};
       std::copy(found, found + HIDDEN_STATS, stats);
     } else {

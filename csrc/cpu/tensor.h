@@ -132,10 +132,14 @@ inline void in_huge_pages(const Tensor& result) {
 // Calls work(begin, end) over rows on torch's threads. A row belongs to one thread, so that no result depends on their
 // number.
 template <class Work>
-void over_rows(const Rows& rows, const Work& work) {
+void over_rows(int64_t count, int64_t columns, const Work& work) {
   constexpr int64_t worth_a_thread = 1 << 14;  // elements
-  const int64_t grain = worth_a_thread / std::max<int64_t>(1, rows.columns);
-  torch::stable::parallel_for(0, rows.count, std::max<int64_t>(1, grain), work);
+  const int64_t grain = worth_a_thread / std::max<int64_t>(1, columns);
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, grain), work);
+}
+template <class Work>
+void over_rows(const Rows& rows, const Work& work) {
+  over_rows(rows.count, rows.columns, work);
 }
 
 // A scalar ([]) or one value per row ([N]).

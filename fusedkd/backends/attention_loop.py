@@ -58,30 +58,29 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator of :mod:`fusedkd.backends.schema`, on any device."""
     row_losses, d_q, d_k = found = attention_memory(student_q, student_k, wanted)
-    for each in found:
-        each.zero_()
     to_q = d_q if wanted[0] else None
     to_k = to_q if student_k is None else d_k if wanted[1] else None
     student = student_q, student_q if student_k is None else student_k
     theirs = teacher_q, teacher_q if teacher_k is None else teacher_k
-    if _is_compiled((*student, *theirs), kernel_id):
-        ops.attention_pairs(
-            student_q=student[0],
-            student_k=student[1],
-            teacher_q=theirs[0],
-            teacher_k=theirs[1],
-            rows=rows,
-            keys=keys,
-            options=options,
-            normalizers=normalizers,
-            upstream=upstream,
-            row_losses=row_losses,
-            d_q=to_q,
-            d_k=to_k,
-            kernel_id=kernel_id,
-            causal=causal,
-        )
+    if _is_compiled((*student, *theirs), kernel_id) and ops.attention_pairs(
+        student_q=student[0],
+        student_k=student[1],
+        teacher_q=theirs[0],
+        teacher_k=theirs[1],
+        rows=rows,
+        keys=keys,
+        options=options,
+        normalizers=normalizers,
+        upstream=upstream,
+        row_losses=row_losses,
+        d_q=to_q,
+        d_k=to_k,
+        kernel_id=kernel_id,
+        causal=causal,
+    ):
         return found
+    for each in found:
+        each.zero_()
     B, heads, L, _ = student_q.shape
     weights = student_q.new_ones((), dtype=torch.float32) if rows is None else rows.float()[:, None]
     teacher = TeacherRows(teacher_q, None, None, None, weights.expand(B, heads, L), options, normalizers, kernel_id)
@@ -101,9 +100,12 @@ def attention(
 
 
 def _is_compiled(operands: tuple[Tensor, ...], kernel_id: int) -> bool:
-    """Whether csrc/cpu/attention.cpp does all of it."""
-    return kernel_id < FIRST_DEFINED and all(
-        not x.is_cuda and x.dtype != torch.float64 and own_product(x.dtype, torch.float32) for x in operands
+    """Whether there is a kernel to ask for all of it."""
+    key = operands[0].device.type.upper()
+    return (
+        kernel_id < FIRST_DEFINED
+        and all(x.dtype != torch.float64 for x in operands)
+        and torch._C._dispatch_has_kernel_for_dispatch_key("fusedkd::attention_pairs", key)
     )
 
 

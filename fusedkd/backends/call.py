@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple, cast
 
 import torch
@@ -37,20 +38,25 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
     """
     if check.tracing():
         return torch.stack([real_tensor(value, device) for value in values])
-    given = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     constant = _constant(tuple([0.0 if isinstance(value, Tensor) else float(value) for value in values]), device)
-    if not given:
+    if not any([isinstance(value, Tensor) for value in values]):
         return kept(constant)
-    packed = constant.clone()
-    for start in given:
-        if start > 0 and values[start] is values[start - 1]:
-            continue
-        stop = start + 1
-        while stop < len(values) and values[stop] is values[start]:
-            stop += 1
-        value = cast(Tensor, values[start]).detach()
-        packed[start:stop].copy_(value, non_blocking=device.type != "cpu")
+    packed, stop = constant.clone(), 0
+    for tensors, run in groupby(values, lambda value: isinstance(value, Tensor)):
+        start, found = stop, [cast(Tensor, value) for value in run]
+        stop += len(found)
+        if tensors:
+            packed[start:stop].copy_(_together(found, device), non_blocking=device.type != "cpu")
     return packed
+
+
+def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    """0-d tensors as one ``(values,)``, or ``()`` where all are the same."""
+    if all([value is values[0] for value in values]):
+        return values[0].detach()
+    if len({(value.dtype, value.device) for value in values}) > 1:
+        values = [real_tensor(value, device) for value in values]
+    return torch.stack([value.detach() for value in values])
 
 
 RECIPE_POWERS = (1, 2)

@@ -84,11 +84,11 @@ def whole_loss(row_weights: Operator, forward_loss: Operator) -> Operator:
 
 def hidden_loss(
     *,
-    student: Tensor,
+    student: list[Tensor],
     teacher: list[Tensor],
     mask: Tensor | None,
     normalizers: Tensor,
-    gradient: Tensor | None,
+    gradient: list[Tensor],
     distance: int,
     normalize: int,
     per_row: bool,
@@ -99,12 +99,16 @@ def hidden_loss(
         teacher=teacher,
         weights=weights,
         normalizer=normalizer,
+        layer_weights=normalizers[1:],
         gradient=gradient,
         distance=distance,
         normalize=normalize,
     )
-    loss = row_losses if per_row else row_losses.sum().div_(normalizer)
-    return loss, student.new_empty(0, dtype=torch.float32) if weights is None else weights, normalizer, stats
+    if not per_row:
+        loss = row_losses.sum().div_(normalizer)
+    else:
+        loss = row_losses[0] if len(student) == 1 else row_losses.sum(0)
+    return loss, row_losses.new_empty(0, dtype=torch.float32) if weights is None else weights, normalizer, stats
 
 
 def hidden_weights(mask: Tensor | None, normalizers: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -112,9 +116,10 @@ def hidden_weights(mask: Tensor | None, normalizers: Tensor) -> tuple[Tensor | N
     None for 1, and the normaliser.
     """
     if mask is None:
-        return None, torch.where(normalizers <= 0, 1, normalizers)[0] / normalizers[1]
+        given = normalizers[0]
+        return None, torch.where(given <= 0, 1, given)
     every_row = pack([0.0], mask.device).expand(1, len(mask), 1)
     weights, counts = ops.kd_row_weights(
-        teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers, ignore_index=0, kd=True
+        teacher=every_row, ids=None, labels=None, kd_mask=mask, normalizers=normalizers[:2], ignore_index=0, kd=True
     )
-    return weights, counts[0] / normalizers[1]
+    return weights, counts[0]

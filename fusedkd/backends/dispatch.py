@@ -42,6 +42,7 @@ SHARD_OPERATORS = ["kd_shard"]
 SCALARS = "a few scalars"
 GATHERED = "the logits of all ranks are gathered"
 UNIT_OPERATORS = ["linear_unit"]
+PAIR_OPERATORS = ["attention_pairs"]
 
 
 def load(library: str) -> str | None:
@@ -124,13 +125,14 @@ def _ask_for_products() -> None:
     products.own_products = frozenset(found)
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
     reason = f"of {names}, on this processor" if found else "this processor has no AVX-512, or a library that uses it"
-    _serve(["product", "attention_pairs"], "CPU", "C++" if found else "PyTorch", reason)
+    _serve(["product", *PAIR_OPERATORS], "CPU", "C++" if found else "PyTorch", reason)
 
 
 def _serve_triton(device: str, reason: str) -> None:
     for module, names in KERNEL_OPERATORS.items():
         more = SHARD_OPERATORS + UNIT_OPERATORS if module == "launch" else []
         _serve(names + more, device, "Triton", reason, import_module(f"fusedkd.backends.triton.{module}"))
+    _serve(PAIR_OPERATORS, device, "Triton", reason, import_module("fusedkd.backends.triton.attention"))
 
 
 def _serve_definitions(device: str, reason: str, definitions: Any) -> None:

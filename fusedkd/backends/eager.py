@@ -16,7 +16,6 @@ from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.layout import (
     COUNTED,
     FINITE_GRADIENT,
-    HIDDEN_STATS,
     NORMALIZERS,
     REVERSE,
     TOPK_KERNELS,
@@ -27,6 +26,7 @@ from fusedkd.backends.layout import (
     Stat,
     TopkKernelId,
 )
+from fusedkd.backends.schema import by_layer, layers_and_stats
 from fusedkd.reference import divergences, gumbel, hidden, layers, softmax, sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax
@@ -220,46 +220,51 @@ def _rows_and_names(
 
 
 def hidden_forward(
-    student: Tensor,
+    student: list[Tensor],
     teacher: list[Tensor],
     weights: Tensor | None,
     normalizer: Tensor,
-    gradient: Tensor | None,
+    layer_weights: Tensor,
+    gradient: list[Tensor],
     distance: int,
     normalize: int,
 ) -> tuple[Tensor, Tensor]:
-    compared = _rows_and_names(student, teacher, distance, normalize)
-    dtype = _accumulation_dtype(student)
-    found = hidden.hidden_distance(*compared)
-    w = torch.ones_like(found) if weights is None else weights.double()
-    row_losses = torch.where(w != 0, w * found, 0).to(dtype)
-    stats = row_losses.new_zeros(len(row_losses), HIDDEN_STATS)  # which nothing here reads
-    if gradient is not None:
+    row_losses, stats = layers_and_stats(student)
+    stats.zero_()  # which nothing here reads
+    for j, (x, pieces) in enumerate(by_layer(student, teacher)):
+        found = hidden.hidden_distance(*_rows_and_names(x, pieces, distance, normalize))
+        w = torch.ones_like(found) if weights is None else weights.double()
+        row_losses[j] = torch.where(w != 0, layer_weights[j] * w * found, 0)
+    if gradient:
         inputs: dict[str, Any] = {"student": student, "teacher": teacher, "weights": weights, "normalizer": normalizer}
-        inputs |= {"stats": stats, "gradient": gradient, "distance": distance, "normalize": normalize}
-        hidden_backward(row_losses.new_ones(()), **inputs, skip_if_one=False)
+        inputs |= {"layer_weights": layer_weights, "stats": stats, "gradient": gradient}
+        hidden_backward(row_losses.new_ones(()), **inputs, distance=distance, normalize=normalize, skip_if_one=False)
     return row_losses, stats
 
 
 def hidden_backward(
     upstream: Tensor,
-    student: Tensor,
+    student: list[Tensor],
     teacher: list[Tensor],
     weights: Tensor | None,
     normalizer: Tensor,
+    layer_weights: Tensor,
     stats: Tensor,
-    gradient: Tensor,
+    gradient: list[Tensor],
     distance: int,
     normalize: int,
     skip_if_one: bool,
 ) -> None:
     if skipped(upstream, skip_if_one):
         return
-    compared = _rows_and_names(student, teacher, distance, normalize)
-    w = torch.ones_like(compared[0][:, 0]) if weights is None else weights.double()
-    scale = (w * upstream.double() / normalizer).unsqueeze(-1)
-    grad = torch.where(scale != 0, scale * hidden.hidden_gradient(*compared), 0)
-    gradient.copy_(grad.view(student.shape))
+    for j, (x, pieces) in enumerate(by_layer(student, teacher)):
+        if gradient[j].numel() == 0:
+            continue
+        compared = _rows_and_names(x, pieces, distance, normalize)
+        w = torch.ones_like(compared[0][:, 0]) if weights is None else weights.double()
+        scale = (layer_weights[j] * w * upstream.double() / normalizer).unsqueeze(-1)
+        grad = torch.where(scale != 0, scale * hidden.hidden_gradient(*compared), 0)
+        gradient[j].copy_(grad.view(x.shape))
 
 
 def _layers(layers: Sequence[Tensor], weights: Tensor | None) -> Tensor:

@@ -225,9 +225,14 @@ def in_range(
     unit, members = unit.view(()), [t._replace(normalizers=n) for t, n in zip(members, scaled, strict=True)]
     if upstream is None:
         return unit, members, None
-    top = _largest(upstream).to(unit.dtype)
-    top = torch.where(top > 0, top, 1).log2().ceil().exp2()
+    top = power_above(upstream)
     return unit / top, members, upstream / top.to(upstream.dtype)
+
+
+def power_above(upstream: Tensor) -> Tensor:
+    """The power of two that no |upstream| exceeds, ``()`` float64; 1 where all are 0."""
+    top = _largest(upstream).double()
+    return torch.where(top > 0, top, 1).log2().ceil().exp2()
 
 
 def linear_unit(

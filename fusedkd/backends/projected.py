@@ -86,19 +86,20 @@ def _linear_hidden(
             x = torch.where(active[part].unsqueeze(1), x, 0)
         y = products.project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, torch.float32)))
         pieces = [rows_of(piece, part).view(1, stop - start, -1) for piece in teacher]
-        given: dict[str, Any] = {"normalizer": normalizer, "distance": distance, "normalize": normalize}
+        given: dict[str, Any] = {"normalizer": normalizer, "layer_weights": normalizers[1:]}
+        given |= {"distance": distance, "normalize": normalize}
         given["weights"] = None if weights is None else weights[part]
         factor = None if upstream is None else upstream[part].unsqueeze(1)
         if wanted[3]:  # distances are symmetric: those pieces as a student, against y
             whole = torch.cat([piece.to(y.dtype) for piece in pieces], -1)
-            ops.hidden_forward(student=whole, teacher=[y.unsqueeze(0)], gradient=whole, **given)
+            ops.hidden_forward(student=[whole], teacher=[y.unsqueeze(0)], gradient=[whole], **given)
             d_teacher[part] = whole[0] if factor is None else whole[0].mul_(factor)
         rows = y.unsqueeze(0)
-        found, _ = ops.hidden_forward(student=rows, teacher=pieces, gradient=rows if grad else None, **given)
+        found, _ = ops.hidden_forward(student=[rows], teacher=pieces, gradient=[rows] if grad else [], **given)
         if size == n and places is None:
-            row_losses = found
+            row_losses = found[0]
         else:
-            row_losses[part] = found
+            row_losses[part] = found[0]
         if grad:
             g = y if factor is None else y.mul_(factor)
             _pull_back(g, x, head, gradients, part, start > 0, tiles)

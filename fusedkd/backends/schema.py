@@ -51,14 +51,17 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     the keys that are seen. ``upstream``: ``(B, heads, L)``, or None for 1. Returns row losses
                     ``(B, heads, L)`` and the gradients of the student's queries and keys in A, each empty if not
                     wanted, the sum of both in the first where they are the same.
-``hidden_*``        kd_forward and kd_backward for hidden states ``(B, L, H)`` and those of a teacher in pieces
-                    ``(B, L, H_k)`` that count as their concatenation: row losses ``(N,)``: w·D; statistics
-                    ``(N, HIDDEN_STATS)``. ``distance`` and ``normalize``: HiddenDistance, HiddenNormalize. Without
-                    `weights`, all are 1.
+``hidden_*``        kd_forward and kd_backward for M layers of hidden states, each ``(B, L, H)`` of N rows, and those of
+                    a teacher, each in pieces ``(B, L, H_k)`` that count as their concatenation: of all layers in turn,
+                    those of a layer as many as have its columns together. B, L and H may differ between layers. Row
+                    losses ``(M, N)``: w·D times the layer's weight, of ``layer_weights`` ``(M,)`` float64; statistics
+                    ``(M, N, HIDDEN_STATS)``. `gradient`: one for each layer, of no elements where it is not wanted, or
+                    none at all. `upstream` is the same for all layers. ``distance`` and ``normalize``: HiddenDistance,
+                    HiddenNormalize. Without `weights`, all are 1.
 ``hidden_loss``     from the mask ``(N,)`` or None to the loss in one call: the sum of the row losses over the
-                    normaliser, or per row; the weights of the rows, empty without a mask; the normaliser, ``()``
-                    float64; statistics. `normalizers` ``(2,)`` float64: the normaliser, or COUNTED as for
-                    kd_row_weights, and what it is then divided by, a weight of the loss.
+                    normaliser, or over the layers of each row; the weights of the rows, empty without a mask; the
+                    normaliser, ``()`` float64; statistics. `normalizers` ``(1 + M,)`` float64: the normaliser, or
+                    COUNTED as for kd_row_weights, and the weights of the layers.
 ``layer_attention`` ALP-KD over M student and K teacher layers, each ``(B, L, H)``, of one type a side: row losses
                     ``(N,)``, Σ_j w·|s_j − c_j|²/H; and the gradients of their sum over the normaliser times `upstream`
                     ``()`` or ``(N,)``, None for 1, into `gradient` ``(M, B, L, H)`` and `teacher_gradient`
@@ -79,7 +82,7 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +103,7 @@ _LOSS = (
     "int kernel_id, bool transform, bool kd, bool ce, bool needs_labels, bool per_row, bool checked) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
 )
-_HIDDEN = "Tensor student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
+_HIDDEN = "Tensor[] student, Tensor[] teacher, Tensor? weights, Tensor normalizer, Tensor layer_weights"
 _COMPARED = "int distance, int normalize"
 _LAYERS = "Tensor[] student, Tensor[] teacher, Tensor? weights, Tensor normalizer"
 _GUMBEL = "Tensor hidden, Tensor weight, Tensor? bias, Tensor seed, Tensor temperature, SymInt tile, ScalarType dtype"
@@ -124,10 +127,10 @@ SCHEMAS = {
     "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
     f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "hidden_forward": f"(*, {_HIDDEN}, Tensor(a!)? gradient, {_COMPARED}) -> (Tensor, Tensor)",
-    "hidden_loss": "(*, Tensor student, Tensor[] teacher, Tensor? mask, Tensor normalizers, Tensor(a!)? gradient, "
+    "hidden_forward": f"(*, {_HIDDEN}, Tensor(a!)[] gradient, {_COMPARED}) -> (Tensor, Tensor)",
+    "hidden_loss": "(*, Tensor[] student, Tensor[] teacher, Tensor? mask, Tensor normalizers, Tensor(a!)[] gradient, "
     f"{_COMPARED}, bool per_row) -> (Tensor, Tensor, Tensor, Tensor)",
-    "hidden_backward": f"(*, Tensor upstream, {_HIDDEN}, Tensor stats, Tensor(a!) gradient, {_COMPARED}, "
+    "hidden_backward": f"(*, Tensor upstream, {_HIDDEN}, Tensor stats, Tensor(a!)[] gradient, {_COMPARED}, "
     "bool skip_if_one) -> ()",
     "attention": "(*, Tensor student_q, Tensor? student_k, Tensor teacher_q, Tensor? teacher_k, Tensor? rows, "
     "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, int kernel_id, bool causal, bool[] wanted) -> "
@@ -160,7 +163,7 @@ PAIRS = (
     "Tensor? keys, Tensor options, Tensor normalizers, Tensor? upstream, Tensor(a!) row_losses, Tensor(b!)? d_q, "
     "Tensor(c!)? d_k, int kernel_id, bool causal) -> bool"
 )
-"""All of attention, into results that are zeros; d_k may be d_q. False, and nothing done, as for product."""
+"""All of attention; d_k may be d_q. False, and nothing done, where no kernel takes these operands, as of product."""
 
 library = torch.library.Library("fusedkd", "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -188,6 +191,23 @@ def losses_and_stats(student: Tensor, losses: int | None, stats: int) -> tuple[T
     rows, dtype = student.shape[0] * student.shape[1], accumulation_dtype(student.dtype)
     shape = (rows,) if losses is None else (losses, rows)
     return student.new_empty(shape, dtype=dtype), student.new_empty((rows, stats), dtype=dtype)
+
+
+def layers_and_stats(student: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Memory for what hidden_forward returns."""
+    first, layers = student[0], len(student)
+    rows, dtype = first.shape[0] * first.shape[1], accumulation_dtype(first.dtype)
+    return first.new_empty((layers, rows), dtype=dtype), first.new_empty((layers, rows, HIDDEN_STATS), dtype=dtype)
+
+
+def by_layer(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Each layer of the student with its pieces of the teacher."""
+    rest = iter(teacher)
+    for layer in student:
+        pieces: list[Tensor] = []
+        while sum([piece.shape[2] for piece in pieces]) < layer.shape[2]:
+            pieces.append(next(rest))
+        yield layer, pieces
 
 
 def layers_like(layers: Sequence[Tensor]) -> Tensor:
@@ -245,16 +265,16 @@ def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fusedkd::hidden_forward")
-def _(*, student: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    return losses_and_stats(student, None, HIDDEN_STATS)
+def _(*, student: list[Tensor], **_: Any) -> tuple[Tensor, Tensor]:
+    return layers_and_stats(student)
 
 
 @torch.library.register_fake("fusedkd::hidden_loss")
-def _(*, student: Tensor, mask: Tensor | None, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_losses, stats = losses_and_stats(student, None, HIDDEN_STATS)
-    weights = student.new_empty(0 if mask is None else row_losses.shape[0], dtype=torch.float32)
-    loss = row_losses if per_row else row_losses.new_empty(())
-    return loss, weights, student.new_empty((), dtype=torch.float64), stats
+def _(*, student: list[Tensor], mask: Tensor | None, per_row: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_losses, stats = layers_and_stats(student)
+    rows = row_losses.shape[1]
+    weights = row_losses.new_empty(0 if mask is None else rows, dtype=torch.float32)
+    return row_losses.new_empty(rows if per_row else ()), weights, row_losses.new_empty((), dtype=torch.float64), stats
 
 
 @torch.library.register_fake("fusedkd::gumbel_forward")

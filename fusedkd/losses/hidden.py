@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fusedkd import checks as check
-from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.layout import COUNTED, HiddenDistance, HiddenNormalize
-from fusedkd.backends.schema import accumulation_dtype
+from fusedkd.backends.layout import HiddenDistance, HiddenNormalize
 from fusedkd.checks import Real
-from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_for_backward
+from fusedkd.losses.hidden_rows import Comparison, Layer, rows_loss
 from fusedkd.losses.names import by_name
 from fusedkd.losses.options import Reduction
 from fusedkd.losses.pool import pooled, token_weights
 from fusedkd.losses.projected import Projection, projected_rows_loss, projections
 from fusedkd.reference.hidden import DistanceName, NormalizeName
 
-ops = torch.ops.fusedkd
+Behind = tuple[Layer, Projection | None]
+"""A layer, and what its student is projected by."""
 
 
 @by_name
@@ -84,7 +83,7 @@ def hidden_loss(
     check.flag("teacher_gradient", teacher_gradient)
     if pool not in (None, "mean"):
         raise ValueError(f"pool must be None or 'mean', not {pool!r}")
-    layers, losses = _layers(student, teacher, layer_weights), []
+    layers = _layers(student, teacher, layer_weights)
     behind = list(zip(layers, projections(projection, bias, student), strict=True))
     for layer, projected in behind:
         _check_sides(*layer[:3], projected)
@@ -92,14 +91,15 @@ def hidden_loss(
         trained = any([x.student.requires_grad or (p is not None and p.trained()) for x, p in behind])
         for name, piece in [(x.name("teacher"), y) for x in layers for y in x.teacher if y.requires_grad][:1]:
             check.frozen(name, piece, trained)  # one sentence for all layers
-    for layer, projected in behind:
-        x, pieces, selected = layer.student, layer.teacher, mask
-        if not teacher_gradient:
-            pieces = frozen(pieces)
+        behind = [(layer.frozen(), projected) for layer, projected in behind]
+    losses = []
+    for alike in _in_one_call(behind):
+        group, selected = [layer for layer, _ in alike], mask
         if pool is not None:
-            x, pieces, selected = _pooled(layer.name("student"), x, pieces, mask)
-        given = pieces, selected, compared, reduction, normalizer, layer.weight
-        losses.append(rows_loss(x, *given) if projected is None else projected_rows_loss(x, projected, *given))
+            group, selected = _pooled(group, mask)
+        how = selected, compared, reduction, normalizer
+        projected = alike[0][1]
+        losses.append(rows_loss(group, *how) if projected is None else projected_rows_loss(group[0], projected, *how))
     return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
 
@@ -136,19 +136,7 @@ def cosine_hidden_loss(
     _check_sides(student_hidden, [teacher_hidden], "_hidden")
     check.frozen("teacher_hidden", teacher_hidden, student_hidden.requires_grad, never=True)
     check.reduction(reduction, normalizer=normalizer)
-    return rows_loss(student_hidden, frozen([teacher_hidden]), mask, COSINE, reduction, normalizer)
-
-
-def frozen(teacher: list[Tensor]) -> list[Tensor]:
-    """The same, of which none requires a gradient."""
-    return [piece.detach() if piece.requires_grad else piece for piece in teacher]
-
-
-class Comparison(NamedTuple):
-    """What the operators are told of distance and normalisation."""
-
-    distance: HiddenDistance
-    normalize: HiddenNormalize
+    return rows_loss([Layer(student_hidden, [teacher_hidden]).frozen()], mask, COSINE, reduction, normalizer)
 
 
 COSINE = Comparison(HiddenDistance.COSINE, HiddenNormalize.NONE)
@@ -162,23 +150,12 @@ def comparison(distance: str, normalize: str | None) -> Comparison:
     return Comparison(HiddenDistance[distance.upper()], HiddenNormalize[(normalize or "none").upper()])
 
 
-class _Layer(NamedTuple):
-    student: Tensor
-    teacher: list[Tensor]
-    of: str
-    """In error messages: ``[3]`` of a list, or nothing."""
-    weight: Real
-
-    def name(self, side: str) -> str:
-        return side + self.of
-
-
-def _layers(student: Any, teacher: Any, weights: Sequence[Real] | None) -> list[_Layer]:
+def _layers(student: Any, teacher: Any, weights: Sequence[Real] | None) -> list[Layer]:
     """The pairs of hidden states that are compared."""
     if not isinstance(student, list | tuple):
         if weights is not None:
             raise ValueError("layer_weights are given, but student is one tensor, not a list of layers")
-        return [_Layer(student, _pieces(teacher, ""), "", 1.0)]
+        return [Layer(student, _pieces(teacher, ""))]
     if not isinstance(teacher, list | tuple) or len(teacher) != len(student) or not student:
         got = f"{len(teacher)} layers" if isinstance(teacher, list | tuple) else type(teacher).__name__
         raise ValueError(
@@ -193,7 +170,7 @@ def _layers(student: Any, teacher: Any, weights: Sequence[Real] | None) -> list[
         check.real(f"layer_weights[{i}]", weight)
     given = [1.0] * len(student) if weights is None else weights
     sides = zip(student, teacher, given, strict=True)
-    return [_Layer(x, _pieces(y, f"[{i}]"), f"[{i}]", weight) for i, (x, y, weight) in enumerate(sides)]
+    return [Layer(x, _pieces(y, f"[{i}]"), f"[{i}]", weight) for i, (x, y, weight) in enumerate(sides)]
 
 
 def _pieces(teacher: Any, of: str) -> list[Tensor]:
@@ -219,126 +196,28 @@ def _check_sides(student: Tensor, teacher: list[Tensor], of: str, projection: Pr
         )
 
 
-def _pooled(
-    name: str, student: Tensor, teacher: list[Tensor], mask: Tensor | None
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The means of both sides ``(*, H)``, and which sequences have one ``(*)``."""
-    if student.dim() < 2:
-        raise ValueError(f"pool='mean' needs sequences (*, L, H), but the shape of {name} is {tuple(student.shape)}")
-    check.row_vector("mask", mask, student)
-    shares, selected = token_weights(student, mask)
-    return pooled(student, shares), [pooled(piece, shares) for piece in teacher], selected
+def _in_one_call(layers: list[Behind]) -> list[list[Behind]]:
+    """The layers that one operator serves: without a projection, and alike but in their width."""
+    calls: dict[Any, list[Behind]] = {}
+    for i, (layer, projected) in enumerate(layers):
+        x = layer.student
+        key = i if projected is not None else (x.shape[:-1], x.dtype, x.device)
+        calls.setdefault(key, []).append((layer, projected))
+    return list(calls.values())
 
 
-def rows_loss(
-    student: Tensor,
-    teacher: list[Tensor],
-    mask: Tensor | None,
-    compared: Comparison,
-    reduction: Reduction,
-    normalizer: Real | None,
-    weight: Real = 1.0,
-) -> Tensor:
-    """`weight` times the loss of arguments that are checked: hidden states ``(*, H)``, and pieces of the teacher's, of
-    which those that require a gradient get one.
-    """
-    flat_mask = check.row_vector("mask", mask, student)
-    taught = torch.is_grad_enabled() and any([piece.requires_grad for piece in teacher])
-    if taught:  # `as_rows` detaches: of contiguous tensors, rows are views that autograd knows
-        student, teacher = student.contiguous(), [piece.contiguous() for piece in teacher]
-    student, rows, grid = as_rows(student, *teacher)
-    if taught:
-        rows = [piece.view(*grid, piece.shape[-1]) for piece in teacher]
-    count: Real = grid[0] * grid[1]
-    given: Real = (count if flat_mask is None else COUNTED) if normalizer is None else normalizer
-    plan = Plan(
-        grid=grid,
-        per_row=reduction == "none",
-        gradient_in_forward=gradient_in_forward(student, reduction == "none"),
-        compared=compared,
-    )
-    divisors = pack([given, weight] if reduction == "mean" else [1.0, 1.0 if plan.per_row else weight], student.device)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (student.requires_grad or taught)):
-        loss: Tensor = HiddenLossFunction.apply(plan, flat_mask, divisors, student, *rows)
-    else:
-        loss, *_ = plan.loss(student, rows, flat_mask, divisors, None)
-    if not plan.per_row:
-        return loss
-    loss = loss.view(student.shape[:-1])
-    return loss if not isinstance(weight, Tensor) and weight == 1 else loss * weight
-
-
-class Plan(NamedTuple):
-    """What is decided on the host before an operator starts."""
-
-    grid: tuple[int, int]
-    """(B, L): how the leading dimensions are seen as rows without a copy."""
-    per_row: bool
-    gradient_in_forward: bool
-    compared: Comparison
-
-    def rows(self, hidden: Tensor) -> Tensor:
-        return hidden.view(*self.grid, hidden.shape[-1])
-
-    def loss(
-        self, student: Tensor, teacher: list[Tensor], mask: Tensor | None, normalizers: Tensor, gradient: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The operator."""
-        return ops.hidden_loss(  # type: ignore[no-any-return]
-            student=self.rows(student),
-            teacher=teacher,
-            mask=mask,
-            normalizers=normalizers,
-            gradient=None if gradient is None else self.rows(gradient),
-            distance=self.compared.distance,
-            normalize=self.compared.normalize,
-            per_row=self.per_row,
+def _pooled(layers: list[Layer], mask: Tensor | None) -> tuple[list[Layer], Tensor]:
+    """The means of both sides ``(*, H)`` of each layer, and which sequences have one ``(*)``."""
+    first = layers[0].student
+    if first.dim() < 2:
+        name = layers[0].name("student")
+        raise ValueError(f"pool='mean' needs sequences (*, L, H), but the shape of {name} is {tuple(first.shape)}")
+    check.row_vector("mask", mask, first)
+    shares, selected = token_weights(first, mask)
+    means = [
+        layer._replace(
+            student=pooled(layer.student, shares), teacher=[pooled(piece, shares) for piece in layer.teacher]
         )
-
-
-class HiddenLossFunction(torch.autograd.Function):
-    """A loss of hidden states: a scalar, or ``(N,)`` per row."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Any) -> Tensor:  # two parameters: see losses/common.py
-        mask, normalizers, student, *teacher = tensors
-        gradient = None
-        if plan.gradient_in_forward:
-            gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        loss, weights, normalizer, stats = plan.loss(student, teacher, mask, normalizers, gradient)
-        ctx.plan, ctx.gradient = plan, gradient
-        save_for_backward(ctx, student, None if mask is None else weights, normalizer, stats, *teacher)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        gradient, ctx.gradient = ctx.gradient, None
-        unused = (None,) * 3
-        of_student, of_teacher = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
-        if gradient is not None and not of_teacher and is_one(upstream):
-            return *unused, gradient, *[None] * (len(ctx.needs_input_grad) - 4)
-        student, weights, normalizer, stats, *teacher = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        given = {"weights": weights, "normalizer": normalizer, "upstream": upstream.contiguous()}
-        given |= plan.compared._asdict()
-        if of_student and not (gradient is not None and is_one(upstream)):
-            in_forward = gradient is not None
-            if gradient is None:
-                gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-            sides = {"student": plan.rows(student), "teacher": teacher, "gradient": plan.rows(gradient)}
-            ops.hidden_backward(**given, **sides, stats=stats, skip_if_one=in_forward)
-        found = teacher_gradients(plan.rows(student), teacher, given) if of_teacher else [None] * len(teacher)
-        return *unused, gradient, *found
-
-
-def teacher_gradients(student: Tensor, teacher: list[Tensor], given: dict[str, Any]) -> list[Tensor]:
-    """Of each piece ``(B, L, H_k)``: distances are symmetric, so they are a student's against this student."""
-    whole = teacher[0] if len(teacher) == 1 else torch.cat(teacher, -1)
-    given = given | {"student": whole, "teacher": [student]}
-    upstream = given.pop("upstream").to(accumulation_dtype(whole.dtype))
-    _, stats = ops.hidden_forward(**given, gradient=None)
-    gradient = torch.empty_like(whole, memory_format=torch.contiguous_format)
-    ops.hidden_backward(**given, upstream=upstream, stats=stats, gradient=gradient, skip_if_one=False)
-    parts = gradient.split([piece.shape[-1] for piece in teacher], -1)
-    return [part.to(piece.dtype) for part, piece in zip(parts, teacher, strict=True)]
+        for layer in layers
+    ]
+    return means, selected

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd.backends.call import as_rows, pack
-from fusedkd.backends.layout import COUNTED
 from fusedkd.backends.projected import rows_per_tile
 from fusedkd.checks import Real
 from fusedkd.losses.common import refuse_double_backward, rounded, save_for_backward
+from fusedkd.losses.hidden_rows import Layer, divisor
 from fusedkd.losses.options import Reduction
 
 ops = torch.ops.fusedkd
@@ -74,16 +74,15 @@ def projections(weight: Any, bias: Any, student: Any) -> list[Projection | None]
 
 
 def projected_rows_loss(
-    student: Tensor,
+    layer: Layer,
     projection: Projection,
-    teacher: list[Tensor],
     mask: Tensor | None,
     compared: tuple[int, int],
     reduction: Reduction,
     normalizer: Real | None,
-    weight: Real = 1.0,
 ) -> Tensor:
-    """`rows_loss` of :mod:`fusedkd.losses.hidden` for a student that is projected first."""
+    """`rows_loss` of :mod:`fusedkd.losses.hidden_rows` for a layer whose student is projected first."""
+    student, teacher = layer.student, layer.teacher
     flat_mask = check.row_vector("mask", mask, student)
     lead = student.shape[:-1]
     count, per_row = lead.numel(), reduction == "none"
@@ -91,8 +90,7 @@ def projected_rows_loss(
     operands = student, projection.weight, projection.bias
     taught = grad and any([piece.requires_grad for piece in teacher])
     cast = None if student.dtype == torch.float64 else check.autocast_dtype(student.device)
-    given: Real = (count if flat_mask is None else COUNTED) if normalizer is None else normalizer
-    divisors = pack([given, weight] if reduction == "mean" else [1.0, 1.0 if per_row else weight], student.device)
+    factors = pack([divisor(reduction, normalizer, count, flat_mask), layer.weight], student.device)
     # means of 16-bit hidden states are float32
     dtype = torch.promote_types(student.dtype, projection.weight.dtype) if cast is None else cast
     plan = ProjectedPlan(
@@ -106,12 +104,9 @@ def projected_rows_loss(
     rows = [p.reshape(1, count, p.shape[-1]) if taught else as_rows(p, p)[1][0] for p in teacher]
     flat = student.reshape(count, student.shape[-1])
     loss: Tensor = ProjectedLossFunction.apply(
-        plan, flat_mask, divisors, flat, projection.weight, projection.bias, *rows
+        plan, flat_mask, factors, flat, projection.weight, projection.bias, *rows
     )
-    if not per_row:
-        return loss
-    loss = loss.view(lead)
-    return loss if not isinstance(weight, Tensor) and weight == 1 else loss * weight
+    return loss.view(lead) if per_row else loss
 
 
 class ProjectedPlan(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graphs import capture
 from torch import Tensor
 from truth import assert_gradient, assert_value, hidden_truth, pair
 
@@ -25,14 +26,7 @@ def test_in_a_cuda_graph() -> None:
         loss = hidden_loss(x, [y[..., :256].contiguous(), y[..., 256:].contiguous()], mask, **KIND)
         return loss, torch.autograd.grad(loss, x)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = capture(step)
     with torch.no_grad():
         x.copy_(x.flip(0) + 1)
         mask[2] = False

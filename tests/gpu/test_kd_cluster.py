@@ -12,6 +12,7 @@ import pytest
 import torch
 from cluster_cases import Case
 from families import describe, divergences
+from graphs import capture
 from torch import Tensor
 from truth import check_kd, pair, targets
 
@@ -108,14 +109,7 @@ def test_in_a_graph():
         loss = kd_loss(student, teacher, labels, temperature=2.0, kd_weight=0.5, ce_weight=0.5)
         return loss, torch.autograd.grad(loss, student)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, (loss, gradient) = capture(step)
     with torch.no_grad():
         student.copy_(student.flip(0) + 1)
         labels[0, :5] = -100

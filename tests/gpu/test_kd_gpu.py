@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import capture
 from torch import Tensor
 from truth import EMULATED, assert_gradient, assert_value, check_kd, kd_truth, noise_for, pair, targets
 
@@ -132,15 +133,8 @@ def test_cuda_graph(step: Callable[..., Tensor], dtype: torch.dtype) -> None:
         loss = step(leaf, teacher, labels)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            before = run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    before = run()
+    graph, captured = capture(run)
     for new, old in zip(batch(12, 1000, dtype=dtype, seed=7), (student, teacher, labels), strict=True):
         old.data.copy_(new)
     for _ in range(2):

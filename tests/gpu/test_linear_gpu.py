@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graphs import capture
 from torch import Tensor
 
 from fusedkd import TeacherHead, linear_kd_loss
@@ -55,15 +56,7 @@ def test_no_host_synchronisation(dtype: torch.dtype, scale: float, max_rows: int
 def test_cuda_graph(dtype: torch.dtype) -> None:
     """Captured once, replayed on other numbers and labels: what an eager call gives."""
     problem = Problem(50, dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            problem.step(0.25)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = problem.step(0.25)
+    graph, captured = capture(lambda: problem.step(0.25))
     with torch.no_grad():
         problem.student[0].copy_(problem.student[0].flip(0))
         problem.labels.copy_(problem.labels.flip(0))

@@ -144,8 +144,14 @@ def total_variation(p, q, delta):
 @triton.jit
 def logit_mse(z, v, scale, C):
     """(z − scale·v)²/C, whose w is the gradient with respect to z: its Σ is not subtracted."""
-    d = tl.where((z == -INFINITY) & (v == -INFINITY), 0.0, z - scale * v)
+    d = logit_difference(z, v, scale)
     return d * (d / C), 2.0 * d / C
+
+
+@triton.jit
+def logit_difference(z, v, scale):
+    """z − scale·v, 0 where both are masked."""
+    return tl.where((z == -INFINITY) & (v == -INFINITY), 0.0, z - scale * v)
 
 
 @triton.jit

@@ -1,23 +1,26 @@
 """The launch of the kernel for hidden states."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from fusedkd.backends.composed import hidden_loss as hidden_loss
-from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize
-from fusedkd.backends.schema import losses_and_stats
+from fusedkd.backends.layout import HiddenDistance, HiddenNormalize
+from fusedkd.backends.schema import by_layer, layers_and_stats
 from fusedkd.backends.triton.choice import FUSED, PROCESSOR_REGISTERS
 from fusedkd.backends.triton.hidden_kernel import hidden_kernel
-from fusedkd.backends.triton.row import upstream_of
+from fusedkd.backends.triton.row import unspecialized, upstream_of
 
 HELD_COLUMNS = 8192
 """Of both sides, in the registers of 512 threads: 16 of each side. More are read again for each pass."""
 LOOPED_COLUMNS = 2048
 """Of a step of such a pass. Of so many threads, a processor has registers for three programs or more."""
+MOST_ROWS = 96
+"""Pointers of a launch: 32 layers with a gradient. With two strides each, half of what a kernel is given at most."""
 WIDE = 8
 """Elements of an access of 16 bytes, where all rows allow one."""
 
@@ -38,72 +41,115 @@ def layout(wide: bool, columns: int, dtype: torch.dtype, hip: bool, distance: in
 
 def hidden_forward(
     *,
-    student: Tensor,
+    student: list[Tensor],
     teacher: list[Tensor],
     weights: Tensor | None,
     normalizer: Tensor,
-    gradient: Tensor | None,
+    layer_weights: Tensor,
+    gradient: list[Tensor],
     distance: int,
     normalize: int,
 ) -> tuple[Tensor, Tensor]:
-    row_losses, stats = losses_and_stats(student, None, HIDDEN_STATS)
-    sides: dict[str, Any] = {"student": student, "teacher": teacher, "weights": weights, "normalizer": normalizer}
-    kind: dict[str, Any] = {"DISTANCE": distance, "NORMALIZE": normalize}
-    _launch(**sides, row_losses=row_losses, stats=stats, gradient=gradient, **upstream_of(None, False), **kind)
+    row_losses, stats = layers_and_stats(student)
+    _launch(
+        _groups(student, teacher, gradient),
+        weights=weights,
+        normalizer=normalizer,
+        layer_weights=layer_weights,
+        row_losses=row_losses,
+        stats=stats,
+        DISTANCE=distance,
+        NORMALIZE=normalize,
+        **upstream_of(None, False),
+    )
     return row_losses, stats
 
 
 def hidden_backward(
     *,
     upstream: Tensor,
-    student: Tensor,
+    student: list[Tensor],
     teacher: list[Tensor],
     weights: Tensor | None,
     normalizer: Tensor,
+    layer_weights: Tensor,
     stats: Tensor,
-    gradient: Tensor,
+    gradient: list[Tensor],
     distance: int,
     normalize: int,
     skip_if_one: bool,
 ) -> None:
-    sides: dict[str, Any] = {"student": student, "teacher": teacher, "weights": weights, "normalizer": normalizer}
-    kind: dict[str, Any] = {"DISTANCE": distance, "NORMALIZE": normalize}
-    _launch(**sides, row_losses=None, stats=stats, gradient=gradient, **upstream_of(upstream, skip_if_one), **kind)
+    _launch(
+        [group for group in _groups(student, teacher, gradient) if group.gradient],
+        weights=weights,
+        normalizer=normalizer,
+        layer_weights=layer_weights,
+        row_losses=None,
+        stats=stats,
+        DISTANCE=distance,
+        NORMALIZE=normalize,
+        **upstream_of(upstream, skip_if_one),
+    )
 
 
-def _launch(*, student: Tensor, teacher: list[Tensor], stats: Tensor, gradient: Tensor | None, **given: Any) -> None:
-    B, L, _ = student.shape
-    if B * L == 0:
-        return
-    rows = [student, *teacher, *([] if gradient is None else [gradient])]
-    sizes = [(t.shape[2], *t.stride()[:2]) for t in rows]
-    unit = WIDE if all([size % WIDE == 0 for each in sizes for size in each]) else 1
-    (H, *of_student), *of_pieces = [[size // unit for size in each] for each in sizes]
-    of_gradient = of_pieces.pop()[1:] if gradient is not None else (0, 0)
-    widths, teacher_b, teacher_l = (tuple(column) for column in zip(*of_pieces, strict=True))
-    with torch.cuda.device_of(student):
-        hidden_kernel[(B * L,)](
-            student=student,
-            teacher=tuple(teacher),
-            stats=stats,
-            gradient=gradient,
-            L=L,
-            H=H,
-            student_b=of_student[0],
-            student_l=of_student[1],
-            teacher_b=teacher_b,
-            teacher_l=teacher_l,
-            widths=widths,
-            gradient_b=of_gradient[0],
-            gradient_l=of_gradient[1],
-            MULTIPLE=unit,
-            **given,
-            **layout(
-                unit == WIDE,
-                student.shape[2],
-                stats.dtype,
-                torch.version.hip is not None,
-                given["DISTANCE"],
-                given["NORMALIZE"],
-            ),
-        )
+class _Group(NamedTuple):
+    """Layers of one launch."""
+
+    places: list[int]
+    """Among all layers."""
+    rows: list[list[Tensor]]
+    """Of each: the student's, those of the pieces, and the gradient if there is one."""
+    gradient: bool
+    unit: int
+    """Their sizes and strides are multiples of it."""
+
+
+def _groups(student: list[Tensor], teacher: list[Tensor], gradient: list[Tensor]) -> list[_Group]:
+    """Layers of one shape, type and alignment, and with as many strides as a launch has room for."""
+    found: dict[Any, _Group] = {}
+    for j, (x, pieces) in enumerate(by_layer(student, teacher)):
+        written = bool(gradient) and gradient[j].numel() > 0
+        rows = [x, *pieces, *([gradient[j]] if written else [])]
+        unit = WIDE if all([n % WIDE == 0 for t in rows for n in (t.shape[2], *_strides(t))]) else 1
+        kind: Any = (x.shape, written, unit, *[(t.shape[2], t.dtype, t.data_ptr() % 16 == 0) for t in rows])
+        if kind in found and len(found[kind].rows) * len(rows) > MOST_ROWS - len(rows):
+            found[kind, j] = found.pop(kind)
+        group = found.setdefault(kind, _Group([], [], written, unit))
+        group.places.append(j)
+        group.rows.append(rows)
+    return list(found.values())
+
+
+def _strides(rows: Tensor) -> tuple[int, int]:
+    """By b and l; 0 where nothing is behind the first, so that a large number there compiles nothing."""
+    return (rows.stride(0) if rows.shape[0] > 1 else 0), (rows.stride(1) if rows.shape[1] > 1 else 0)
+
+
+def _launch(groups: list[_Group], **given: Any) -> None:
+    for places, layers, written, unit in groups:
+        first = layers[0][0]
+        B, L, H = first.shape
+        if B * L == 0:
+            continue
+        sides = list(zip(*layers, strict=True))  # student, pieces and gradient, each of all layers
+        strides = [[_strides(t)[k] // unit for t in side] for side in sides for k in range(2)]
+        if all([len(set(each)) == 1 for each in strides]):
+            strides = [each[:1] for each in strides]
+        pieces = sides[1:-1] if written else sides[1:]
+        follow = places == list(range(places[0], places[0] + len(places)))
+        kind = given["DISTANCE"], given["NORMALIZE"]
+        with torch.cuda.device_of(first):
+            hidden_kernel[(len(layers) * B * L,)](
+                student=sides[0],
+                teacher=tuple(chain.from_iterable(pieces)),
+                gradient=sides[-1] if written else None,
+                N=B * L,
+                L=L,
+                H=H // unit,
+                strides=unspecialized(chain.from_iterable(strides)),
+                widths=unspecialized([piece[0].shape[2] // unit for piece in pieces]),
+                places=unspecialized(places[:1] if follow else places),
+                MULTIPLE=unit,
+                **given,
+                **layout(unit == WIDE, H, given["stats"].dtype, torch.version.hip is not None, *kind),
+            )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.math import INFINITY
-from fusedkd.backends.triton.row import first_column
+from fusedkd.backends.triton.row import first_column, pick
 
 INTEGERS = ["L", "N", "M", "K", "upstream_stride"]
 VECTORS = ["weights", "normalizer", "buckets", "factors", "upstream", "losses"]
@@ -19,10 +19,7 @@ VECTORS = ["weights", "normalizer", "buckets", "factors", "upstream", "losses"]
 @triton.jit
 def layer(layers, i):
     """The pointer to layer i."""
-    p = layers[0]
-    for j in tl.static_range(1, len(layers)):
-        p = tl.where(i == j, layers[j], p)
-    return p
+    return pick(layers, 0, len(layers), i)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ prove the alignment, which is why both are loops of their own.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import triton
@@ -48,6 +49,28 @@ class Side(NamedTuple):
     """The same of the body, a whole number of vectors."""
     softcap: Any
     scale: Any
+
+
+def unspecialized(numbers: Iterable[int]) -> tuple[int, ...]:
+    """For a tuple among a kernel's arguments: of a number there that is 1 or a multiple of 16, Triton compiles a kernel
+    of its own, for do_not_specialize does not reach it. These are odd, and at least 3; `number` reads them.
+    """
+    return tuple([2 * n + 3 for n in numbers])
+
+
+@triton.jit
+def pick(values, first: tl.constexpr, count: tl.constexpr, i):
+    """Of `count` values of a tuple, from `first` on, the one at i."""
+    found = values[first]
+    for k in tl.static_range(1, count):
+        found = tl.where(i == k, values[first + k], found)
+    return found
+
+
+@triton.jit
+def number(numbers, first: tl.constexpr, count: tl.constexpr, i):
+    """The same of numbers that are `unspecialized`."""
+    return (pick(numbers, first, count, i) - 3) >> 1
 
 
 @triton.jit
