@@ -83,8 +83,8 @@ void run_chunk(const Kernel& kernel, const Product& p, int64_t i, int64_t rows, 
                         p.bias && k == 0 ? p.bias + j + column : nullptr);
 }
 
-// Rows and columns of a chunk: as many as the caches hold, or fewer where the threads, each of which takes as many chunks
-// as another, are done earlier with those, although all operands of a chunk are packed for it.
+// Rows and columns of a chunk: as many as the caches hold, or fewer where that ends the work of the busiest thread
+// earlier, although every chunk packs its operands anew.
 struct Chunk {
   int64_t rows, columns;
 

@@ -84,8 +84,8 @@ INLINE void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Rows [row, row + rows) of an operand, elements [k, k + depth) of each, into `to`: in blocks of `width` rows, [steps][width]
-// each, the last of which is filled up with 0. width is a multiple of 16.
+// Rows [row, row + rows) of an operand, elements [k, k + depth) of each, into `to`: in blocks of `width` rows, each
+// [steps][width], the last of which is filled up with 0. width is a multiple of 16.
 inline void pack(const Operand& from, int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t width,
                  uint32_t* to) {
   const int64_t steps = (depth + PER_STEP - 1) / PER_STEP, size = size_of(from.type);
