@@ -14,10 +14,12 @@
 namespace fusedkd {
 namespace {
 
-constexpr int64_t TILE_ROWS = 6, TILE_COLUMNS = 64;                        // 24 registers of 16 sums, 4 of b, 1 of a
-constexpr int64_t BLOCK_ROWS = 48;                                         // of a are packed side by side
-constexpr int64_t MOST_PARTS = 8;                                          // of a long sum
-constexpr int64_t MOST_ROWS = 960, MOST_COLUMNS = 1024, MOST_STEPS = 512;  // of a chunk: 2 MB packed of either side
+constexpr int64_t TILE_ROWS = 6, TILE_COLUMNS = 64;                         // 24 registers of 16 sums, 4 of b, 1 of a
+constexpr int64_t BLOCK_ROWS = 48;                                          // of a are packed side by side
+constexpr int64_t MOST_PARTS = 8;                                           // of a long sum
+constexpr int64_t MOST_ROWS = 1056, MOST_COLUMNS = 1024, MOST_STEPS = 512;  // of a chunk: 2 MB packed of either side
+constexpr int64_t LEAST_WORK = 1 << 21;                                     // multiplications that are worth a chunk
+constexpr int64_t PACKING = 32;  // multiplications that packing an element takes as long as
 
 struct alignas(64) Line {
   uint32_t steps[16];
@@ -71,10 +73,8 @@ void run_chunk(const Kernel& kernel, const Product& p, int64_t i, int64_t rows, 
                int64_t depth, float* c, int64_t stride, bool add, uint32_t* scratch) {
   const int64_t steps = ceil_div(depth, kernel.per_step);
   uint32_t *a = scratch, *b = scratch + ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS * steps;
-  for (int64_t row = 0; row < rows; row += BLOCK_ROWS)
-    kernel.pack(p.a, i + row, rows - row, k, depth, BLOCK_ROWS, a + row * steps);
-  for (int64_t column = 0; column < columns; column += TILE_COLUMNS)
-    kernel.pack(p.b, j + column, columns - column, k, depth, TILE_COLUMNS, b + column * steps);
+  kernel.pack(p.a, i, rows, k, depth, BLOCK_ROWS, a);
+  kernel.pack(p.b, j, columns, k, depth, TILE_COLUMNS, b);
   for (int64_t block = 0; block < rows; block += BLOCK_ROWS)
     for (int64_t column = 0; column < columns; column += TILE_COLUMNS)
       for (int64_t row = block; row < std::min(block + BLOCK_ROWS, rows); row += TILE_ROWS)
@@ -83,20 +83,25 @@ void run_chunk(const Kernel& kernel, const Product& p, int64_t i, int64_t rows, 
                         p.bias && k == 0 ? p.bias + j + column : nullptr);
 }
 
-// Rows and columns of a chunk: as many as the caches hold, fewer where not every thread would have some.
+// Rows and columns of a chunk: as many as the caches hold, or fewer where that ends the work of the busiest thread
+// earlier, although every chunk packs its operands anew.
 struct Chunk {
   int64_t rows, columns;
 
   Chunk(const Product& p, int64_t parts) {
-    const auto within = [](int64_t most, int64_t n, int64_t unit) { return std::min(most, ceil_div(n, unit) * unit); };
-    rows = within(MOST_ROWS, p.a.count, BLOCK_ROWS), columns = within(MOST_COLUMNS, p.b.count, TILE_COLUMNS);
-    const int64_t threads = torch::stable::get_num_threads(), wanted = threads > 1 ? 4 * threads : 1;
-    const auto worth = [&] { return rows * columns * p.a.depth / parts >= 1 << 22; };
-    while (parts * ceil_div(p.a.count, rows) * ceil_div(p.b.count, columns) < wanted && worth()) {
-      if (columns > std::max(rows, TILE_COLUMNS)) columns = ceil_div(columns / 2, TILE_COLUMNS) * TILE_COLUMNS;
-      else if (rows > BLOCK_ROWS) rows = ceil_div(rows / 2, BLOCK_ROWS) * BLOCK_ROWS;
-      else return;
-    }
+    const auto cut = [](int64_t n, int64_t by, int64_t unit) { return ceil_div(ceil_div(n, by), unit) * unit; };
+    const int64_t m = p.a.count, n = p.b.count, threads = torch::stable::get_num_threads();
+    const int64_t first_down = ceil_div(m, MOST_ROWS), first_across = ceil_div(n, MOST_COLUMNS);
+    const int64_t most = parts * first_down * first_across + 2 * threads;
+    int64_t least = INT64_MAX;
+    for (int64_t down = first_down; parts * down * first_across <= most; down++)
+      for (int64_t across = first_across; parts * down * across <= most; across++) {
+        const int64_t r = cut(m, down, TILE_ROWS), c = cut(n, across, TILE_COLUMNS);
+        if (least < INT64_MAX && r * c * p.a.depth / parts < LEAST_WORK) break;
+        const int64_t per_thread = ceil_div(parts * ceil_div(m, r) * ceil_div(n, c), threads);
+        const int64_t work = per_thread * (r * c + PACKING * (r + c));
+        if (work < least) least = work, rows = r, columns = c;
+      }
   }
 };
 
@@ -106,7 +111,8 @@ void run(const Kernel& kernel, const Product& p, int64_t part_depth, int64_t par
   const Chunk chunk(p, parts);
   const int64_t across = ceil_div(n, chunk.columns), per_part = ceil_div(m, chunk.rows) * across;
   torch::stable::parallel_for(0, parts * per_part, 1, [&](int64_t begin, int64_t end) {
-    const size_t size = (chunk.rows + chunk.columns) * ceil_div(std::min(most, depth), kernel.per_step);
+    const int64_t packed = ceil_div(chunk.rows, BLOCK_ROWS) * BLOCK_ROWS + chunk.columns;
+    const size_t size = packed * ceil_div(std::min(most, depth), kernel.per_step);
     const std::unique_ptr<Line[]> scratch(new Line[size / 16 + 1]);
     for (int64_t u = begin; u < end; u++) {
       const int64_t part = u / per_part, i = u % per_part / across * chunk.rows, j = u % across * chunk.columns;

@@ -18,11 +18,20 @@ INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u <
 
 // ------------------------------------------------------------------------------------------------------- packing
 
+#ifdef FUSEDKD_BF16
+// Places of x₀, y₀, x₁, y₁, … in x and y of 32 elements each.
+alignas(64) constexpr uint16_t PAIRS[64] = {
+    0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+    11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+    22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63,
+};
+#endif
+
 // Steps of the summed dimension at which it is contiguous: elements [0, count) of `from`, 0 from there to 16 steps.
 INLINE __m512i steps_of(ScalarType type, const char* from, int64_t count) {
 #ifdef FUSEDKD_BF16
   if (type == ScalarType::BFloat16) {
-    const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+    const __mmask32 mask = count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
     return _mm512_maskz_loadu_epi16(mask, from);
   }
   const float* x = (const float*)from;
@@ -34,23 +43,21 @@ INLINE __m512i steps_of(ScalarType type, const char* from, int64_t count) {
 #endif
 }
 
+// One step of `width` rows, where those are contiguous: elements [0, count) of `from` and, of the step's second, of
+// `next`, 0 from there. Without a `next` that is 0.
+INLINE void pack_step(ScalarType type, const char* from, const char* next, int64_t count, int64_t width, uint32_t* to) {
+  const int64_t size = size_of(type);
 #ifdef FUSEDKD_BF16
-// 16 elements as bfloat16, each in the low half of 32 bits.
-INLINE __m512i halves(ScalarType type, const char* from, __mmask16 mask) {
-  if (type == ScalarType::BFloat16) return _mm512_maskz_cvtepu16_epi32(mask, _mm256_maskz_loadu_epi16(mask, from));
-  return _mm512_maskz_cvtepu16_epi32(mask, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from)));
-}
-#endif
-
-// One step of 16 rows, where those are contiguous. `next` is the row of the step's second element, null for 0.
-INLINE __m512i step_of(ScalarType type, const char* from, const char* next, __mmask16 mask) {
-#ifdef FUSEDKD_BF16
-  const __m512i low = halves(type, from, mask);
-  if (!next) return low;
-  return _mm512_or_si512(low, _mm512_maskz_slli_epi32(mask, halves(type, next, mask), 16));
+  const __m512i lower = _mm512_load_si512(PAIRS), upper = _mm512_load_si512(PAIRS + 32);
+  for (int64_t i = 0; i < width; i += 32) {
+    const __m512i x = steps_of(type, from + i * size, count - i);
+    const __m512i y = next ? steps_of(type, next + i * size, count - i) : __m512i{};
+    _mm512_store_si512(to + i, _mm512_permutex2var_epi16(x, lower, y));
+    if (i + 16 < width) _mm512_store_si512(to + i + 16, _mm512_permutex2var_epi16(x, upper, y));
+  }
 #else
-  (void)type, (void)next;
-  return _mm512_maskz_loadu_epi32(mask, from);
+  (void)next;
+  for (int64_t i = 0; i < width; i += 16) _mm512_store_si512(to + i, steps_of(type, from + i * size, count - i));
 #endif
 }
 
@@ -77,32 +84,36 @@ INLINE void transpose(__m512i (&x)[16]) {
   }
 }
 
-// Rows [row, row + count) of an operand, elements [k, k + depth) of each, into `to`: [steps][width], with 0 where there
-// are no more rows. width is a multiple of 16.
+// Rows [row, row + rows) of an operand, elements [k, k + depth) of each, into `to`: in blocks of `width` rows, each
+// [steps][width], the last of which is filled up with 0. width is a multiple of 16.
 inline void pack(const Operand& from, int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t width,
                  uint32_t* to) {
   const int64_t steps = (depth + PER_STEP - 1) / PER_STEP, size = size_of(from.type);
   const char* start = from.data + (row * from.stride + k * from.depth_stride) * size;
-  for (int64_t i = 0; i < width; i += 16) {
-    if (from.depth_stride == 1) {
-      for (int64_t s = 0; s < steps; s += 16) {
-        __m512i x[16];
-        for (int64_t r = 0; r < 16; r++) {
-          const char* at = start + ((i + r) * from.stride + s * PER_STEP) * size;
-          x[r] = i + r < rows ? steps_of(from.type, at, depth - s * PER_STEP) : __m512i{};
+  if (from.depth_stride == 1) {
+    for (int64_t block = 0; block < rows; block += width, to += width * steps)
+      for (int64_t i = 0; i < width; i += 16)
+        for (int64_t s = 0; s < steps; s += 16) {
+          __m512i x[16];
+          for (int64_t r = 0; r < 16; r++) {
+            const int64_t at = block + i + r;
+            const char* const data = start + (at * from.stride + s * PER_STEP) * size;
+            x[r] = at < rows ? steps_of(from.type, data, depth - s * PER_STEP) : __m512i{};
+          }
+          transpose(x);
+          for (int64_t j = 0; j < std::min<int64_t>(16, steps - s); j++)
+            _mm512_store_si512(to + (s + j) * width + i, x[j]);
         }
-        transpose(x);
-        for (int64_t j = 0; j < std::min<int64_t>(16, steps - s); j++)
-          _mm512_store_si512(to + (s + j) * width + i, x[j]);
-      }
-    } else {
-      for (int64_t s = 0; s < steps; s++) {
-        const char *at = start + (i + s * PER_STEP * from.depth_stride) * size, *next = at + from.depth_stride * size;
-        const bool odd = s * PER_STEP + 1 == depth;
-        _mm512_store_si512(to + s * width + i, step_of(from.type, at, odd ? nullptr : next, first(rows - i)));
-      }
-    }
+    return;
   }
+  constexpr int64_t at_a_time = 4;  // steps: the operand is read almost in its own order, the blocks written in theirs
+  for (int64_t begin = 0; begin < steps; begin += at_a_time)
+    for (int64_t block = 0; block < rows; block += width)
+      for (int64_t s = begin; s < std::min(steps, begin + at_a_time); s++) {
+        const char* x = start + (s * PER_STEP * from.depth_stride + block) * size;
+        const char* next = s * PER_STEP + 1 == depth ? nullptr : x + from.depth_stride * size;
+        pack_step(from.type, x, next, rows - block, width, to + block * steps + s * width);
+      }
 }
 
 // ----------------------------------------------------------------------------------------------------------- tile

@@ -85,7 +85,7 @@ def refuse_double_backward() -> None:
 
 def rounded(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """gradient · factor in another type: one pass, one rounding."""
-    if factor is None:
+    if factor is None or (gradient.dtype != dtype and is_one(factor)):
         return gradient.to(dtype)
     if torch.compiler.is_compiling() or gradient.dtype == dtype:
         return (gradient * factor).to(dtype)
