@@ -62,7 +62,7 @@ class Run:
     logs: list[dict[str, float]] = field(default_factory=list)
     """Of all trainings so far."""
     known_logits: dict[Any, Tensor] = field(default_factory=dict)
-    """Of teachers on training rows, for all methods and seeds of a comparison."""
+    """Of the teacher on training rows, for all methods and seeds of a comparison."""
 
     @property
     def seed(self) -> int:
@@ -155,7 +155,8 @@ class Run:
         read = steps * options.train_batch_size * options.gradient_accumulation_steps * options.world_size
         logits = None
         if teacher is not None and read >= len(rows):  # else it would run on more rows than it teaches
-            logits = partial(self._teacher_logits, teacher, rows)
+            known = self.known_logits if teacher is self.teacher else {}  # others live as long as this training
+            logits = partial(self._teacher_logits, known, teacher, rows)
         trainer = MethodTrainer(
             model,
             options,
@@ -175,12 +176,12 @@ class Run:
         self.logs += trainer.state.log_history
         return model
 
-    def _teacher_logits(self, teacher: PreTrainedModel, rows: datasets.Dataset) -> Tensor:
+    def _teacher_logits(self, known: dict[Any, Tensor], teacher: PreTrainedModel, rows: datasets.Dataset) -> Tensor:
         """Once for this model, as it is now, and these rows."""
         key = teacher, sum(parameter._version for parameter in teacher.parameters()), rows._fingerprint
-        if key not in self.known_logits:
-            self.known_logits[key] = self.logits(teacher, rows)
-        return self.known_logits[key]
+        if key not in known:
+            known[key] = self.logits(teacher, rows)
+        return known[key]
 
     def _bound(self, terms: Sequence[Term], model: Any, teacher: Any) -> BoundTerms:
         try:
