@@ -121,7 +121,8 @@ def methods() -> str:
 
     rows = ["| `--method`, and its options | method | source | as published |", "|---|---|---|---|"]
     for name, method in sorted(methods().items()):
-        options = ", ".join(f"{key}={value}" for key, value in method.options.items())
+        values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in method.options.items()}
+        options = ", ".join(f"{key}={value}" for key, value in values.items())
         rows.append(
             f"| `{name}`{f': `{options}`' if options else ''} | {method.title} | {method.paper} | {method.published} |"
         )

@@ -111,8 +111,7 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     folder = Path(str(arguments.output_dir))
     claim(folder, settings, False, kept=(folder / "run.json").is_file())
     prepared = prepare(its, models, arguments)
-    for each in chosen:
-        each.check(prepared)
+    chosen = [each for each in chosen if fits(each, prepared, method.method == ["all"])]
     teacher = prepared.logits(prepared.teacher) if prepared.teacher else None
     results = train(chosen, prepared, method, teacher, folder, f"{models.teacher} as teacher")
     of_teacher = {**teachers.described(models.teacher), "parameters": prepared.source.num_parameters()}
@@ -120,6 +119,18 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     if its.predict:
         predict(prepared, its, chosen, folder)
     report.write(folder, settings, chosen, prepared.task, of_teacher, results)
+
+
+def fits(chosen: Chosen, prepared: Run, of_all: bool) -> bool:
+    """Whether the run has what the method needs. Of all methods the others are left out; by its name it is refused."""
+    try:
+        chosen.check(prepared)
+    except UsageError as error:
+        if not of_all:
+            raise
+        print(f"left out: {error}", flush=True)
+        return False
+    return True
 
 
 def train(

@@ -13,8 +13,10 @@ pytest.importorskip("torchmetrics")
 from tiny_run import classifier
 from transformers import AutoModelForSequenceClassification, BertModel
 
+import recipes.glue.__main__
 from recipes.glue import report
 from recipes.glue.__main__ import main
+from recipes.glue.method import chosen_methods
 from recipes.glue.students import student_of
 
 
@@ -115,6 +117,17 @@ def test_what_does_not_fit_is_refused(tmp_path, tokenizer, glue, capsys, options
     teacher = saved(tmp_path / "ready", tokenizer)
     assert compared(teacher, tmp_path / "runs", "--glue_dir", str(glue), *options) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_of_all_methods_those_that_fit(tmp_path, tokenizer, glue, capsys, monkeypatch):
+    monkeypatch.setattr(recipes.glue.__main__, "chosen_methods", lambda texts: chosen_methods(["ce", "pkd", "dkd"]))
+    teacher = saved(tmp_path / "ready", tokenizer, labels=1)
+    task = ["--glue_dir", str(glue), "--task", "stsb", "--layers", "0", "1", "2"]
+    assert compared(teacher, tmp_path / "runs", *task, "--method", "all") == 0
+    out = capsys.readouterr().out
+    assert "left out: --method pkd needs a teacher of a multiple of" in out
+    assert "left out: --method dkd needs classes, not a score" in out
+    assert [*json.loads((tmp_path / "runs" / "results.json").read_text())["students"]] == ["ce"]
 
 
 def test_differences_are_paired_by_seed():
