@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -177,7 +178,7 @@ class Run:
 
     def _teacher_logits(self, teacher: PreTrainedModel, rows: datasets.Dataset) -> Tensor:
         """Once for this model, as it is now, and these rows."""
-        key = teacher, sum(parameter._version for parameter in teacher.parameters()), rows._fingerprint
+        key = weakref.ref(teacher), sum(parameter._version for parameter in teacher.parameters()), rows._fingerprint
         if key not in self.known_logits:
             self.known_logits[key] = self.logits(teacher, rows)
         return self.known_logits[key]

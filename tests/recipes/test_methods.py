@@ -1,5 +1,8 @@
 """Every method of `recipes.glue` trains, on every kind of task that it takes, and refuses the others by one line."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -79,3 +82,14 @@ def test_the_teachers_logits_are_of_the_model_as_it_is(tmp_path, tokenizer):
     run.fit(run.student(), loss)
     assert len(run.known_logits) == 2
     assert max(seen) < 1e-5
+
+
+def test_a_teacher_that_was_trained_on_the_way_is_not_kept(tmp_path, tokenizer):
+    run = tiny_run(tmp_path, tokenizer)
+    teacher = run.fit(run.source_again(), lambda step: step.hard(), steps=1)
+    run.fit(run.student(), lambda step: step.soft(), teacher=teacher)
+    assert len(run.known_logits) == 1
+    kept = weakref.ref(teacher)
+    del teacher
+    gc.collect()
+    assert kept() is None
