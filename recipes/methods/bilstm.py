@@ -143,7 +143,7 @@ def bilstm(
     is 150 or 300 and `dense` 200 or 400; `columns` are those of random word vectors.
     """
 
-    def loss(step: Step):  # type: ignore[no-untyped-def]
+    def loss(step: Step) -> Tensor:
         soft = (1 - alpha) * step.soft(divergence="logit_mse", temperature=1.0)
         return soft + alpha * step.hard() if alpha else soft
 
