@@ -1,4 +1,4 @@
-"""A student alone, on labels and on embeddings shifted against it (Miyato et al. 2017, arXiv:1605.07725, §3.1).
+"""A student alone, on labels and on embeddings shifted against it (Miyato et al. 2017, arXiv:1605.07725, §3).
 
 CE(q(x), y) + CE(q(x + r), y), r = ε g/‖g‖, g = ∂CE(q(x), y)/∂(the embeddings of x), with one norm for all tokens of an
 example and r without a gradient. Of scores CE is the squared difference. (Miyato et al. first normalise the embeddings,

@@ -33,6 +33,7 @@ METHODS = {
         augmented_kd,
         "TinyBERT's augmentation + KD",
         "arXiv:1909.10351",
-        published="GLUE dev, average of 8 tasks, DistilRoBERTa from RoBERTa-large: 81.12 (KD 80.77)",
+        published="GLUE dev, average of 8 tasks, DistilRoBERTa from RoBERTa-large: 81.12 (KD 80.77; in "
+        "arXiv:2105.05912)",
     )
 }

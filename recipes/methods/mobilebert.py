@@ -68,7 +68,8 @@ METHODS = {
         mobilebert,
         "MobileBERT's progressive transfer",
         "arXiv:2004.02984",
-        published="78.5 on GLUE's leaderboard, 24 thin layers from a BERT-large with bottlenecks, on general text",
+        published="GLUE test, 24 thin layers from a BERT-large with bottlenecks, on general text: 78.5; 77.7 with ReLU "
+        "and without layer norm, for speed",
         needs=("teacher", "width", "heads", "multiple"),
     )
 }

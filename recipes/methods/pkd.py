@@ -4,8 +4,8 @@
 squared difference of the [CLS] states, each divided by its L2 norm first. A student of M layers has the teacher's
 layers k, 2k, … (`skip`, k = N/M) or the M − 1 before its last one (`last`).
 
-The published code means the KL divergence over classes as well, so that its α weighs a term C times smaller. The
-weights are those of one of its runs.
+The paper writes PT as a sum; its published code takes the mean, as here. For the KL divergence that code takes the mean
+over classes, too, so that its α weighs a term C times smaller. The weights are those of one of its runs.
 """
 
 from typing import Literal

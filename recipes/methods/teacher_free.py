@@ -6,7 +6,7 @@ tf_kd_reg          Tf-KD_reg (there, §5.2): (1 − α)·CE + α·T²·KL(p_T‖
                    `correct` to the label and shares the rest; p_T is the softmax of log p/T. The published code
                    (form=code) takes the softmax of the probabilities p/T instead, and the student's at temperature 1:
                    smoothing towards almost equal probabilities. Its mean over classes times 100, for 100 classes, is
-                   the sum here.
+                   the sum here. The paper's formulas have no T².
 tf_kd_self         Tf-KD_self (there, §5.1): (1 − α)·CE + α·T²·KL from a copy of the student trained with labels alone.
 self_distillation  Rounds without labels (Mobahi et al. 2020, arXiv:2002.05715): a student trained with labels teaches a
                    new one, by its predictions alone, and so on. Each round regularises more; beyond a few it underfits.
