@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
-def adversarial(run: Run, *, epsilon: float = 1.0) -> PreTrainedModel:
+def adversarial(run: Run, *, epsilon: Weight = 1.0) -> PreTrainedModel:
     student = run.student()
     table = student.get_input_embeddings()
 

@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Weight
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
@@ -22,10 +22,10 @@ def alp_kd(
     run: Run,
     *,
     buckets: Literal["all", "regular", "overlap"] = "all",
-    beta: float = 1 / 3,
-    eta: float = 1 / 3,
-    lambda_: float = 1 / 3,
-    temperature: float = 1.0,
+    beta: Weight = 1 / 3,
+    eta: Weight = 1 / 3,
+    lambda_: Weight = 1 / 3,
+    temperature: Positive = 1.0,
 ) -> PreTrainedModel:
     options = {"beta": beta, "eta": eta, "lambda_": lambda_, "temperature": temperature}
     recipe = presets.alp_kd(None if buckets == "all" else buckets, pool="first", **options)

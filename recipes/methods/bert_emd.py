@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import attention_mse_loss, hidden_loss, pairwise_layer_mse
 from fusedkd.integrations.terms import AttentionTerm
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.preset import other_width
 from recipes.glue.run import Run
 from recipes.glue.step import Step
@@ -73,7 +73,7 @@ def inverse(costs: Tensor) -> Tensor:
     return found / found.sum(1, keepdim=True)
 
 
-def bert_emd(run: Run, *, alpha: float = 1.0, beta: float = 0.005, temperature: float = 1.0) -> PreTrainedModel:
+def bert_emd(run: Run, *, alpha: Share = 1.0, beta: Weight = 0.005, temperature: Positive = 1.0) -> PreTrainedModel:
     student = run.student()
     shape = student.config.num_hidden_layers, run.source.config.num_hidden_layers
     transport = Transport(2, *shape)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from fusedkd.integrations.command import UsageError
 from recipes.glue.ensemble import Ensemble
-from recipes.glue.method import Method, positive
+from recipes.glue.method import Count, Method
 from recipes.glue.run import Run
 from recipes.glue.step import IGNORE, Loss, Step
 
@@ -66,7 +66,6 @@ def weighted(step: Step, weights: Tensor) -> Tensor:
 
 def all_generations(run: Run, count: int, variant: Variant) -> list[PreTrainedModel]:
     """Generation 0 and `count` others; 0 is the student of labels alone with the run's seed."""
-    positive(generations=count)
     if not run.task.labels and variant in ("cwtm", "dkpp"):
         raise UsageError(f"variant={variant} is one of classes, but the labels of {run.task.name} are scores")
     models: list[PreTrainedModel] = []
@@ -79,11 +78,11 @@ def all_generations(run: Run, count: int, variant: Variant) -> list[PreTrainedMo
     return models
 
 
-def born_again(run: Run, *, generations: int = 2, variant: Variant = "labels") -> PreTrainedModel:
+def born_again(run: Run, *, generations: Count = 2, variant: Variant = "labels") -> PreTrainedModel:
     return all_generations(run, generations, variant)[-1]
 
 
-def born_again_ensemble(run: Run, *, generations: int = 2, variant: Variant = "labels") -> PreTrainedModel:
+def born_again_ensemble(run: Run, *, generations: Count = 2, variant: Variant = "labels") -> PreTrainedModel:
     return Ensemble.of(all_generations(run, generations, variant)[1:])
 
 

@@ -18,7 +18,8 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from fusedkd.integrations.command import UsageError
+from recipes.glue.method import Method, Positive, Share
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
@@ -27,10 +28,12 @@ def ckd(
     run: Run,
     *,
     variant: Literal["regular", "overlap", "skip_middle", "cross", "interleaved"] = "regular",
-    alpha: float = 0.4,
-    beta: float = 0.2,
-    temperature: float = 1.0,
+    alpha: Share = 0.4,
+    beta: Share = 0.2,
+    temperature: Positive = 1.0,
 ) -> PreTrainedModel:
+    if alpha + beta > 1:
+        raise UsageError(f"alpha + beta must be at most 1, for 1 − alpha − beta weighs the labels, not {alpha + beta}")
     recipe = presets.ckd(variant, alpha=alpha, beta=beta, temperature=temperature)
     return run.fit(run.student(), by_preset(recipe), terms=recipe["terms"])
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.presets import Recipe
 from fusedkd.integrations.terms import HiddenTerm
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.preset import by_preset, other_width
 from recipes.glue.run import Run
 from recipes.glue.step import Step
@@ -28,7 +28,7 @@ from recipes.methods.hinton import hinton
 
 
 def distilbert(
-    run: Run, *, alpha_kd: float = 5.0, alpha_hard: float = 2.0, alpha_cos: float = 1.0, temperature: float = 2.0
+    run: Run, *, alpha_kd: Weight = 5.0, alpha_hard: Weight = 2.0, alpha_cos: Weight = 1.0, temperature: Positive = 2.0
 ) -> PreTrainedModel:
     student = run.student()
     kd = KDConfig(temperature=temperature, kd_weight=alpha_kd, ce_weight=alpha_hard)
@@ -36,7 +36,7 @@ def distilbert(
     return run.fit(student, by_preset(recipe), terms=recipe["terms"])
 
 
-def distilbert_d(run: Run, *, share: float = 0.5, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
+def distilbert_d(run: Run, *, share: Share = 0.5, alpha: Share = 0.5, temperature: Positive = 2.0) -> PreTrainedModel:
     """share: of the steps that are before the task."""
     first, second = run.split(share, 1 - share)
     student, source, on_the_task = run.student(), run.source, hinton(alpha, temperature)

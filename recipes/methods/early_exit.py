@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fusedkd.integrations.terms import first
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.methods.hinton import hinton
@@ -52,7 +52,7 @@ class Exits(nn.Module):
 
 
 def early_exit(
-    run: Run, *, of: Literal["teacher", "student"] = "teacher", speed: float = 0.1, alpha: float = 0.5
+    run: Run, *, of: Literal["teacher", "student"] = "teacher", speed: Share = 0.1, alpha: Share = 0.5
 ) -> PreTrainedModel:
     model, steps = copy.deepcopy(run.teacher), run.steps
     if of == "student":

@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
@@ -22,9 +22,9 @@ def pkd(
     run: Run,
     *,
     variant: Literal["skip", "last"] = "skip",
-    alpha: float = 0.7,
-    temperature: float = 10.0,
-    beta: float = 500.0,
+    alpha: Share = 0.7,
+    temperature: Positive = 10.0,
+    beta: Weight = 500.0,
 ) -> PreTrainedModel:
     recipe = presets.pkd(variant, alpha=alpha, temperature=temperature, beta=beta)
     return run.fit(run.student(), by_preset(recipe), terms=recipe["terms"])

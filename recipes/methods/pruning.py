@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.glue.students import LAYER
@@ -92,8 +92,8 @@ def magnitude(
     *,
     sparsity: float = 0.5,
     schedule: Literal["gradual", "one_shot"] = "gradual",
-    temperature: float = 2.0,
-    alpha: float = 0.5,
+    temperature: Positive = 2.0,
+    alpha: Share = 0.5,
 ) -> PreTrainedModel:
     check(sparsity)
     if schedule not in ("gradual", "one_shot"):
@@ -122,14 +122,12 @@ def lottery(
     run: Run,
     *,
     sparsity: float = 0.5,
-    rounds: int = 3,
-    search: float = 1.0,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
+    rounds: Count = 3,
+    search: Positive = 1.0,
+    temperature: Positive = 2.0,
+    alpha: Share = 0.5,
 ) -> PreTrainedModel:
     check(sparsity)
-    if rounds < 1 or search <= 0:
-        raise UsageError(f"rounds must be at least 1 and search above 0, not {rounds} and {search:g}")
     return ticket(run, sparsity, rounds, max(1, round(search * run.steps)), hinton(alpha, temperature))
 
 

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from fusedkd.distilbert.student import spread_layers
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.methods.hinton import hinton
 
 
-def takd(run: Run, *, assistants: str = "", temperature: float = 2.0, lambda_: float = 0.5) -> PreTrainedModel:
+def takd(run: Run, *, assistants: str = "", temperature: Positive = 2.0, lambda_: Share = 0.5) -> PreTrainedModel:
     """assistants: their depths in falling order, with a plus between them: 5+4; empty: one, halfway."""
     loss = hinton(lambda_, temperature)
     student, teacher, depth = run.student(), run.teacher, run.source.config.num_hidden_layers

@@ -15,12 +15,12 @@ starting from a TinyBERT that was distilled on general text; here two thirds of 
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Share
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
 
-def tinybert(run: Run, *, intermediate: float = 2 / 3) -> PreTrainedModel:
+def tinybert(run: Run, *, intermediate: Share = 2 / 3) -> PreTrainedModel:
     """`intermediate`: the first stage's share of the steps."""
     student = run.student()
     steps = run.split(intermediate, 1 - intermediate)
