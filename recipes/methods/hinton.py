@@ -12,7 +12,8 @@ Other divergences take the place of KL(p‖q):
     dkd          αTCKD + βNCKD                                DKD, arXiv:2203.08679, eq. 7
 
 KD is written with CE(p, q), too, whose gradient is that of KL(p‖q); PKD's and TAKD's code divides by the number of
-classes besides. Of scores the teacher's term is the squared difference, whatever T.
+classes besides. TRL and Liger leave T² out of their divergences; here it is a factor of all of these
+but logit_mse. Of scores the teacher's term is the squared difference, whatever T.
 """
 
 from functools import partial
