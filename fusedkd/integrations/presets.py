@@ -108,7 +108,7 @@ def ckd(
     The published code sums over tokens. The paper tunes α and β; the defaults are arbitrary.
     """
     group = HiddenTerm(variant, distance="cosine", projection=True, weight=2 * beta, name="combination")
-    return {"terms": [group], "kd": KDConfig(temperature=temperature, kd_weight=alpha, ce_weight=1 - alpha - beta)}
+    return {"terms": [group], "kd": KDConfig(temperature=temperature, kd_weight=alpha, ce_weight=1 - (alpha + beta))}
 
 
 def rail_kd(*, projection: bool = False, temperature: float = 1.0) -> Recipe:

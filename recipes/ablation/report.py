@@ -50,14 +50,23 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def where(results: dict[str, Any]) -> str:
+    """Machine, version and date, for a page."""
+    return f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
+
+
 def finish(
-    folder: Path, results: dict[str, Any], lines: list[Any], plot: Callable[[dict[str, Any], Path], None]
+    folder: Path,
+    results: dict[str, Any],
+    lines: list[Any],
+    plot: Callable[[dict[str, Any], Path], None],
+    picture: str = "curves.png",
 ) -> None:
-    """Write `results.json` and `curves.png`; print tables and sentences."""
-    files = folder / "results.json", folder / "curves.png"
+    """Write `results.json` and the picture; print tables and sentences."""
+    files = folder / "results.json", folder / picture
     files[0].write_text(json.dumps(results, indent=1) + "\n")
     plot(results, files[1])
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for line in [*lines, f"numbers, picture: {', '.join(map(str, files))}"]:
         console.print(line)
 
@@ -206,9 +215,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables and what follows from them, for a page."""
     lines = [line for table in tables(results) for line in [*markdown_table(table), ""]]
     settings = results["settings"]
-    where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
     seeds = f"Mean of {settings['seeds']} seeds ± standard deviation; loss" if settings["seeds"] > 1 else "Loss"
-    legend = f"{where}. {seeds} per predicted token ({settings['mlm_probability']:.0%} masked) and KL on held-out text."
+    legend = f"{where(results)}. {seeds} per predicted token ({settings['mlm_probability']:.0%} masked) and KL on held-out text."
     if settings["tasks"]:
         legend += " Tasks: on the development set, after the last epoch; change: ± its standard error."
     return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from recipes.ablation.report import circumstances, finish, grid
+from recipes.ablation.report import circumstances, finish, grid, markdown_table, where
 from recipes.causal.arms import ARMS, PUBLISHED
 
 Results = dict[str, Any]
@@ -16,7 +16,7 @@ Results = dict[str, Any]
 
 def write(folder: Path, results: Results) -> None:
     """`results`: settings, teacher, of each budget its arms, and the eager step."""
-    results = {**circumstances(), **results}
+    results = {"recipe": "causal", **circumstances(), **results}
     finish(folder, results, [*tables(results), *findings(results)], plot)
 
 
@@ -61,6 +61,18 @@ def findings(results: Results) -> list[str]:
     if fused["peak_mb"] and eager["peak_mb"]:
         line += f" and {eager['peak_mb'] - fused['peak_mb']:.0f} MB more memory"
     return [*lines, f"{line}.", PUBLISHED]
+
+
+def markdown(results: Results) -> str:
+    """The tables and what follows from them, for a page."""
+    lines = [line for table in tables(results) for line in [*markdown_table(table), ""]]
+    its, of = results["settings"], results["teacher"]
+    package = f" ({of['distribution']} {of['version']}, {of['licence']})" if "distribution" in of else ""
+    legend = (
+        f"{where(results)}. Teacher {of['name']}{package}, {of['layers']} layers; students of {len(its['layers'])}; batches of "
+        f"{its['per_device_train_batch_size']} blocks of {its['block_size']} tokens; seconds: {its['clock']}."
+    )
+    return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])
 
 
 def plot(results: Results, file: Path) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from transformers import PreTrainedModel
 
@@ -23,6 +23,22 @@ if TYPE_CHECKING:
 Need = Literal["teacher", "classes", "width", "heads", "multiple", "unlabelled"]
 """A teacher; classes and no score; a student as wide as its teacher; one of as many attention heads; a teacher of a
 multiple of its layers; examples without a label."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """The numbers that an option takes, as a part of its type: `temperature: Positive = 2.0`."""
+
+    sentence: str
+    holds: Callable[[float], bool]
+
+
+Share = Annotated[float, Within("between 0 and 1", lambda number: 0 <= number <= 1)]
+PositiveShare = Annotated[float, Within("above 0 and at most 1", lambda number: 0 < number <= 1)]
+Positive = Annotated[float, Within("above 0", lambda number: 0 < number < float("inf"))]
+Weight = Annotated[float, Within("0 or above", lambda number: 0 <= number < float("inf"))]
+Count = Annotated[int, Within("above 0", lambda number: number > 0)]
+Natural = Annotated[int, Within("0 or above", lambda number: number >= 0)]
 
 SHARED: dict[str, Any] = {"augment": 0, "generator": ""}
 """Options of every method: `augment` further texts without a label for each training text, which a masked language
@@ -53,8 +69,15 @@ class Method:
 
     def choices(self, option: str) -> tuple[Any, ...]:
         """The values of an option that is a Literal; empty: it may be any."""
-        annotation = inspect.signature(self.train, eval_str=True).parameters[option].annotation
-        return get_args(annotation) if get_origin(annotation) is Literal else ()
+        kind = self._type(option)
+        return get_args(kind) if get_origin(kind) is Literal else ()
+
+    def limits(self, option: str) -> list[Within]:
+        """Of the numbers of an option; empty: it may be any."""
+        return [each for each in getattr(self._type(option), "__metadata__", ()) if isinstance(each, Within)]
+
+    def _type(self, option: str) -> Any:
+        return inspect.signature(self.train, eval_str=True).parameters[option].annotation
 
 
 @dataclass(frozen=True)
@@ -108,20 +131,6 @@ class Chosen:
                 raise UsageError(f"--method {self.text} needs {sentence}")
 
 
-def positive(**options: float) -> None:
-    """UsageError for an option that is not."""
-    for name, value in options.items():
-        if not value > 0:
-            raise UsageError(f"{name} must be above 0, not {value}")
-
-
-def shares(**options: float) -> None:
-    """UsageError for an option outside [0, 1]."""
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise UsageError(f"{name} must be between 0 and 1, not {value}")
-
-
 @cache
 def methods() -> dict[str, Method]:
     """All of them, by name, from the modules of `recipes.methods`."""
@@ -154,7 +163,12 @@ def parse_method(text: str) -> Chosen:
             listed = ", ".join(f"{key}={value}" for key, value in {**method.options, **SHARED}.items())
             raise UsageError(f"--method {text}: no option {item!r}; its options are {listed}")
         options[key] = _value(text, key, value, known[key])
-        choices = method.choices(key) if key in method.options else ()
+        if key not in method.options:
+            continue
+        for limit in method.limits(key):
+            if not limit.holds(options[key]):
+                raise UsageError(f"--method {text}: {key} must be {limit.sentence}, not {value}")
+        choices = method.choices(key)
         if choices and options[key] not in choices:
             raise UsageError(f"--method {text}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}")
     if "generator" in options and "generator" not in method.options and not options.get("augment"):

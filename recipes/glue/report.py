@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
-from fusedkd import env
-from recipes.ablation.report import cell, grid, markdown_table, spread
+from recipes.ablation.report import cell, circumstances, finish, grid, markdown_table, spread, where
 from recipes.finetune.tasks import Task
 from recipes.glue.compare import Result
 from recipes.glue.method import Chosen, parse_method
@@ -32,13 +27,11 @@ def write(
     task: Task,
     teacher: Result,
     students: dict[str, list[Result]],
-) -> Results:
+) -> None:
     """Compare the students; print the table, write JSON and picture."""
     results: Results = {
         "recipe": "glue",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": env.devices(),
-        "versions": env.versions(),
+        **circumstances(),
         "settings": settings,
         "task": task.name,
         "metrics": list(task.metrics),
@@ -46,14 +39,8 @@ def write(
         "published": {each.text: each.method.published for each in chosen if each.method.published},
         "students": students,
     }
-    files = folder / "results.json", folder / "methods.png"
-    files[0].write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, files[1])
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     published = [f"{name}, as published: {text}" for name, text in results["published"].items()]
-    for line in [table(results), *findings(results), *published, f"numbers, picture: {', '.join(map(str, files))}"]:
-        console.print(line)
-    return results
+    finish(folder, results, [table(results), *findings(results), *published], plot, "methods.png")
 
 
 # ---- numbers
@@ -132,14 +119,13 @@ def markdown(results: Results) -> str:
     its, shown = results["settings"], table(results)
     texts = f"{its['examples']:,} training examples" if its["examples"] else "all training examples"
     labels = f", {its['labels']:,} of them with their label" if its["labels"] else ""
-    where = f"{results['machine']['CPU']}, torch {results['versions']['torch']}, {results['date'][:10]}"
     source = results["teacher"]
     package = (
         f" ({source['distribution']} {source['version']}, {source['licence']})" if "distribution" in source else ""
     )
     trained = f"{its['max_steps']} steps of {its['per_device_train_batch_size']} at {its['learning_rate']:g}"
     lines = [
-        f"{where}. {shown.title}; seconds (of the processor, all threads) and MB, the growth of memory, are medians.",
+        f"{where(results)}. {shown.title}; seconds (of the processor, all threads) and MB, the growth of memory, are medians.",
         f"Teacher {source['name']}{package}; students of {its['layers'] or 'every other'} layers, {its['init']};",
         f"{texts}{labels}; {trained}.",
     ]

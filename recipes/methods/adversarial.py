@@ -1,4 +1,4 @@
-"""A student alone, on labels and on embeddings shifted against it (Miyato et al. 2017, arXiv:1605.07725, §3.1).
+"""A student alone, on labels and on embeddings shifted against it (Miyato et al. 2017, arXiv:1605.07725, §3).
 
 CE(q(x), y) + CE(q(x + r), y), r = ε g/‖g‖, g = ∂CE(q(x), y)/∂(the embeddings of x), with one norm for all tokens of an
 example and r without a gradient. Of scores CE is the squared difference. (Miyato et al. first normalise the embeddings,
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
-def adversarial(run: Run, *, epsilon: float = 1.0) -> PreTrainedModel:
+def adversarial(run: Run, *, epsilon: Weight = 1.0) -> PreTrainedModel:
     student = run.student()
     table = student.get_input_embeddings()
 

@@ -2,8 +2,8 @@
 
 β·CE + η·T²·KL + λ·Σ_i MSE(s_i, c_i), where c_i = Σ_k α_ik·t_k mixes the teacher's layers k of a bucket, and α_ik is the
 softmax over k of ⟨s_i, t_k⟩. The states are those of [CLS]; the mean squared difference is over examples and columns.
-The bucket of a layer is all of the teacher's layers (`all`, ALP-KD), N/M in turn (`regular`, ALP-NO: no overlap) or
-those and one more of either neighbour (`overlap`, ALP-PO).
+The bucket of layer i of the student (M layers) is: all N layers of the teacher (`all`, ALP-KD); the i-th N/M of them,
+so that no layer is in two buckets (`regular`, ALP-NO); or these and the next layer below and above (`overlap`, ALP-PO).
 
 The paper tunes the weights; the defaults are arbitrary. No official code is known.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Weight
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
@@ -22,10 +22,10 @@ def alp_kd(
     run: Run,
     *,
     buckets: Literal["all", "regular", "overlap"] = "all",
-    beta: float = 1 / 3,
-    eta: float = 1 / 3,
-    lambda_: float = 1 / 3,
-    temperature: float = 1.0,
+    beta: Weight = 1 / 3,
+    eta: Weight = 1 / 3,
+    lambda_: Weight = 1 / 3,
+    temperature: Positive = 1.0,
 ) -> PreTrainedModel:
     options = {"beta": beta, "eta": eta, "lambda_": lambda_, "temperature": temperature}
     recipe = presets.alp_kd(None if buckets == "all" else buckets, pool="first", **options)

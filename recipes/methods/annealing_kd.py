@@ -13,16 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkd import LogitMSE
-from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
-def annealing_kd(run: Run, *, tau_max: int = 7, share: float = 0.7) -> PreTrainedModel:
+def annealing_kd(run: Run, *, tau_max: Count = 7, share: Share = 0.7) -> PreTrainedModel:
     """tau_max: how many values φ takes; share: of the steps that are stage I."""
-    if tau_max < 1 or tau_max != int(tau_max):
-        raise UsageError(f"tau_max must be a whole number from 1 on, not {tau_max}")
     first, second = run.split(share, 1 - share)
     student = run.fit(run.student(), lambda step: annealed(step, phi(step.number, step.total, tau_max)), steps=first)
     return run.fit(student, Step.hard, run.labelled, steps=second)

@@ -8,7 +8,7 @@ the further texts. Any other method takes them too: `--method pkd:augment=8`.
 from transformers import PreTrainedModel
 
 from recipes.glue.augment import augmented
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Natural, Positive, PositiveShare, Share
 from recipes.glue.run import Run
 from recipes.methods.hinton import distil
 
@@ -16,13 +16,13 @@ from recipes.methods.hinton import distil
 def augmented_kd(
     run: Run,
     *,
-    times: int = 8,
+    times: Count = 8,
     generator: str = "",
-    pretraining: int = 100,
-    probability: float = 0.4,
-    candidates: int = 15,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
+    pretraining: Natural = 100,
+    probability: PositiveShare = 0.4,
+    candidates: Count = 15,
+    temperature: Positive = 2.0,
+    alpha: Share = 0.5,
 ) -> PreTrainedModel:
     more = augmented(run, times, generator, probability=probability, candidates=candidates, pretraining=pretraining)
     return distil(more, temperature=temperature, alpha=alpha)
@@ -33,6 +33,7 @@ METHODS = {
         augmented_kd,
         "TinyBERT's augmentation + KD",
         "arXiv:1909.10351",
-        published="GLUE dev, average of 8 tasks, DistilRoBERTa from RoBERTa-large: 81.12 (KD 80.77)",
+        published="GLUE dev, average of 8 tasks, DistilRoBERTa from RoBERTa-large: 81.12 (KD 80.77; in "
+        "arXiv:2105.05912)",
     )
 }

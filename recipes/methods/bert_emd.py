@@ -4,12 +4,14 @@
 D_ij is the mean squared difference of the student's layer i and the teacher's layer j, of hidden states behind one
 projection where the widths differ. F is the cheapest transport between the layers' weights w (student) and v (teacher),
 which start equal and sum to 1. After each step a layer's weight becomes the inverse of its cost per unit,
-w_i ← 1/c_i with c_i = Σ_j F_ij·D_ij / w_i, divided by the sum over layers: cost attention, as in the published code.
+w_i ← 1/c_i with c_i = Σ_j F_ij·D_ij / w_i, divided by the sum over layers: cost attention. Hidden states and attention
+have a flow each, but the same weights, the mean of those of both. All this is as in the published code.
 
 Differences from that code: its F is exact, here it is Sinkhorn's, smoothed by an entropy whose factor is a fiftieth of
 the mean cost (no solver of transport problems is a requirement of this repository). It is the F of the step before, and
 at first w_i·v_j, so that a step has one loss however it is cut into micro-batches; a process with several devices has
-an F on each. α = 1 and β are the code's (0.001 or 0.005 by task).
+an F on each. The published code takes the mean over classes, too, of the cross-entropy with the teacher's predictions.
+α = 1 is that of the code, whose β is 0.001 to 0.01 by task.
 """
 
 import torch
@@ -18,27 +20,28 @@ from transformers import PreTrainedModel
 
 from fusedkd import attention_mse_loss, hidden_loss, pairwise_layer_mse
 from fusedkd.integrations.terms import AttentionTerm
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.preset import other_width
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
 class Transport:
-    """The flow between the layers of two models, from costs that are given after each micro-batch.
+    """The flows between the layers of two models, from costs that are given after each micro-batch: one flow of each of
+    K kinds of states.
 
-    student, teacher   weights, ``(M,)`` and ``(N,)``, float64 on the CPU
-    flow               ``(M, N)``, of an optimiser step
+    student, teacher   weights of all kinds, ``(M,)`` and ``(N,)``, float64 on the CPU
+    flow               ``(K, M, N)``, of an optimiser step
     """
 
-    def __init__(self, student: int, teacher: int):
+    def __init__(self, kinds: int, student: int, teacher: int):
         self.student, self.teacher = (torch.full((n,), 1 / n, dtype=torch.float64) for n in (student, teacher))
-        self.flow = torch.outer(self.student, self.teacher)
+        self.flow = torch.outer(self.student, self.teacher).repeat(kinds, 1, 1)
         self.number, self.cost = 0, torch.zeros_like(self.flow)
 
     def cost_of(self, distances: Tensor, number: int) -> Tensor:
-        """Σ F·D with the flow of this optimiser step. The distances of a step's micro-batches sum to those of the
-        step."""
+        """Σ F·D with the flows of this optimiser step; D is ``(K, M, N)``. The distances of a step's micro-batches sum
+        to those of the step."""
         if number != self.number:
             self.advance()
             self.number, self.cost = number, torch.zeros_like(self.flow)
@@ -46,11 +49,11 @@ class Transport:
         return (self.flow.to(distances) * distances).sum()
 
     def advance(self) -> None:
-        """The flow for these costs, and weights for the next one."""
-        self.flow = sinkhorn(self.cost, self.student, self.teacher)
+        """The flows for these costs, and weights for the next ones."""
+        self.flow = torch.stack([sinkhorn(cost, self.student, self.teacher) for cost in self.cost])
         moved = self.flow * self.cost
-        self.student = inverse(moved.sum(1) / self.student)
-        self.teacher = inverse(moved.sum(0) / self.teacher)
+        self.student = inverse(moved.sum(2) / self.student).mean(0)
+        self.teacher = inverse(moved.sum(1) / self.teacher).mean(0)
 
 
 def sinkhorn(cost: Tensor, rows: Tensor, columns: Tensor, entropy: float = 0.02, rounds: int = 200) -> Tensor:
@@ -65,14 +68,15 @@ def sinkhorn(cost: Tensor, rows: Tensor, columns: Tensor, entropy: float = 0.02,
 
 
 def inverse(costs: Tensor) -> Tensor:
-    found = 1 / costs.clamp(min=1e-12 * float(costs.max()) + 1e-30)
-    return found / found.sum()
+    """Of each row ``(K, M)``, divided by its sum."""
+    found = 1 / costs.maximum(1e-12 * costs.amax(1, keepdim=True) + 1e-30)
+    return found / found.sum(1, keepdim=True)
 
 
-def bert_emd(run: Run, *, alpha: float = 1.0, beta: float = 0.005, temperature: float = 1.0) -> PreTrainedModel:
+def bert_emd(run: Run, *, alpha: Share = 1.0, beta: Weight = 0.005, temperature: Positive = 1.0) -> PreTrainedModel:
     student = run.student()
     shape = student.config.num_hidden_layers, run.source.config.num_hidden_layers
-    hidden, attention = Transport(*shape), Transport(*shape)
+    transport = Transport(2, *shape)
     asked = AttentionTerm("mse", layers=[(i, j) for i in range(shape[0]) for j in range(shape[1])])
     torch.manual_seed(run.seed)
     linear = nn.Linear(student.config.hidden_size, run.source.config.hidden_size)
@@ -80,7 +84,7 @@ def bert_emd(run: Run, *, alpha: float = 1.0, beta: float = 0.005, temperature: 
 
     def loss(step: Step) -> Tensor:
         of_hidden, embeddings = hidden_distances(step)
-        layers = hidden.cost_of(of_hidden, step.number) + attention.cost_of(attention_distances(step), step.number)
+        layers = transport.cost_of(torch.stack([of_hidden, attention_distances(step)]), step.number)
         total = beta * (layers + embeddings) + alpha * step.soft(temperature=temperature)
         return total + (1 - alpha) * step.hard() if alpha < 1 else total
 

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -132,18 +132,18 @@ def new_bilstm(
 def bilstm(
     run: Run,
     *,
-    alpha: float = 0.0,
+    alpha: Share = 0.0,
     embedding: Literal["teacher", "random"] = "teacher",
-    columns: int = 300,
-    hidden: int = 150,
-    dense: int = 200,
-    learning_rate: float = 2e-3,
+    columns: Count = 300,
+    hidden: Count = 150,
+    dense: Count = 200,
+    learning_rate: Positive = 2e-3,
 ) -> PreTrainedModel:
     """`alpha`: of the labels; examples without one have the teacher's term alone. Sizes as in the paper, where `hidden`
     is 150 or 300 and `dense` 200 or 400; `columns` are those of random word vectors.
     """
 
-    def loss(step: Step):  # type: ignore[no-untyped-def]
+    def loss(step: Step) -> Tensor:
         soft = (1 - alpha) * step.soft(divergence="logit_mse", temperature=1.0)
         return soft + alpha * step.hard() if alpha else soft
 

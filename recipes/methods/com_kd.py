@@ -15,10 +15,9 @@ Combined_KD_bert.py computes the term of x' and does not use it: it takes ½ CE(
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fusedkd.integrations.command import UsageError
 from recipes.glue.adversary import Adversary
 from recipes.glue.generator import Generator
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Natural, Positive, PositiveShare, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -38,18 +37,14 @@ def com_kd(
     run: Run,
     *,
     generator: str = "",
-    pretraining: int = 100,
-    share: float = 0.3,
-    generator_steps: int = 10,
-    student_steps: int = 100,
-    generator_learning_rate: float = 5e-7,
-    max_temperature: int = 10,
-    first_stage: float = 0.77,
+    pretraining: Natural = 100,
+    share: PositiveShare = 0.3,
+    generator_steps: Natural = 10,
+    student_steps: Count = 100,
+    generator_learning_rate: Positive = 5e-7,
+    max_temperature: Count = 10,
+    first_stage: Share = 0.77,
 ) -> PreTrainedModel:
-    if max_temperature < 1 or not 0 <= first_stage <= 1:
-        raise UsageError(
-            f"max_temperature={max_temperature}, first_stage={first_stage:g}: at least 1 and between 0 and 1"
-        )
     student = run.student()
     writer = Generator(run, generator, pretraining, share, [student])
     adversary = Adversary(run, writer, student, mse, generator_steps, student_steps, generator_learning_rate)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import contrastive_hidden_loss
 from fusedkd.losses.pool import pooled, token_weights
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Positive, Share, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Loss, Step
 
@@ -37,7 +37,7 @@ def summaries(step: Step) -> tuple[Tensor, Tensor]:
 
 
 def cilda(
-    run: Run, *, alpha: float = 0.5, temperature: float = 1.0, weight: float = 0.5, tau: float = 0.07
+    run: Run, *, alpha: Share = 0.5, temperature: Positive = 1.0, weight: Weight = 0.5, tau: Positive = 0.07
 ) -> PreTrainedModel:
     def contrast(step: Step) -> Tensor:
         ours, theirs = summaries(step)
@@ -76,11 +76,11 @@ class Bank:
 def codir(
     run: Run,
     *,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    weight: float = 0.1,
-    tau: float = 0.07,
-    bank: int = 4096,
+    alpha: Share = 0.5,
+    temperature: Positive = 1.0,
+    weight: Weight = 0.1,
+    tau: Positive = 0.07,
+    bank: Count = 4096,
 ) -> PreTrainedModel:
     memory = Bank(bank)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.terms import HiddenTerm
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Positive, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Step, has_label
 from recipes.glue.students import student_of
@@ -72,12 +72,12 @@ def important_layers(
 def depth_pruning(
     run: Run,
     *,
-    examples: int = 256,
+    examples: Count = 256,
     criterion: Literal["output", "loss"] = "output",
     iterative: bool = False,
-    temperature: float = 1.0,
-    hidden_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    temperature: Positive = 1.0,
+    hidden_weight: Weight = 1.0,
+    ce_weight: Weight = 0.0,
 ) -> PreTrainedModel:
     """`examples`: on which layers are ranked."""
     teacher: Any = run.teacher

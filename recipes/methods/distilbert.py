@@ -15,20 +15,20 @@ Where the student is narrower, a linear map that is trained beside it brings its
 
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.presets import Recipe
 from fusedkd.integrations.terms import HiddenTerm
-from recipes.glue.method import Method
-from recipes.glue.preset import by_preset
+from recipes.glue.method import Method, Positive, Share, Weight
+from recipes.glue.preset import by_preset, other_width
 from recipes.glue.run import Run
 from recipes.glue.step import Step
+from recipes.methods.hinton import hinton
 
 
 def distilbert(
-    run: Run, *, alpha_kd: float = 5.0, alpha_hard: float = 2.0, alpha_cos: float = 1.0, temperature: float = 2.0
+    run: Run, *, alpha_kd: Weight = 5.0, alpha_hard: Weight = 2.0, alpha_cos: Weight = 1.0, temperature: Positive = 2.0
 ) -> PreTrainedModel:
     student = run.student()
     kd = KDConfig(temperature=temperature, kd_weight=alpha_kd, ce_weight=alpha_hard)
@@ -36,22 +36,17 @@ def distilbert(
     return run.fit(student, by_preset(recipe), terms=recipe["terms"])
 
 
-def distilbert_d(run: Run, *, share: float = 0.5, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
+def distilbert_d(run: Run, *, share: Share = 0.5, alpha: Share = 0.5, temperature: Positive = 2.0) -> PreTrainedModel:
     """share: of the steps that are before the task."""
     first, second = run.split(share, 1 - share)
-    student, source = run.student(), run.source
-
-    def on_the_task(step: Step) -> Tensor:
-        return alpha * step.soft(temperature=temperature) + (1 - alpha) * step.hard()
-
+    student, source, on_the_task = run.student(), run.source, hinton(alpha, temperature)
     run.fit(student, Step.terms, teacher=source, terms=[cosine(student, source, 1.0)], steps=first)
     return run.fit(student, on_the_task, steps=second)
 
 
 def cosine(student: Any, teacher: Any, weight: float) -> HiddenTerm:
     """Of the last hidden states."""
-    narrower = student.config.hidden_size != teacher.config.hidden_size
-    return HiddenTerm(distance="cosine", projection=narrower, weight=weight, name="cos")
+    return HiddenTerm(distance="cosine", projection=other_width(student, teacher), weight=weight, name="cos")
 
 
 PUBLISHED = "GLUE dev, 6 of BERT-base's 12 layers: 77.0; BERT-base 79.5"

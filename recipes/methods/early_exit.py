@@ -2,7 +2,8 @@
 
 The backbone is a model that knows the task, frozen: the teacher itself as in the paper, or a student (`of="student"`)
 that half of the steps have taught by Hinton's loss. Each layer below the last gets a head, which is taught by what the
-last layer says: Σ_ℓ KL(softmax(z_L) ‖ softmax(z_ℓ)), a mean over examples, without labels.
+last layer says: Σ_ℓ KL(softmax(z_L) ‖ softmax(z_ℓ)), a mean over examples, without labels. So does the published code;
+the paper writes the two sides of the divergence the other way round.
 
 What is returned and scored is the backbone with its heads. An example has the answer of the first layer whose
 uncertainty, the entropy of its probabilities divided by log C, is below `speed`, or of the last one. All layers run all
@@ -24,9 +25,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fusedkd.integrations.terms import first
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
+from recipes.methods.hinton import hinton
 
 
 class Exits(nn.Module):
@@ -50,12 +52,12 @@ class Exits(nn.Module):
 
 
 def early_exit(
-    run: Run, *, of: Literal["teacher", "student"] = "teacher", speed: float = 0.1, alpha: float = 0.5
+    run: Run, *, of: Literal["teacher", "student"] = "teacher", speed: Share = 0.1, alpha: Share = 0.5
 ) -> PreTrainedModel:
     model, steps = copy.deepcopy(run.teacher), run.steps
     if of == "student":
         before, steps = run.split(1, 1)
-        model = run.fit(run.student(), lambda step: alpha * step.soft() + (1 - alpha) * step.hard(), steps=before)
+        model = run.fit(run.student(), hinton(alpha, 2.0), steps=before)
     assert model is not None
     torch.manual_seed(run.seed)
     exits = Exits(model.config.num_hidden_layers, model.config.hidden_size, len(run.task.labels))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.glue.method import Method, positive, shares
+from recipes.glue.method import Count, Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -31,14 +31,12 @@ def further_teachers(run: Run, count: int) -> list[PreTrainedModel]:
 def ensemble(
     run: Run,
     *,
-    teachers: int = 3,
+    teachers: Count = 3,
     target: Literal["logits", "probabilities"] = "logits",
-    temperature: float = 2.0,
-    alpha: float = 1.0,
+    temperature: Positive = 2.0,
+    alpha: Share = 1.0,
 ) -> PreTrainedModel:
     """`temperature` is of the probabilities."""
-    positive(teachers=teachers, temperature=temperature)
-    shares(alpha=alpha)
     others = further_teachers(run, teachers - 1)
     options: dict[str, Any] = {"temperature": temperature}
     if target == "logits":

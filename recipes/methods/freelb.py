@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.heads import base_model
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Positive, Share, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
 def freelb(
-    run: Run, *, ascents: int = 3, step_size: float = 0.1, start: float = 0.2, max_norm: float = 0.0
+    run: Run, *, ascents: Count = 3, step_size: Weight = 0.1, start: Weight = 0.2, max_norm: Weight = 0.0
 ) -> PreTrainedModel:
     """ascents: K; step_size: η; max_norm: 0 for none."""
     perturbed = Perturbed(ascents, step_size, start, max_norm)
@@ -37,12 +36,12 @@ def freelb(
 def freelb_kd(
     run: Run,
     *,
-    ascents: int = 3,
-    step_size: float = 0.1,
-    start: float = 0.2,
-    max_norm: float = 0.0,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
+    ascents: Count = 3,
+    step_size: Weight = 0.1,
+    start: Weight = 0.2,
+    max_norm: Weight = 0.0,
+    temperature: Positive = 2.0,
+    alpha: Share = 0.5,
 ) -> PreTrainedModel:
     """ascents: K; step_size: η; max_norm: 0 for none; alpha: of the teacher's term."""
     perturbed = Perturbed(ascents, step_size, start, max_norm)
@@ -59,8 +58,6 @@ class Perturbed:
     """The mean of a loss over K perturbations of the embeddings, each further up than the one before."""
 
     def __init__(self, ascents: int, step_size: float, start: float, max_norm: float):
-        if ascents < 1 or ascents != int(ascents):
-            raise UsageError(f"ascents must be a whole number from 1 on, not {ascents}")
         self.ascents, self.step_size, self.start, self.max_norm = ascents, step_size, start, max_norm
 
     def __call__(self, step: Step, loss_of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recipes.finetune.tasks import tokenized
-from recipes.glue.method import Method, shares
+from recipes.glue.method import Method, Share
 from recipes.glue.run import Run
 from recipes.glue.step import IGNORE, Step
 
@@ -29,8 +29,7 @@ def by_argmax(step: Step) -> Tensor:
     return F.cross_entropy(step.student.logits.float(), chosen, reduction="sum") / step.counts.rows
 
 
-def hard_kd(run: Run, *, alpha: float = 0.5) -> PreTrainedModel:
-    shares(alpha=alpha)
+def hard_kd(run: Run, *, alpha: Share = 0.5) -> PreTrainedModel:
     return run.fit(run.student(), lambda step: (1 - alpha) * step.hard() + alpha * by_argmax(step))
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.presets import Recipe
 from fusedkd.integrations.terms import HiddenTerm
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.preset import by_preset, other_width
 from recipes.glue.run import Run
 
@@ -22,9 +22,9 @@ def hidden(
     run: Run,
     *,
     distance: Literal["cosine", "mse"] = "cosine",
-    weight: float = 1.0,
-    alpha: float = 0.5,
-    temperature: float = 2.0,
+    weight: Weight = 1.0,
+    alpha: Share = 0.5,
+    temperature: Positive = 2.0,
 ) -> PreTrainedModel:
     student = run.student()
     last = HiddenTerm(distance=distance, projection=other_width(student, run.teacher), weight=weight)

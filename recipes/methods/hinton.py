@@ -12,7 +12,8 @@ Other divergences take the place of KL(p‖q):
     dkd          αTCKD + βNCKD                                DKD, arXiv:2203.08679, eq. 7
 
 KD is written with CE(p, q), too, whose gradient is that of KL(p‖q); PKD's and TAKD's code divides by the number of
-classes besides. Of scores the teacher's term is the squared difference, whatever T.
+classes besides. TRL and Liger leave T² out of their divergences; here it is a factor of all of these
+but logit_mse. Of scores the teacher's term is the squared difference, whatever T.
 """
 
 from functools import partial
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import DKD
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method, positive, shares
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Loss, Step, has_label
 
@@ -43,8 +44,6 @@ Divergence = Literal[
 
 def hinton(alpha: float, temperature: float, divergence: str = "forward_kl") -> Loss:
     """(1 − α) · labels + α · teacher."""
-    shares(alpha=alpha)
-    positive(temperature=temperature)
 
     def loss(step: Step) -> Tensor:
         soft = step.soft(temperature=temperature, divergence=divergence)
@@ -58,7 +57,7 @@ def labels_alone(run: Run) -> PreTrainedModel:
 
 
 def distil(
-    run: Run, *, temperature: float = 2.0, alpha: float = 0.5, divergence: Divergence = "forward_kl"
+    run: Run, *, temperature: Positive = 2.0, alpha: Share = 0.5, divergence: Divergence = "forward_kl"
 ) -> PreTrainedModel:
     if not run.task.labels and divergence not in ("forward_kl", "logit_mse"):
         raise UsageError(f"divergence={divergence} is one of classes, but the labels of {run.task.name} are scores")
@@ -67,17 +66,16 @@ def distil(
     return run.fit(run.student(), hinton(alpha, temperature, divergence))
 
 
-def logit_mse(run: Run, *, alpha: float = 1.0) -> PreTrainedModel:
+def logit_mse(run: Run, *, alpha: Share = 1.0) -> PreTrainedModel:
     return distil(run, alpha=alpha, temperature=1.0, divergence="logit_mse")
 
 
-def dkd(run: Run, *, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> PreTrainedModel:
+def dkd(run: Run, *, temperature: Positive = 4.0, alpha: Weight = 1.0, beta: Weight = 8.0) -> PreTrainedModel:
     """CE + T²·(αTCKD + βNCKD): the label's class against the rest, and the rest among themselves.
 
     An example without a label is split at the class that the teacher prefers. With two classes the rest is one class,
     NCKD is 0 and this is CE + α·T²·KL. The published code raises the second term from 0 in the first 20 epochs.
     """
-    positive(temperature=temperature)
 
     def loss(step: Step) -> Tensor:
         target = torch.where(has_label(step.labels), step.labels, step.teacher.logits.argmax(-1))

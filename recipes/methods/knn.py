@@ -27,7 +27,7 @@ from fusedkd import kd_loss
 from fusedkd.integrations.command import UsageError
 from fusedkd.losses.pool import pooled, token_weights
 from recipes.finetune.trainer import takes
-from recipes.glue.method import Method, Need
+from recipes.glue.method import Count, Method, Need, Positive, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.glue.trainer import IndexedPadding
@@ -67,12 +67,12 @@ def furthest(student: Tensor, teacher: Tensor, texts: int, count: int, temperatu
 def minimax_knn(
     run: Run,
     *,
-    neighbours: int = 8,
-    chosen: int = 1,
-    temperature: float = 5.0,
-    alpha_true: float = 0.5,
-    alpha_kd: float = 0.5,
-    alpha_aug: float = 0.5,
+    neighbours: Count = 8,
+    chosen: Count = 1,
+    temperature: Positive = 5.0,
+    alpha_true: Weight = 0.5,
+    alpha_kd: Weight = 0.5,
+    alpha_aug: Weight = 0.5,
     encoder: Literal["teacher", "source"] = "teacher",
 ) -> PreTrainedModel:
     """`encoder`: the fine-tuned teacher, or what it was before."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from recipes.glue.adversary import Adversary
 from recipes.glue.generator import Generator
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Natural, Positive, PositiveShare
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -34,11 +34,11 @@ def mate_kd(
     run: Run,
     *,
     generator: str = "",
-    pretraining: int = 100,
-    share: float = 0.3,
-    generator_steps: int = 10,
-    student_steps: int = 100,
-    generator_learning_rate: float = 5e-7,
+    pretraining: Natural = 100,
+    share: PositiveShare = 0.3,
+    generator_steps: Natural = 10,
+    student_steps: Count = 100,
+    generator_learning_rate: Positive = 5e-7,
 ) -> PreTrainedModel:
     student = run.student()
     writer = Generator(run, generator, pretraining, share, [student])

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fusedkd.integrations import presets
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.presets import Recipe
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Natural, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -29,9 +29,9 @@ def minilm(
     run: Run,
     *,
     of: Literal["pretrained", "finetuned"] = "pretrained",
-    relations: float = 0.5,
-    alpha: float = 0.0,
-    temperature: float = 2.0,
+    relations: Share = 0.5,
+    alpha: Share = 0.0,
+    temperature: Positive = 2.0,
 ) -> PreTrainedModel:
     return two_stages(run, presets.minilm(), of, relations, alpha, temperature)
 
@@ -40,10 +40,10 @@ def minilm_v2(
     run: Run,
     *,
     of: Literal["pretrained", "finetuned"] = "pretrained",
-    relations: float = 0.5,
-    relation_heads: int = 0,
-    alpha: float = 0.0,
-    temperature: float = 2.0,
+    relations: Share = 0.5,
+    relation_heads: Natural = 0,
+    alpha: Share = 0.0,
+    temperature: Positive = 2.0,
 ) -> PreTrainedModel:
     """`relation_heads`: 0 is four for each attention head of the teacher: 48 of a base model, 64 of a large one, as in
     the paper."""

@@ -19,7 +19,7 @@ from fusedkd.integrations import presets
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.terms import AttentionTerm, HiddenTerm
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Share, Weight
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 from recipes.glue.step import Step
@@ -29,10 +29,10 @@ from recipes.glue.students import LAYER
 def mobilebert(
     run: Run,
     *,
-    progressive: float = 0.5,
-    alpha: float = 0.5,
-    hidden_weight: float = 100.0,
-    attention_weight: float = 1.0,
+    progressive: Share = 0.5,
+    alpha: Share = 0.5,
+    hidden_weight: Weight = 100.0,
+    attention_weight: Weight = 1.0,
 ) -> PreTrainedModel:
     """`progressive`: the share of the steps in which layers are taught, the same for each."""
     weights = {"hidden_weight": hidden_weight, "attention_weight": attention_weight}
@@ -68,7 +68,8 @@ METHODS = {
         mobilebert,
         "MobileBERT's progressive transfer",
         "arXiv:2004.02984",
-        published="78.5 on GLUE's leaderboard, 24 thin layers from a BERT-large with bottlenecks, on general text",
+        published="GLUE test, 24 thin layers from a BERT-large with bottlenecks, on general text: 78.5; 77.7 with ReLU "
+        "and without layer norm, for speed",
         needs=("teacher", "width", "heads", "multiple"),
     )
 }

@@ -4,8 +4,8 @@
 squared difference of the [CLS] states, each divided by its L2 norm first. A student of M layers has the teacher's
 layers k, 2k, … (`skip`, k = N/M) or the M − 1 before its last one (`last`).
 
-The published code means the KL divergence over classes as well, so that its α weighs a term C times smaller. The
-weights are those of one of its runs.
+The paper writes PT as a sum; its published code takes the mean, as here. For the KL divergence that code takes the mean
+over classes, too, so that its α weighs a term C times smaller. The weights are those of one of its runs.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
@@ -22,9 +22,9 @@ def pkd(
     run: Run,
     *,
     variant: Literal["skip", "last"] = "skip",
-    alpha: float = 0.7,
-    temperature: float = 10.0,
-    beta: float = 500.0,
+    alpha: Share = 0.7,
+    temperature: Positive = 10.0,
+    beta: Weight = 500.0,
 ) -> PreTrainedModel:
     recipe = presets.pkd(variant, alpha=alpha, temperature=temperature, beta=beta)
     return run.fit(run.student(), by_preset(recipe), terms=recipe["terms"])

@@ -13,16 +13,16 @@ examples with `--labels`.
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
-def kd_unlabelled(run: Run, *, temperature: float = 2.0) -> PreTrainedModel:
+def kd_unlabelled(run: Run, *, temperature: Positive = 2.0) -> PreTrainedModel:
     return run.fit(run.student(), lambda step: soft(step, temperature))
 
 
-def pretrained_distillation(run: Run, *, share: float = 0.5, temperature: float = 1.0) -> PreTrainedModel:
+def pretrained_distillation(run: Run, *, share: Share = 0.5, temperature: Positive = 1.0) -> PreTrainedModel:
     """share: of the steps that are distillation."""
     first, second = run.split(share, 1 - share)
     student = run.fit(run.student(), lambda step: soft(step, temperature), steps=first)

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Count, Method, Positive, Share
 from recipes.glue.run import Run
-from recipes.glue.step import Loss, Step
+from recipes.glue.step import Step
 from recipes.glue.students import LAYER
+from recipes.methods.hinton import hinton
 
 PRUNINGS, RAMP = 20, 0.7
 
@@ -81,10 +82,6 @@ def sparsity_at(share: float, sparsity: float) -> float:
     return sparsity * (1 - (1 - t) ** 3)
 
 
-def hinton(temperature: float, alpha: float) -> Loss:
-    return lambda step: alpha * step.soft(temperature=temperature) + (1 - alpha) * step.hard()
-
-
 def check(sparsity: float) -> None:
     if not 0 <= sparsity < 1:
         raise UsageError(f"sparsity must be a share of the weights, at least 0 and below 1, not {sparsity:g}")
@@ -95,14 +92,14 @@ def magnitude(
     *,
     sparsity: float = 0.5,
     schedule: Literal["gradual", "one_shot"] = "gradual",
-    temperature: float = 2.0,
-    alpha: float = 0.5,
+    temperature: Positive = 2.0,
+    alpha: Share = 0.5,
 ) -> PreTrainedModel:
     check(sparsity)
     if schedule not in ("gradual", "one_shot"):
         raise UsageError(f"--method magnitude_pruning: schedule must be gradual or one_shot, not {schedule!r}")
     model = run.student()
-    masks, distil = Masks(model), hinton(temperature, alpha)
+    masks, distil = Masks(model), hinton(alpha, temperature)
     before = -1.0
 
     def loss(step: Step) -> Tensor:
@@ -125,15 +122,13 @@ def lottery(
     run: Run,
     *,
     sparsity: float = 0.5,
-    rounds: int = 3,
-    search: float = 1.0,
-    temperature: float = 2.0,
-    alpha: float = 0.5,
+    rounds: Count = 3,
+    search: Positive = 1.0,
+    temperature: Positive = 2.0,
+    alpha: Share = 0.5,
 ) -> PreTrainedModel:
     check(sparsity)
-    if rounds < 1 or search <= 0:
-        raise UsageError(f"rounds must be at least 1 and search above 0, not {rounds} and {search:g}")
-    return ticket(run, sparsity, rounds, max(1, round(search * run.steps)), hinton(temperature, alpha))
+    return ticket(run, sparsity, rounds, max(1, round(search * run.steps)), hinton(alpha, temperature))
 
 
 def ticket(run: Run, sparsity: float, rounds: int, steps: int, loss: Callable[[Step], Tensor]) -> PreTrainedModel:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import hidden_loss, layer_maps
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive
 from recipes.glue.preset import by_preset, other_width
 from recipes.glue.run import Run
 from recipes.glue.step import Loss, Step
@@ -31,7 +31,7 @@ def rail_kd(
     *,
     variant: Literal["layerwise", "concatenated"] = "layerwise",
     projection: bool = False,
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
 ) -> PreTrainedModel:
     student = run.student()
     recipe = presets.rail_kd(projection=projection or other_width(student, run.teacher), temperature=temperature)

@@ -11,21 +11,21 @@ means over classes.
 
 from transformers import PreTrainedModel
 
-from recipes.glue.method import Method, positive, shares
+from recipes.glue.method import Method, Positive, PositiveShare, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.methods.hinton import hinton, labels_alone
 
 
-def reverse_kd(run: Run, *, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
+def reverse_kd(run: Run, *, alpha: Share = 0.5, temperature: Positive = 2.0) -> PreTrainedModel:
     loss = hinton(alpha, temperature)
     return run.fit(run.source_again(), loss, teacher=labels_alone(run))
 
 
-def defective_kd(run: Run, *, share: float = 0.05, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
+def defective_kd(
+    run: Run, *, share: PositiveShare = 0.05, alpha: Share = 0.5, temperature: Positive = 2.0
+) -> PreTrainedModel:
     """`share` of the run's steps, at least one, are the teacher's."""
-    positive(share=share)
-    shares(share=share)
     loss = hinton(alpha, temperature)
     few = max(1, round(share * run.steps))
     teacher = run.fit(run.source_again(), Step.hard, run.labelled, steps=few)

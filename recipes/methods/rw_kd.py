@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from fusedkd import kd_loss
 from fusedkd.integrations.command import UsageError
 from recipes.finetune.trainer import takes
-from recipes.glue.method import Method, positive
+from recipes.glue.method import Count, Method, Positive
 from recipes.glue.run import Run
 from recipes.glue.step import IGNORE, Step, has_label
 from recipes.glue.trainer import BESIDE, IndexedPadding
@@ -109,14 +109,13 @@ class HeldBack:
 
 
 def rw_kd(
-    run: Run, *, temperature: float = 2.0, held_back: float = 0.1, batch: int = 32, width: int = 16
+    run: Run, *, temperature: Positive = 2.0, held_back: float = 0.1, batch: Count = 32, width: Count = 16
 ) -> PreTrainedModel:
     """`held_back`: the share of the labelled examples; `batch`: how many of them g is of; `width`: of the network."""
     labelled = run.labelled
     count = round(held_back * len(labelled))
     if not 0 < count < len(labelled):
         raise UsageError(f"held_back={held_back} of {len(labelled)} labelled examples leaves none on one of the sides")
-    positive(temperature=temperature, batch=batch, width=width)
     order = np.random.default_rng(run.seed).permutation(len(labelled))
     rows = labelled.select(order[:count])
     others = run.train.select(np.flatnonzero(~np.isin(run.train["index"], rows["index"])))

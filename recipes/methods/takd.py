@@ -7,22 +7,18 @@ The published code takes the mean over the classes of the KL divergence; here it
 for as many steps as the student, beside it: a chain of n assistants costs about n + 1 times as much.
 """
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkd.distilbert.student import spread_layers
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Positive, Share
 from recipes.glue.run import Run
-from recipes.glue.step import Step
+from recipes.methods.hinton import hinton
 
 
-def takd(run: Run, *, assistants: str = "", temperature: float = 2.0, lambda_: float = 0.5) -> PreTrainedModel:
+def takd(run: Run, *, assistants: str = "", temperature: Positive = 2.0, lambda_: Share = 0.5) -> PreTrainedModel:
     """assistants: their depths in falling order, with a plus between them: 5+4; empty: one, halfway."""
-
-    def loss(step: Step) -> Tensor:
-        return lambda_ * step.soft(temperature=temperature) + (1 - lambda_) * step.hard()
-
+    loss = hinton(lambda_, temperature)
     student, teacher, depth = run.student(), run.teacher, run.source.config.num_hidden_layers
     assert teacher is not None  # `needs`
     for kept in depths(assistants, teacher.config.num_hidden_layers, student.config.num_hidden_layers):

@@ -6,7 +6,7 @@ tf_kd_reg          Tf-KD_reg (there, §5.2): (1 − α)·CE + α·T²·KL(p_T‖
                    `correct` to the label and shares the rest; p_T is the softmax of log p/T. The published code
                    (form=code) takes the softmax of the probabilities p/T instead, and the student's at temperature 1:
                    smoothing towards almost equal probabilities. Its mean over classes times 100, for 100 classes, is
-                   the sum here.
+                   the sum here. The paper's formulas have no T².
 tf_kd_self         Tf-KD_self (there, §5.1): (1 − α)·CE + α·T²·KL from a copy of the student trained with labels alone.
 self_distillation  Rounds without labels (Mobahi et al. 2020, arXiv:2002.05715): a student trained with labels teaches a
                    new one, by its predictions alone, and so on. Each round regularises more; beyond a few it underfits.
@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recipes.glue.method import Method, positive, shares
+from recipes.glue.method import Count, Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 from recipes.methods.hinton import hinton, labels_alone
 
 
-def label_smoothing(run: Run, *, epsilon: float = 0.1) -> PreTrainedModel:
-    shares(epsilon=epsilon)
+def label_smoothing(run: Run, *, epsilon: Share = 0.1) -> PreTrainedModel:
 
     def loss(step: Step) -> Tensor:
         uniform = torch.zeros_like(step.student.logits)
@@ -46,13 +45,11 @@ def virtual_teacher(labels: Tensor, classes: int, correct: float) -> Tensor:
 def tf_kd_reg(
     run: Run,
     *,
-    alpha: float = 0.1,
-    temperature: float = 20.0,
-    correct: float = 0.99,
+    alpha: Share = 0.1,
+    temperature: Positive = 20.0,
+    correct: Share = 0.99,
     form: Literal["paper", "code"] = "paper",
 ) -> PreTrainedModel:
-    shares(alpha=alpha, correct=correct)
-    positive(temperature=temperature)
 
     def loss(step: Step) -> Tensor:
         teacher = virtual_teacher(step.labels, step.student.logits.shape[-1], correct)
@@ -65,14 +62,13 @@ def tf_kd_reg(
     return run.fit(run.student(), loss, run.labelled)
 
 
-def tf_kd_self(run: Run, *, alpha: float = 0.5, temperature: float = 2.0) -> PreTrainedModel:
+def tf_kd_self(run: Run, *, alpha: Share = 0.5, temperature: Positive = 2.0) -> PreTrainedModel:
     """The paper tunes both numbers for each network."""
     loss = hinton(alpha, temperature)
     return run.fit(run.student(), loss, teacher=labels_alone(run))
 
 
-def self_distillation(run: Run, *, rounds: int = 2, temperature: float = 1.0) -> PreTrainedModel:
-    positive(rounds=rounds, temperature=temperature)
+def self_distillation(run: Run, *, rounds: Count = 2, temperature: Positive = 1.0) -> PreTrainedModel:
     model = labels_alone(run)
     for _ in range(rounds):
         model = run.fit(run.student(), lambda step: step.soft(temperature=temperature), teacher=model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusedkd.integrations.command import UsageError
-from recipes.glue.method import Method, positive, shares
+from recipes.glue.method import Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
 
@@ -44,18 +44,16 @@ def softened(z: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
 def learned_temperature(
     run: Run,
     *,
-    alpha: float = 0.5,
+    alpha: Share = 0.5,
     direction: Literal["up", "down"] = "up",
     start: float = 2.0,
     low: float = 1.0,
     high: float = 10.0,
-    speed: float = 100.0,
+    speed: Positive = 100.0,
 ) -> PreTrainedModel:
     """One optimiser step moves the sigmoid's argument by up to `speed` learning rates. T is the last of `run.logs`."""
     if not 0 < low < start < high:
         raise UsageError(f"0 < low < start < high must hold, not low={low}, start={start}, high={high}")
-    shares(alpha=alpha)
-    positive(speed=speed)
     sign = -1.0 if direction == "up" else 1.0
     beside = Temperature(start, low, high, speed)
 

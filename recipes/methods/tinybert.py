@@ -8,26 +8,24 @@
 
 Differences from the published code: hidden states of padding are left out; the cross-entropy is a mean over examples,
 there over examples and classes; with scores, as in STS-B, the target is the teacher's score, there the label. The code
-trains 10 to 20 epochs of the first stage and 3 of the second, on augmented data (`rows` here), starting from a TinyBERT
-that was distilled on general text; here two thirds of the steps are of the first.
+trains 10 to 20 epochs of the first stage and 3 of the second, on augmented data (here `--method tinybert:augment=20`),
+starting from a TinyBERT that was distilled on general text; here two thirds of the steps are of the first.
 """
 
-import datasets
 from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
-from recipes.glue.method import Method
+from recipes.glue.method import Method, Share
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 
 
-def tinybert(run: Run, rows: datasets.Dataset | None = None, *, intermediate: float = 2 / 3) -> PreTrainedModel:
-    """`rows`: of the form of `run.train`, such as augmented ones; None: `run.train`. `intermediate`: the first stage's
-    share of the steps."""
+def tinybert(run: Run, *, intermediate: Share = 2 / 3) -> PreTrainedModel:
+    """`intermediate`: the first stage's share of the steps."""
     student = run.student()
     steps = run.split(intermediate, 1 - intermediate)
     for recipe, count in zip((presets.tinybert("intermediate"), presets.tinybert("prediction")), steps, strict=True):
-        run.fit(student, by_preset(recipe), rows, terms=recipe["terms"], steps=count)
+        run.fit(student, by_preset(recipe), terms=recipe["terms"], steps=count)
     return student
 
 

@@ -189,7 +189,7 @@ def test_numbers_that_do_not_fit_are_said(tmp_path, tokenizer):
     run = tiny_run(tmp_path, tokenizer)
     for method, sentence in {
         "minilm_v2:relation_heads=5": "5 relation heads must divide 32 columns",
-        "tinybert:intermediate=1.5": "shares of the steps must not be negative",
+        "ckd:alpha=0.9,beta=0.3": r"alpha \+ beta must be at most 1",
         "alp_kd:buckets=regular": "a multiple of its student's 3",
     }.items():
         chosen = parse_method(method)

@@ -82,18 +82,21 @@ def test_the_flow_is_nearly_the_cheapest():
 
 
 def test_layers_that_cost_more_weigh_less():
-    transport, cost = Transport(2, 3), torch.tensor([[1.0, 2.0, 4.0], [3.0, 9.0, 2.0]])
-    assert transport.cost_of(cost, 0) == pytest.approx(cost.mean().item())
-    assert transport.cost_of(cost, 0) == pytest.approx(cost.mean().item())  # another micro-batch of the step
+    """Hidden states and attention have a flow each, and the mean of the weights of both."""
+    transport = Transport(2, 2, 3)
+    cost = torch.tensor([[[1.0, 2.0, 4.0], [3.0, 9.0, 2.0]], [[2.0, 1.0, 1.0], [50.0, 30.0, 20.0]]])
+    total = 2 * cost.mean().item()
+    assert transport.cost_of(cost, 0) == pytest.approx(total)
+    assert transport.cost_of(cost, 0) == pytest.approx(total)  # another micro-batch of the step
     half = torch.full((2,), 0.5, dtype=torch.float64), torch.full((3,), 1 / 3, dtype=torch.float64)
-    flow = sinkhorn(2 * cost.double(), *half)
+    flow = torch.stack([sinkhorn(2 * each.double(), *half) for each in cost])
     assert transport.cost_of(cost, 1) == pytest.approx((flow * cost).sum().item())
-    per_unit = (flow * cost).sum(1) / half[0]
-    torch.testing.assert_close(transport.student, (1 / per_unit) / (1 / per_unit).sum())
-    assert transport.student.argmax() == per_unit.argmin()
+    shares = 1 / ((flow * cost).sum(2) / half[0])
+    torch.testing.assert_close(transport.student, (shares / shares.sum(1, keepdim=True)).mean(0))
+    assert transport.student.argmax() == 0
     assert transport.teacher.sum() == pytest.approx(1)
-    transport.cost_of(torch.zeros(2, 3), 2)
-    transport.cost_of(torch.zeros(2, 3), 3)  # of layers that agree
+    transport.cost_of(torch.zeros(2, 2, 3), 2)
+    transport.cost_of(torch.zeros(2, 2, 3), 3)  # of layers that agree
     assert transport.flow.isfinite().all()
     assert transport.student.isfinite().all()
 

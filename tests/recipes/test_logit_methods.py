@@ -330,7 +330,7 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path, tokenizer, text):
         ("tf_kd_reg:correct=1.5", "correct must be between 0 and 1, not 1.5"),
         ("self_distillation:rounds=0", "rounds must be above 0, not 0"),
         ("born_again:generations=0", "generations must be above 0, not 0"),
-        ("defective_kd:share=0", "share must be above 0, not 0"),
+        ("defective_kd:share=0", "share must be above 0 and at most 1, not 0"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(run, text, sentence):

@@ -1,5 +1,8 @@
 """Every method of `recipes.glue` trains, on every kind of task that it takes, and refuses the others by one line."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -50,6 +53,12 @@ def test_names_and_options_are_parsed():
         ("nothing", "--method nothing: it must be all, or of "),
         ("pkd:gamma=1", "no option 'gamma=1'; its options are variant=skip"),
         ("pkd:beta=much", "beta must be a number, not 'much'"),
+        ("pkd:alpha=2", "alpha must be between 0 and 1, not 2"),
+        ("jsd:temperature=0", "temperature must be above 0, not 0"),
+        ("mate_kd:pretraining=-1", "pretraining must be 0 or above, not -1"),
+        ("mate_kd:share=0", "share must be above 0 and at most 1, not 0"),
+        ("alp_kd:lambda_=-1", "lambda_ must be 0 or above, not -1"),
+        ("codir:bank=0", "bank must be above 0, not 0"),
         ("kd:augment=2.5", "augment must be a whole number, not '2.5'"),
         ("kd:generator=lm", "a generator is of use to kd only with augment=N"),
     ],
@@ -79,3 +88,14 @@ def test_the_teachers_logits_are_of_the_model_as_it_is(tmp_path, tokenizer):
     run.fit(run.student(), loss)
     assert len(run.known_logits) == 2
     assert max(seen) < 1e-5
+
+
+def test_a_teacher_that_was_trained_on_the_way_is_not_kept(tmp_path, tokenizer):
+    run = tiny_run(tmp_path, tokenizer)
+    teacher = run.fit(run.source_again(), lambda step: step.hard(), steps=1)
+    run.fit(run.student(), lambda step: step.soft(), teacher=teacher)
+    assert len(run.known_logits) == 1
+    kept = weakref.ref(teacher)
+    del teacher
+    gc.collect()
+    assert kept() is None

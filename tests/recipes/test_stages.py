@@ -198,9 +198,9 @@ def test_options_out_of_range(tmp_path, tokenizer):
     with pytest.raises(UsageError, match="no depth lies between the teacher's 6 layers and the student's 5"):
         depths("", 6, 5)
     for text, sentence in {
-        "annealing_kd:tau_max=0": "tau_max must be a whole number from 1 on, not 0",
-        "annealing_kd:share=1": "share must lie between 0 and 1, not 1",
-        "freelb:ascents=1.5": "ascents must be a whole number from 1 on, not 1.5",
+        "annealing_kd:tau_max=0": "tau_max must be above 0, not 0",
+        "annealing_kd:share=1.5": "share must be between 0 and 1, not 1.5",
+        "freelb:ascents=1.5": "ascents must be a whole number, not '1.5'",
     }.items():
         with pytest.raises(UsageError, match=sentence):
             trained(text, run)
