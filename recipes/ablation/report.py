@@ -216,7 +216,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [line for table in tables(results) for line in [*markdown_table(table), ""]]
     settings = results["settings"]
     seeds = f"Mean of {settings['seeds']} seeds ± standard deviation; loss" if settings["seeds"] > 1 else "Loss"
-    legend = f"{where(results)}. {seeds} per predicted token ({settings['mlm_probability']:.0%} masked) and KL on held-out text."
+    masked = f"{settings['mlm_probability']:.0%} masked"
+    legend = f"{where(results)}. {seeds} per predicted token ({masked}) and KL on held-out text."
     if settings["tasks"]:
         legend += " Tasks: on the development set, after the last epoch; change: ± its standard error."
     return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])

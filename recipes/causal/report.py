@@ -68,10 +68,9 @@ def markdown(results: Results) -> str:
     lines = [line for table in tables(results) for line in [*markdown_table(table), ""]]
     its, of = results["settings"], results["teacher"]
     package = f" ({of['distribution']} {of['version']}, {of['licence']})" if "distribution" in of else ""
-    legend = (
-        f"{where(results)}. Teacher {of['name']}{package}, {of['layers']} layers; students of {len(its['layers'])}; batches of "
-        f"{its['per_device_train_batch_size']} blocks of {its['block_size']} tokens; seconds: {its['clock']}."
-    )
+    batch = f"{its['per_device_train_batch_size']} blocks of {its['block_size']} tokens"
+    models = f"Teacher {of['name']}{package}, {of['layers']} layers; students of {len(its['layers'])}"
+    legend = f"{where(results)}. {models}; batches of {batch}; seconds: {its['clock']}."
     return "\n".join([*lines, legend, "", *(f"- {line}" for line in findings(results))])
 
 

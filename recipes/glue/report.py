@@ -125,7 +125,7 @@ def markdown(results: Results) -> str:
     )
     trained = f"{its['max_steps']} steps of {its['per_device_train_batch_size']} at {its['learning_rate']:g}"
     lines = [
-        f"{where(results)}. {shown.title}; seconds (of the processor, all threads) and MB, the growth of memory, are medians.",
+        f"{where(results)}. {shown.title}; seconds (of the processor) and MB, the growth of memory, are medians.",
         f"Teacher {source['name']}{package}; students of {its['layers'] or 'every other'} layers, {its['init']};",
         f"{texts}{labels}; {trained}.",
     ]
