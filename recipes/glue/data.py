@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,7 +175,12 @@ def _json(lines: Iterable[str]) -> pandas.DataFrame:
     return pandas.DataFrame([[row.get(name) for name in names] for _, row in rows], columns=[*names], dtype=object)
 
 
-READERS: dict[str, Any] = {".csv": _csv, ".tsv": _tsv, ".jsonl": _json, ".json": _json}
+READERS: dict[str, Callable[[Iterable[str]], pandas.DataFrame]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _json,
+    ".json": _json,
+}
 """By the end of a file's name before `.gz`."""
 
 

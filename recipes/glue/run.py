@@ -206,7 +206,7 @@ class Run:
         model.eval()
         found = []
         own: Any = {"collate_fn": collate, "generator": torch.Generator()}  # no random number of a training is drawn
-        loader: Any = DataLoader(rows.select(order), self.arguments.eval_batch_size, **own)  # type: ignore[arg-type]
+        loader: Any = DataLoader(rows.select(order), self.arguments.eval_batch_size, **own)
         for batch in loader:
             found.append(model(**{k: v.to(device) for k, v in batch.items() if k in columns}).logits.float().cpu())
         model.train(training)
