@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -160,6 +161,7 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
         sizes = {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
         sizes |= {"problem_type": "single_label_classification" if task.labels else "regression"}
     with loading(flag, name):
+        own = AutoConfig.from_pretrained(name).id2label or {}
         config = AutoConfig.from_pretrained(name, **sizes)
         tokenizer = AutoTokenizer.from_pretrained(name)
         more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -178,10 +180,26 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
     }
     if sentence := next((sentence for sentence, holds in wrong.items() if holds), None):
         raise UsageError(f"{flag} {name}: {sentence}")
+    if flag == "--teacher" and task.labels:
+        reorder(model, [str(own[i]) for i in sorted(own)], task)
     if tokenizer.pad_token is None:  # GPT-2, which then classifies at the last token that is not this one
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer_for(config, tokenizer)
+
+
+def reorder(model: Any, own: list[str], task: Task) -> None:
+    """Put a classifier's outputs, whose names are these, in the order of the task's: on the hub many have another."""
+    given, wanted = ([name.lower().replace(" ", "_") for name in names] for names in (own, task.labels))
+    if given == wanted or sorted(given) != sorted(wanted):
+        return  # LABEL_0, …: in the order of the task's, as far as anyone can know
+    order = [given.index(name) for name in wanted]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    if linear.out_features != len(order):
+        raise UsageError(f"--teacher: its classes are {', '.join(own)}, not in the order {', '.join(task.labels)}")
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(parameter[order])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,8 +41,8 @@ class Task:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Of the labels, by name or as they are."""
-        return {known: i for i, name in enumerate(self.labels) for known in (name, str(i))}
+        """Of the labels, by name or as they are; a name that is a number is a name."""
+        return {str(i): i for i in range(len(self.labels))} | {name: i for i, name in enumerate(self.labels)}
 
 
 PAIR, ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")

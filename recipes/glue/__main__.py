@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from fusedkd.distilbert.config import by_name, refuse
 from fusedkd.distilbert.student import loading
 from fusedkd.integrations.command import UsageError, command_line, option, parse_into
-from fusedkd.integrations.interrupt import Arguments, claim
+from fusedkd.integrations.interrupt import Arguments, Stopped, claim
 from recipes import teachers
 from recipes.finetune.__main__ import load_model
 from recipes.finetune.tasks import TASKS, tokenized
@@ -53,7 +53,7 @@ class DataOptions:
     label: str | None = option(None, "of --data: the column of the class; empty where an example has none")
     score: str | None = option(None, "of --data: or that of a number")
     unlabelled: str | None = option(None, "a file of further training texts, without labels")
-    examples: int = option(0, "training examples; 0: all")
+    examples: int = option(0, "training examples, beside those of --unlabelled; 0: all")
     labels: int = option(0, "so many keep their label, the same for every method (the teacher has all); 0: all")
     max_length: int = option(128, "tokens per example, the rest is cut")
     predict: bool = option(False, "write predictions for GLUE's test set, in the form that its server takes")
@@ -88,7 +88,9 @@ class CompareArguments(Arguments):
 
 
 SHAPING = ("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "warmup_steps",
-           "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay")  # fmt: skip
+           "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "max_grad_norm",
+           "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "data_seed",
+           "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha")  # fmt: skip
 """Of the training, what a student depends on."""
 
 
@@ -103,22 +105,36 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     positive |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
     positive["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
     positive["it runs in one process, not under torchrun"] = arguments.world_size > 1
+    made = models.layers or models.width is not None or models.init != "copied"
+    positive["--layers, --width and --init go without --student, which is as it is"] = bool(models.student and made)
+    own = its.label or its.score or (its.text and not its.unlabelled)
+    positive["--text, --label and --score go with --data"] = bool(own and not its.data)
+    positive["--label_smoothing_factor goes with no method: take --method label_smoothing"] = (
+        arguments.label_smoothing_factor > 0
+    )
+    positive["students are scored when they are finished: leave out --eval_strategy"] = arguments.eval_strategy != "no"
+    positive["there are no checkpoints to go on from: the same command goes on with what is not finished"] = bool(
+        arguments.resume_from_checkpoint
+    )
     refuse(positive, method, its, models, arguments)
+    read = read_data(its)
     settings = {name: getattr(arguments, name) for name in SHAPING} | asdict(its) | asdict(models)
     for name in ("glue_dir", "data", "unlabelled", "student"):
         settings[name] = by_name(settings[name]) if settings[name] else None
     del settings["predict"]
+    settings["data_sha256"] = data.digest(read)
     folder = Path(str(arguments.output_dir))
-    claim(folder, settings, False, kept=(folder / "run.json").is_file())
-    prepared = prepare(its, models, arguments)
+    claim(folder, settings, False, kept=any(folder.glob("*/config.json")))
+    prepared = prepare(read, its, models, arguments)
     chosen = [each for each in chosen if fits(each, prepared, method.method == ["all"])]
     teacher = prepared.logits(prepared.teacher) if prepared.teacher else None
     results = train(chosen, prepared, method, teacher, folder, f"{models.teacher} as teacher")
+    counts = {"examples": len(prepared.train), "labels": len(prepared.labelled)}
     of_teacher = {**teachers.described(models.teacher), "parameters": prepared.source.num_parameters()}
     of_teacher |= compare.scores(prepared, prepared.teacher, teacher) if prepared.teacher else {}
+    report.write(folder, settings | {"counts": counts}, chosen, prepared.task, of_teacher, results)
     if its.predict:
-        predict(prepared, its, chosen, folder)
-    report.write(folder, settings, chosen, prepared.task, of_teacher, results)
+        predict(prepared, its, [each for each in chosen if each.text in results], folder)
 
 
 def fits(chosen: Chosen, prepared: Run, of_all: bool) -> bool:
@@ -144,20 +160,32 @@ def train(
             if results and 0 < 60 * options.minutes < time.perf_counter() - start:
                 return results
             its = replace(prepared, arguments=replace(prepared.arguments, seed=seed), logs=[])
-            found = compare.student(each, its, folder / f"{each.folder}-seed{seed}", teacher, card)
+            try:
+                found = compare.student(each, its, folder / f"{each.folder}-seed{seed}", teacher, card)
+            except UsageError as error:
+                if options.method != ["all"] or isinstance(error, Stopped):
+                    raise
+                print(f"left out: {each.text}, seed {seed}: {error}", flush=True)
+                continue
             results.setdefault(each.text, []).append(found)
             metrics = ", ".join(f"{name} {found[name]:.3f}" for name in prepared.task.metrics)
             print(f"{each.text}, seed {seed}: {metrics} ({found['seconds']:.0f} s)", flush=True)
     return results
 
 
-def prepare(its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> Run:
-    """Read the data, load the models, fine-tune the teacher or find it fine-tuned."""
+def read_data(its: DataOptions) -> data.Data:
     read = data.of_files(its.data, its.text, its.label, its.score) if its.data else data.of_glue(its.task, its.glue_dir)
-    if its.unlabelled:
-        read = data.with_texts(read, its.unlabelled, its.text)
     if 0 < its.examples < len(read.train):
         read = read._replace(train=read.train.shuffle(seed=0).select(range(its.examples)))
+    if its.unlabelled:
+        read = data.with_texts(read, its.unlabelled, its.text)
+    if not len(read.train) or not len(read.held_out):
+        raise UsageError("there are no training or no held-out examples")
+    return read
+
+
+def prepare(read: data.Data, its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> Run:
+    """Load the models, fine-tune the teacher or find it fine-tuned."""
     name, task = teachers.folder_of(models.teacher), read.task
     with loading("--teacher", models.teacher):
         kinds = AutoConfig.from_pretrained(name).architectures or []
@@ -183,7 +211,7 @@ def prepare(its: DataOptions, models: ModelOptions, arguments: CompareArguments)
         max_length=its.max_length,
     )
     if models.student:
-        prepared.given, other = load_model(models.student, task, its.max_length, "--model")
+        prepared.given, other = load_model(models.student, task, its.max_length, "--student")
         if other.get_vocab() != tokenizer.get_vocab():
             raise UsageError(f"--student {models.student} has another vocabulary than --teacher {models.teacher}")
     folder = Path(str(arguments.output_dir)) / "teacher"

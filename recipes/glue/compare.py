@@ -22,7 +22,7 @@ from benchmarks.measure import peak_bytes
 from recipes.finetune import tasks
 from recipes.finetune.tasks import Task
 from recipes.glue.method import Chosen
-from recipes.glue.run import Run
+from recipes.glue.run import Run, save
 from recipes.glue.step import IGNORE, Step
 
 Result = dict[str, Any]
@@ -33,16 +33,16 @@ def fine_tuned(run: Run, folder: Path, **arguments: Any) -> PreTrainedModel:
     kind: Any = AutoModelForSequenceClassification
     if not (folder / "config.json").is_file():
         model = run.source_again()
-        replace(run, arguments=replace(run.arguments, **arguments)).fit(model, Step.hard, run.labelled)
-        run.tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        labelled = replace(run, train=run.labelled, arguments=replace(run.arguments, **arguments))
+        save(labelled.fit(model, Step.hard), run.tokenizer, folder)
     return kind.from_pretrained(folder).eval()  # type: ignore[no-any-return]
 
 
 def partly_labelled(rows: datasets.Dataset, count: int, task: Task) -> datasets.Dataset:
-    """The labels of `count` rows alone, the same ones for every method and seed."""
-    labels, kind = np.asarray(rows["labels"]), rows.features["labels"]
-    labels[np.random.default_rng(0).permutation(len(rows))[count:]] = IGNORE if task.labels else np.nan
+    """The labels of `count` rows alone, the same ones for every method and seed; of all where fewer have one."""
+    labels, kind = np.array(rows["labels"]), rows.features["labels"]
+    known = np.flatnonzero(labels != IGNORE if task.labels else ~np.isnan(labels))
+    labels[np.random.default_rng(0).permutation(known)[count:]] = IGNORE if task.labels else np.nan
     return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", kind)
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import gzip
+import hashlib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -18,8 +24,6 @@ from recipes.finetune import tasks
 from recipes.finetune.tasks import TASKS, Task
 from recipes.glue.step import IGNORE
 
-READERS = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".json": None}
-"""What separates the columns of a file, by the end of its name before `.gz`."""
 SUBMISSION = {"sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "stsb": "STS-B", "mrpc": "MRPC", "qqp": "QQP"}
 SUBMISSION |= {"qnli": "QNLI", "wnli": "WNLI"}
 """Names of the files that GLUE's server takes; MNLI has two."""
@@ -58,7 +62,8 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
         sources: training and held-out examples, `.csv`, `.tsv` or `.jsonl`, also with `.gz`, with names of columns; or
             one name of a hub data set, whose splits are `train` and `validation` or `test`.
         texts: the columns of one or two texts.
-        label: the column of classes, names or numbers. Training examples whose cell is empty have none.
+        label: the column of classes, names or numbers; in the order of these. Training examples whose cell is empty
+            have none.
         score: or that of a number.
 
     Raises:
@@ -69,6 +74,8 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
     if (label is None) == (score is None):
         raise UsageError("--data needs one of --label, a column of classes, and --score, a column of numbers")
     target = str(label or score)
+    if len({*texts, target}) < len(texts) + 1:
+        raise UsageError(f"--text and --{'label' if label else 'score'} must be different columns")
     if len(sources) == 2:
         names, parts = list(sources), [_frame(source) for source in sources]
     elif len(sources) == 1:
@@ -80,7 +87,9 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
         for split in ("train", held):
             kind = splits[split].features.get(target)
             frame = splits[split].to_pandas()
-            if isinstance(kind, datasets.ClassLabel) and target in frame:
+            if target in frame:  # pandas would make 1.0 of 1 where there are empty cells
+                frame[target] = pandas.Series(list(splits[split][target]), dtype=object)
+            if isinstance(kind, datasets.ClassLabel):
                 named = {i: name for i, name in enumerate(kind.names)} | {-1: ""}
                 frame[target] = frame[target].map(named)
             parts.append(frame)
@@ -92,9 +101,8 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
             raise UsageError(f"{name} has no column {missing[0]}; it has {', '.join(map(str, part.columns))}")
     parts = [part[list(columns)].rename(columns=columns).astype(object) for part in parts]
     parts = [part.where(part.notna(), "").astype(str) for part in parts]
-    classes = tuple(sorted({text for part in parts for text in part["label"]} - {""})) if label else ()
-    if label and len(classes) < 2:
-        raise UsageError(f"--label {label} must have at least two classes, but has {', '.join(classes) or 'none'}")
+    parts = [part.assign(label=part["label"].str.strip()) for part in parts]
+    classes = _classes(label, names, parts) if label else ()
     metrics = ("accuracy",) if label else ("pearson", "spearman")
     task = Task("own", tuple(columns[text] for text in texts), classes, metrics, "")
     train, held_out = (_numbered(task, part, name) for part, name in zip(parts, names, strict=True))
@@ -106,10 +114,14 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
 def with_texts(data: Data, file: str, texts: Sequence[str]) -> Data:
     """Further training examples without a label, of a file with the columns of texts."""
     frame = _frame(file)
-    named = dict(zip(texts or data.task.texts, data.task.texts, strict=True))
+    texts = texts or data.task.texts
+    if len(texts) != len(data.task.texts):
+        raise UsageError(f"--text must be {len(data.task.texts)} columns of --unlabelled, not {len(texts)}")
+    named = dict(zip(texts, data.task.texts, strict=True))
     if missing := [column for column in named if column not in frame]:
         raise UsageError(f"--unlabelled {file} has no column {missing[0]}; it has {', '.join(frame.columns)}")
-    rows = frame[list(named)].rename(columns=named).astype(str)
+    rows = frame[list(named)].rename(columns=named)
+    rows = rows.where(rows.notna(), "").astype(str)
     rows["label"] = ""
     return data._replace(train=datasets.concatenate_datasets([data.train, _numbered(data.task, rows, file)]))
 
@@ -121,13 +133,67 @@ def _frame(file: str) -> pandas.DataFrame:
         raise UsageError(f"{file} must end in {', '.join(READERS)}, or one of them and .gz")
     if not path.is_file():
         raise UsageError(f"no such file: {file}")
+    opened: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        if separator := READERS[suffix]:
-            quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
-            return pandas.read_csv(path, sep=separator, quoting=quoting, dtype=str, na_filter=False)
-        return pandas.read_json(path, lines=True, dtype=False)
-    except (OSError, EOFError, ValueError) as error:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
+            return READERS[suffix](lines)
+    except (OSError, EOFError, ValueError, csv.Error) as error:
         raise UsageError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+
+
+def _separated(rows: Iterable[tuple[int, list[str]]]) -> pandas.DataFrame:
+    """Of numbered lines, the first one of names. Cells are text, whatever they look like."""
+    found = [(number, row) for number, row in rows if row not in ([], [""])]
+    if not found:
+        raise ValueError("it is empty")
+    (_, names), *others = found
+    if len({*names}) < len(names):
+        raise ValueError(f"two of its columns have one name: {', '.join(names)}")
+    for number, row in others:
+        if len(row) != len(names):
+            raise ValueError(f"line {number} has {len(row)} cells, but there are {len(names)} columns")
+    return pandas.DataFrame([row for _, row in others], columns=names, dtype=object)
+
+
+def _csv(lines: Iterable[str]) -> pandas.DataFrame:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    reader = csv.reader(lines, strict=True)
+    return _separated((reader.line_num, row) for row in reader)
+
+
+def _tsv(lines: Iterable[str]) -> pandas.DataFrame:
+    """Quotation marks are text."""
+    return _separated((i, line.rstrip("\r\n").split("\t")) for i, line in enumerate(lines, start=1))
+
+
+def _json(lines: Iterable[str]) -> pandas.DataFrame:
+    """An object for each line. Values stay what they are; an absent one is None."""
+    rows = [(i, json.loads(line)) for i, line in enumerate(lines, start=1) if line.strip()]
+    if other := [i for i, row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"line {other[0]} is no object")
+    names = dict.fromkeys(name for _, row in rows for name in row)
+    return pandas.DataFrame([[row.get(name) for name in names] for _, row in rows], columns=[*names], dtype=object)
+
+
+READERS: dict[str, Callable[[Iterable[str]], pandas.DataFrame]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": _json,
+    ".json": _json,
+}
+"""By the end of a file's name before `.gz`."""
+
+
+def _classes(label: str, names: list[str], parts: list[pandas.DataFrame]) -> tuple[str, ...]:
+    """In the order of their numbers, if they are whole numbers, or of their letters."""
+    train, held_out = ({*part["label"]} - {""} for part in parts)
+    found = train | held_out
+    if len(found) < 2:
+        raise UsageError(f"--label {label} must have at least two classes, but has {', '.join(found) or 'none'}")
+    if train and (unknown := sorted(held_out - train)):
+        shown = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        warnings.warn(f"classes of {names[1]} that {names[0]} has not: {shown}", stacklevel=2)
+    return tuple(sorted(found, key=int if all(re.fullmatch(r"-?\d+", name) for name in found) else str))
 
 
 def _known(task: Task, rows: datasets.Dataset) -> np.ndarray:
@@ -142,6 +208,15 @@ def _numbered(task: Task, rows: pandas.DataFrame, source: str) -> datasets.Datas
     found = tasks.numbered(task, filled.reset_index(drop=True), source)
     label = np.where(empty, IGNORE if task.labels else np.nan, np.asarray(found["label"]))
     return found.remove_columns("label").add_column("label", label).cast_column("label", found.features["label"])
+
+
+def digest(data: Data) -> str:
+    """Of all texts and labels, and of what the classes are."""
+    parts = {"train": data.train, "held_out": data.held_out, **data.others}
+    found = hashlib.sha256(json.dumps(data.task.labels).encode())
+    for name, rows in parts.items():
+        found.update(json.dumps([name, rows.to_dict()]).encode())
+    return found.hexdigest()
 
 
 # ---- predictions

@@ -23,7 +23,7 @@ from fusedkd.distilbert.student import loading, usable_positions
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.heads import Head
 from recipes.finetune.trainer import Batch, takes
-from recipes.glue.run import Run
+from recipes.glue.run import Run, save
 from recipes.glue.step import Step
 from recipes.glue.trainer import IndexedPadding
 
@@ -171,6 +171,5 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
     run.fit(model, fills_in, steps=steps, seed=0)
     with run.arguments.main_process_first(local=False):  # the other ranks go on when it is there
         if run.arguments.should_save:
-            model.save_pretrained(folder)
-            run.tokenizer.save_pretrained(folder)
+            save(model, run.tokenizer, folder)
     return model  # type: ignore[no-any-return]

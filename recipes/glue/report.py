@@ -117,16 +117,21 @@ def table(results: Results) -> Table:
 def markdown(results: Results) -> str:
     """The table and what follows from it, for a page."""
     its, shown = results["settings"], table(results)
-    texts = f"{its['examples']:,} training examples" if its["examples"] else "all training examples"
-    labels = f", {its['labels']:,} of them with their label" if its["labels"] else ""
+    counts = its.get("counts", its)
+    texts = f"{counts['examples']:,} training examples" if counts["examples"] else "all training examples"
+    some = counts["labels"] and counts["labels"] != counts["examples"]
+    labels = f", {counts['labels']:,} of them with their label" if some else ""
     source = results["teacher"]
     package = (
         f" ({source['distribution']} {source['version']}, {source['licence']})" if "distribution" in source else ""
     )
-    trained = f"{its['max_steps']} steps of {its['per_device_train_batch_size']} at {its['learning_rate']:g}"
+    long = f"{its['max_steps']} steps" if its["max_steps"] > 0 else f"{its['num_train_epochs']:g} epochs in steps"
+    batch = its["per_device_train_batch_size"] * its["gradient_accumulation_steps"]
+    trained = f"{long} of {batch} at {its['learning_rate']:g}"
+    students = its["student"] or f"of {its['layers'] or 'every other'} layers, {its['init']}"
     lines = [
         f"{where(results)}. {shown.title}; seconds (of the processor) and MB, the growth of memory, are medians.",
-        f"Teacher {source['name']}{package}; students of {its['layers'] or 'every other'} layers, {its['init']};",
+        f"Teacher {source['name']}{package}; students {students};",
         f"{texts}{labels}; {trained}.",
     ]
     return "\n".join([*markdown_table(shown), "", *lines, "", *(f"- {line}" for line in findings(results))])

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import datasets
@@ -149,6 +151,8 @@ class Run:
         steps = self.steps if steps is None else steps
         if steps == 0:
             return model
+        if not len(rows):
+            raise UsageError("there are no examples to train on: none has a label, or there are none at all")
         if (share := arguments.get("warmup_steps", self.arguments.warmup_steps)) < 1:
             arguments["warmup_steps"] = int(share * steps)  # rounded down: a stage of a step is not to be all warm-up
         options = replace(self.arguments, max_steps=steps, **arguments)
@@ -174,6 +178,8 @@ class Run:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         self.logs += trainer.state.log_history
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise UsageError("training diverged, its weights are not finite: try a smaller --learning_rate")
         return model
 
     def _teacher_logits(self, known: dict[Any, Tensor], teacher: PreTrainedModel, rows: datasets.Dataset) -> Tensor:
@@ -199,9 +205,19 @@ class Run:
         device, training = model.device, model.training
         model.eval()
         found = []
-        loader = DataLoader(rows.select(order), self.arguments.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        own: Any = {"collate_fn": collate, "generator": torch.Generator()}  # no random number of a training is drawn
+        loader: Any = DataLoader(rows.select(order), self.arguments.eval_batch_size, **own)
         for batch in loader:
             found.append(model(**{k: v.to(device) for k, v in batch.items() if k in columns}).logits.float().cpu())
         model.train(training)
         logits = torch.cat(found)[torch.from_numpy(np.argsort(order))]
         return logits if self.task.labels else logits.squeeze(-1)
+
+
+def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Whole, or the folder is not there."""
+    part = folder.with_name(f"{folder.name}.part")
+    rmtree(part, ignore_errors=True)
+    tokenizer.save_pretrained(part)
+    model.save_pretrained(part)
+    part.rename(folder)

@@ -39,6 +39,8 @@ def student_of(
     layers = alternate_layers(config.num_hidden_layers) if layers is None else layers
     check_layers(layers, config.num_hidden_layers)
     config.num_hidden_layers = len(layers)
+    if kinds := getattr(config, "layer_types", None):  # of attention, one for each layer
+        config.layer_types = [kinds[layer] for layer in layers]
     if width is not None and width != config.hidden_size:
         if init == "copied":
             raise UsageError(f"--width {width}: copied layers are {config.hidden_size} wide; add --init random")

@@ -69,6 +69,9 @@ class MethodTrainer(TaskTrainer):
         finally:
             delattr(model, BESIDE)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """None, not even when a signal ends the training: a student that is not finished is trained again."""
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """`Counts` of one optimiser step over all ranks."""
         total = torch.stack([torch.stack(Counts.of(batch)) for batch in batch_samples]).sum(0).to(device)

@@ -1,0 +1,167 @@
+"""`python -m recipes.glue` where it could be wrong in silence: order of classes, random numbers, what is kept."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("torchmetrics")
+
+from test_compare import compared, encoder, saved  # noqa: F401 (a fixture)
+from tiny_run import classifier, tiny_run
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
+
+import recipes.glue.__main__
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.interrupt import Stopped
+from recipes.finetune.__main__ import load_model
+from recipes.finetune.tasks import TASKS
+from recipes.glue.compare import fine_tuned
+from recipes.glue.method import parse_method
+from recipes.glue.step import Step
+from recipes.glue.students import student_of
+
+
+def test_a_teachers_classes_are_brought_into_the_order_of_the_tasks(tmp_path, tokenizer):
+    """MNLI's models have them in any order; the outputs of unnamed ones stay as they are."""
+    names = ("CONTRADICTION", "Neutral", "entailment")
+    model = classifier(len(tokenizer), labels=3).eval()
+    ids = torch.arange(2, 9)[None]
+    for own, order in ((names, [2, 1, 0]), (("LABEL_0", "LABEL_1", "LABEL_2"), [0, 1, 2])):
+        model.config.id2label = dict(enumerate(own))
+        model.save_pretrained(tmp_path / own[0])
+        tokenizer.save_pretrained(tmp_path / own[0])
+        found, _ = load_model(str(tmp_path / own[0]), TASKS["mnli"], 16, "--teacher")
+        assert torch.allclose(found.eval()(input_ids=ids).logits, model(input_ids=ids).logits[:, order], atol=1e-5)
+        assert found.config.id2label == dict(enumerate(TASKS["mnli"].labels))
+
+
+def test_known_logits_of_the_teacher_change_no_random_number(tmp_path, tokenizer):
+    """A student is the same whether or not another method has asked the teacher before."""
+    run = tiny_run(tmp_path, tokenizer)
+    first, again = (run.fit(run.student(), Step.soft).state_dict() for _ in range(2))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_a_training_that_diverges_is_refused(tmp_path, tokenizer):
+    run = tiny_run(tmp_path, tokenizer, arguments={"learning_rate": 1e30})
+    with pytest.raises(UsageError, match="training diverged"):
+        run.fit(run.student(), Step.hard)
+    with pytest.raises(UsageError, match="training diverged"):
+        fine_tuned(run, tmp_path / "teacher", max_steps=2)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_no_examples_to_train_on_are_refused(tmp_path, tokenizer):
+    run = tiny_run(tmp_path, tokenizer, labels=12)
+    with pytest.raises(UsageError, match="no examples to train on"):
+        run.fit(run.student(), Step.hard, run.train.select([]))
+
+
+def test_epochs_of_the_teacher_are_of_examples_with_a_label(tmp_path, tokenizer):
+    """8 of 24 examples in batches of 8: an epoch is one step."""
+    run = tiny_run(tmp_path, tokenizer, labels=8)
+    fine_tuned(run, tmp_path / "teacher", max_steps=-1, num_train_epochs=2.0)
+    assert run.logs[-1]["step"] == 2
+
+
+def test_ctrl_c_leaves_no_checkpoint(tmp_path, tokenizer):
+    """The same command would refuse to go on from it."""
+    run = tiny_run(tmp_path, tokenizer)
+
+    def loss(step):
+        if step.number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step.hard()
+
+    with pytest.raises(Stopped, match="SIGINT ended the training after step 2; there is no checkpoint"):
+        run.fit(run.student(), loss)
+    assert not [*tmp_path.glob("checkpoint-*")]
+
+
+def test_what_a_students_numbers_depend_on_is_not_kept_in_silence(tmp_path, tokenizer, capsys):
+    """Other contents of a file of the same name, another optimiser, fewer bits; a start that failed binds nothing."""
+    teacher, runs = saved(tmp_path / "ready", tokenizer), tmp_path / "runs"
+    for name in ("train.csv", "dev.csv"):
+        (tmp_path / name).write_text("words,kind\nthe cat,pet\nthe house,thing\nthe dog,pet\n")
+    own = ["--data", *(str(tmp_path / name) for name in ("train.csv", "dev.csv")), "--text", "words"]
+    own += ["--method", "ce"]
+    assert compared(teacher, runs, *own, "--label", "kinds") == 2
+    assert compared(teacher, runs, *own, "--label", "kind", "--width", "16") == 2
+    assert compared(teacher, runs, *own, "--label", "kind") == 0
+    own += ["--label", "kind"]
+    assert compared(teacher, runs, *own, "--bf16", "true") == 2
+    assert "holds a run with bf16 False, not True" in capsys.readouterr().err
+    assert compared(teacher, runs, *own, "--max_grad_norm", "0.1") == 2
+    (tmp_path / "train.csv").write_text("words,kind\nthe cat,thing\nthe house,pet\nthe dog,pet\n")
+    assert compared(teacher, runs, *own) == 2
+    assert "holds a run with data_sha256" in capsys.readouterr().err
+
+
+def test_all_methods_are_those_that_fit(tmp_path, tokenizer, glue, capsys, monkeypatch):
+    """Also where only the method itself finds that it does not fit."""
+    few = [parse_method(name) for name in ("ce", "minimax_knn", "takd")]
+    monkeypatch.setattr(recipes.glue.__main__, "chosen_methods", lambda texts: few if texts == ["all"] else few[2:])
+    teacher = saved(tmp_path / "ready", tokenizer, layers=2)
+    options = ["--glue_dir", str(glue), "--examples", "16", "--method", "all"]
+    assert compared(teacher, tmp_path / "runs", *options) == 0
+    text = capsys.readouterr().out
+    assert "left out: --method minimax_knn needs examples without a label" in text
+    assert "left out: takd, seed 1: takd: no depth lies between" in text
+    assert [*json.loads((tmp_path / "runs" / "results.json").read_text())["students"]] == ["ce"]
+    options[-1] = "takd"
+    assert compared(teacher, tmp_path / "runs", *options) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--student", "x", "--width", "16"], "--layers, --width and --init go without --student"),
+        (["--label", "x"], "--text, --label and --score go with --data"),
+        (["--label_smoothing_factor", "0.1"], "take --method label_smoothing"),
+        (["--eval_strategy", "steps"], "leave out --eval_strategy"),
+        (["--resume_from_checkpoint", "true"], "there are no checkpoints to go on from"),
+    ],
+)
+def test_options_without_an_effect_are_refused(tmp_path, capsys, options, sentence):
+    assert compared(tmp_path, tmp_path / "runs", *options) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def distilbert(vocab: int) -> DistilBertForSequenceClassification:
+    torch.manual_seed(3)
+    size = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 40}
+    return DistilBertForSequenceClassification(DistilBertConfig(vocab_size=vocab, **size))
+
+
+@pytest.mark.parametrize("name", ["kd", "pkd", "tinybert", "mobilebert", "early_exit:of=student", "freelb_kd", "rw_kd"])
+def test_a_student_of_another_architecture(tmp_path, tokenizer, name):
+    """DistilBERT has no token types and other names of layers; what the student was given as stays as it is."""
+    given, chosen = distilbert(len(tokenizer)), parse_method(name)
+    before = {key: value.clone() for key, value in given.state_dict().items()}
+    run = tiny_run(tmp_path, tokenizer, given=given, count=32)
+    chosen.check(run)
+    model = chosen.train(run)
+    assert isinstance(model, DistilBertForSequenceClassification)
+    assert all(torch.equal(value, before[key]) for key, value in given.state_dict().items())
+    assert np.isfinite(run.logits(model).numpy()).all()
+
+
+def test_a_student_has_the_kinds_of_its_layers():
+    """Of models whose layers differ: full and sliding attention."""
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+    source = ModernBertForSequenceClassification(ModernBertConfig(**size, **tokens, sep_token_id=2))
+    kinds = source.config.layer_types
+    assert student_of(source, [0, 3]).config.layer_types == [kinds[0], kinds[3]]
