@@ -27,7 +27,7 @@ MSE_UNIT = 64.0
 
 
 class Tile(NamedTuple):
-    """Of queries or keys, those of a program and of one step, and what a program has of a processor."""
+    """Queries and keys of a tile, and what a program has of a processor."""
 
     rows: int
     columns: int
@@ -37,9 +37,9 @@ class Tile(NamedTuple):
 
 TILES = {(2, 64): Tile(64, 32, 4, 2), (2, 128): Tile(32, 32, 4, 2), (4, 64): Tile(16, 16, 8, 2)}
 """By bytes of an element and columns of a head, of the side with more of each. Guesses, none of them measured: what
-compiles without a spill and fits into the shared memory of every GPU since sm_80; of float32 with 110 to 130 registers
-a thread, where twice as large a tile takes all 255, or spills. Wider heads are left to the loop, as float64 and the
-other divergences are: of 256 columns kernels spill, and of 128 those whose products are not tf32's.
+compiles without a spill and fits into the shared memory of every GPU since sm_80. Of float32, larger tiles spill 8 to
+80 bytes a thread with Triton 3.9, and this one 8 where both sides are. Wider heads are left to the loop, as float64 and
+the other divergences are: of 256 columns kernels spill, and of 128 those whose products are not tf32's.
 """
 
 
@@ -129,13 +129,13 @@ def attention_pairs(
         "KERNEL_ID": kernel_id,
         "UNIT": (FLOAT16_TOP / 2 if softmax else MSE_UNIT) if half else 1.0,
     }
-    grid = (B * heads * triton.cdiv(L, given["ROWS"]),)
+    queries, of_key_tiles = ((B * heads * triton.cdiv(L, given[name]),) for name in ("ROWS", "COLUMNS"))
     with torch.cuda.device_of(student_q):
         if softmax:
-            attention_statistics_kernel[grid](**given)
-        attention_queries_kernel[grid](row_losses=row_losses, d_q=d_q, **gradient, **given)
+            attention_statistics_kernel[queries](**given)
+        attention_queries_kernel[queries](row_losses=row_losses, d_q=d_q, **gradient, **given)
         if d_k is not None:
-            attention_keys_kernel[grid](d_k=d_k, ADD=d_k is d_q, **gradient, **given)
+            attention_keys_kernel[of_key_tiles](d_k=d_k, ADD=d_k is d_q, **gradient, **given)
     if top is not None:
         for each in [d_q] if d_k is d_q else [d_q, d_k]:
             if each is not None:

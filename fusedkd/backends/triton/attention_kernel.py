@@ -7,7 +7,7 @@
 
 statistics  a tile of queries per program, over the keys: maximum and sum of both softmaxes of a row, 16 bytes
 queries     the same again, now that both sums are known: row losses, free of cancellation, and ∂Q_s
-keys        a tile of keys per program, over the queries, of transposed maps: ∂K_s
+keys        a tile of keys per program, over the queries: ∂K_s
 
 The tiles are made anew each time, as in flash attention (Dao 2023, arXiv:2307.08691), whose division of the work this
 is: nobody adds to what another program writes, so results do not depend on the order of programs. The squared error
@@ -326,11 +326,11 @@ def attention_keys_kernel(
     TEACHER_D: tl.constexpr,
     WIDTH: tl.constexpr,
     TEACHER_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,  # of keys, of the program
-    COLUMNS: tl.constexpr,  # of queries, of a step
+    ROWS: tl.constexpr,  # of queries, of a step
+    COLUMNS: tl.constexpr,  # of keys, of the program
 ):
-    at = pair_of(L, heads, ROWS)
-    o_k = at.first + tl.arange(0, ROWS)
+    at = pair_of(L, heads, COLUMNS)
+    o_k = at.first + tl.arange(0, COLUMNS)
     m_k = counted(keys, o_k, at, L)
     b_k = read(side_of(student_k, key_strides, at, MULTIPLE), o_k, m_k, D, WIDTH)
     b_tk = read(side_of(teacher_k, teacher_key_strides, at, MULTIPLE), o_k, m_k, TEACHER_D, TEACHER_WIDTH)
@@ -340,21 +340,21 @@ def attention_keys_kernel(
     option = load_options(real_options, tl.float32)
     root = tl.sqrt(load_weights(real_options, tl.float32).kd_scale)
     unit, after = unit_of(real_options, normalizers, L, KERNEL_ID, UNIT)
-    b_dk = tl.zeros([ROWS, WIDTH], tl.float32)
+    b_dk = tl.zeros([COLUMNS, WIDTH], tl.float32)
     stop = tl.where(tl.max(m_k.to(tl.int32), 0) != 0, L, 0)
-    for start in range(at.first // COLUMNS * COLUMNS if CAUSAL else 0, stop, COLUMNS):
-        o_q = start + tl.arange(0, COLUMNS)
+    for start in range(at.first // ROWS * ROWS if CAUSAL else 0, stop, ROWS):
+        o_q = start + tl.arange(0, ROWS)
         m_q = counted(rows, o_q, at, L)
-        seen = visible(o_q[None, :], o_k[:, None], m_k[:, None], CAUSAL)
+        seen = visible(o_q[:, None], o_k[None, :], m_k[None, :], CAUSAL)
         o = at.i * L + o_q
-        of_rows = statistics_of(stats, o[None, :], m_q[None, :], pairs.to(tl.int64) * L)
+        of_rows = statistics_of(stats, o[:, None], m_q[:, None], pairs.to(tl.int64) * L)
         s = softmaxes(of_rows, option)
-        b_factor = factors_of(of_rows, upstream, o[None, :], m_q[None, :], unit)
+        b_factor = factors_of(of_rows, upstream, o[:, None], m_q[:, None], unit)
         b_tq = read(of_teacher_queries, o_q, m_q, TEACHER_D, TEACHER_WIDTH)
-        b_v = scores(b_tk, b_tq, seen)
+        b_v = scores(b_tq, b_tk, seen)
         b_q = read(of_queries, o_q, m_q, D, WIDTH)
-        b_z = scores(b_k, b_q, seen)
+        b_z = scores(b_q, b_k, seen)
         _, b_w = values_and_slopes(b_z, b_v, s, root, a, KERNEL_ID)
         b_g = tl.where(b_factor == 0, 0.0, b_factor * b_w)
-        b_dk += product(b_g.to(b_q.dtype), b_q)
+        b_dk += product(b_g.to(b_q.dtype).T, b_q)
     write(d_k, at.i * L + o_k, o_k < L, b_dk * after, ADD, D, WIDTH)
