@@ -64,23 +64,36 @@ def paired(ours: Sequence[Result], base: Sequence[Result], results: Results) -> 
     return mean(differences), spread(differences) / math.sqrt(len(differences))
 
 
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; beyond them about 2."""
+
+
+def interval(count: int, error: float) -> float:
+    """Half of the 95 % interval of a mean of `count` differences with this standard error."""
+    return error * (T95[count - 2] if count - 2 < len(T95) else 2.0)
+
+
 def findings(results: Results) -> list[str]:
-    """What follows from the numbers, a sentence each: the differences beyond two standard errors, and the rest."""
+    """What follows from the numbers, a sentence each: the differences beyond a 95 % interval, and the rest."""
     (first, base), *others = results["students"].items()
     if not others:
         return []
-    changes = {name: paired(students, base, results) for name, students in others}
-    if all(error is None for _, error in changes.values()):
-        return [f"One seed: differences from {first} have no error; --seeds 5 gives one."]
-    lines = []
-    for what, sign in (("better", 1), ("worse", -1)):
-        beyond = {n: c for n, c in changes.items() if c[1] is not None and sign * c[0] > 2 * c[1]}
-        if beyond:
-            each = ", ".join(f"{name} ({change:+.1f} ± {error:.1f})" for name, (change, error) in beyond.items())
-            lines.append(f"Beyond two standard errors {what} than {first}: {each}.")
-    within = [n for n, (change, error) in changes.items() if error is not None and abs(change) <= 2 * error]
+    seeds = {found["seed"] for found in base}
+    told: dict[str, list[str]] = {"better": [], "worse": []}
+    within, alone = [], []
+    for name, students in others:
+        change, error = paired(students, base, results)
+        if error is None:
+            alone.append(f"{name} ({change:+.1f})")
+        elif abs(change) > interval(len(seeds & {found["seed"] for found in students}), error):
+            told["better" if change > 0 else "worse"].append(f"{name} ({change:+.1f} ± {error:.1f})")
+        else:
+            within.append(f"{name} ({change:+.1f} ± {error:.1f})")
+    lines = [f"Beyond a 95 % interval {what} than {first}: {', '.join(each)}." for what, each in told.items() if each]
     if within:
         lines.append(f"Not told apart from {first}: {', '.join(within)}.")
+    if alone:
+        lines.append(f"One seed, whose difference from {first} has no error: {', '.join(alone)}.")
     return lines
 
 
@@ -92,10 +105,11 @@ def table(results: Results) -> Table:
     students, metrics = results["students"], results["metrics"]
     first, base = next(iter(students.items()))
     beside = {name: title for name, title in BESIDE.items() if name in base[0]}
-    seeds = max(map(len, students.values()))
-    title = f"{results['task']}: {' and '.join(metrics)} × 100" + (
-        f", mean of {seeds} seeds ± standard deviation; differences ± their standard error" if seeds > 1 else ""
-    )
+    fewest, seeds = (function(map(len, students.values())) for function in (min, max))
+    title = f"{results['task']}: {' and '.join(metrics)} × 100"
+    if seeds > 1:
+        count = str(seeds) if fewest == seeds else f"{fewest} to {seeds}"
+        title += f", mean of {count} seeds ± standard deviation; differences ± their standard error"
     found = grid(title, "model", "score", "median", f"from {first}", *beside.values(), "seconds", "MB", "parameters")
     teacher = results["teacher"]
     if metrics[0] in teacher:

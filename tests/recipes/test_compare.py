@@ -141,7 +141,7 @@ def test_differences_are_paired_by_seed():
     change, error = report.paired([*other[:2], {"seed": 9, "accuracy": 0.0}], base, results)
     assert change == pytest.approx(2.0)
     results["students"] = {"ce": base, "kd": other}
-    assert report.findings(results) == ["Beyond two standard errors better than ce: kd (+2.0 ± 0.0)."]
+    assert report.findings(results) == ["Beyond a 95 % interval better than ce: kd (+2.0 ± 0.0)."]
 
 
 def test_a_student_with_all_layers_copied_is_the_teacher(tokenizer):
@@ -153,3 +153,16 @@ def test_a_student_with_all_layers_copied_is_the_teacher(tokenizer):
     assert torch.equal(
         half.bert.encoder.layer[1].output.dense.weight, teacher.bert.encoder.layer[3].output.dense.weight
     )
+
+
+def test_two_seeds_tell_little():
+    """The 95 % interval of two differences is 12.7 standard errors wide on either side."""
+    base = [{"seed": i, "accuracy": 0.5} for i in range(2)]
+    results = {"metrics": ["accuracy"], "students": {"ce": base}}
+    for name, accuracies in (("kd", (0.53, 0.55)), ("pkd", (0.5399, 0.5401)), ("alp", (0.45,))):
+        results["students"][name] = [{"seed": i, "accuracy": x} for i, x in enumerate(accuracies)]
+    assert report.findings(results) == [
+        "Beyond a 95 % interval better than ce: pkd (+4.0 ± 0.0).",
+        "Not told apart from ce: kd (+4.0 ± 1.0).",
+        "One seed, whose difference from ce has no error: alp (-5.0).",
+    ]
