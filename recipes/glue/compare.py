@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,30 +81,6 @@ def scores(run: Run, model: PreTrainedModel, teacher: Tensor | None) -> dict[str
             sides = logits.log_softmax(-1), teacher.log_softmax(-1)
             found["kl_to_teacher"] = float(F.kl_div(*sides, reduction="batchmean", log_target=True))
     return found
-
-
-def latency(models: dict[str, PreTrainedModel], run: Run, passes: int = 1) -> dict[str, float]:
-    """Seconds for all held-out examples one at a time on the CPU, as in table 3 of DistilBERT's paper: the models take
-    turns, example by example; the least of the passes.
-    """
-    bodies: dict[str, Any] = {name: model.cpu().eval() for name, model in models.items()}
-    rows = [torch.tensor(ids)[None] for ids in run.held_out["input_ids"]]
-    totals: dict[str, list[float]] = {name: [] for name in bodies}
-    with torch.inference_mode():
-        for _ in range(passes):
-            seconds = dict.fromkeys(bodies, 0.0)
-            for ids in rows:
-                for name, body in bodies.items():
-                    seconds[name] += _seconds(lambda body=body, ids=ids: body(input_ids=ids))  # type: ignore[misc]
-            for name, value in seconds.items():
-                totals[name].append(value)
-    return {name: min(values) for name, values in totals.items()}
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def write_card(chosen: Chosen, folder: Path, model: PreTrainedModel, made_of: str, found: Result) -> None:
