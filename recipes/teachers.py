@@ -51,13 +51,9 @@ class Package:
         if found.version != self.version:
             raise UsageError(f"{name} is {self.distribution} {self.version}, but {found.version} is installed")
         folder = Path(str(found.locate_file(self.folder)))
-        with (folder / self.weights).open("rb") as file:
-            if (
-                digest := hashlib.file_digest(file, "sha256").hexdigest()
-                if hasattr(hashlib, "file_digest")
-                else hashlib.sha256(file.read()).hexdigest()
-            ) != self.sha256:
-                raise UsageError(f"the weights of {name} have sha256 {digest}, not {self.sha256}")
+        digest = hashlib.sha256((folder / self.weights).read_bytes()).hexdigest()
+        if digest != self.sha256:
+            raise UsageError(f"the weights of {name} have sha256 {digest}, not {self.sha256}")
         return folder
 
 

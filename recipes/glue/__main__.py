@@ -101,22 +101,22 @@ def parse(argv: list[str] | None) -> tuple[Any, ...]:
 
 def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments: CompareArguments) -> None:
     chosen = chosen_methods(method.method)
-    positive = {"--seeds must be positive": method.seeds < 1, "--max_length must be positive": its.max_length < 1}
-    positive |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
-    positive["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
-    positive["it runs in one process, not under torchrun"] = arguments.world_size > 1
+    wrong = {"--seeds must be positive": method.seeds < 1, "--max_length must be positive": its.max_length < 1}
+    wrong |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
+    wrong["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
+    wrong["it runs in one process, not under torchrun"] = arguments.world_size > 1
     made = models.layers or models.width is not None or models.init != "copied"
-    positive["--layers, --width and --init go without --student, which is as it is"] = bool(models.student and made)
+    wrong["--layers, --width and --init go without --student, which is as it is"] = bool(models.student and made)
     own = its.label or its.score or (its.text and not its.unlabelled)
-    positive["--text, --label and --score go with --data"] = bool(own and not its.data)
-    positive["--label_smoothing_factor goes with no method: take --method label_smoothing"] = (
+    wrong["--text, --label and --score go with --data"] = bool(own and not its.data)
+    wrong["--label_smoothing_factor goes with no method: take --method label_smoothing"] = (
         arguments.label_smoothing_factor > 0
     )
-    positive["students are scored when they are finished: leave out --eval_strategy"] = arguments.eval_strategy != "no"
-    positive["there are no checkpoints to go on from: the same command goes on with what is not finished"] = bool(
+    wrong["students are scored when they are finished: leave out --eval_strategy"] = arguments.eval_strategy != "no"
+    wrong["there are no checkpoints to go on from: the same command goes on with what is not finished"] = bool(
         arguments.resume_from_checkpoint
     )
-    refuse(positive, method, its, models, arguments)
+    refuse(wrong, method, its, models, arguments)
     read = read_data(its)
     settings = {name: getattr(arguments, name) for name in SHAPING} | asdict(its) | asdict(models)
     for name in ("glue_dir", "data", "unlabelled", "student"):

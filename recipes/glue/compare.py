@@ -22,7 +22,7 @@ from recipes.finetune import tasks
 from recipes.finetune.tasks import Task
 from recipes.glue.method import Chosen
 from recipes.glue.run import Run, save
-from recipes.glue.step import IGNORE, Step
+from recipes.glue.step import IGNORE, Step, has_label
 
 Result = dict[str, Any]
 
@@ -40,7 +40,7 @@ def fine_tuned(run: Run, folder: Path, **arguments: Any) -> PreTrainedModel:
 def partly_labelled(rows: datasets.Dataset, count: int, task: Task) -> datasets.Dataset:
     """The labels of `count` rows alone, the same ones for every method and seed; of all where fewer have one."""
     labels, kind = np.array(rows["labels"]), rows.features["labels"]
-    known = np.flatnonzero(labels != IGNORE if task.labels else ~np.isnan(labels))
+    known = np.flatnonzero(has_label(labels))
     labels[np.random.default_rng(0).permutation(known)[count:]] = IGNORE if task.labels else np.nan
     return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", kind)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fusedkd.integrations.command import UsageError
 from recipes.finetune import tasks
 from recipes.finetune.tasks import TASKS, Task
-from recipes.glue.step import IGNORE
+from recipes.glue.step import IGNORE, has_label
 
 SUBMISSION = {"sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "stsb": "STS-B", "mrpc": "MRPC", "qqp": "QQP"}
 SUBMISSION |= {"qnli": "QNLI", "wnli": "WNLI"}
@@ -106,7 +106,7 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
     metrics = ("accuracy",) if label else ("pearson", "spearman")
     task = Task("own", tuple(columns[text] for text in texts), classes, metrics, "")
     train, held_out = (_numbered(task, part, name) for part, name in zip(parts, names, strict=True))
-    if without := int((~_known(task, held_out)).sum()):
+    if without := int((~has_label(held_out["label"])).sum()):
         raise UsageError(f"{names[1]}: {without} held-out examples have no label")
     return Data(task, train, held_out, {})
 
@@ -194,11 +194,6 @@ def _classes(label: str, names: list[str], parts: list[pandas.DataFrame]) -> tup
         shown = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
         warnings.warn(f"classes of {names[1]} that {names[0]} has not: {shown}", stacklevel=2)
     return tuple(sorted(found, key=int if all(re.fullmatch(r"-?\d+", name) for name in found) else str))
-
-
-def _known(task: Task, rows: datasets.Dataset) -> np.ndarray:
-    labels = np.asarray(rows["label"])
-    return labels != IGNORE if task.labels else ~np.isnan(labels.astype(float))
 
 
 def _numbered(task: Task, rows: pandas.DataFrame, source: str) -> datasets.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from fusedkd.integrations.states import Recorder
 from fusedkd.integrations.term import Term
 from recipes.finetune.tasks import Task
 from recipes.finetune.trainer import takes
-from recipes.glue.step import IGNORE, Loss
+from recipes.glue.step import Loss, has_label
 from recipes.glue.students import student_of
 from recipes.glue.trainer import IndexedPadding, MethodTrainer
 
@@ -73,15 +74,11 @@ class Run:
     @property
     def labelled(self) -> datasets.Dataset:
         """The training rows that have a label."""
-        return self.train.select(np.flatnonzero(self._has_label()))
+        return self.train.select(np.flatnonzero(has_label(self.train["labels"])))
 
     @property
     def unlabelled(self) -> datasets.Dataset:
-        return self.train.select(np.flatnonzero(~self._has_label()))
-
-    def _has_label(self) -> np.ndarray:
-        labels = np.asarray(self.train["labels"])
-        return labels != IGNORE if self.task.labels else ~np.isnan(labels.astype(float))
+        return self.train.select(np.flatnonzero(~has_label(self.train["labels"])))
 
     @property
     def steps(self) -> int:
@@ -107,16 +104,13 @@ class Run:
     def student(self, layers: list[int] | None = None) -> PreTrainedModel:
         """A new one; the same for the same seed."""
         if self.given is not None and layers is None:
-            model = type(self.given)(self.given.config)
-            model.load_state_dict(self.given.state_dict())
-            return model
-        return student_of(self.source, layers or self.layers, self.width, self.init, self.seed)
+            return copy.deepcopy(self.given)
+        new_head = self.source is not self.teacher  # which was put on a body without one
+        return student_of(self.source, layers or self.layers, self.width, self.init, self.seed, new_head)
 
     def source_again(self) -> PreTrainedModel:
         """A copy of the source, to be trained: a model of the teacher's size."""
-        model: PreTrainedModel = type(self.source)(self.source.config)
-        model.load_state_dict(self.source.state_dict())
-        return model
+        return copy.deepcopy(self.source).requires_grad_()
 
     # ---- training
 

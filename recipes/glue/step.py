@@ -45,7 +45,9 @@ class Counts(NamedTuple):
         return cls(*(torch.as_tensor(number, device=labels.device) for number in numbers))
 
 
-def has_label(labels: Tensor) -> Tensor:
+def has_label(labels: Any) -> Tensor:
+    """Of numbers of classes, or of scores, ``(N,)``: a tensor, or the column of a data set."""
+    labels = torch.as_tensor(labels if isinstance(labels, Tensor) else list(labels))
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
 
 

@@ -21,6 +21,7 @@ def student_of(
     width: int | None = None,
     init: Literal["copied", "random"] = "copied",
     seed: int = 0,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """A model of the source's class with some of its layers.
 
@@ -31,6 +32,7 @@ def student_of(
         init: "copied": embeddings, these layers and what follows them are the source's; "random": only their number
             counts.
         seed: of fresh weights.
+        new_head: a copied student has fresh weights behind its body all the same, as where those of the source are.
 
     Raises:
         UsageError: where the layers are not the source's, or a width does not go with copied layers or the heads.
@@ -53,7 +55,9 @@ def student_of(
         torch.manual_seed(seed)
         student: PreTrainedModel = type(source)(config)
     if init == "copied":
-        weights = source.state_dict()
-        names = {new: LAYER.sub(lambda m: f".{m[1]}.{layers[int(m[2])]}.", new) for new in student.state_dict()}
-        student.load_state_dict({new: weights[old] for new, old in names.items()}, strict=True)
+        weights, own = source.state_dict(), student.state_dict()
+        body = f"{student.base_model_prefix}." if new_head else ""
+        for new in [name for name in own if name.startswith(body)]:
+            own[new] = weights[LAYER.sub(lambda m: f".{m[1]}.{layers[int(m[2])]}.", new)]
+        student.load_state_dict(own)
     return student

@@ -24,22 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkd import DKD
+from fusedkd.divergences import DivergenceName
 from fusedkd.integrations.command import UsageError
 from recipes.glue.method import Method, Positive, Share, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Loss, Step, has_label
-
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jeffreys",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "alpha_beta",
-    "total_variation",
-    "logit_mse",
-]
 
 
 def hinton(alpha: float, temperature: float, divergence: str = "forward_kl") -> Loss:
@@ -57,10 +46,12 @@ def labels_alone(run: Run) -> PreTrainedModel:
 
 
 def distil(
-    run: Run, *, temperature: Positive = 2.0, alpha: Share = 0.5, divergence: Divergence = "forward_kl"
+    run: Run, *, temperature: Positive = 2.0, alpha: Share = 0.5, divergence: DivergenceName = "forward_kl"
 ) -> PreTrainedModel:
     if not run.task.labels and divergence not in ("forward_kl", "logit_mse"):
         raise UsageError(f"divergence={divergence} is one of classes, but the labels of {run.task.name} are scores")
+    if divergence == "dkd":
+        raise UsageError("divergence=dkd is the method dkd, which has an option for each of its weights")
     if divergence == "logit_mse" and temperature != 1:
         raise UsageError(f"divergence=logit_mse has no softmax: temperature must be 1, not {temperature}")
     return run.fit(run.student(), hinton(alpha, temperature, divergence))

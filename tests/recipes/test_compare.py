@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
-from tiny_run import classifier
+from tiny_run import classifier, tiny_run
 from transformers import AutoModelForSequenceClassification, BertModel
 
 import recipes.glue.__main__
@@ -166,3 +166,18 @@ def test_two_seeds_tell_little():
         "Not told apart from ce: kd (+4.0 ± 1.0).",
         "One seed, whose difference from ce has no error: alp (-5.0).",
     ]
+
+
+def test_a_seed_draws_the_new_head(tmp_path, tokenizer):
+    """The body is the source's, whatever the seed."""
+    heads, bodies = [], []
+    for seed in (1, 1, 2):
+        model = tiny_run(tmp_path, tokenizer, arguments={"seed": seed}).student()
+        heads.append(model.classifier.weight)
+        bodies.append(model.bert.encoder.layer[1].output.dense.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert torch.equal(bodies[0], bodies[2])
+    ready = tiny_run(tmp_path, tokenizer)
+    ready.source = ready.teacher
+    assert torch.equal(ready.student().classifier.weight, ready.teacher.classifier.weight)
