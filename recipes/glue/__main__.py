@@ -152,16 +152,18 @@ def fits(chosen: Chosen, prepared: Run, of_all: bool) -> bool:
 def train(
     chosen: list[Chosen], prepared: Run, options: MethodOptions, teacher: Tensor | None, folder: Path, card: str
 ) -> dict[str, list[compare.Result]]:
-    """By seed first, so that a comparison that is cut short has every method."""
+    """By seed first, so that a comparison that is cut short has every method; what is finished is always reported."""
     results: dict[str, list[compare.Result]] = {}
     start = time.perf_counter()
     for seed in range(prepared.seed, prepared.seed + options.seeds):
         for each in chosen:
-            if results and 0 < 60 * options.minutes < time.perf_counter() - start:
-                return results
+            own = folder / f"{each.folder}-seed{seed}"
+            late = results and 0 < 60 * options.minutes < time.perf_counter() - start
+            if late and not compare.finished(own):
+                continue
             its = replace(prepared, arguments=replace(prepared.arguments, seed=seed), logs=[])
             try:
-                found = compare.student(each, its, folder / f"{each.folder}-seed{seed}", teacher, card)
+                found = compare.student(each, its, own, teacher, card)
             except UsageError as error:
                 if options.method != ["all"] or isinstance(error, Stopped):
                     raise

@@ -45,10 +45,18 @@ def partly_labelled(rows: datasets.Dataset, count: int, task: Task) -> datasets.
     return rows.remove_columns("labels").add_column("labels", labels).cast_column("labels", kind)
 
 
+RESULT = "result.json"
+
+
+def finished(folder: Path) -> bool:
+    """Whether a student lies there whole: what is known of it is written last."""
+    return (folder / RESULT).is_file()
+
+
 def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card: str) -> Result:
     """One student: trained, scored and saved, or found finished; what is known of it."""
-    file = folder / "result.json"
-    if file.is_file():
+    file = folder / RESULT
+    if finished(folder):
         return dict(json.loads(file.read_text()))
     transformers.set_seed(run.seed)
     models = []
@@ -63,7 +71,7 @@ def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card
     models[0].save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     write_card(chosen, folder, models[0], card, found)
-    file.write_text(json.dumps(found, indent=1) + "\n")  # last: now it is finished
+    file.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
