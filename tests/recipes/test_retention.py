@@ -1,0 +1,58 @@
+"""`python -m recipes.retention`: parameters, time and scores of finished comparisons, beside the teacher's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("torchmetrics")
+
+from tiny_run import classifier
+from transformers import BertModel
+
+from recipes.glue.__main__ import main as compare
+from recipes.retention.__main__ import main
+
+
+@pytest.fixture
+def runs(tmp_path, tokenizer, glue) -> list[str]:
+    """Of two tasks, with an encoder of four layers as teacher."""
+    encoder = tmp_path / "encoder"
+    classifier(len(tokenizer)).save_pretrained(tmp_path / "body")
+    BertModel.from_pretrained(tmp_path / "body").save_pretrained(encoder)
+    tokenizer.save_pretrained(encoder)
+    common = ["--teacher", str(encoder), "--max_length", "32", "--max_steps", "2", "--glue_dir", str(glue)]
+    common += ["--teacher_max_steps", "2", "--disable_tqdm", "true"]
+    folders = [str(tmp_path / task) for task in ("sst2", "stsb")]
+    for folder, methods in zip(folders, (["ce", "kd"], ["kd", "pkd"]), strict=True):
+        assert compare([*common, "--task", Path(folder).name, "--method", *methods, "--output_dir", folder]) == 0
+    return folders
+
+
+def test_the_table(tmp_path, runs, glue, capsys):
+    out = tmp_path / "out"
+    command = ["--runs", *runs, "--glue_dir", str(glue), "--output_dir", str(out), "--pairs", "3"]
+    assert main(command) == 0, capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    teacher, kd = results["models"]  # the methods of both tasks
+    assert kd["model"] == "kd"
+    assert kd["parameters"] < teacher["parameters"]
+    assert list(kd["scores"]) == ["sst2", "stsb"]
+    sst2 = json.loads((Path(runs[0]) / "results.json").read_text())
+    assert teacher["scores"]["sst2"] == [pytest.approx(100 * sst2["teacher"]["accuracy"])]
+    assert kd["scores"]["sst2"] == [pytest.approx(100 * sst2["students"]["kd"][0]["accuracy"])]
+    assert results["latency"]["pairs"] == 3
+    assert results["latency"]["seconds"]["teacher"] > results["latency"]["seconds"]["kd"] > 0
+    assert (out / "retention.png").stat().st_size > 1000
+    assert "The best students by mean score are those of kd" in capsys.readouterr().out
+
+    def refused(*folders: str) -> str:
+        assert main(["--runs", *folders, "--glue_dir", str(glue), "--output_dir", str(out)]) == 2
+        return capsys.readouterr().err
+
+    assert "has sst2 twice" in refused(runs[0], runs[0])
+    assert "no results.json" in refused(str(tmp_path))
+    (Path(runs[0]) / "kd-seed1" / "result.json").unlink()
+    assert "its student kd-seed1 is not there" in refused(*runs)
