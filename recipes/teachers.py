@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.student import loading
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, loading
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,13 @@ GPT2LMHeadModel     GPT2LMHeadModel          DistilGPT2
 """
 
 import copy
-import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,7 +32,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert.config import StudentOptions, TeacherOptions
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, loading
+from fusedkd.integrations.students import alternate_layers, check_layers
 
 Teacher: TypeAlias = BertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
 Student: TypeAlias = DistilBertForMaskedLM | RobertaForMaskedLM | GPT2LMHeadModel
@@ -99,24 +96,6 @@ def look_at_neighbours(attention: Any, frequency: torch.Tensor, gain: float = 1.
             query[at, pair], key[at, pair] = gain * turn, gain * torch.eye(2)
 
 
-@contextmanager
-def loading(flag: str, name: str) -> Iterator[None]:
-    """One line for what can go wrong with a model: a folder, or a name on the hub."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UsageError(f"{flag} {name}: the folder holds no model (no config.json)")
-    if folder.is_file():
-        raise UsageError(f"{flag} {name} is a file, not the folder of a model")
-    if not folder.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # no name on the hub either
-        raise UsageError(f"{flag} {name}: no such folder")
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        absent = "" if folder.exists() else "no such folder, and from the hub: "
-        raise UsageError(f"cannot load {flag} {name}: {absent}{reason}") from error
-
-
 def load_teacher(
     name: str, block_size: int, vocab: dict[str, int] | None = None, new_head: bool = False
 ) -> tuple[Teacher, Tokenizer]:
@@ -155,16 +134,6 @@ def load_teacher(
     return teacher, tokenizer
 
 
-def alternate_layers(depth: int) -> list[int]:
-    """Half of the teacher's layers, evenly spread from the first to the last: 0, 2, 4, 7, 9, 11 of 12, as published."""
-    return spread_layers(depth, max(depth // 2, 1))
-
-
-def spread_layers(depth: int, kept: int) -> list[int]:
-    """So many of the layers, evenly spread from the first to the last."""
-    return [round(i * (depth - 1) / max(kept - 1, 1)) for i in range(kept)]
-
-
 def layers_of(options: StudentOptions, depth: int) -> list[int]:
     """The layers that --layers names ("0,2,4,7,9,11") of a teacher that has `depth`, alternate ones without it."""
     if not options.layers:
@@ -173,15 +142,6 @@ def layers_of(options: StudentOptions, depth: int) -> list[int]:
         return check_layers([int(layer) for layer in options.layers.split(",")], depth)
     except ValueError:
         raise UsageError(f"--layers takes numbers with commas between them, not {options.layers!r}") from None
-
-
-def check_layers(layers: list[int], depth: int) -> list[int]:
-    """Layers in the teacher's order, each at most once: anything else is taken for a slip, with a UsageError."""
-    ascending = all(a < b for a, b in itertools.pairwise(layers))
-    if not layers or not ascending or layers[0] < 0 or layers[-1] >= depth:
-        given = ",".join(map(str, layers))
-        raise UsageError(f"--layers {given}: must ascend within the teacher's layers, 0 to {depth - 1}, none twice")
-    return layers
 
 
 def check_folding(fold_token_type: bool, model_type: str) -> None:

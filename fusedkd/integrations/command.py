@@ -1,8 +1,10 @@
 """What the commands of this package share: options as dataclasses, from flags and YAML files, and one line of error."""
 
+import re
 import sys
 from argparse import SUPPRESS
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +13,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
@@ -72,6 +75,24 @@ def flags_of(file: str, names: set[str]) -> list[str]:
     lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     given = {name: values for name, values in lists.items() if values not in ([], [""], ["null"], ["~"])}
     return [part for name, values in given.items() for part in (f"--{name}", *map(str, values))]
+
+
+@contextmanager
+def loading(flag: str, name: str) -> Iterator[None]:
+    """One line for what can go wrong with a model: a folder, or a name on the hub."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UsageError(f"{flag} {name}: the folder holds no model (no config.json)")
+    if folder.is_file():
+        raise UsageError(f"{flag} {name} is a file, not the folder of a model")
+    if not folder.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # no name on the hub either
+        raise UsageError(f"{flag} {name}: no such folder")
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        absent = "" if folder.exists() else "no such folder, and from the hub: "
+        raise UsageError(f"cannot load {flag} {name}: {absent}{reason}") from error
 
 
 def command_line(main: Callable[[], None]) -> int:

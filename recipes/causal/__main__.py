@@ -19,14 +19,13 @@ import transformers
 
 from fusedkd.distilbert.config import TextOptions, by_name, refuse
 from fusedkd.distilbert.data import read_text
-from fusedkd.distilbert.student import alternate_layers
 from fusedkd.integrations.command import UsageError, command_line, option, parse_into
 from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.students import alternate_layers, student_of
 from recipes import teachers
 from recipes.causal import eager, report, training
 from recipes.causal.arms import ARMS, loss_of
 from recipes.causal.training import Budget, Shared, blocks_of
-from recipes.glue.students import student_of
 
 
 @dataclass

@@ -27,8 +27,8 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert.config import SHAPING, by_name, parse_divergence, refuse
-from fusedkd.distilbert.student import loading, tokenizer_for, usable_positions
-from fusedkd.integrations.command import UsageError, command_line, option, parse_into
+from fusedkd.distilbert.student import tokenizer_for, usable_positions
+from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_into
 from fusedkd.integrations.interrupt import Arguments, claim, is_finished
 from recipes.finetune import squad, tasks
 from recipes.finetune.tasks import TASKS, Task

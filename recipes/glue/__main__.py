@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fusedkd.distilbert.config import by_name, refuse
-from fusedkd.distilbert.student import loading
-from fusedkd.integrations.command import UsageError, command_line, option, parse_into
+from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_into
 from fusedkd.integrations.interrupt import Arguments, Stopped, claim
 from recipes import teachers
 from recipes.finetune.__main__ import load_model

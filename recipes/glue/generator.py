@@ -19,8 +19,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd import gumbel_rows
-from fusedkd.distilbert.student import loading, usable_positions
-from fusedkd.integrations.command import UsageError
+from fusedkd.distilbert.student import usable_positions
+from fusedkd.integrations.command import UsageError, loading
 from fusedkd.integrations.heads import Head
 from recipes.finetune.trainer import Batch, takes
 from recipes.glue.run import Run, save

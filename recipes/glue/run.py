@@ -23,11 +23,11 @@ from fusedkd.integrations.bound import BoundTerms
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.interrupt import Arguments
 from fusedkd.integrations.states import Recorder
+from fusedkd.integrations.students import student_of
 from fusedkd.integrations.term import Term
 from recipes.finetune.tasks import Task
 from recipes.finetune.trainer import takes
 from recipes.glue.step import Loss, has_label
-from recipes.glue.students import student_of
 from recipes.glue.trainer import IndexedPadding, MethodTrainer
 
 
@@ -43,7 +43,7 @@ class Run:
     teacher      fine-tuned on the task and frozen; None without
     arguments    of a training: batch, learning rate, seed; its number of steps is that of the whole run
     layers, width, init
-                 of the student, as for :func:`recipes.glue.students.student_of`
+                 of the student, as for :func:`fusedkd.integrations.students.student_of`
     given        a student given by the user, instead
     others       further held-out rows, by name
     """

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.students import student_of
 from fusedkd.integrations.terms import HiddenTerm
 from recipes.glue.method import Count, Method, Positive, Weight
 from recipes.glue.run import Run
 from recipes.glue.step import Step, has_label
-from recipes.glue.students import student_of
 
 
 def change(without: Tensor, whole: Tensor, labels: Tensor, criterion: str) -> float:

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from fusedkd.integrations import presets
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.students import LAYER
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.terms import AttentionTerm, HiddenTerm
 from recipes.glue.method import Method, Share, Weight
 from recipes.glue.preset import by_preset
 from recipes.glue.run import Run
 from recipes.glue.step import Step
-from recipes.glue.students import LAYER
 
 
 def mobilebert(

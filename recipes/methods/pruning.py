@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.students import LAYER
 from recipes.glue.method import Count, Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.glue.step import Step
-from recipes.glue.students import LAYER
 from recipes.methods.hinton import hinton
 
 PRUNINGS, RAMP = 20, 0.7

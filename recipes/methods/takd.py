@@ -9,8 +9,8 @@ for as many steps as the student, beside it: a chain of n assistants costs about
 
 from transformers import PreTrainedModel
 
-from fusedkd.distilbert.student import spread_layers
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.students import spread_layers
 from recipes.glue.method import Method, Positive, Share
 from recipes.glue.run import Run
 from recipes.methods.hinton import hinton

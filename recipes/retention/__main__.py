@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from fusedkd.distilbert.student import loading
-from fusedkd.integrations.command import UsageError, command_line, option, parse_into
+from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_into
 from recipes.finetune.tasks import TASKS, read
 from recipes.glue.compare import finished
 from recipes.glue.method import parse_method

@@ -22,16 +22,15 @@ from transformers import (
 
 from fusedkd.distilbert.config import StudentOptions, TeacherOptions
 from fusedkd.distilbert.student import (
-    alternate_layers,
     freeze_embeddings,
     key_map,
     layers_of,
     load_teacher,
-    loading,
     new_teacher,
     student_from_teacher,
 )
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, loading
+from fusedkd.integrations.students import alternate_layers
 
 
 def roberta(vocab_size: int, layers: int = 2, **options) -> RobertaForMaskedLM:

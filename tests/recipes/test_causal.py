@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.interrupt import Stopped
+from fusedkd.integrations.students import student_of
 from recipes import teachers
 from recipes.causal import __main__ as causal
 from recipes.causal import eager, training
 from recipes.causal.arms import loss_of
 from recipes.causal.training import Budget
-from recipes.glue.students import student_of
 
 
 @pytest.fixture

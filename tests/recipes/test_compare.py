@@ -14,10 +14,10 @@ from tiny_run import classifier, tiny_run
 from transformers import AutoModelForSequenceClassification, BertModel
 
 import recipes.glue.__main__
+from fusedkd.integrations.students import student_of
 from recipes.glue import report
 from recipes.glue.__main__ import main
 from recipes.glue.method import chosen_methods
-from recipes.glue.students import student_of
 
 
 @pytest.fixture

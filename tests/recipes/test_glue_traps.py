@@ -24,12 +24,12 @@ from transformers import (
 import recipes.glue.__main__
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.interrupt import Stopped
+from fusedkd.integrations.students import student_of
 from recipes.finetune.__main__ import load_model
 from recipes.finetune.tasks import TASKS
 from recipes.glue.compare import fine_tuned
 from recipes.glue.method import parse_method
 from recipes.glue.step import Step
-from recipes.glue.students import student_of
 
 
 def test_a_teachers_classes_are_brought_into_the_order_of_the_tasks(tmp_path, tokenizer):

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from fusedkd.distilbert.student import alternate_layers, check_layers
 from fusedkd.integrations.command import UsageError
 
 LAYER = re.compile(r"\.(layer|h|layers)\.(\d+)\.")
+
+
+def alternate_layers(depth: int) -> list[int]:
+    """Half of the teacher's layers, evenly spread from the first to the last: 0, 2, 4, 7, 9, 11 of 12, as published."""
+    return spread_layers(depth, max(depth // 2, 1))
+
+
+def spread_layers(depth: int, kept: int) -> list[int]:
+    """So many of the layers, evenly spread from the first to the last."""
+    return [round(i * (depth - 1) / max(kept - 1, 1)) for i in range(kept)]
+
+
+def check_layers(layers: list[int], depth: int) -> list[int]:
+    """Layers in the teacher's order, each at most once: anything else is taken for a slip, with a UsageError."""
+    ascending = all(a < b for a, b in itertools.pairwise(layers))
+    if not layers or not ascending or layers[0] < 0 or layers[-1] >= depth:
+        given = ",".join(map(str, layers))
+        raise UsageError(f"--layers {given}: must ascend within the teacher's layers, 0 to {depth - 1}, none twice")
+    return layers
 
 
 def student_of(
