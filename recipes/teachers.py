@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.integrations.command import UsageError, loading
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.students import causal_model
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,8 @@ def load_causal(name: str, flag: str = "--teacher") -> tuple[PreTrainedModel, To
     """A causal language model in float32, and its tokenizer: of a package, a folder or a hub name."""
     package = PACKAGES.get(name)
     if package is None or not package.gguf:
-        name = folder_of(name)
-        with loading(flag, name):
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    file: dict[str, Any] = {"gguf_file": package.weights}
-    folder = package.path(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **file)
-        read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **file)
-    except ImportError:
-        raise UsageError(
-            f"{name} is read by the package gguf, which is not installed: "
-            "python -m pip install --no-deps --require-hashes -r recipes/teachers.txt"
-        ) from None
-    del read.config.quantization_config  # of the file; the model, and what is made of its configuration, is dense
-    model = type(read)(read.config)
-    model.load_state_dict(read.state_dict())
-    return model, tokenizer
+        return causal_model(folder_of(name), flag)
+    return causal_model(str(package.path(name) / package.weights), flag)
 
 
 def described(name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,9 +10,9 @@ from typing import Any, Literal
 
 from transformers.integrations import get_available_reporting_integrations
 
-from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd.divergences import FAMILIES
 from fusedkd.integrations import presets
-from fusedkd.integrations.command import UsageError, option, parse_into
+from fusedkd.integrations.command import UsageError, option, parse_divergence, parse_into
 from fusedkd.integrations.interrupt import Arguments
 from fusedkd.integrations.term import Term
 from fusedkd.nn import DistilBertLoss
@@ -201,7 +200,7 @@ def check(config: Config) -> None:
         ),
     }
     refuse(wrong, *(getattr(config, f.name) for f in fields(config)))
-    parse_divergence(loss)
+    parse_divergence(loss.divergence, loss.temperature)
     parse_terms(loss)
 
 
@@ -216,22 +215,6 @@ def refuse(wrong: dict[str, Any], *groups: Any) -> None:
         found += [f"--report_to {name}: not installed; there are {', '.join(trackers)}, none" for name in absent]
     if found:
         raise UsageError(found[0])
-
-
-def parse_divergence(options: Any) -> Divergence:
-    """The divergence that `name` or `name:parameter=value,...` describes."""
-    text, (name, _, given) = options.divergence, options.divergence.partition(":")
-    if name not in FAMILIES:
-        raise UsageError(f"--divergence {name}: it must be one of {', '.join(FAMILIES)}")
-    try:
-        items = (item.partition("=") for item in given.split(",") if item)
-        divergence = FAMILIES[name](**{key: json.loads(value.lower()) for key, _, value in items})
-    except (TypeError, ValueError) as error:
-        has = ", ".join(f.name for f in fields(FAMILIES[name])) or "none"
-        raise UsageError(f"--divergence {text}: {error} (its parameters, which are numbers: {has})") from None
-    if divergence.temperature_power == 0 and options.temperature != 1:
-        raise UsageError(f"--divergence {text} needs --temperature 1")
-    return divergence
 
 
 def parse_terms(options: Any) -> list[Term]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedModel, Traine
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert import data
-from fusedkd.distilbert.config import Config, by_name, parse_divergence, parse_terms
+from fusedkd.distilbert.config import Config, by_name, parse_terms
 from fusedkd.distilbert.student import (
     Teacher,
     check_folding,
@@ -27,6 +27,7 @@ from fusedkd.distilbert.student import (
 )
 from fusedkd.distilbert.trainer import DistilBertTrainer
 from fusedkd.integrations import blocks
+from fusedkd.integrations.command import parse_divergence
 from fusedkd.integrations.interrupt import STATE, claim, is_finished, is_kept
 from fusedkd.nn import DistilBertLoss
 
@@ -141,7 +142,7 @@ def student_of(run: Run, config: Config, teacher: Teacher, name: str = "student"
     copied = tuple((i + 1, layer + 1) for i, layer in enumerate(layers))  # hidden state 0 is the embeddings'
     loss = {
         "loss": DistilBertLoss(of.temperature, of.alpha_distil, of.alpha_mlm, of.alpha_cos, of.kd_on),
-        "divergence": parse_divergence(of),
+        "divergence": parse_divergence(of.divergence, of.temperature),
         "alpha_mse": of.alpha_mse,
         "terms": parse_terms(of),
         "cos_layers": copied if of.cos_layers == "copied" else ((-1, -1),),

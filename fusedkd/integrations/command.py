@@ -1,5 +1,6 @@
 """What the commands of this package share: options as dataclasses, from flags and YAML files, and one line of error."""
 
+import json
 import re
 import sys
 from argparse import SUPPRESS
@@ -16,6 +17,8 @@ import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from fusedkd.divergences import FAMILIES, Divergence
 
 
 class UsageError(Exception):
@@ -78,10 +81,10 @@ def flags_of(file: str, names: set[str]) -> list[str]:
 
 
 @contextmanager
-def loading(flag: str, name: str) -> Iterator[None]:
-    """One line for what can go wrong with a model: a folder, or a name on the hub."""
+def loading(flag: str, name: str, config: bool = True) -> Iterator[None]:
+    """One line for what can go wrong with a model: a folder, with its `config`, or a name on the hub."""
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if config and folder.is_dir() and not (folder / "config.json").is_file():
         raise UsageError(f"{flag} {name}: the folder holds no model (no config.json)")
     if folder.is_file():
         raise UsageError(f"{flag} {name} is a file, not the folder of a model")
@@ -93,6 +96,22 @@ def loading(flag: str, name: str) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         absent = "" if folder.exists() else "no such folder, and from the hub: "
         raise UsageError(f"cannot load {flag} {name}: {absent}{reason}") from error
+
+
+def parse_divergence(text: str, temperature: float) -> Divergence:
+    """The divergence that `name` or `name:parameter=value,...` describes, of the option --divergence."""
+    name, _, given = text.partition(":")
+    if name not in FAMILIES:
+        raise UsageError(f"--divergence {name}: it must be one of {', '.join(FAMILIES)}")
+    try:
+        items = (item.partition("=") for item in given.split(",") if item)
+        divergence = FAMILIES[name](**{key: json.loads(value.lower()) for key, _, value in items})
+    except (TypeError, ValueError) as error:
+        has = ", ".join(f.name for f in fields(FAMILIES[name])) or "none"
+        raise UsageError(f"--divergence {text}: {error} (its parameters, which are numbers: {has})") from None
+    if divergence.temperature_power == 0 and temperature != 1:
+        raise UsageError(f"--divergence {text} needs --temperature 1")
+    return divergence
 
 
 def command_line(main: Callable[[], None]) -> int:

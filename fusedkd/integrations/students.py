@@ -5,14 +5,40 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, loading
 
 LAYER = re.compile(r"\.(layer|h|layers)\.(\d+)\.")
+
+
+def causal_model(name: str, flag: str, dtype: Any = torch.float32) -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal language model and its tokenizer: a folder, a name on the hub, or a .gguf file, which becomes dense.
+
+    Raises:
+        UsageError: naming the flag, where it cannot be loaded.
+    """
+    file = Path(name)
+    if file.suffix != ".gguf" or not file.is_file():
+        with loading(flag, name):
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    options: dict[str, Any] = {"gguf_file": file.name}
+    try:
+        with loading(flag, str(file.parent), config=False):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+            read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+    except ImportError:
+        raise UsageError(f"{flag} {name} is read by the package gguf, which is not installed") from None
+    del read.config.quantization_config  # of the file; the model, and what is made of its configuration, is dense
+    model: Any = type(read)(read.config)
+    model = model.to(read.dtype)
+    model.load_state_dict(read.state_dict())
+    return model, tokenizer
 
 
 def alternate_layers(depth: int) -> list[int]:

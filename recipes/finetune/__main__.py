@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import SHAPING, by_name, parse_divergence, refuse
+from fusedkd.distilbert.config import SHAPING, by_name, refuse
 from fusedkd.distilbert.student import tokenizer_for, usable_positions
-from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_into
+from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_divergence, parse_into
 from fusedkd.integrations.interrupt import Arguments, claim, is_finished
 from recipes.finetune import squad, tasks
 from recipes.finetune.tasks import TASKS, Task
@@ -76,7 +76,7 @@ def check(options: GlueOptions, arguments: GlueArguments) -> None:
         and not options.alpha_kd + options.alpha_hard,
     }
     refuse(wrong, options, arguments)
-    parse_divergence(options)
+    parse_divergence(options.divergence, options.temperature)
 
 
 def settings(options: GlueOptions, arguments: GlueArguments) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]
         compute_metrics=metrics,
         teacher=teacher,
         temperature=options.temperature,
-        divergence=parse_divergence(options),
+        divergence=parse_divergence(options.divergence, options.temperature),
         alpha_kd=options.alpha_kd,
         alpha_hard=options.alpha_hard,
     )

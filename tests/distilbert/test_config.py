@@ -3,7 +3,6 @@
 import re
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,9 +10,9 @@ pytest.importorskip("transformers")
 
 import yaml
 
-from fusedkd.distilbert.config import PUBLISHED, TRAINED_HERE, Config, parse, parse_divergence
+from fusedkd.distilbert.config import PUBLISHED, TRAINED_HERE, Config, parse
 from fusedkd.divergences import DKD, FAMILIES, JSD, SkewReverseKL
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, parse_divergence
 
 PRESETS = [Path(__file__).parents[2] / "configs" / name for name in ("distilbert.yaml", "small.yaml")]
 
@@ -169,7 +168,7 @@ def test_values_that_no_run_can_have(arguments):
 
 def test_divergences_by_name():
     def of(text):
-        return parse_divergence(SimpleNamespace(divergence=text, temperature=1.0))
+        return parse_divergence(text, 1.0)
 
     assert {type(of(name)) for name in FAMILIES} == set(FAMILIES.values())
     assert isinstance(jsd := of("jsd:beta=0.3"), JSD)
