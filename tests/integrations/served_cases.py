@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +52,7 @@ def of(tokens, k=K):
 
 
 def own(tokens):
-    return [None, *(TABLE[a, b].item() for a, b in zip(tokens, tokens[1:], strict=False))]
+    return [None, *(TABLE[a, b].item() for a, b in itertools.pairwise(tokens))]
 
 
 def loss(served, tokens=TOKENS, divergence="forward_kl"):
@@ -125,7 +126,8 @@ def tinker(tokens):
 
 def tensorrt(tokens):
     return [
-        {int(i): SimpleNamespace(logprob=float(p)) for i, p in zip(*row, strict=True)} for row in zip(*after(tokens))
+        {int(i): SimpleNamespace(logprob=float(p)) for i, p in zip(*row, strict=True)}
+        for row in zip(*after(tokens), strict=False)
     ]
 
 
