@@ -125,10 +125,9 @@ def tinker(tokens):
 
 
 def tensorrt(tokens):
-    return [
-        {int(i): SimpleNamespace(logprob=float(p)) for i, p in zip(*row, strict=True)}
-        for row in zip(*after(tokens), strict=False)
-    ]
+    """The last entry is of what would be generated."""
+    rows = [*of(tokens)[1:], list(zip(*(x[0].tolist() for x in after(tokens[-1:])), strict=True))]
+    return [{i: SimpleNamespace(logprob=p) for i, p in row} for row in rows]
 
 
 def trl(tokens, prompt):

@@ -226,6 +226,7 @@ def test_own_log_probabilities_are_compared():
         (lambda: from_vllm(case.vllm(TOKENS), TOKENS, top_k=0), "top_k must be at least 1, not 0"),
         (lambda: from_vllm(case.vllm(TOKENS), [[1, 2]]), r"token_ids must be one row of whole numbers"),
         (lambda: from_vllm([None] * LENGTH, TOKENS), "no entry holds a distribution"),
+        (lambda: from_tensorrt_llm([-1.0] * LENGTH, TOKENS), "must hold None and dicts .*, not float"),
         (
             lambda: from_vllm(columns(TOKENS), TOKENS, prompt_logprob_token_ids=[[1]] * 3),
             "prompt_logprob_token_ids and their scores must both have 47 rows",

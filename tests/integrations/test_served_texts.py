@@ -32,6 +32,18 @@ def test_texts_become_ids_where_they_are_one_tokens():
     assert "47 rows" not in served.report.partition(";")[2][:20]
 
 
+def test_parts_of_characters_are_no_texts():
+    """A part decodes to nothing, or to a mark: what is left of " �" is the text of another token."""
+    texts = ["a", " ", " \ufffd", "\ufffd", "b"]
+    answer = {
+        "tokens": ["a", " ", "a", "\ufffd"],
+        "token_logprobs": [None, -1.0, -1.0, -1.5],
+        "top_logprobs": [None, {" ": -1.0, "b": -2.0}, {"a": -1.0, " ": -2.0}, {"": -1.2, "\ufffd": -1.5, "b": -3.0}],
+    }
+    served = from_openai(answer, [0, 2, 0, 3], tokenizer=texts, offset=0)
+    assert served["teacher_ids"].tolist() == [[2, 4], [0, -1], [3, 4], [-1, -1]]
+
+
 def test_an_answer_with_bos_has_entry_i_of_token_i():
     """BOS itself has no entry; the first, which is None, is that of the token after it."""
     tokens = [0, *TOKENS]

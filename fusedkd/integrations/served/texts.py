@@ -16,6 +16,7 @@ ID = "token_id:"
 """How vLLM writes tokens where it is asked for ``return_tokens_as_token_ids``."""
 
 UNDECODED = "\ufffd"
+"""What parts of a character are decoded as; some servers leave them out. They are left out of texts here."""
 
 
 class Answered(NamedTuple):
@@ -114,7 +115,9 @@ def _content(content: Any) -> list[Answered]:
 
 
 def _label(text: str, number: int | None = None) -> str | int:
-    return number if number is not None else int(text[len(ID) :]) if text.startswith(ID) else text
+    if number is not None:
+        return number
+    return int(text[len(ID) :]) if text.startswith(ID) else text.replace(UNDECODED, "")
 
 
 def _columns(entry: Answered, own: int, texts: Texts | None) -> Entry | None:
@@ -179,12 +182,8 @@ def _text(token: int, texts: Texts | None) -> str | int:
 
 
 def _same(label: str | int, token: int, texts: Texts | None) -> bool:
-    """Whether a label names this token. What a server cannot decode alone, or hides, it labels with nothing."""
-    text = _text(token, texts)
-    if label == text or texts is None:
-        return label == text
-    nothing = label == "" or UNDECODED in str(label)
-    return nothing and (text == "" or UNDECODED in str(text) or token in texts.special)
+    """Whether a label names this token. Special ones a server may label with nothing."""
+    return label == _text(token, texts) or (texts is not None and label == "" and token in texts.special)
 
 
 @lru_cache(maxsize=4)
@@ -206,6 +205,6 @@ def _tables(tokenizer: Any) -> tuple[Texts, ...]:
 
 
 def _table(texts: Sequence[str], special: frozenset[int]) -> Texts:
+    texts = [text.replace(UNDECODED, "") for text in texts]
     times = Counter(texts)
-    alone = {text: i for i, text in enumerate(texts) if times[text] == 1 and text and UNDECODED not in text}
-    return Texts(texts, alone, special)
+    return Texts(texts, {text: i for i, text in enumerate(texts) if text and times[text] == 1}, special)

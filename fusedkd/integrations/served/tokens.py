@@ -159,7 +159,8 @@ def _sglang_flat(info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 def from_tensorrt_llm(prompt_logprobs: Any, token_ids: Sequence[int], *, top_k: int | None = None) -> Served:
     """What TensorRT-LLM gives for ``prompt_logprobs=K``, or for ``return_context_logits=True``.
 
-    Entry i is the distribution *after* token i, of the K best alone, unlike vLLM's. The temperature is 1.
+    Entry i is the distribution *after* token i, unlike vLLM's: of the K best and, in later versions, of token i + 1.
+    (Earlier ones list token i instead, which is as right a column.) The temperature is 1.
 
     Args:
         prompt_logprobs: ``outputs[0].prompt_logprobs``, a list of dicts ``{id: Logprob}``; or ``context_logits``, a
@@ -287,8 +288,10 @@ def _as_many(name: str, entries: int, tokens: np.ndarray) -> None:
 
 def _entry(entry: Any) -> Entry | None:
     """Of ``{id: Logprob}``, where ids may be strings and log-probabilities dicts or numbers."""
-    if not entry:
+    if entry is None:
         return None
+    if not isinstance(entry, dict):
+        raise ValueError(f"prompt_logprobs must hold None and dicts {{id: Logprob}}, not {type(entry).__name__}")
     values = [v["logprob"] if isinstance(v, dict) else getattr(v, "logprob", v) for v in entry.values()]
     return [int(i) for i in entry], values
 
