@@ -1,0 +1,87 @@
+"""Whose distribution an entry is, told by the tokens.
+
+An entry at position i is the distribution of token i + offset: offset 0 where a server gives each token with what came
+before it, 1 where it gives what comes after. Text has a high probability under the rows that are about it (around −2
+nats a token for a language model) and a low one under their neighbours (around −10): the offset shows in the mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+WINDOW = (-2, -1, 0, 1, 2, 3)
+MIN_ROWS = 8
+"""Fewer say too little."""
+
+MIN_NATS, MIN_ERRORS = 0.5, 4.0
+"""An offset is better than another where the mean difference of its scores is so many nats and standard errors."""
+
+HALF_OPEN = 1e-7
+"""Rounding of Σp in float32."""
+
+
+def scores(ids: np.ndarray, logprobs: np.ndarray, positions: np.ndarray, tokens: np.ndarray, offset: int) -> np.ndarray:
+    """Of each of the n entries ``(n, K)`` the log-probability of the token at its position + offset: ``(n,)``, NaN
+    where there is no such token, or no entry. Of a token that is not listed it is an upper bound: the least one listed,
+    or all that is not listed.
+    """
+    at = positions + offset
+    there = (at >= 0) & (at < len(tokens)) & (ids >= 0).any(1)
+    wanted = tokens[np.where(there, at, 0)]
+    hit = (ids == wanted[:, None]) & (ids >= 0)
+    listed = np.where(ids >= 0, logprobs, np.inf).min(1, initial=np.inf)
+    mass = np.where(ids >= 0, np.exp(logprobs, dtype=np.float64), 0.0).sum(1)
+    rest = np.log(np.maximum(1.0 - mass, HALF_OPEN))
+    found = np.where(hit.any(1), np.where(hit, logprobs, 0.0).sum(1), np.minimum(listed, rest))
+    return np.where(there, found, np.nan)
+
+
+def better(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether scores `a` are clearly above scores `b` of the same entries."""
+    difference = (a - b)[~np.isnan(a - b)]
+    if len(difference) < MIN_ROWS or difference.mean() < MIN_NATS:
+        return False
+    return bool(difference.mean() > MIN_ERRORS * difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def find(
+    source: str,
+    ids: np.ndarray,
+    logprobs: np.ndarray,
+    positions: np.ndarray,
+    tokens: np.ndarray,
+    offset: int | None,
+) -> tuple[int, str]:
+    """The offset of the entries, and how it was checked. `offset`: the one it must be; None: 0 or 1, to be found.
+
+    Raises:
+        ValueError: with the mean log-probabilities, where the tokens contradict the offset, or do not tell it.
+    """
+    found = {o: scores(ids, logprobs, positions, tokens, o) for o in WINDOW}
+    rows = int((~np.isnan(found[0 if offset is None else offset])).sum())
+    best = offset
+    if offset is None:
+        best = next((a for a, b in ((0, 1), (1, 0)) if better(found[a], found[b])), None)
+    if best is None:
+        raise ValueError(
+            f"{source}: the tokens do not tell whose distribution the entries are (mean log-probability "
+            f"{_mean(found[0])} if entry i is about token i, {_mean(found[1])} if it is about token i + 1, over {rows} "
+            "rows): give offset=0 or offset=1"
+        )
+    rival = max((o for o in WINDOW if better(found[o], found[best])), key=lambda o: np.nanmean(found[o]), default=None)
+    if rival is not None:
+        by = rival - best
+        raise ValueError(
+            f"{source}: token_ids do not go with its rows: the tokens have a mean log-probability of "
+            f"{_mean(found[best])} there, but of {_mean(found[rival])} {abs(by)} row{'s' * (abs(by) > 1)} "
+            f"{'later' if by > 0 else 'earlier'}, over {rows} rows: give the ids that were scored, all of them"
+        )
+    if rows < MIN_ROWS:
+        return best, f"not checked against the tokens' probabilities ({rows} rows)"
+    off = f"{_mean(found[best - 1])} and {_mean(found[best + 1])} one row off"
+    return best, f"the tokens' mean log p is {_mean(found[best])}, {off}"
+
+
+def _mean(values: np.ndarray) -> str:
+    known = values[~np.isnan(values)]
+    return f"{known.mean():.2f}".replace("-", "−") if len(known) else "unknown"

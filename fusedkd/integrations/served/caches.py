@@ -1,0 +1,207 @@
+"""Rows that other projects have stored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fusedkd.integrations.served.compressed import bits, decompress, index_bits
+from fusedkd.integrations.served.result import Served
+from fusedkd.integrations.served.rows import Entry, padded, to_served, token_row
+
+log = logging.getLogger("fusedkd.served")
+
+PLAIN = (("teacher_ids", "teacher_logprobs"), ("token_ids", "top_values"), ("target_token_ids", "target_logprobs"))
+"""Names of the two columns: fusedkd's own, DistillKit's, axolotl's."""
+
+
+def from_columns(
+    row: Mapping[str, Any],
+    token_ids: Any = None,
+    *,
+    offset: int | None = 1,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> Served:
+    """Two columns of any origin: ids and log-probabilities, a list or array ``(n, K)`` each.
+
+    Args:
+        row: of a data set. The columns may be called teacher_ids and teacher_logprobs, token_ids and top_values, or
+            target_token_ids and target_logprobs. Padding: an id below 0, or a log-probability of −9999 or less.
+        token_ids: ``(L,)``; None: the row's input_ids. n ≤ L: the rows are those of the first n tokens.
+        offset: 1: row i is the distribution of token i + 1, as fusedkd and DistillKit write it; 0: of token i; None:
+            found from the probabilities of the tokens. It is checked by them.
+        top_k: keep so many columns of each row; None: all.
+        temperature: at which the log-probabilities were taken.
+
+    Raises:
+        ValueError: naming the column, and where the rows do not go with the tokens.
+    """
+    return _plain("from_columns", row, token_ids, offset, top_k, temperature)
+
+
+def from_axolotl(
+    row: Mapping[str, Any],
+    token_ids: Any = None,
+    *,
+    logprobs_field: str = "logprobs",
+    offset: int | None = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> Served:
+    """A row of axolotl's knowledge distillation: raw, or prepared.
+
+    Raw: `logprobs_field` is, for each of the last n tokens, a list of ``{"token": "token_id:17", "logprob": …}``, or
+    None; more entries than tokens belong to a longer text, of which the first L are taken. Prepared:
+    `target_token_ids`, `target_logprobs` and `target_mask`, (L, K), where the K columns are renormalised (they hold all
+    of the probability: take ``tail="renormalize"``), −∞ or −1e9 stands for nothing, and masked rows are left out.
+
+    Args:
+        row: of the data set.
+        token_ids: ``(L,)``; None: the row's input_ids.
+        logprobs_field: as in axolotl's configuration.
+        offset: 0: entry i is the distribution of token i; 1: of token i + 1; None: found from the probabilities of the
+            tokens, for axolotl's own code does not settle it.
+        top_k: keep so many columns of each row; None: all.
+        temperature: of raw rows that of generation, of prepared ones kd_temperature.
+
+    Raises:
+        ValueError: naming the column. Prepared rows that axolotl cut (fewer of `target_logprobs` than of
+            `target_mask`) are refused: it keeps neither the first nor the last ones of them.
+    """
+    if logprobs_field not in row:
+        masks, rows = row.get("target_mask"), row.get("target_logprobs")
+        if rows is not None and masks is not None and len(masks) != len(rows):
+            raise ValueError(
+                f"target_logprobs has {len(rows)} rows, but target_mask {len(masks)}: the text was cut, and which rows "
+                "are left is not that of its tokens: prepare it again with a longer sequence_len"
+            )
+        return _plain("from_axolotl", row, token_ids, offset, top_k, temperature, masks)
+    tokens = _tokens(row, token_ids)
+    entries = [_axolotl_entry(entry) for entry in row[logprobs_field]][: len(tokens)]
+    at = np.arange(len(tokens) - len(entries), len(tokens))
+    ids, logprobs = padded(entries)
+    return to_served(
+        "from_axolotl", ids, logprobs, tokens, offset=offset, positions=at, top_k=top_k, temperature=temperature
+    )
+
+
+def _axolotl_entry(entry: Any) -> Entry | None:
+    if not entry:
+        return None
+    return [int(str(column["token"]).rpartition(":")[2]) for column in entry], [column["logprob"] for column in entry]
+
+
+def from_distillkit(
+    row: Mapping[str, Any],
+    token_ids: Any = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> Served:
+    """A row of DistillKit: `token_ids` and `top_values`; or `compressed_logprobs` and `bytepacked_indices`, (n, bytes).
+
+    Row i is the distribution of token i + 1. Compression is lossy: a polynomial through the sorted log-probabilities.
+    Where a row, decoded, is not sorted any more, the error is at least what it rises by, and a warning gives that in
+    nats: with the setting DistillKit recommends up to 6 nats at the last ranks of 128 (``top_k=16`` keeps the exact
+    ones). ``tail="bucket"`` counts such errors as the teacher's tail.
+
+    Args:
+        row: of the data set.
+        token_ids: ``(L,)``; None: the row's input_ids, of which the last may have no row.
+        config: ``logprob_compressor`` of DistillKit's configuration, for compressed rows: d, k, exact_k, exact_dtype,
+            polynomial_terms, term_dtype, residual_bins, delta_encoding, normalize_t. It is not in the data.
+        top_k: keep so many columns of each row; None: all.
+        temperature: at which the log-probabilities were taken.
+
+    Raises:
+        ValueError: naming the column or the setting; rows of the legacy format (`packed_indices`) are refused.
+    """
+    if "compressed_logprobs" not in row:
+        if "packed_indices" in row:
+            raise ValueError(
+                "packed_indices is DistillKit's legacy compression, which is not read: decompress it there"
+            )
+        return _plain("from_distillkit", row, token_ids, 1, top_k, temperature)
+    if config is None:
+        raise ValueError("config is needed for compressed_logprobs: the logprob_compressor that they were written with")
+    tokens = _tokens(row, token_ids)
+    logprobs = decompress(np.asarray(row["compressed_logprobs"], np.uint8), config)
+    k = logprobs.shape[1]
+    ids = bits(np.asarray(row["bytepacked_indices"], np.uint8), index_bits(config["d"]), k, "bytepacked_indices")
+    _fits(len(logprobs), tokens)
+    if len(ids) != len(logprobs):
+        raise ValueError(f"bytepacked_indices has {len(ids)} rows, but compressed_logprobs {len(logprobs)}")
+    if ids.max(initial=0) >= config["d"]:
+        raise ValueError(
+            f"bytepacked_indices holds the id {ids.max()}, but config has d={config['d']}: another config?"
+        )
+    ids, logprobs = ids[:, :top_k], logprobs[:, :top_k]
+    rises = np.diff(logprobs, axis=1)
+    if rises.size and rises.max() > 1e-3:
+        log.warning(
+            "from_distillkit: %d of %d rows are not sorted once decompressed: their log-probabilities are off by up to "
+            "%.2f nats or more",
+            (rises > 1e-3).any(1).sum(),
+            len(rises),
+            rises.max(),
+        )
+    return to_served(
+        "from_distillkit", ids, np.minimum(logprobs, 0), tokens, offset=1, top_k=top_k, temperature=temperature,
+        exact=False,
+    )  # fmt: skip
+
+
+def _plain(
+    source: str,
+    row: Mapping[str, Any],
+    token_ids: Any,
+    offset: int | None,
+    top_k: int | None,
+    temperature: float,
+    mask: Any = None,
+) -> Served:
+    names = next((pair for pair in PLAIN if all(name in row for name in pair)), None)
+    if names is None:
+        known = "; ".join(" and ".join(pair) for pair in PLAIN)
+        raise ValueError(f"{source}: the row must have the columns {known}, but it has {', '.join(map(str, row))}")
+    tokens = _tokens(row, token_ids)
+    ids, logprobs = (_table(name, row[name], padding) for name, padding in zip(names, (-1, -np.inf), strict=True))
+    _fits(len(ids), tokens)
+    if ids.shape != logprobs.shape:
+        raise ValueError(f"{names[0]} and {names[1]} must have one shape, not {ids.shape} and {logprobs.shape}")
+    if mask is not None:
+        ids = np.where(np.asarray(mask)[:, :1] != 0, ids, -1)
+    return to_served(source, ids, logprobs, tokens, offset=offset, top_k=top_k, temperature=temperature)
+
+
+def _table(name: str, value: Any, padding: float) -> np.ndarray:
+    """``(n, K)`` of an array, or of lists of different lengths, padded."""
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 2:
+        return np.asarray(value)
+    try:
+        rows: Sequence[np.ndarray] = [np.asarray(row if row is not None else ()).reshape(-1) for row in value]
+        width = max((len(row) for row in rows), default=0)
+        table = np.full((len(rows), width), padding, np.int64 if padding == -1 else np.float32)
+        for i, values in enumerate(rows):
+            if len(values):
+                table[i, : len(values)] = values
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list of numbers for each token: {error}") from None
+    return table
+
+
+def _tokens(row: Mapping[str, Any], token_ids: Any) -> np.ndarray:
+    if token_ids is None and "input_ids" not in row:
+        raise ValueError("token_ids is needed: the row has no input_ids")
+    return token_row(row["input_ids"] if token_ids is None else token_ids)
+
+
+def _fits(rows: int, tokens: np.ndarray) -> None:
+    if rows > len(tokens):
+        raise ValueError(f"{rows} rows stand beside {len(tokens)} tokens: token_ids must be all that were scored")
