@@ -1,4 +1,5 @@
-"""What :mod:`fusedkd.integrations.cache_teacher` shows its teacher: text cut into blocks, or tokenized rows as given.
+"""What :mod:`fusedkd.integrations.cache_teacher` shows its teacher: text cut into blocks, conversations, or tokenized
+rows as given.
 
 Of tokenized data every column that holds a list of numbers per row is carried along. Documents that are packed into one
 row, at whose beginnings its position_ids start again, are rows of their own to the teacher.
@@ -21,6 +22,8 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.integrations.blocks import MaskingCollator, pack
+from fusedkd.integrations.cache_chat import IGNORE, conversations
+from fusedkd.integrations.cache_store import PACKED as COMPACT
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.offline import restarts
 
@@ -28,10 +31,19 @@ if TYPE_CHECKING:
     from fusedkd.integrations.cache_teacher import Options
 
 Row = dict[str, np.ndarray]
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""Of files that are not text, by their ending."""
 NUMBERS = ("int", "uint", "float", "bool", "null")  # the last: of an empty data set
 PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
 PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 """Other marks of packed documents than position_ids and TRL's seq_lengths."""
+
+
+class Columns(NamedTuple):
+    """Of the teacher, for the tokens of a row: ``(L, K)`` each, −1 and −inf where there is none."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
 
 
 def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dataset, MaskingCollator | None]:
@@ -40,8 +52,14 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
     files = all(Path(name).is_file() for name in names)
     if not files and len(names) > 1:
         raise UsageError(f"no such file: {next(name for name in names if not Path(name).is_file())}")
+    kinds = {FORMATS.get(Path(name).suffix, "text") for name in names}
+    if files and len(kinds) > 1:
+        raise UsageError(f"the files of --dataset must be of one kind, not {' and '.join(sorted(kinds))}")
+    text_files = files and kinds == {"text"}
     try:
-        if files:
+        if files and not text_files:
+            data = datasets.load_dataset(*kinds, data_files=names, split="train")
+        elif text_files:
             data = datasets.load_dataset("text", data_files=names, split="train", keep_linebreaks=not masked)
         elif (first / "state.json").is_file() or (first / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(first)
@@ -55,12 +73,16 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
         data = data[options.split]
     if "input_ids" in data.column_names:
         return tokenized(data, console), None
+    if options.messages_column in data.column_names:
+        if masked:
+            raise UsageError(f"the column {options.messages_column} is for causal teachers, and this one is masked")
+        return conversations(data, options.messages_column, tokenizer_of(options), console), None
     if options.text_column not in data.column_names:
         raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(data.column_names)}")
-    tokenizer = pretrained(AutoTokenizer, options.tokenizer or options.teacher, "the tokenizer")
+    tokenizer = tokenizer_of(options)
     text = data.select_columns(options.text_column).filter(bool, input_columns=options.text_column)
     if not masked:
-        return pack_documents(text, tokenizer, options.block_size, whole=not files), None
+        return pack_documents(text, tokenizer, options.block_size, whole=not text_files), None
     if tokenizer.mask_token_id is None:
         raise UsageError(f"a masked teacher needs a tokenizer with a mask token, which {tokenizer.name_or_path} lacks")
     text = text.rename_columns({} if options.text_column == "text" else {options.text_column: "text"})
@@ -126,6 +148,26 @@ def batches(
         yield [{"attention_mask": np.ones(len(row["input_ids"]), np.int8)} | row for row in batch]
 
 
+def wanted(row: Row, masked: bool) -> np.ndarray:
+    """The rows ``(L,)`` bool whose label is not −100: of a causal model that of the next token."""
+    labels = row["labels"]
+    if labels.shape != row["input_ids"].shape:
+        raise UsageError(f"labels must be one per token, {len(row['input_ids'])}, not {len(labels)}: see --rows")
+    known: np.ndarray = labels != IGNORE
+    return known if masked else np.append(known[1:], False)
+
+
+def blank(batch: list[Row], k: int) -> list[Columns]:
+    """No column at any row of these."""
+    shapes = [(len(row["input_ids"]), k) for row in batch]
+    return [Columns(np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)) for shape in shapes]
+
+
+def pieces(batch: list[Row]) -> list[tuple[int, slice]]:
+    """Where the documents of a batch lie: in which row, and where in it."""
+    return [(i, span) for i, row in enumerate(batch) for span in documents(row)]
+
+
 def documents(row: Row) -> list[slice]:
     """Where each document of a row lies, without those that are all padding."""
     ends = [len(row["input_ids"])]
@@ -181,9 +223,9 @@ def _lengths(column: Any) -> np.ndarray:
     return lengths.astype(np.int64)
 
 
-def features_of(data: datasets.Dataset, k: int, labels: bool) -> datasets.Features:
-    """What is written of the rows that `batches` yields, and the teacher's columns. Beside position_ids no attention
-    mask is added: with one, a model in training would not keep packed documents apart.
+def features_of(data: datasets.Dataset, k: int, labels: bool, compact: bool) -> datasets.Features:
+    """What is written of the rows that `batches` yields, and the teacher's columns, or their compact one. Beside
+    position_ids no attention mask is added: with one, a model in training would not keep packed documents apart.
     """
     types = {name: data.features[name].feature.dtype for name in data.column_names}
     if "position_ids" not in types or "attention_mask" in types:
@@ -191,14 +233,29 @@ def features_of(data: datasets.Dataset, k: int, labels: bool) -> datasets.Featur
     if labels:
         types["labels"] = "int32"
     types = {name: "int32" if dtype == "int64" else dtype for name, dtype in types.items()}
-    columns = {"teacher_ids": datasets.Array2D((None, k), "int32")}
-    columns |= {"teacher_logprobs": datasets.Array2D((None, k), "float32")}
+    columns: dict[str, Any] = {COMPACT: datasets.Value("binary")}
+    if not compact:
+        kinds = {"teacher_ids": "int32", "teacher_logprobs": "float32"}
+        columns = {name: datasets.Array2D((None, k), kind) for name, kind in kinds.items()}
     return datasets.Features({name: datasets.List(datasets.Value(dtype)) for name, dtype in types.items()} | columns)
+
+
+def tokenizer_of(options: Options) -> Tokenizer:
+    more = {} if options.tokenizer else gguf(options)
+    found: Tokenizer = pretrained(AutoTokenizer, options.tokenizer or options.teacher, "the tokenizer", **more)
+    return found
+
+
+def gguf(options: Options) -> dict[str, Any]:
+    """What from_pretrained is given for a teacher in a GGUF file."""
+    return {"gguf_file": options.gguf_file} if options.gguf_file else {}
 
 
 def pretrained(kind: Any, name: str, what: str, **more: Any) -> Any:
     try:
         return kind.from_pretrained(name, **more)
+    except ImportError as error:
+        raise UsageError(f"cannot load {what} {name}: {line(error)}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load {what} {name}: {line(error)}") from error
 

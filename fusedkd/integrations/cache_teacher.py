@@ -6,16 +6,24 @@
 A row of the result is a sequence of L tokens:
 
     input_ids, attention_mask (L,)      and every other list of numbers that the data has: labels, token_type_ids,
-                                        position_ids, completion_mask; text for a masked teacher gets labels here
-    teacher_ids        (L, K) int32     columns by falling probability; −1 where there is none: at unattended positions,
+                                        position_ids, completion_mask; text for a masked teacher, and conversations
+                                        (a column of messages, by the chat template), get labels here
+    teacher_packed      bytes           the teacher's columns, by :mod:`fusedkd.integrations.cache_store`, which unpacks
+                                        them: :class:`fusedkd.integrations.offline.OfflineTeacherCollator`, and so
+                                        DistillationTrainer, does. With --logprobs_dtype float32 there are instead
+    teacher_ids         (L, K) int32    columns by falling probability; −1 where there is none: at unattended positions,
                                         and past the last column that is not masked (−inf)
-    teacher_logprobs   (L, K) float32   natural log of softmax(logits / temperature) over the teacher's whole vocabulary
+    teacher_logprobs    (L, K) float32  natural log of softmax(logits / temperature) over the teacher's whole vocabulary
 
 What :class:`fusedkd.TeacherTopK` takes, with ``logprobs_temperature`` the temperature given here. Row i belongs to
 logits position i: for a causal model it is the distribution of token i + 1. Where position_ids start again within a
 row, documents are packed: none sees another. Beside position_ids no attention_mask is added, for a causal model of
-transformers keeps documents apart only without one. Log-probabilities are float32 because float16 would save only a
-quarter of the disk, and its rounding of 2⁻¹² of log p shows in ``tail="bucket"``, which needs 1 − Σp.
+transformers keeps documents apart only without one.
+
+A token takes 164 (vocabulary 49,152) to 185 (262,144) bytes for 64 columns of uint8, 520 plain. What is listed, and the
+mass off the list, is exact; a log-probability is off by at most 1/255 of the row's range, in the last columns, and
+KL(true ‖ stored) is some 1e-5, less than what bfloat16 logits lose (tests/integrations/test_cache_store.py). uint10
+divides that KL by 16, uint12 by 256. float16 is not offered: its rounding, 2⁻¹² of log p, is worse than uint12's.
 
 Shards of --shard_rows sequences are written one after the other, each under its own name only once it is complete. A
 run that was interrupted continues after the last one when it is started again with the same options; with others, other
@@ -26,12 +34,10 @@ data or another teacher it refuses. Of the logits one batch exists at a time.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,19 +52,18 @@ except ModuleNotFoundError as error:
 
 import datasets
 import numpy as np
-import torch
 import transformers
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, HfArgumentParser
+from transformers import HfArgumentParser
 
 from fusedkd.checks import MAX_LISTED
-from fusedkd.integrations.cache_data import Row, Survey, batches, documents, features_of, pretrained, read, survey
+from fusedkd.integrations.cache_data import Columns, Row, Survey, batches, features_of, read, survey, wanted
+from fusedkd.integrations.cache_model import checksum, fit, is_masked, load, top_k
+from fusedkd.integrations.cache_server import Server
+from fusedkd.integrations.cache_store import BITS, PACKED, encode
 from fusedkd.integrations.command import UsageError, option
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def required(text: str) -> Any:
@@ -67,28 +72,50 @@ def required(text: str) -> Any:
 
 @dataclass
 class Options:
-    teacher: str = required("a causal or masked language model: a folder, or a name on the hub")
+    teacher: str = required("a causal or masked language model: a folder, a name on the hub, or a .gguf file")
     dataset: list[str] = required(
-        "text files; or a folder of save_to_disk; or a name or folder for datasets.load_dataset. One that has a column "
-        "input_ids is taken as it is, row by row"
+        "files: text, .jsonl or .parquet; or a folder of save_to_disk; or a name or folder for datasets.load_dataset. "
+        "One that has a column input_ids is taken as it is, row by row; one of conversations by the chat template"
     )
     output: str = required("the folder to write, or to continue")
     top_k: int = option(64, "columns per position")
     temperature: float = option(1.0, "of the softmax; tails other than 'renormalize' need that of the training")
+    logprobs_dtype: Literal["uint8", "uint10", "uint12", "uint16", "float32"] = option(
+        "uint8", "of the log-probabilities; float32: two plain columns, with ids of 32 bits"
+    )
+    rows: Literal["all", "labelled"] = option("all", "labelled: the teacher's rows whose label is not -100 alone")
     tokenizer: str | None = option(None, "folder or name; None: the teacher's")
-    block_size: int = option(512, "tokens per row into which text is packed (tokenized data stays as it is)")
+    gguf_file: str | None = option(None, "the file, where --teacher is a folder or name that holds GGUF files")
+    block_size: int = option(
+        512, "tokens per row into which text is packed (tokenized data and conversations stay as they are)"
+    )
     dataset_config: str | None = option(None, "configuration for datasets.load_dataset")
     split: str = option("train", "of a data set that has several")
     text_column: str = option("text", "column of the text, a document each")
+    messages_column: str = option(
+        "messages", "column of conversations, lists of messages {role, content}; labels on what the assistant says"
+    )
     objective: Literal["auto", "causal", "masked"] = option("auto", "auto: what the teacher's config says it is")
     mlm_probability: float = option(0.15, "masked teachers on text: share of tokens masked, once and for all")
     seed: int = option(0, "of those masks")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "of the teacher; auto: as it was saved")
     batch_size: int = option(8, "rows per forward pass")
     shard_rows: int = option(1024, "rows per shard: what an interruption can cost")
+    server: str | None = option(None, "URL of a server that has the teacher; --teacher is its name there")
+    server_kind: Literal["vllm", "sglang", "openai"] = option("vllm", "of that server; openai: any with echo")
+    server_concurrency: int = option(8, "requests to it at a time, of --batch_size rows each")
+    server_retries: int = option(5, "repetitions of a request that failed, after 1, 2, 4, … seconds")
+    server_timeout: float = option(600.0, "seconds to wait for an answer")
+    server_key_variable: str | None = option(None, "environment variable that holds the key for it, if it wants one")
 
 
-FREE = ("output", "batch_size")  # may change between two runs in the same folder
+OF_SERVER = ("server", "server_concurrency", "server_retries", "server_timeout", "server_key_variable")
+FREE = ("output", "batch_size", *OF_SERVER)  # may change between two runs in the same folder
+
+Answers = Callable[[Iterable[list[Row]]], Iterable[tuple[list[Row], Iterable[Columns]]]]
+"""Batches, in their order, with the teacher's columns of each row."""
+Examples = Callable[[range], Iterable[tuple[list[dict[str, Any]], list[Columns]]]]
+"""Of a shard's rows: what is written of each, and the teacher's columns."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,88 +143,20 @@ def parse(argv: list[str] | None) -> Options:
         description="Write a teacher's top-k log-probabilities at every position of a data set to disk.",
     )
     (options,) = parser.parse_args_into_dataclasses(argv)
-    for name in ("top_k", "temperature", "block_size", "batch_size", "shard_rows"):
+    for name in ("top_k", "temperature", "block_size", "batch_size", "shard_rows", "server_concurrency"):
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name} must be positive, not {getattr(options, name)}")
     if options.top_k > MAX_LISTED:
         raise UsageError(f"--top_k must be at most {MAX_LISTED}, not {options.top_k}")
     if not 0 < options.mlm_probability < 1:
         raise UsageError(f"--mlm_probability must lie between 0 and 1, not {options.mlm_probability}")
+    if options.server and (options.temperature != 1 or options.objective == "masked" or options.gguf_file):
+        wrong = "--temperature" if options.temperature != 1 else "--gguf_file" if options.gguf_file else "--objective"
+        raise UsageError(f"{wrong} does not go with --server: a server answers for its causal model, at temperature 1")
+    file = Path(options.teacher)
+    if file.suffix == ".gguf" and file.is_file() and not options.gguf_file:
+        options.teacher, options.gguf_file = str(file.parent), file.name
     return options
-
-
-# ---- teacher
-
-
-def is_masked(options: Options) -> bool:
-    if options.objective != "auto":
-        return options.objective == "masked"
-    name = (pretrained(AutoConfig, options.teacher, "--teacher").architectures or ["unknown"])[0]
-    if "MaskedLM" in name or "ForPreTraining" in name:
-        return True
-    if "CausalLM" in name or "LMHead" in name or "ConditionalGeneration" in name:
-        return False
-    raise UsageError(f"cannot tell what kind of language model {name} is: give --objective causal or masked")
-
-
-def fit(model: Any, data: Survey, masked: bool, k: int, position_ids: bool) -> None:
-    """Refuse data that the teacher was not made for."""
-    vocab = model.get_input_embeddings().weight.shape[0]
-    if data.largest_id >= vocab:
-        raise UsageError(
-            f"the data holds the id {data.largest_id}, but the teacher has {vocab} tokens: another tokenizer?"
-        )
-    if k > vocab:
-        raise UsageError(f"--top_k must be at most the teacher's vocabulary of {vocab}, not {k}")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or data.positions
-    if data.positions > positions and position_ids:
-        raise UsageError(f"position_ids go up to {data.positions - 1}, but the teacher has {positions} positions")
-    if data.positions > positions:
-        raise UsageError(f"a row has {data.positions} tokens, but the teacher {positions} positions: see --block_size")
-    if position_ids and "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UsageError(f"the data has position_ids, which the teacher, a {type(model).__name__}, does not take")
-    if data.packed and masked:
-        raise UsageError(
-            "position_ids that start again within a row mark packed documents, which masked models of transformers do "
-            "not keep apart: give one document per row"
-        )
-
-
-def load(options: Options, masked: bool) -> Any:
-    kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    several = {"device_map": "auto"} if torch.accelerator.is_available() else {}  # all the devices there are
-    model = pretrained(kind, options.teacher, "--teacher", dtype=options.dtype, **several)
-    model.config.use_cache = False
-    return model.eval()
-
-
-@torch.inference_mode()
-def top_k(model: Any, batch: list[Row], k: int, temperature: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and log-probabilities ``(L, K)`` of each row. A forward pass takes as many documents as the batch has rows,
-    padded on the right, so that none sees another, whatever the model makes of position_ids.
-    """
-    taken = inspect.signature(getattr(model, "forward", model)).parameters
-    names = [name for name in MODEL_INPUTS if name in batch[0] and name in taken]
-    pieces = [(i, span) for i, row in enumerate(batch) for span in documents(row)]
-    all_ids = [np.full((len(row["input_ids"]), k), -1, np.int32) for row in batch]
-    all_logprobs = [np.full(ids.shape, -np.inf, np.float32) for ids in all_ids]
-    for start in range(0, len(pieces), len(batch)):
-        some = pieces[start : start + len(batch)]
-        rows = {name: [torch.as_tensor(batch[i][name][span]).long() for i, span in some] for name in names}
-        inputs = {name: pad_sequence(rows[name], batch_first=True).to(model.device) for name in names}
-        for (i, span), z in zip(some, model(**inputs).logits, strict=True):
-            z = z[: span.stop - span.start]
-            logprobs, ids = torch.log_softmax(z.float() / temperature, dim=-1).topk(k)
-            attended = torch.as_tensor(batch[i]["attention_mask"][span]).bool().to(z.device)
-            if logprobs[attended].isnan().any():
-                raise UsageError(f"the teacher's logits hold NaN or infinity: is --dtype {z.dtype} too narrow for it?")
-            ids = ids.masked_fill((logprobs == -torch.inf) | ~attended[:, None], -1)
-            all_ids[i][span] = ids.cpu().numpy()
-            all_logprobs[i][span] = logprobs.masked_fill(ids < 0, -torch.inf).cpu().numpy()
-    yield from zip(all_ids, all_logprobs, strict=True)
-
-
-# ---- folder
 
 
 def write(options: Options, console: Console) -> None:
@@ -208,26 +167,55 @@ def write(options: Options, console: Console) -> None:
         settings[name] = settings[name] and Path(settings[name]).name
     settings["dataset"] = [Path(name).name for name in options.dataset]  # what they hold is checked by its checksum
     check(folder, settings)
+    server = Server(options) if options.server else None
 
     data, collator = read(options, masked, console)
     data = data.with_format("numpy")
     known = survey(data)
+    if options.rows == "labelled" and collator is None and "labels" not in data.column_names:
+        raise UsageError(
+            "--rows labelled needs a column labels: chat data, and text for a masked teacher, get one here"
+        )
     settings["data_checksum"] = known.checksum
     check(folder, settings)
     console.print(f"[bold]Data[/bold]: {known.tokens:,} tokens in {known.rows:,} rows")
-    model = load(options, masked)
-    fit(model, known, masked, options.top_k, "position_ids" in data.column_names)
-    settings["teacher_checksum"] = checksum(model)
+    who: Any
+    answers: Answers
+    if server:
+        server.fit(known)
+        who, what, answers = server.identity, f"{options.server_kind} server", server.answers
+    else:
+        who, what, answers = _local(options, masked, known, "position_ids" in data.column_names)
+    settings["teacher_checksum"] = who
     check(folder, settings)
-    kind = f"{'masked' if masked else 'causal'} language model, {model.dtype}"
-    vocab = model.get_input_embeddings().weight.shape[0]
-    console.print(f"[bold]Teacher[/bold]: {options.teacher}, {kind}, vocabulary {vocab:,}")
+    console.print(f"[bold]Teacher[/bold]: {options.teacher}, {what}")
 
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
-    features = features_of(data, options.top_k, labels=collator is not None)
-    count, rows = -(-known.rows // options.shard_rows), known.rows
+    compact = options.logprobs_dtype != "float32"
+    features = features_of(data, options.top_k, labels=collator is not None, compact=compact)
+    count = -(-known.rows // options.shard_rows)
     shards = [folder / f"data-{i:05d}-of-{count:05d}.arrow" for i in range(count)]  # as save_to_disk names them
+
+    def examples(part: range) -> Iterator[tuple[list[dict[str, Any]], list[Columns]]]:
+        for batch, found in answers(batches(data, part, options.batch_size, collator)):
+            best = [_wanted(row, each, masked, options) for row, each in zip(batch, found, strict=True)]
+            yield [row | _stored(each, options) for row, each in zip(batch, best, strict=True)], best
+
+    fill(shards, features, known.rows, examples, options, console)
+    finish(folder, features, shards, settings)
+    size = sum(shard.stat().st_size for shard in shards)
+    each = f"{size / known.tokens:,.0f} bytes per token"
+    console.print(f"[bold]Done[/bold]: {size / 1e9:,.2f} GB, {each}, in {folder}; read it with datasets.load_from_disk")
+    if options.temperature != 1:
+        console.print(f"Train with KDConfig(logprobs_temperature={options.temperature:g}), as the cache has it")
+
+
+def fill(
+    shards: list[Path], features: datasets.Features, rows: int, examples: Examples, options: Options, console: Console
+) -> None:
+    """Write those that are not there yet."""
+    mass = listed = 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         bar = progress.add_task("rows", total=rows)
@@ -238,23 +226,44 @@ def write(options: Options, console: Console) -> None:
                 continue
             partial = shard.with_suffix(".incomplete")
             with ArrowWriter(path=str(partial), features=features) as writer:
-                for batch in batches(data, part, options.batch_size, collator):
-                    best = top_k(model, batch, options.top_k, options.temperature)
-                    examples = [
-                        row | {"teacher_ids": ids, "teacher_logprobs": logprobs}
-                        for row, (ids, logprobs) in zip(batch, best, strict=True)
-                    ]
-                    writer.write_batch({name: [example[name] for example in examples] for name in features})
-                    listed = np.exp(np.concatenate([example["teacher_logprobs"] for example in examples])).sum(-1)
-                    share = f"rows (top {options.top_k} hold {listed[listed > 0].mean():.1%})"
-                    progress.update(bar, advance=len(batch), description=share)
+                for some, best in examples(part):
+                    writer.write_batch({name: [example[name] for example in some] for name in features})
+                    mass += sum(np.exp(each.logprobs, dtype=np.float64).sum() for each in best)
+                    listed += sum(int((each.ids >= 0).any(1).sum()) for each in best)
+                    share = f"rows (top {options.top_k} hold {mass / max(listed, 1):.1%})"
+                    progress.update(bar, advance=len(some), description=share)
                 writer.finalize()
             os.replace(partial, shard)
-    finish(folder, features, shards, settings)
-    size = sum(shard.stat().st_size for shard in shards)
-    console.print(f"[bold]Done[/bold]: {size / 1e9:,.2f} GB in {folder}; read it with datasets.load_from_disk")
-    if options.temperature != 1:
-        console.print(f"Train with KDConfig(logprobs_temperature={options.temperature:g}), as the cache has it")
+
+
+def _local(options: Options, masked: bool, known: Survey, position_ids: bool) -> tuple[Any, str, Answers]:
+    """The teacher as a model here: its checksum, what it is, and its answers."""
+    model = load(options, masked)
+    fit(model, known, masked, options.top_k, position_ids)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    what = f"{'masked' if masked else 'causal'} language model, {model.dtype}, vocabulary {vocab:,}"
+
+    def answers(batches: Iterable[list[Row]]) -> Iterator[tuple[list[Row], Iterable[Columns]]]:
+        return ((batch, top_k(model, batch, options.top_k, options.temperature)) for batch in batches)
+
+    return checksum(model), what, answers
+
+
+def _wanted(row: Row, found: Columns, masked: bool, options: Options) -> Columns:
+    """With --rows labelled those alone."""
+    if options.rows == "labelled":
+        other = ~wanted(row, masked)
+        found.ids[other], found.logprobs[other] = -1, -np.inf
+    return found
+
+
+def _stored(found: Columns, options: Options) -> dict[str, Any]:
+    if options.logprobs_dtype == "float32":
+        return {"teacher_ids": found.ids, "teacher_logprobs": found.logprobs}
+    try:
+        return {PACKED: encode(*found, bits=BITS[options.logprobs_dtype], temperature=options.temperature)}
+    except ValueError as error:
+        raise UsageError(f"what the teacher answers cannot be right: {error}") from error
 
 
 def check(folder: Path, settings: dict[str, Any]) -> None:
@@ -269,14 +278,6 @@ def check(folder: Path, settings: dict[str, Any]) -> None:
                 )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} holds something else (no settings.json): choose another --output")
-
-
-def checksum(model: torch.nn.Module) -> int:
-    """Of the beginning of every parameter, which tells a teacher from a later version of it."""
-    crc = 0
-    for parameter in model.parameters():
-        crc = zlib.crc32(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes(), crc)
-    return crc
 
 
 def finish(folder: Path, features: datasets.Features, shards: list[Path], settings: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from fusedkd import checks as check
 from fusedkd.divergences import Divergence, DivergenceName
+from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.offline import COLUMNS
 from fusedkd.losses.linear_kd import checked_linear_options
 from fusedkd.teachers import TAILS
 
-TAKEN = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", *COLUMNS)
+TAKEN = ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels", *COLUMNS, PACKED)
 """Columns that mean something else to the trainer."""
 
 

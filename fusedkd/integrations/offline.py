@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fusedkd.integrations.cache_store import PACKED, Header, decode
+
 COLUMNS = ("teacher_ids", "teacher_logprobs")
 PADDING = (-1, 0.0)
 
@@ -22,21 +24,29 @@ class OfflineTeacherCollator:
     Each example may have ``teacher_ids`` and ``teacher_logprobs``, a list of columns for each of the L tokens of its
     ``input_ids``: ``(L, K)``, or lists of different lengths. They become ``(B, L, K)``, padded with ids of −1, and lie
     where the batch has the example's tokens: at the beginning of a row, at its end, or one example after the other in a
-    single row (a collator that flattens). Batches without these columns pass.
+    single row (a collator that flattens). The compact column ``teacher_packed`` of
+    :mod:`fusedkd.integrations.cache_store` may stand in their place. Batches without these columns pass.
 
     ``position_ids`` (L,), if there are any, are padded in the same way, with 0. Where they restart within an example,
     they mark packed documents, which causal models of transformers keep apart only in a batch without
     ``attention_mask``: it is taken out; labels at padding, and ids before it, become −100 and −1.
 
+    Args:
+        logprobs_temperature: that of the loss's ``TeacherTopK``, which the compact column must have been taken at.
+            None: not compared.
+
     Raises:
-        ValueError: naming the column and the example, where the two columns or the tokens differ in length, and where
-            the batch does not hold the examples' tokens.
+        ValueError: naming the column and the example, where the two columns or the tokens differ in length, where the
+            batch does not hold the examples' tokens, and where a compact column is damaged or of another temperature.
     """
 
-    def __init__(self, base_collator: Callable[[list[Any]], Batch]):
+    def __init__(self, base_collator: Callable[[list[Any]], Batch], logprobs_temperature: float | None = None):
         self.base_collator = base_collator
+        self.logprobs_temperature = logprobs_temperature
 
     def __call__(self, examples: list[Any]) -> Batch:
+        if PACKED in examples[0]:
+            examples = [self._unpacked(example) for example in examples]
         if isinstance(self.base_collator, OfflineTeacherCollator) or any(c not in examples[0] for c in COLUMNS):
             return self.base_collator(examples)
         ours = (*COLUMNS, "position_ids")
@@ -50,6 +60,12 @@ class OfflineTeacherCollator:
         if "position_ids" in examples[0]:
             _add_positions(batch, [_positions(examples[i], i, len(ids)) for i, ids in enumerate(tokens)], places)
         return batch
+
+    def _unpacked(self, example: Batch) -> Batch:
+        taken, wanted = Header.read(example[PACKED]).temperature, self.logprobs_temperature
+        if wanted is not None and abs(taken - wanted) > 1e-6 * taken:
+            raise ValueError(f"logprobs_temperature must be {taken:g}, at which {PACKED} was taken, not {wanted:g}")
+        return {name: value for name, value in example.items() if name != PACKED} | decode(example[PACKED])
 
 
 def restarts(position_ids: Tensor) -> Tensor:

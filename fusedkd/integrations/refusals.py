@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fusedkd import checks as check
 from fusedkd.divergences import resolve
+from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator, restarts
 from fusedkd.integrations.routed import is_none
@@ -187,6 +188,8 @@ def offline_data(kd: KDConfig, data: Any, collator: Any) -> None:
     like = {"tail": kd.tail, "logprobs_temperature": kd.logprobs_temperature}
     listed = TeacherTopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), **like)  # type: ignore[arg-type]
     checked_linear_options(kd.options(), listed)
+    if PACKED in (known_columns(data) or ()):
+        return
     has_columns(data, collator, COLUMNS, "without a teacher model", "pass teacher=, or kd=KDConfig(kd_weight=0)")
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fusedkd.divergences import resolve
 from fusedkd.integrations import refusals
+from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, replaced_forward
 from fusedkd.integrations.offline import COLUMNS, Batch, OfflineTeacherCollator
@@ -56,7 +57,8 @@ class DistillationTrainer(TermTrainer):
             (``student.get_base_model()``), is the student with adapters off: the weights are held once. Else it shares
             no parameter with the student that is to be trained. None: the data sets have the columns ``teacher_ids``
             (L, K) and ``teacher_logprobs`` (L, K), in whose row i is the teacher's distribution at position i: of a
-            causal LM that of token i + 1. Id −1 is padding. Data without these columns is evaluated by cross-entropy
+            causal LM that of token i + 1. Id −1 is padding. Or they have the compact column that
+            :mod:`fusedkd.integrations.cache_teacher` writes. Data without these columns is evaluated by cross-entropy
             alone. With a kd_weight of 0 a teacher is asked in evaluation only, and None is no teacher at all.
 
             A list of these: all teach every row, with KDConfig's `teacher_weights`. A dict of these: each example has
@@ -130,7 +132,7 @@ class DistillationTrainer(TermTrainer):
     def use_columns(self) -> None:
         """Of the data sets, as the teacher."""
         refusals.offline_data(self.kd, self.train_dataset, self.data_collator)
-        self.data_collator = OfflineTeacherCollator(self.data_collator)
+        self.data_collator = OfflineTeacherCollator(self.data_collator, self.kd.logprobs_temperature)
 
     @property
     def needs_teacher(self) -> bool:
@@ -177,7 +179,7 @@ class DistillationTrainer(TermTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         kept: Any = self._signature_columns
-        ours = COLUMNS if self.offline else (self.kd.teacher_column,) if self.routed else ()
+        ours = (*COLUMNS, PACKED) if self.offline else (self.kd.teacher_column,) if self.routed else ()
         kept += [name for name in ours if name not in kept]
 
     @staticmethod

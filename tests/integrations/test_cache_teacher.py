@@ -66,7 +66,9 @@ def tokenized(path, rows: int = 7, **columns) -> str:
 
 
 def run(model: str, data: str, out, *more: str) -> int:
-    return cache_teacher.main(["--teacher", model, "--dataset", data, "--output", str(out), *map(str, more)])
+    """In the plain form, unless another is asked for."""
+    words = ["--teacher", model, "--dataset", data, "--output", str(out), "--logprobs_dtype", "float32"]
+    return cache_teacher.main([*words, *map(str, more)])
 
 
 def log_softmax(model, row, temperature: float) -> torch.Tensor:

@@ -1,0 +1,113 @@
+"""Conversations in `python -m fusedkd.integrations.cache_teacher`: the template's tokens, labels on the answers."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+import datasets
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fusedkd.integrations.cache_store import PACKED, decode
+
+from .test_cache_teacher import VOCAB, own_caches, run, teacher  # noqa: F401  (a fixture)
+
+HEAD = "{% for message in messages %}{{ '[CLS] ' + message['role'] + ' ' }}"
+CHATML = HEAD + "{{ message['content'] + ' [SEP] ' }}{% endfor %}{% if add_generation_prompt %}[CLS] the {% endif %}"
+MARKED = (
+    HEAD + "{% if message['role'] == 'the' %}x{% elif message['role'] == 'assistant' %}"
+    "{%- generation -%}{{ message['content'] + ' [SEP]' }}{%- endgeneration -%}{{ ' ' }}"
+    "{% else %}{{ message['content'] + ' [SEP] ' }}{% endif %}{% endfor %}"
+)
+FORGETS = HEAD + (  # earlier answers lose their first word
+    "{% if message['role'] == 'assistant' and not loop.last %}{{ message['content'].split(' ')[1:] | join(' ') }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ ' [SEP] ' }}{% endfor %}"
+)
+CHATS = [
+    [("user", "the cat sees"), ("assistant", "a dog"), ("user", "under on"), ("assistant", "big red bird")],
+    [("user", "a house"), ("assistant", "hears sees")],
+    [("system", "small"), ("user", "old river")],
+]
+
+
+def chats(path, conversations=CHATS) -> str:
+    rows = [{"messages": [{"role": r, "content": c} for r, c in chat], "source": "x"} for chat in conversations]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def model(path, template: str | None) -> str:
+    """A teacher whose tokenizer splits at spaces; "user", "assistant" and "system" are the words 21 to 23."""
+    words = [*VOCAB[:21], "user", "assistant", "system"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    tokenizer.chat_template = template
+    teacher().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def text(row, label: bool) -> str:
+    """The labelled tokens, or the others."""
+    words = [*VOCAB[:21], "user", "assistant", "system"]
+    pairs = zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True)
+    return " ".join(words[token] for token, own in pairs if (own != -100) == label)
+
+
+PROMPTED = CHATML.replace("[CLS] the ", "[CLS] assistant ")
+
+
+@pytest.mark.parametrize("template", [MARKED, PROMPTED])
+def test_labels_are_on_what_the_assistant_says(template, tmp_path, capsys):
+    name, data = model(tmp_path / "teacher", template), chats(tmp_path / "chats.jsonl")
+    more = ("--top_k", 4, "--logprobs_dtype", "uint8", "--rows", "labelled", "--shard_rows", 2)
+    assert run(name, data, tmp_path / "out", *more) == 0
+    assert "10 of 41 tokens are the assistant's" in capsys.readouterr().out
+    cached = datasets.load_from_disk(tmp_path / "out")
+    assert set(cached.column_names) == {"input_ids", "attention_mask", "labels", PACKED}
+    assert [text(row, True) for row in cached] == ["a dog [SEP] big red bird [SEP]", "hears sees [SEP]", ""]
+    assert text(cached[1], False) == "[CLS] user a house [SEP] [CLS] assistant"
+    for row in cached:
+        listed = decode(row[PACKED])["teacher_ids"][:, 0] >= 0
+        assert listed[:-1].tolist() == (row["labels"][1:] != -100).tolist()
+        assert not listed[-1]
+
+
+REFUSED = {
+    "no template": (None, CHATS, "needs a tokenizer with a chat template"),
+    "turns that change": (FORGETS, CHATS, "what the assistant says in conversation 0 cannot be told"),
+    "no answer": (PROMPTED, CHATS[2:], "no conversation of the column messages has tokens of the assistant"),
+    "template": ("{{ raise_exception('roles must alternate') }}", CHATS, "conversation 0: roles must alternate"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_told_is_refused(case, tmp_path, capsys):
+    template, conversations, message = REFUSED[case]
+    data = chats(tmp_path / "chats.jsonl", conversations)
+    assert run(model(tmp_path / "teacher", template), data, tmp_path / "out", "--top_k", 4) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error.splitlines()[-1]
+    assert error.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_several_kinds_are_refused(tmp_path, capsys):
+    data = chats(tmp_path / "chats.jsonl")
+    (tmp_path / "text.txt").write_text("the cat\n")
+    assert (
+        run("nowhere", data, tmp_path / "out", "--objective", "causal", "--dataset", data, tmp_path / "text.txt") == 2
+    )
+    assert "--dataset must be of one kind, not json and text" in capsys.readouterr().err
+
+
+def test_json_lines_of_text_are_documents(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in ("the cat", "a dog")))
+    name = model(tmp_path / "teacher", None)
+    assert run(name, str(tmp_path / "text.jsonl"), tmp_path / "out", "--top_k", 4, "--block_size", 3) == 0
+    rows = datasets.load_from_disk(tmp_path / "out")
+    assert [" ".join(VOCAB[i] for i in row["input_ids"]) for row in rows] == ["the cat a", "dog"]
