@@ -29,6 +29,7 @@ from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.layers import layer_attention_loss, pairwise_layer_mse
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDOptions, KDTerms
+from fusedkd.losses.sampled import linear_sampled_kl_loss, sampled_kl, sampled_kl_loss
 from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
 
 __version__ = "0.1.0"
@@ -62,6 +63,9 @@ __all__ = [
     "layer_attention_loss",
     "layer_maps",
     "linear_kd_loss",
+    "linear_sampled_kl_loss",
     "nn",
     "pairwise_layer_mse",
+    "sampled_kl",
+    "sampled_kl_loss",
 ]

@@ -129,6 +129,12 @@ def test_offline_cache_teaches(run: Run) -> None:
     assert loss[-1] < 0.6 * loss[0]
 
 
+def test_on_policy_the_student_approaches_the_teacher(run: Run) -> None:
+    kl = numbers(r"reverse KL (\S+) on 100%", run("on_policy"))
+    assert len(kl) == 4
+    assert kl[-1] < 0.3 * kl[0]
+
+
 def test_gkd_trains_with_the_fused_loss(run: Run) -> None:
     out = run("trl_gkd")
     assert "8 × 1, two processes    loss" in out

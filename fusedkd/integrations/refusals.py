@@ -185,12 +185,17 @@ def offline_data(kd: KDConfig, data: Any, collator: Any) -> None:
     """Training data that is known to be without the columns of an offline teacher, and options that such a teacher
     cannot serve.
     """
-    like = {"tail": kd.tail, "logprobs_temperature": kd.logprobs_temperature}
-    listed = TeacherTopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), **like)  # type: ignore[arg-type]
-    checked_linear_options(kd.options(), listed)
+    listed_options(kd)
     if PACKED in (known_columns(data) or ()):
         return
     has_columns(data, collator, COLUMNS, "without a teacher model", "pass teacher=, or kd=KDConfig(kd_weight=0)")
+
+
+def listed_options(kd: KDConfig) -> None:
+    """Options that a teacher of listed columns cannot serve."""
+    like = {"tail": kd.tail, "logprobs_temperature": kd.logprobs_temperature}
+    listed = TeacherTopK(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), **like)  # type: ignore[arg-type]
+    checked_linear_options(kd.options(), listed)
 
 
 def has_columns(data: Any, collator: Any, names: Sequence[str], why: str, advice: str) -> None:

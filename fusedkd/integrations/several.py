@@ -9,18 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedkd.integrations.heads import base_model
 from fusedkd.integrations.pair import Form, Group, Routed, part
 from fusedkd.integrations.routed import NONE
 from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import TeacherModel, load
 
 
-def loaded(teacher: Any, causal: bool) -> Any:
-    """`teacher` with models in the place of names and folders."""
+def loaded(teacher: Any, causal: bool, student: Any) -> Any:
+    """`teacher` with models in the place of names and folders, and of "base"."""
     if isinstance(teacher, Mapping):
-        return {key: loaded(each, causal) for key, each in teacher.items()}
+        return {key: loaded(each, causal, student) for key, each in teacher.items()}
     if isinstance(teacher, list | tuple):
-        return [loaded(each, causal) for each in teacher]
+        return [loaded(each, causal, student) for each in teacher]
+    if teacher == "base":
+        if base_model(student) is student:
+            raise ValueError(
+                f"teacher='base' is a PEFT model with its adapters off, but the student is a {type(student).__name__}"
+            )
+        return base_model(student)
     return load(teacher, causal) if isinstance(teacher, str | Path) else teacher
 
 

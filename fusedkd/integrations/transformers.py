@@ -53,13 +53,13 @@ class DistillationTrainer(TermTrainer):
         model: the student.
         teacher: a model of any size and dtype, of the same kind and with the student's tokenizer, or the name or folder
             of one; it is frozen, put into evaluation mode and moved to the device. Vocabularies may be padded to
-            different sizes. The student's own base model, where the student is a PEFT model
-            (``student.get_base_model()``), is the student with adapters off: the weights are held once. Else it shares
-            no parameter with the student that is to be trained. None: the data sets have the columns ``teacher_ids``
-            (L, K) and ``teacher_logprobs`` (L, K), in whose row i is the teacher's distribution at position i: of a
-            causal LM that of token i + 1. Id −1 is padding. Or they have the compact column that
-            :mod:`fusedkd.integrations.cache_teacher` writes. Data without these columns is evaluated by cross-entropy
-            alone. With a kd_weight of 0 a teacher is asked in evaluation only, and None is no teacher at all.
+            different sizes. ``"base"``, or ``student.get_base_model()``, is the student with adapters off, where it is
+            a PEFT model: the weights are held once. Else the teacher shares no parameter with the student that is to be
+            trained. None: the data sets have the columns ``teacher_ids`` (L, K) and ``teacher_logprobs`` (L, K), in
+            whose row i is the teacher's distribution at position i: of a causal LM that of token i + 1. Id −1 is
+            padding. Or they have the compact column that :mod:`fusedkd.integrations.cache_teacher` writes. Data without
+            these columns is evaluated by cross-entropy alone. With a kd_weight of 0 a teacher is asked in evaluation
+            only, and None is no teacher at all.
 
             A list of these: all teach every row, with KDConfig's `teacher_weights`. A dict of these: each example has
             one teacher, whose key stands in the data set's column `teacher` (KDConfig's `teacher_column`); None or −1
@@ -114,7 +114,7 @@ class DistillationTrainer(TermTrainer):
         refusals.training_arguments(self)
         self.known_head: Head | None = None
         causal = self.head.causal  # refuses a student that is neither, with a teacher or without
-        self.teacher: Any = loaded(teacher, causal)
+        self.teacher: Any = loaded(teacher, causal, self.student)
         self.teachers: Teachers | None = None
         if self.offline:
             self.use_columns()
