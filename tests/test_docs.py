@@ -103,7 +103,6 @@ def given(name: str, names: dict[str, Any]) -> Any:
         **dict.fromkeys(("teacher", "teacher_model", "maths_model", "code_model"), lambda: gpt2(1)),
         "training_arguments": lambda: TrainingArguments("run", report_to=[], use_cpu=True),
         "blocks": lambda: [{"input_ids": [(i * j) % 47 + 1 for j in range(9)], "labels": [1] * 9} for i in range(8)],
-        "GKDTrainer": lambda: type("GKDTrainer", (), {"generalized_jsd_loss": None}),
         "runs/mine/student": lambda: saved_student(name),
     }
     assert name in kinds, f"a page takes {name} for granted, which {__file__} does not know"
