@@ -129,6 +129,12 @@ def test_offline_cache_teaches(run: Run) -> None:
     assert loss[-1] < 0.6 * loss[0]
 
 
+def test_draft_heads_are_accepted_more_often(run: Run) -> None:
+    before, after = re.findall(r"held-out text \w+: (.*)", run("draft_heads", steps=25))
+    for start, end in zip(before.split(", "), after.split(", "), strict=True):
+        assert float(end) > 1.1 * float(start) > 0.1
+
+
 def test_gkd_trains_with_the_fused_loss(run: Run) -> None:
     out = run("trl_gkd")
     assert "8 × 1, two processes    loss" in out
