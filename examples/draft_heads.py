@@ -46,8 +46,8 @@ def next_tokens(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-held = [t.to(tiny.DEVICE) for t in tiny.collate(texts[::4])]
-kept = [text for i, text in enumerate(texts) if i % 4]
+held = [t.to(tiny.DEVICE) for t in tiny.collate(texts[::8])]
+kept = [text for i, text in enumerate(texts) if i % 8]
 loader = DataLoader(kept, options.batch, shuffle=True, collate_fn=tiny.collate)
 optimizer = torch.optim.AdamW([*blocks.parameters(), *heads], lr=1e-3 if options.teacher else 1e-2)
 print(f"accepted of held-out text before: {acceptance()}")

@@ -23,7 +23,7 @@ from fusedkd.integrations import trl as fused
 from fusedkd.integrations.trl import hidden, lists, logits
 from fusedkd.integrations.trl.patching import SEAMS, VERSIONS
 
-from .distillers import VOCABULARY, gpt2
+from .distillers import VOCABULARY, gpt2, tokenizer_of_letters
 
 B, PROMPT, COMPLETION, K, STEPS = 2, 3, 6, 5, 5
 
@@ -194,6 +194,31 @@ def test_five_steps_are_those_of_the_original(name: str, options: dict[str, Any]
     assert own_logged.keys() == logged.keys()
     for key, values in logged.items():
         assert torch.tensor(own_logged[key]).allclose(torch.tensor(values), rtol=1e-4, atol=1e-5), key
+
+
+def test_a_trainer_that_generates(tmp_path: Any) -> None:
+    """The stable trainer as users have it, on its own text: what it logs over five steps."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    data = Dataset.from_list([{"prompt": f"c d {letter}"} for letter in "efghijklmnopqrst"])
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_completion_length": 6}
+    options |= {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    options |= {"max_steps": STEPS, "logging_steps": 1, "beta": 0.5, "learning_rate": 1e-2, "temperature": 1.3}
+    found = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        models = {"model": gpt2(0, dropout=0.0), "teacher_model": gpt2(1, dropout=0.0)}
+        arguments, tokenizer = DistillationConfig(**options), tokenizer_of_letters()
+        trainer = DistillationTrainer(**models, args=arguments, train_dataset=data, processing_class=tokenizer)
+        if patched:
+            fused.patch(trainer)
+        trainer.train()
+        found.append(
+            [[h[k] for k in ("loss", "grad_norm", "entropy")] for h in trainer.state.log_history if "loss" in h]
+        )
+    assert len(found[0]) == STEPS
+    assert torch.tensor(found[1]).allclose(torch.tensor(found[0]), rtol=1e-4)
 
 
 # -------------------------------------------------- keywords, and values where no trainer goes
