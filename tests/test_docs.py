@@ -92,6 +92,10 @@ def given(name: str, names: dict[str, Any]) -> Any:
         "wide_hidden": lambda: normal(ROWS, 2 * WIDTH),
         "student_layers": lambda: [normal(2, ROWS, WIDTH).requires_grad_() for _ in range(3)],
         "teacher_layers": lambda: [normal(2, ROWS, WIDTH) for _ in range(7)],
+        **dict.fromkeys(("step1", "step2", "target_hidden"), lambda: normal(2, 9, WIDTH)),
+        **dict.fromkeys(("draft_weight", "target_weight"), lambda: normal(VOCABULARY, WIDTH)),
+        "d2t": lambda: torch.zeros(VOCABULARY, dtype=torch.int64),
+        "next_tokens": lambda: torch.randint(VOCABULARY, (2, 9), generator=draw),
         "batches": lambda: torch.randint(VOCABULARY, (2, 3, 9), generator=draw),
         "optimizer": lambda: torch.optim.SGD(names["student"].parameters(), lr=0.1),
         "labels": lambda: torch.randint(VOCABULARY, (ROWS,), generator=draw),
@@ -103,7 +107,6 @@ def given(name: str, names: dict[str, Any]) -> Any:
         **dict.fromkeys(("teacher", "teacher_model", "maths_model", "code_model"), lambda: gpt2(1)),
         "training_arguments": lambda: TrainingArguments("run", report_to=[], use_cpu=True),
         "blocks": lambda: [{"input_ids": [(i * j) % 47 + 1 for j in range(9)], "labels": [1] * 9} for i in range(8)],
-        "GKDTrainer": lambda: type("GKDTrainer", (), {"generalized_jsd_loss": None}),
         "runs/mine/student": lambda: saved_student(name),
     }
     assert name in kinds, f"a page takes {name} for granted, which {__file__} does not know"

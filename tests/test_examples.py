@@ -135,6 +135,12 @@ def test_on_policy_the_student_approaches_the_teacher(run: Run) -> None:
     assert kl[-1] < 0.3 * kl[0]
 
 
+def test_draft_heads_are_accepted_more_often(run: Run) -> None:
+    before, after = re.findall(r"held-out text \w+: (.*)", run("draft_heads", steps=15))
+    for start, end in zip(before.split(", "), after.split(", "), strict=True):
+        assert float(end) > 1.1 * float(start) > 0.1
+
+
 def test_gkd_trains_with_the_fused_loss(run: Run) -> None:
     out = run("trl_gkd")
     assert "8 × 1, two processes    loss" in out

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from truth import pair, targets
 
 from fusedkd import TeacherHead, linear_kd_loss
+from fusedkd.integrations.trl.hidden import head_of
 
 ROWS, INPUTS, H, V = 8, 6, 16, 24
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
@@ -52,8 +53,11 @@ def one_rank(rank: int, folder: Path) -> None:
     names = {"Partial": Partial, "student_weight": head.weight, "student_bias": head.bias}
     advice = str(told.value).rpartition("elsewhere pass ")[2]
     whole = [eval(advice.replace("student_weight", name), names) for name in ("student_weight", "student_bias")]
-    loss(model, rows, *whole).backward()
-    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    gradients = []
+    for weight, bias in (whole, head_of(torch.empty(0, H), head.weight, head.bias)):
+        model.zero_grad()
+        loss(model, rows, weight, bias).backward()
+        gradients.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})
     if rank == 0:
         torch.save(gradients, folder / "gradients.pt")
     group.barrier()
@@ -61,9 +65,11 @@ def one_rank(rank: int, folder: Path) -> None:
 
 
 def test_the_advice_for_a_sharded_head(tmp_path: Path) -> None:
+    """And what the losses of TRL's trainers make of one."""
     torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
     found, model = torch.load(tmp_path / "gradients.pt"), Model()
     loss(model, slice(None), model.head.weight, model.head.bias).backward()
     for name, p in model.named_parameters():
         assert p.grad.any()
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-5, atol=1e-7)
+        for gradients in found:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-7)

@@ -24,6 +24,19 @@ def gpt2(seed: int, dropout: float = 0.2, **more: Any) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**size, initializer_range=0.4, **more))
 
 
+def tokenizer_of_letters() -> Any:
+    """A word each, for a chat."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *map(chr, range(ord("a"), ord("a") + VOCABULARY - 2))]
+    splitter = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
+    return tokenizer
+
+
 def rows(prompts: bool = True) -> list[dict[str, Tensor]]:
     """Prompts and endings of different lengths, so that means of micro-batches are not the mean."""
     draw = torch.Generator().manual_seed(1)

@@ -177,24 +177,17 @@ def test_assigned_to_its_trainer(trainer: type, monkeypatch: pytest.MonkeyPatch)
 def test_the_check_of_its_trainer(trainer: type, tmp_path) -> None:
     """What the docstring says of GKD. When this fails because TRL mended it, the docstring is to be mended too."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
     from trl.experimental.gkd import GKDConfig
 
     from fusedkd.integrations.check import kd_check
 
-    from .distillers import VOCABULARY, gpt2
+    from .distillers import gpt2, tokenizer_of_letters
 
-    words = ["<pad>", "<eos>", *map(chr, range(ord("a"), ord("a") + VOCABULARY - 2))]
-    splitter = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
     talks = [[("user", "c d"), ("assistant", " ".join("efghijklmn"[: 1 + i]))] for i in range(8)]
     data = Dataset.from_list([{"messages": [{"role": r, "content": c} for r, c in talk]} for talk in talks])
     options = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, "max_length": 32}
     arguments = GKDConfig(lmbda=0.0, max_new_tokens=4, **options)
-    found = trainer(gpt2(0), gpt2(1), arguments, processing_class=tokenizer, train_dataset=data)
+    found = trainer(gpt2(0), gpt2(1), arguments, processing_class=tokenizer_of_letters(), train_dataset=data)
     found.generalized_jsd_loss = generalized_jsd_loss
     processes, temperature = kd_check(found, expect_t2=False).faults
     assert "divided by the count of both, but not multiplied by their number" in processes
