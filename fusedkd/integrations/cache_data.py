@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fusedkd.integrations.blocks import MaskingCollator, pack
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.offline import restarts
+from fusedkd.integrations.tokenizers import check_same_vocabulary
 
 if TYPE_CHECKING:
     from fusedkd.integrations.cache_teacher import Options
@@ -58,6 +59,8 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
     if options.text_column not in data.column_names:
         raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(data.column_names)}")
     tokenizer = pretrained(AutoTokenizer, options.tokenizer or options.teacher, "the tokenizer")
+    if options.tokenizer:
+        _check_tokenizer(tokenizer, options.teacher)
     text = data.select_columns(options.text_column).filter(bool, input_columns=options.text_column)
     if not masked:
         return pack_documents(text, tokenizer, options.block_size, whole=not files), None
@@ -67,6 +70,18 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
     counts = np.ones(len(tokenizer))
     collator = MaskingCollator(tokenizer, counts, options.mlm_probability, smoothing=0.0, seed=options.seed)
     return pack(text, tokenizer, options.block_size, "given"), collator
+
+
+def _check_tokenizer(tokenizer: Tokenizer, teacher: str) -> None:
+    """Refuse one that gives other ids to the tokens of the teacher's own, if the teacher comes with one."""
+    try:
+        own = AutoTokenizer.from_pretrained(teacher)
+    except (OSError, ValueError, KeyError):
+        return
+    try:
+        check_same_vocabulary(tokenizer, own)
+    except ValueError as error:
+        raise UsageError(f"--tokenizer is not the teacher's: {error}") from None
 
 
 def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:
