@@ -30,12 +30,15 @@ from fusedkd.losses.layers import layer_attention_loss, pairwise_layer_mse
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDOptions, KDTerms
 from fusedkd.losses.sampled import linear_sampled_kl_loss, sampled_kl, sampled_kl_loss
+from fusedkd.other_vocabulary import GOLD, ULD, TeacherProjected, TeacherSorted
 from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
 
 __version__ = "0.1.0"
 __all__ = [
     "DKD",
+    "GOLD",
     "JSD",
+    "ULD",
     "AlphaBeta",
     "Divergence",
     "ForwardKL",
@@ -48,7 +51,9 @@ __all__ = [
     "SkewReverseKL",
     "TeacherHead",
     "TeacherLogits",
+    "TeacherProjected",
     "TeacherSamples",
+    "TeacherSorted",
     "TeacherTopK",
     "TotalVariation",
     "attention_kl_from_maps",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedkd.backends.layout import KernelId
 from fusedkd.checks import Real, exact, real
+from fusedkd.reference.softmax import log_softmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,8 @@ class Divergence:
 
     ``kernel_id``: what computes it; None if it has its `definition` alone. ``temperature_power``: k of the factor T^k
     that keeps the gradient's size independent of T (Hinton et al. 2015, §2); 0 where there is no softmax, and so no
-    temperature. ``needs_labels``: rows without a label have no KD term.
+    temperature. ``needs_labels``: rows without a label have no KD term. ``same_columns``: column j is the same token on
+    both sides; without it the two vocabularies may be of any size, and `definition` gets all of both.
     """
 
     name: ClassVar[str] = "divergence"
@@ -32,6 +34,7 @@ class Divergence:
     kernel_id: ClassVar[KernelId | None] = None
     temperature_power: ClassVar[int] = 2
     needs_labels: ClassVar[bool] = False
+    same_columns: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:
@@ -49,15 +52,22 @@ class Divergence:
         throughout.
 
         Args:
-            log_p, log_q: ``(R, C)`` float64, log-probabilities of teacher and student at their temperatures. They are
-                finite: −inf, a masked column, comes as −1e30, whose exponential is 0. A value that grows when these are
-                lowered further is infinite, and its gradient 0.
+            log_p, log_q: ``(R, C)`` float64, log-probabilities of teacher and student at their temperatures; without
+                `same_columns` ``(R, V_t)`` and ``(R, V_s)``. They are finite: −inf, a masked column, comes as −1e30,
+                whose exponential is 0. A value that grows when these are lowered further is infinite, and its
+                gradient 0.
             labels: ``(R,)`` int64 in [0, C), or None unless `needs_labels`.
         """
         raise NotImplementedError
 
+    def teacher_logprobs(self, rows: Tensor, temperature: Tensor) -> Tensor:
+        """log p of the teacher's rows ``(R, C)`` float64, for `definition`."""
+        return log_softmax(rows / temperature)
+
     def exchanged(self) -> tuple[Real, Divergence]:
         """(c, D') with c·D'(q, p) = D(p, q): the divergence seen from the other side. c is a weight ≥ 0."""
+        if not self.same_columns:
+            raise ValueError(f"{self.name} has no teacher_gradient: its two sides have columns of their own")
         return 1.0, _Exchanged(self)
 
 

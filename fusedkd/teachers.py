@@ -12,8 +12,10 @@ from torch import Tensor
 from fusedkd import checks as check
 from fusedkd.backends import defined
 from fusedkd.backends.layout import TOPK_KERNELS, KernelId, TopkKernelId
+from fusedkd.backends.vocabulary_map import Projected
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence
+from fusedkd.other_vocabulary import OtherVocabulary, TeacherProjected, TeacherSorted
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,12 +162,14 @@ class TeacherSamples:
         return cls(torch.where(masked, -1, ids).view(shape), weights.view(shape))
 
 
-torch.serialization.add_safe_globals([TeacherLogits, TeacherHead, TeacherTopK, TeacherSamples])
+torch.serialization.add_safe_globals(
+    [TeacherLogits, TeacherHead, TeacherTopK, TeacherSamples, TeacherSorted, TeacherProjected]
+)
 """Fields alone, checked by the loss that takes them: a saved teacher loads with ``weights_only``, PyTorch's default."""
 
 TAILS = tuple(dict.fromkeys(tail for tail, _ in TOPK_KERNELS))
 
-Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples
+Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples | OtherVocabulary
 
 
 class KnownTeacher(NamedTuple):
@@ -181,10 +185,17 @@ class KnownTeacher(NamedTuple):
     softcap: Real | None = None
     scale: Real | None = None
     head: tuple[Tensor, Tensor | None] | None = None
+    own: Any = None
+    """What the kernel's number stands for, if it is not the loss's divergence: alive until backward."""
 
     @property
     def columns(self) -> int:
         return self.rows.shape[-1] if self.head is None else self.head[0].shape[0]
+
+    @property
+    def common(self) -> int:
+        """The student's columns that are distilled."""
+        return self.own.weight.shape[0] if isinstance(self.own, Projected) else self.columns
 
     def logits(self, differentiable: bool = False) -> Tensor:
         """The rows, all of them projected where they are hidden states."""
@@ -206,6 +217,10 @@ def known(
     """The teacher of these student logits, checked. ``coefficients``: the family's; ``temperatures``: the student's and
     the teacher's; ``columns``: the student's, of which the logits may be a shard.
     """
+    if isinstance(teacher, TeacherProjected):
+        if not isinstance(teacher.teacher, TeacherTopK):
+            return _projected(teacher, student, family, coefficients, temperatures, vocab_mismatch)
+        teacher = teacher.listed(student, temperatures, vocab_mismatch)
     if columns != student.shape[-1] and isinstance(teacher, TeacherTopK | TeacherSamples):
         student = student.new_empty(()).expand(*student.shape[:-1], columns)  # ids count over all columns
     if isinstance(teacher, TeacherTopK):
@@ -223,7 +238,12 @@ def known(
     if family.temperature_power == 0 and any(not isinstance(t, Tensor) and t != 1 for t in temperatures):
         both = "the student's is {}, the teacher's {}".format(*temperatures)
         raise ValueError(f"temperature must be 1 for {family.name}, which has no softmax, but {both}")
+    if isinstance(teacher, TeacherSorted):
+        listed = teacher.divergence(student, family, temperatures)
+        return KnownTeacher(teacher.logprobs, None, defined.number(listed), (), own=listed)
     kernel_id = defined.number(family) if family.kernel_id is None else int(family.kernel_id)
+    if not family.same_columns:  # all columns of the teacher
+        vocab_mismatch, student = "truncate", student.new_empty(()).expand(*student.shape[:-1], 1 << 40)
     if isinstance(teacher, TeacherHead):
         head = _head(teacher, student, vocab_mismatch)
         return KnownTeacher(teacher.hidden, None, kernel_id, coefficients, teacher.softcap, teacher.scale, head)
@@ -236,6 +256,34 @@ def known(
     if form is None:
         return KnownTeacher(rows, None, kernel_id, coefficients)
     return KnownTeacher(rows, None, kernel_id, coefficients, form.softcap, form.scale)
+
+
+@torch.compiler.disable
+def _projected(
+    teacher: TeacherProjected,
+    student: Tensor,
+    family: Divergence,
+    coefficients: Sequence[Real],
+    temperatures: tuple[Real, Real],
+    vocab_mismatch: str,
+) -> KnownTeacher:
+    weight = teacher.checked_weight(student, vocab_mismatch)
+    if not isinstance(teacher.teacher, Tensor | TeacherLogits | TeacherHead):
+        raise TypeError(
+            "TeacherProjected takes a teacher of logits, a TeacherHead or a TeacherTopK, not a "
+            f"{type(teacher.teacher).__name__}"
+        )
+    if family.temperature_power == 0 or not family.same_columns:
+        raise ValueError(f"{family.name} does not compare probabilities column by column, which TeacherProjected has")
+    like = student.new_empty(()).expand(*student.shape[:-1], weight.shape[1])
+    given = family, coefficients, temperatures, vocab_mismatch, weight.shape[1]
+    found = known(teacher.teacher, like, *given)
+    if found.columns < weight.shape[1]:
+        raise ValueError(
+            f"weight has {weight.shape[1]} columns, so the teacher must have at least as many, not {found.columns}"
+        )
+    own = Projected(weight, family, found.kernel_id)
+    return found._replace(kernel_id=defined.number(own), own=own)
 
 
 def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import losses_and_stats
+from fusedkd.backends.vocabulary_map import Projected
 from fusedkd.reference.softmax import log_softmax
 
 ops = torch.ops.fusedkd
@@ -37,7 +38,9 @@ _defined: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 @torch.compiler.disable
 def number(divergence: Any) -> int:
-    """The ``kernel_id`` of a divergence, for as long as it is alive. (An operator takes numbers, no Python object.)"""
+    """The ``kernel_id`` of a divergence, or of a teacher's `Projected`, for as long as it is alive. (An operator takes
+    numbers, no Python object.)
+    """
     known = divergence.__dict__.get("_kernel_id")
     if known is None or _defined.get(known) is not divergence:  # a copy has the number of another
         known = next(_numbers)
@@ -47,6 +50,9 @@ def number(divergence: Any) -> int:
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
+    family = _defined[inputs["kernel_id"]]
+    if isinstance(family, Projected):
+        return family.kd_forward(inputs, gradient)
     row_losses, stats = losses_and_stats(inputs["student"], 2, STATS)
     to = None if gradient is None else gradient.view(-1, gradient.shape[-1])
     one = row_losses.new_ones(())
@@ -61,6 +67,9 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     if eager.skipped(upstream, skip_if_one):
         return
+    family = _defined[inputs["kernel_id"]]
+    if isinstance(family, Projected):
+        return family.kd_backward(inputs, upstream, stats, gradient)
     to = gradient.view(-1, gradient.shape[-1])
     for part, call in _tiles(inputs):
         to[part] = call.gradient(upstream[part] if upstream.dim() else upstream, divergence(call)[1]).flatten(0, 1)
@@ -72,7 +81,8 @@ kd_loss = whole_loss(ops.kd_row_weights, in_turn(kd_forward, ops.kd_terms))
 def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
     """(rows, what is given of them), TILE logits at a time."""
     student, teacher, labels = inputs["student"], inputs["teacher"], inputs["labels"]
-    rows, step = student.shape[0] * student.shape[1], max(1, TILE // student.shape[2])
+    rows = student.shape[0] * student.shape[1]
+    step = max(1, TILE // max(student.shape[2], teacher.shape[2]))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         of_rows = {
@@ -88,11 +98,12 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     """D and ∂D/∂z per row."""
     family = _defined[call.kernel_id]
     z, v = call.logits()
-    z = z[:, : v.shape[1]]
+    if family.same_columns:
+        z = z[:, : v.shape[1]]
     selected = (call.row_weights != 0).unsqueeze(-1)
     z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
     t_s, t_t = call.options[Option.TEMPERATURE], call.options[Option.TEACHER_TEMPERATURE]
-    log_p, log_q = log_softmax(v / t_t), log_softmax(z / t_s)
+    log_p, log_q = family.teacher_logprobs(v, t_t), log_softmax(z / t_s)
     labels = call.some_labels() if family.needs_labels else call.labels
     if labels is not None:
         labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)

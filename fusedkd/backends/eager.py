@@ -161,13 +161,12 @@ class EagerCall(Call):
 
     def gradient(self, upstream: Tensor, slope: Tensor) -> Tensor:
         """In the student's type, from that of the divergence."""
-        z, v = self.logits()
+        z, _ = self.logits()
         option, (n_kd, n_ce) = self.options, self.normalizers
         grad = torch.zeros_like(z)
         weights = self.row_weights.double()
         kd = (option[Option.KD_WEIGHT] * option[Option.KD_SCALE] / n_kd * weights).unsqueeze(-1)
-        columns = v.shape[1] if self.ids is None else z.shape[1]
-        grad[:, :columns] = torch.where(kd != 0, kd * slope, 0)
+        grad[:, : slope.shape[1]] = torch.where(kd != 0, kd * slope, 0)
         if self.ce and self.labels is not None:
             ce = (option[Option.CE_WEIGHT] / n_ce * self.labelled()).unsqueeze(-1)
             smoothing, z_loss = option[Option.LABEL_SMOOTHING], option[Option.Z_LOSS_WEIGHT]

@@ -26,6 +26,7 @@ from fusedkd.integrations.cache_chat import IGNORE, conversations
 from fusedkd.integrations.cache_store import PACKED as COMPACT
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.offline import restarts
+from fusedkd.integrations.tokenizers import check_same_vocabulary
 
 if TYPE_CHECKING:
     from fusedkd.integrations.cache_teacher import Options
@@ -241,9 +242,20 @@ def features_of(data: datasets.Dataset, k: int, labels: bool, compact: bool) -> 
 
 
 def tokenizer_of(options: Options) -> Tokenizer:
-    more = {} if options.tokenizer else gguf(options)
-    found: Tokenizer = pretrained(AutoTokenizer, options.tokenizer or options.teacher, "the tokenizer", **more)
-    return found
+    """That of --tokenizer, which must give the teacher's ids to its tokens where the teacher comes with one; or its."""
+    if not options.tokenizer:
+        own: Tokenizer = pretrained(AutoTokenizer, options.teacher, "the tokenizer", **gguf(options))
+        return own
+    given: Tokenizer = pretrained(AutoTokenizer, options.tokenizer, "the tokenizer")
+    try:
+        own = AutoTokenizer.from_pretrained(options.teacher, **gguf(options))
+    except (OSError, ValueError, KeyError):
+        return given
+    try:
+        check_same_vocabulary(given, own)
+    except ValueError as error:
+        raise UsageError(f"--tokenizer is not the teacher's: {error}") from None
+    return given
 
 
 def gguf(options: Options) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.interrupt import Arguments, Interruptible, claim, is_finished
 from fusedkd.integrations.on_policy import OnPolicyTrainer
 from fusedkd.integrations.students import causal_model, spread_layers, student_of
+from fusedkd.integrations.tokenizers import check_same_vocabulary
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.teachers import TAILS
 
@@ -199,8 +200,11 @@ def models_of(options: ModelOptions) -> tuple[Any, Any, Tokenizer]:
         teacher, tokenizer = causal_model(options.teacher, "--teacher", "auto")
     if options.student:
         student, own = causal_model(options.student, "--student", options.dtype)
-        if tokenizer is not None and own.get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"--student {options.student} has another vocabulary than --teacher {options.teacher}")
+        if tokenizer is not None:
+            try:
+                check_same_vocabulary(own, tokenizer)
+            except ValueError as error:
+                raise UsageError(f"--student {options.student} has another vocabulary: {error}") from None
         tokenizer = own
     else:
         depth = teacher.config.get_text_config().num_hidden_layers

@@ -28,6 +28,7 @@ from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import Takes, listed
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.term_trainer import TermTrainer
+from fusedkd.integrations.tokenizers import check_teachers
 from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDTerms
 from fusedkd.teachers import TeacherHead, TeacherTopK
@@ -73,6 +74,9 @@ class DistillationTrainer(TermTrainer):
             that is saved.
         move_teacher: False leaves teachers on the devices on which they are. Their hidden states come to the student's
             device, to which their heads are copied once.
+        teacher_tokenizer: the teacher's, or a list or dict of several teachers': refused if it gives other ids to the
+            tokens of `processing_class` (:func:`fusedkd.integrations.tokenizers.check_same_vocabulary`), which no loss
+            sees where the vocabularies are of one size.
         args, data_collator, …: as for :class:`transformers.Trainer`. For an offline teacher the collator is wrapped in
             :class:`OfflineTeacherCollator`.
 
@@ -103,6 +107,7 @@ class DistillationTrainer(TermTrainer):
         kd: KDConfig | None = None,
         terms: Sequence[Term] = (),
         move_teacher: bool = True,
+        teacher_tokenizer: Any = None,
         **options: Any,
     ):
         self.kd = KDConfig() if kd is None else kd
@@ -110,6 +115,8 @@ class DistillationTrainer(TermTrainer):
         refusals.terms_given(terms, self.kd, teacher)
         self._start_terms(terms)
         super().__init__(model, args, data_collator, *more, **options)
+        if teacher_tokenizer is not None:
+            check_teachers(self.processing_class, teacher_tokenizer)
         self.offline = teacher is None and self.needs_teacher
         refusals.training_arguments(self)
         self.known_head: Head | None = None

@@ -144,7 +144,7 @@ def kd_loss(
         return_terms=return_terms,
         checked=check.readable(student) and shard is None,
         labels_read=first.rules.labels_read or any([part.rules.labels_read for part in parts]),
-        families=[part.rules.family for part in parts],
+        families=[part.family for part in parts],
         flags=flags,
     )
     if teacher_gradient and any([part.rules.kd and x.requires_grad for part, x in zip(parts, logits, strict=True)]):

@@ -142,7 +142,7 @@ def linear_kd_loss(
         if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
     given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
-    families = [part.rules.family for part in parts]
+    families = [part.family for part in parts]
     leaves: list[Tensor | None] = []
     if teacher_gradient:
         refuse_listed(asked)

@@ -186,6 +186,11 @@ class Prepared(NamedTuple):
     kd_mask: Tensor | None
     flags: Flags
 
+    @property
+    def family(self) -> Any:
+        """What the number of the kernel stands for: to be kept alive until backward."""
+        return self.rules.family if self.known.own is None else self.known.own
+
     def whole_teacher(self, rows: Tensor) -> WholeTeacher:
         """What the operator kd_loss is given of the teacher's rows ``(B, L, C)``."""
         known, rules = self.known, self.rules
@@ -245,6 +250,9 @@ def prepare(
     """
     family, options = rules.family, rules.options
     columns = student.shape[-1] if shard is None else shard.columns
+    if shard is not None and (isinstance(teacher, teachers.OtherVocabulary) or not family.same_columns):
+        what = family.name if not family.same_columns else type(teacher).__name__
+        raise ValueError(f"{what} is not available for a split vocabulary: gather the logits first")
     known = teachers.known(
         teacher, student, family, rules.coefficients, rules.temperatures, options["vocab_mismatch"], columns
     )
@@ -267,7 +275,7 @@ def prepare(
     else:
         check.class_indices(flat_labels)
         if rules.needs_labels:
-            common = known.columns if shard is None else columns
+            common = known.common if shard is None else columns
             mask = _with_label(mask, flat_labels, common, columns, options["ignore_index"])
     return Prepared(known=known, rules=rules, labels=flat_labels, kd_mask=mask, flags=flags)
 

@@ -1,0 +1,353 @@
+"""Two tokenizers: whether they are one, what they share, W, and the rows of two models that read one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
+
+from fusedkd import GOLD, ULD, TeacherHead, TeacherProjected, linear_kd_loss
+from fusedkd.integrations.tokenizers import (
+    Group,
+    PairedBatch,
+    align,
+    check_same_vocabulary,
+    paired,
+    projection,
+    shared_ids,
+)
+from fusedkd.integrations.transformers import DistillationTrainer
+
+TEXT = [line for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines() if len(line) > 40]
+STRANGE = "Naïve 日本 costs 10× less.  Isn't it?\tNo"
+
+
+def byte_level(size: int, lines: Sequence[str] = TEXT, eos: str = "<|endoftext|>") -> Any:
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[eos], initial_alphabet=alphabet, show_progress=False)
+    t.train_from_iterator(lines, trainer)
+    t.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos)
+
+
+def metaspace(size: int, lines: Sequence[str] = TEXT) -> Any:
+    t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    special = ["<unk>", "<s>", "</s>"]
+    t.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
+    t.add_tokens([f"<0x{byte:02X}>" for byte in (0x41, 0xE6, 0x97, 0xA5)])
+    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def word_piece(size: int, lines: Sequence[str] = TEXT) -> Any:
+    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    t.decoder = decoders.WordPiece(cleanup=False)
+    special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    t.train_from_iterator(
+        lines, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    )
+    t.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=t, **names)
+
+
+def words(vocabulary: Sequence[str]) -> Any:
+    t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def three() -> tuple[Any, Any, Any]:
+    return byte_level(400), metaspace(320), word_piece(330)
+
+
+# -------------------------------------------------- one vocabulary or two
+
+
+def test_same_size_with_other_ids_is_refused() -> None:
+    one, other = words(["[UNK]", "a", "b", "c", "d", "e"]), words(["[UNK]", "a", "c", "b", "e", "d"])
+    check_same_vocabulary(one, words(["[UNK]", "a", "b", "c", "d", "e"]))
+    check_same_vocabulary(one, words(["[UNK]", "a", "b", "c", "d", "e", "more"]))  # a longer one may be padded
+    message = (
+        "4 ids stand for other tokens: 2 is 'b' of the student, 'c' of the teacher, 3 is 'c' .*, 4 is .*, …; fused"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_same_vocabulary(one, other)
+    with pytest.raises(TypeError, match="a tokenizer of transformers is needed, not a str"):
+        check_same_vocabulary(one, "gpt2")
+
+
+def test_renamed_special_tokens_are_told(recwarn: pytest.WarningsRecorder) -> None:
+    check_same_vocabulary(byte_level(280), byte_level(280))
+    assert not [w for w in recwarn if "special" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"name special tokens differently: 0 is '<\|endoftext\|>' of the student"):
+        check_same_vocabulary(byte_level(280), byte_level(280, eos="<|im_end|>"))
+
+
+def test_the_trainer_refuses_another_tokenizer(tmp_path: Path) -> None:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 6}
+    student, teacher = GPT2LMHeadModel(GPT2Config(**sizes)), GPT2LMHeadModel(GPT2Config(**sizes))
+    one, other = words(["[UNK]", "a", "b", "c", "d", "e"]), words(["[UNK]", "a", "c", "b", "e", "d"])
+    options: dict[str, Any] = {"args": TrainingArguments(tmp_path, use_cpu=True, report_to=[])}
+    DistillationTrainer(student, teacher, processing_class=one, teacher_tokenizer=one, **options)
+    for given in (other, [one, other], {"a": one, "b": other}):
+        with pytest.raises(ValueError, match="4 ids stand for other tokens"):
+            DistillationTrainer(student, teacher, processing_class=one, teacher_tokenizer=given, **options)
+    with pytest.raises(ValueError, match="processing_class must be given"):
+        DistillationTrainer(student, teacher, teacher_tokenizer=other, **options)
+
+
+# -------------------------------------------------- shared tokens and W
+
+
+def test_shared_ids_are_tokens_of_one_text(three: tuple[Any, Any, Any]) -> None:
+    """A space before a word is a part of it, whatever marks it."""
+    of_byte, of_meta, of_piece = three
+    for student, teacher, marks in (
+        (of_byte, of_meta, ("Ġ", "▁")),
+        (of_byte, of_piece, ("Ġ", "")),
+        (of_meta, of_piece, ("▁", "")),
+    ):
+        ids, others = shared_ids(student, teacher)
+        assert len(ids) > 50
+        assert len(ids.unique()) == len(others.unique()) == len(ids)
+        pairs = dict(zip(student.convert_ids_to_tokens(ids), teacher.convert_ids_to_tokens(others), strict=True))
+        known = set(student.get_vocab()), set(teacher.get_vocab())
+        for word in ("teacher", "the", "loss"):
+            one, other = (mark + word for mark in marks)
+            if one in known[0] and other in known[1]:
+                assert pairs.pop(one) == other
+        joined = "##ing" if teacher is of_piece else "ing"
+        if "ing" in pairs:
+            assert pairs["ing"] == joined
+    pairs = dict(zip(*(x.tolist() for x in shared_ids(of_byte, of_meta)), strict=True))
+    assert pairs[of_byte.eos_token_id] == of_meta.eos_token_id
+    same = shared_ids(of_byte, of_byte)
+    assert torch.equal(*same)
+    assert len(same[0]) == len(of_byte)
+
+
+def test_a_token_twice_is_the_one_that_its_tokenizer_uses(three: tuple[Any, Any, Any]) -> None:
+    """Llama's <0x41> and A are both "A"."""
+    of_byte, of_meta, _ = three
+    pairs = dict(zip(*(x.tolist() for x in shared_ids(of_byte, of_meta)), strict=True))
+    if "A" in of_meta.get_vocab():
+        assert pairs[of_byte.convert_tokens_to_ids("A")] == of_meta.convert_tokens_to_ids("A")
+
+
+def test_projection(three: tuple[Any, Any, Any]) -> None:
+    """What the student has goes there; any other token to the first of the student's tokens for its text."""
+    of_byte, of_meta, _ = three
+    W = projection(of_meta, of_byte, columns=(330, 410))
+    assert (W.shape, W.dtype) == ((330, 410), torch.float64)
+    dense = W.to_dense()
+    ids, others = shared_ids(of_meta, of_byte)
+    assert (dense[ids, others] == 1).all()
+    mass = dense.sum(0)
+    assert ((mass == 0) | (mass == 1)).all()
+    spread = projection(of_meta, of_byte, decay=1.0).to_dense()
+    checked = 0
+    for token, t in of_byte.get_vocab().items():
+        text = of_byte.decode([t])
+        if t in others or t in of_byte.all_special_ids or "\ufffd" in text or not text.startswith(" "):
+            continue
+        pieces = of_meta.encode(text[1:], add_special_tokens=False)  # which puts a space before it
+        if of_meta.unk_token_id in pieces:
+            continue
+        assert dense[pieces[0], t] == 1, token
+        assert spread[:, t].nonzero().flatten().tolist() == sorted(set(pieces))
+        checked += 1
+    assert checked > 2
+    torch.testing.assert_close(projection(of_byte, of_byte).to_dense(), torch.eye(400, dtype=torch.float64))
+    with pytest.raises(ValueError, match="columns must hold the ids up to"):
+        projection(of_meta, of_byte, columns=(10, 10))
+    with pytest.raises(ValueError, match="decay must be at least 0 and at most 1"):
+        projection(of_meta, of_byte, decay=2)
+
+
+def test_words_without_a_tokenization_go_nowhere() -> None:
+    student, teacher = words(["[UNK]", "a", "."]), words(["[UNK]", "a", "strange", "."])
+    W = projection(student, teacher).to_dense()
+    assert W.nonzero().tolist() == [[0, 0], [1, 1], [2, 3]]
+
+
+# -------------------------------------------------- alignment
+
+
+def test_align_finds_the_smallest_groups() -> None:
+    def spans(*ends: int | None) -> list[tuple[int, int] | None]:
+        return [None if end is None else (0, end) for end in ends]
+
+    assert align(spans(2, 5, 7), spans(2, 3, 5, 7)) == [
+        Group(range(0, 1), range(0, 1)),
+        Group(range(1, 2), range(1, 3)),
+        Group(range(2, 3), range(3, 4)),
+    ]
+    special = align(spans(None, 2, 4, 6, None), spans(3, 4, 6))
+    assert special == [Group(range(1, 3), range(0, 2)), Group(range(3, 4), range(2, 3))]
+    characters = align(spans(1, 1, 1, 2), spans(1, 2))  # three bytes of one character
+    assert characters == [Group(range(0, 3), range(0, 1)), Group(range(3, 4), range(1, 2))]
+    assert align(spans(2, 4), spans(3)) == []
+    assert align([], spans(3)) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 2), (2, 1), (1, 1)])
+def test_rows_have_read_the_same_text(three: tuple[Any, Any, Any], order: tuple[int, int]) -> None:
+    """Of each pair of rows; and without a pair no row of the student has one that ends where it does."""
+    student, teacher = (three[i] for i in order)
+    texts = [TEXT[0], STRANGE, "", TEXT[3]]
+    batch = paired(texts, student, teacher)
+    width = batch.teacher["input_ids"].shape[1]
+    found = 0
+    for b, text in enumerate(texts):
+        ends = []
+        for tokenizer in (student, teacher):
+            encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+            offsets = zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+            ends.append([0 if special else end for (_, end), special in offsets])
+        for i, row in enumerate(batch.rows[b].tolist()):
+            if row < 0:
+                continue
+            assert row // width == b
+            assert ends[0][i] == ends[1][row % width]
+            assert batch.student["attention_mask"][b, i] == batch.teacher["attention_mask"][b, row % width] == 1
+            found += 1
+    assert found > 0.5 * sum(len(student(text)["input_ids"]) for text in texts) - 8
+    if order == (1, 1):
+        assert torch.equal(
+            batch.rows, torch.arange(batch.rows.numel()).view_as(batch.rows).masked_fill(~batch.mask, -1)
+        )
+        last = batch.student["attention_mask"].sum(1) - 2  # which predicts the end
+        assert batch.mask[0, last[0]]
+        assert not batch.mask[:, -1].any()
+
+
+def test_masked_models_and_cut_texts(three: tuple[Any, Any, Any]) -> None:
+    """Rows of tokens that are one on both sides; what one side does not see has no row."""
+    of_byte, _, of_piece = three
+    batch = paired(TEXT[:2], of_piece, of_byte, causal=False)
+    width, ids = batch.teacher["input_ids"].shape[1], batch.teacher["input_ids"].flatten()
+    for b, i in batch.mask.nonzero().tolist():
+        one = of_piece.convert_ids_to_tokens(int(batch.student["input_ids"][b, i])).removeprefix("##")
+        other = of_byte.decode([int(ids[batch.rows[b, i]])]).strip()
+        assert one == other.lower()
+        assert batch.rows[b, i] // width == b
+    short = paired(TEXT[:2], of_piece, of_byte, max_length=12)
+    assert short.student["input_ids"].shape[1] == short.teacher["input_ids"].shape[1] == 12
+    assert short.mask.any()
+    slow = type("Slow", (), {"get_vocab": dict})()
+    with pytest.raises(TypeError, match="the teacher's tokenizer must be a fast one"):
+        paired(TEXT[:1], of_piece, slow)
+
+
+# -------------------------------------------------- learning
+
+
+class Bigram(nn.Module):
+    """Hidden states of a token, and a head that makes of them the logits of the next one."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocabulary, 16), nn.Linear(16, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)  # type: ignore[no-any-return]
+
+    def cross_entropy(self, side: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Of the next tokens, at all rows or some."""
+        labels = side["input_ids"].masked_fill(side["attention_mask"] == 0, -100)[:, 1:]
+        if mask is not None:
+            labels = labels.masked_fill(~mask[:, :-1], -100)
+        logits = self.head(self(side["input_ids"]))[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def learn(step: Any, model: nn.Module, steps: int) -> list[float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = step()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture
+def lesson(three: tuple[Any, Any, Any]) -> Lesson:
+    torch.manual_seed(0)
+    lines = [line[:60] for line in TEXT]
+    batches = [paired(each, three[1], three[0]) for each in (lines[1::4] + lines[2::4], lines[::4])]
+    teacher = Bigram(len(three[0]))
+    learn(lambda: teacher.cross_entropy(batches[0].teacher), teacher, 30)
+    return Lesson(teacher.requires_grad_(False), Bigram(len(three[1])), *batches)
+
+
+class Lesson(NamedTuple):
+    teacher: Bigram
+    student: Bigram
+    seen: PairedBatch
+    unseen: PairedBatch
+
+    def of(self, batch: PairedBatch) -> TeacherHead:
+        states = self.teacher(batch.teacher["input_ids"])
+        return TeacherHead(batch.teacher_rows(states), self.teacher.head.weight)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_student_learns_from_a_teacher_of_another_tokenizer(three: Any, lesson: Lesson, shift: int) -> None:
+    """By W it comes close to it on other text, and predicts the text without a label; with rows one off it does not."""
+    weight, student, seen, unseen = projection(three[1], three[0]), lesson.student, lesson.seen, lesson.unseen
+
+    @torch.no_grad()
+    def found() -> tuple[float, float]:
+        hidden, given = student(unseen.student["input_ids"]), TeacherProjected(lesson.of(unseen), weight)
+        kl = linear_kd_loss(hidden, student.head.weight, given, kd_mask=unseen.mask)
+        return kl.item(), student.cross_entropy(seen.student, seen.mask).item()
+
+    def step() -> Tensor:
+        return linear_kd_loss(student(seen.student["input_ids"]), student.head.weight, given, kd_mask=seen.mask)
+
+    last = seen.teacher["input_ids"].numel() - 1
+    rows = torch.where(seen.mask, (seen.rows + shift).clamp(max=last), -1)
+    given = TeacherProjected(lesson.of(seen._replace(rows=rows)), weight)
+    before, losses, after = found(), learn(step, student, 40), found()
+    assert losses[-1] < 0.5 * losses[0]
+    right = shift == 0
+    assert (after[0] < 0.5 * before[0]) == right
+    assert (after[1] < 0.75 * before[1]) == right
+
+
+def test_sorted_probabilities_and_shared_ids_teach(three: Any, lesson: Lesson) -> None:
+    """Of ULD and GOLD, from a teacher's head."""
+    batch, start = lesson.unseen, {name: x.clone() for name, x in lesson.student.state_dict().items()}
+    student, given = lesson.student, lesson.of(batch)
+    for divergence in (ULD(), GOLD(*shared_ids(three[1], three[0]))):
+        student.load_state_dict(start)
+
+        def step(divergence: Any = divergence) -> Tensor:
+            hidden = student(batch.student["input_ids"])
+            return linear_kd_loss(hidden, student.head.weight, given, kd_mask=batch.mask, divergence=divergence)
+
+        losses = learn(step, student, 8)
+        assert losses[-1] < 0.85 * losses[0]
