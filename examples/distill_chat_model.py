@@ -44,7 +44,9 @@ def made_here(folder: Path) -> list[str]:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=4, bos_token_id=None, **shape)
     teacher = LlamaForCausalLM(config)
-    batch = tokenizer([tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats], return_tensors="pt", padding=True)
+    batch = tokenizer(
+        [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats], return_tensors="pt", padding=True
+    )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
     for _ in range(60):
@@ -80,6 +82,8 @@ else:
 if not options[0].lora_rank:
     tokenizer, student = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     question = "which colour is snow ?"
-    prompt = tokenizer.apply_chat_template(conversation(question, "")[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        conversation(question, "")[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = student.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     print(f"{question} {tokenizer.decode(answer, skip_special_tokens=True)}")

@@ -101,7 +101,9 @@ def means(trainer: Any, sums: Mapping[str, float]) -> dict[str, float]:
     }
     if sums["rows 1"]:
         ce = sums["ce"] / sums["rows 1"]
-        result |= {"ce": ce, "perplexity": float(torch.tensor(ce, dtype=torch.float64).exp())}
+        result["ce"] = ce
+        if not trainer.head.kind.classes:
+            result["perplexity"] = float(torch.tensor(ce, dtype=torch.float64).exp())
     kl = "kl_top_k" if trainer.offline else "kl"
     if sums["rows 0"] and (trainer.offline or trainer.teacher is not None):
         result[kl] = sums["kl"] / sums["rows 0"]

@@ -1,32 +1,29 @@
 """What lies between a language model's last hidden state and its logits, found by asking the model.
 
-    logits = c·tanh(s·(W·x + b) / c)
+    logits = c·tanh(s·(W·x + b) / c)    or    s·(W·x + b) + f
 
 The model's own forward runs, but its map onto the vocabulary is replaced by one that keeps its input x, so that
-whatever comes before it (a masked LM's dense layer, activation and norm) needs no table. What comes after it is
-measured once: on a few tokens the map returns numbers made up for the purpose, and the logits that the model makes of
-them must be what one of the scales s and soft-caps c that its configuration names makes of them. The small logits of a
-new model would not betray a soft-cap, nor zeros a bias; so the numbers span ±60, and no parameter may have a part in
-what follows them.
+whatever comes before it (a masked LM's dense layer, activation and norm; the factor of T5's decoder) needs no table.
+What comes after it is measured once: on a few tokens the map returns numbers made up for the purpose, and the logits
+that the model makes of them must be what one of the scales s and soft-caps c that its configuration names makes of
+them. The small logits of a new model would not betray a soft-cap, nor zeros a bias; so the numbers span ±60, and no
+parameter may have a part in what follows them. A buffer f may be added (BART's and Marian's final_logits_bias): every
+buffer with a number for each column holds made-up numbers meanwhile.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from fusedkd.checks import FLOATING
+from fusedkd.integrations.kinds import Kind, kind_of
 
 SCALES = (
     ("logit_scale", 1),  # Cohere
@@ -39,20 +36,35 @@ SCALES = (
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Gemma's name for it, RecurrentGemma's, xLSTM's."""
 PROBE = 60.0
+Place: TypeAlias = tuple[nn.Module, str]
+"""Of a buffer: its module, and its name there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The end of a causal or masked LM: its linear map, and what its class does with the product.
+    """The end of a language model: its linear map, and what its class does with the product.
 
-    `causal`: position i predicts the token at i + 1. `softcap`, `scale`: as for :class:`fusedkd.TeacherHead`.
+    `softcap`, `scale`: as for :class:`fusedkd.TeacherHead`. `added`: where the buffer f is.
     """
 
     model: str
     linear: nn.Linear
-    causal: bool
+    kind: Kind
     softcap: float | None
     scale: float | None
+    added: Place | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.kind.causal
+
+    @property
+    def columns(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
@@ -68,9 +80,8 @@ class Head:
         name = type(whole).__name__
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
             raise ValueError(f"{name} has a prompt-learning adapter, whose virtual tokens have no row at the teacher")
-        causal, linear = checked(whole)
-        softcap, scale = _measure(model, linear, name, whole.config.get_text_config())
-        return cls(name, linear, causal, softcap, scale)
+        kind, linear = kind_of(whole), checked(whole)
+        return cls(name, linear, kind, *_measure(model, linear, kind))
 
     @classmethod
     def current(cls, known: Head | None, model: nn.Module) -> Head:
@@ -91,15 +102,21 @@ class Head:
             seen.append(hidden)
             return project(hidden) if with_logits else hidden.detach()[..., :0]
 
-        with replaced_forward(self.linear, keep):
+        added = {} if self.added is None or with_logits else {self.added: getattr(*self.added)[..., :0]}
+        with replaced_forward(self.linear, keep), replaced_buffers(added):
             outputs = forward(**inputs)
-        if len(seen) != 1 or seen[0].shape[:-1] != inputs["input_ids"].shape:
-            raise RuntimeError(f"{self.model} did not call its output head once, with a row for each token")
+        if len(seen) != 1 or seen[0].shape[:-1] != inputs[self.kind.tokens].shape:
+            raise RuntimeError(
+                f"{self.model} did not call its output head once, with a row for each token of {self.kind.tokens}"
+            )
         return seen[0], outputs
 
     def parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias, whole; under FSDP to be called inside the wrapped forward."""
         weight, bias = (self._whole(x) for x in (self.linear.weight, self.linear.bias))
+        if self.added is not None:
+            added = getattr(*self.added).view(-1) / (self.scale or 1.0)
+            bias = added if bias is None else bias + added
         return weight, bias
 
     def _whole(self, parameter: Any) -> Any:
@@ -127,6 +144,19 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own  # type: ignore[method-assign]
 
 
+@contextmanager
+def replaced_buffers(others: Mapping[Place, Tensor]) -> Iterator[None]:
+    """Within, these buffers are others."""
+    own = {place: getattr(*place) for place in others}
+    try:
+        for place, other in others.items():
+            setattr(*place, other)
+        yield
+    finally:
+        for place, buffer in own.items():
+            setattr(*place, buffer)
+
+
 def base_model(model: nn.Module) -> Any:
     """The model of transformers that a PEFT model is built around, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -136,9 +166,9 @@ def output_head(whole: Any) -> Any:
     return whole.get_output_embeddings() if hasattr(whole, "get_output_embeddings") else None
 
 
-def checked(whole: Any) -> tuple[bool, nn.Linear]:
-    """Whether the model is causal, and its output head, which must be a table of numbers to multiply with."""
-    causal, linear, name = _is_causal(whole), output_head(whole), type(whole).__name__
+def checked(whole: Any) -> nn.Linear:
+    """The output head of a language model, which must be a table of numbers to multiply with."""
+    linear, name = output_head(whole), type(whole).__name__
     head = f"the output head of {name}"
     if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save"):
         raise ValueError(f"{name} has an adapter on its output head: leave it out of target_modules")
@@ -153,24 +183,13 @@ def checked(whole: Any) -> tuple[bool, nn.Linear]:
         if not plain or parameter.dtype not in FLOATING:
             kind = parameter.dtype if plain else type(parameter).__name__
             raise ValueError(f"{head} must be plain floating-point numbers, not {kind}: keep it unquantized")
-    return causal, linear
+    return linear
 
 
-def _is_causal(model: Any) -> bool:
-    name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder–decoder: the model must be a causal or a masked language model")
-    causal_names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    for ancestor in (kind.__name__ for kind in type(model).__mro__):  # the nearest that is known decides
-        causal = ancestor in causal_names or ancestor.endswith("ForCausalLM")
-        masked = ancestor in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or ancestor.endswith("ForMaskedLM")
-        if causal != masked:
-            return causal
-    raise ValueError(f"{name} is not known to be a causal or a masked language model")
-
-
-def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[float | None, float | None]:
-    """The soft-cap and scale with which the model turns the output of `linear` into its logits."""
+def _measure(model: Any, linear: nn.Linear, kind: Kind) -> tuple[float | None, float | None, Place | None]:
+    """Soft-cap, scale and buffer with which the model turns the output of `linear` into its logits."""
+    whole = base_model(model)
+    name, config = type(whole).__name__, whole.config.get_text_config()
     given: list[Tensor] = []
     trained: list[Tensor] = []
 
@@ -183,37 +202,53 @@ def _measure(model: Any, linear: nn.Linear, name: str, config: Any) -> tuple[flo
 
     training = model.training
     tokens = torch.arange(4, device=linear.weight.device)[None]
+    inputs = dict.fromkeys({"input_ids", kind.tokens}, tokens)
+    buffers = _made_up(model, linear.weight.shape[0])
     try:
-        with replaced_forward(linear, project), torch.enable_grad():
-            logits = model.eval()(input_ids=tokens).logits
+        with replaced_forward(linear, project), replaced_buffers(buffers), torch.enable_grad():
+            logits = model.eval()(**inputs).logits
     except Exception as failure:
-        raise ValueError(f"{name} cannot be run with input_ids alone to see what it does to its logits") from failure
+        alone = " and ".join(sorted(inputs, reverse=True))
+        raise ValueError(f"{name} cannot be run with {alone} alone to see what it does to its logits") from failure
     finally:
         model.train(training)
     names = sorted({scale for scale, _ in SCALES} | set(SOFTCAPS))
     refusal = ValueError(
         f"{name} does something to its logits that is not known here: its forward must return W·x + b of its output "
-        f"head, at most under a scale or soft-cap that its configuration names ({', '.join(names)}). fusedkd.kd_loss "
-        "distils from logits"
+        f"head, at most under a scale or soft-cap that its configuration names ({', '.join(names)}), or with a buffer "
+        "added. fusedkd.kd_loss distils from logits"
     )
     if len(given) != 1 or logits.shape != given[0].shape or logits.shape[1] != tokens.shape[1]:
         raise refusal
     with torch.enable_grad():
         total = logits.sum()
-    if any(g is not None for g in torch.autograd.grad(total, [given[0], *trained], allow_unused=True)[1:]):
+    read = torch.autograd.grad(total, [given[0], *buffers.values(), *trained], allow_unused=True)[1:]
+    used = [place for place, gradient in zip(buffers, read, strict=False) if gradient is not None]
+    if len(used) > 1 or any(gradient is not None for gradient in read[len(buffers) :]):
         raise refusal
     tolerance = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
     z, logits = given[0].detach().double(), logits.detach().double()
+    added = buffers[used[0]].detach().double().view(-1) if used else torch.zeros_like(z[0, 0])
     best, error = None, torch.inf
-    for softcap, scale in itertools.product(_softcaps(config), _scales(config)):
+    for softcap, scale in itertools.product([None] if used else _softcaps(config), _scales(config)):
         expected = z * (scale or 1.0)
-        expected = expected if softcap is None else softcap * torch.tanh(expected / softcap)
+        expected = added + (expected if softcap is None else softcap * torch.tanh(expected / softcap))
         distance = float((logits - expected).norm() / expected.norm())
         if distance < error:
             best, error = (softcap, scale), distance
     if best is None or error > tolerance:
         raise refusal
-    return best
+    return *best, (used[0] if used else None)
+
+
+def _made_up(model: nn.Module, columns: int) -> dict[Place, Tensor]:
+    """In the place of the buffers of so many numbers, others, of which a gradient is wanted."""
+    return {
+        (module, name): torch.linspace(PROBE, -PROBE / 2, columns).to(buffer).view(buffer.shape).requires_grad_()
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.numel() == columns and buffer.is_floating_point()
+    }
 
 
 def _scales(config: Any) -> list[float | None]:

@@ -59,6 +59,11 @@ def of_attention(
     """
     sides = student, teacher
     for side in sides:
+        if side.decodes:
+            raise ValueError(
+                f"the term {name!r} knows no attention of an encoder–decoder, which {side.name} is: compare hidden "
+                "states"
+            )
         if not side.heads:
             raise ValueError(
                 f"{side.name} shows no queries and keys: it does not call the attention functions of transformers, "

@@ -32,6 +32,8 @@ class OfflineTeacherCollator:
     ``attention_mask``: it is taken out; labels at padding, and ids before it, become −100 and −1.
 
     Args:
+        base_collator: of the other columns.
+        of: the column to whose tokens those of the teacher belong: of an encoder–decoder "labels".
         logprobs_temperature: that of the loss's ``TeacherTopK``, which the compact column must have been taken at.
             None: not compared.
 
@@ -40,8 +42,13 @@ class OfflineTeacherCollator:
             batch does not hold the examples' tokens, and where a compact column is damaged or of another temperature.
     """
 
-    def __init__(self, base_collator: Callable[[list[Any]], Batch], logprobs_temperature: float | None = None):
-        self.base_collator = base_collator
+    def __init__(
+        self,
+        base_collator: Callable[[list[Any]], Batch],
+        of: str = "input_ids",
+        logprobs_temperature: float | None = None,
+    ):
+        self.base_collator, self.of = base_collator, of
         self.logprobs_temperature = logprobs_temperature
 
     def __call__(self, examples: list[Any]) -> Batch:
@@ -51,12 +58,12 @@ class OfflineTeacherCollator:
             return self.base_collator(examples)
         ours = (*COLUMNS, "position_ids")
         rest = [{name: value for name, value in example.items() if name not in ours} for example in examples]
-        tokens = [torch.as_tensor(example["input_ids"]) for example in rest]
+        tokens = [torch.as_tensor(example[self.of]) for example in rest]
         teacher = [_columns(examples[i], f"example {i} of the batch", len(ids)) for i, ids in enumerate(tokens)]
         batch = self.base_collator(rest)
-        places = _places(batch, rest, tokens)
+        places = _places(batch, rest, tokens, self.of)
         for name, rows, padding in zip(COLUMNS, zip(*teacher, strict=True), PADDING, strict=True):
-            batch[name] = _placed(rows, places, batch["input_ids"].shape, padding)
+            batch[name] = _placed(rows, places, batch[self.of].shape, padding)
         if "position_ids" in examples[0]:
             _add_positions(batch, [_positions(examples[i], i, len(ids)) for i, ids in enumerate(tokens)], places)
         return batch
@@ -107,9 +114,9 @@ def _positions(example: Batch, index: int, tokens: int) -> Tensor:
     return found
 
 
-def _places(batch: Batch, examples: list[Any], tokens: list[Tensor]) -> list[tuple[int, int]]:
+def _places(batch: Batch, examples: list[Any], tokens: list[Tensor], of: str) -> list[tuple[int, int]]:
     """Row and column of the batch where the tokens of each example begin."""
-    ids, lengths = batch["input_ids"], [len(own) for own in tokens]
+    ids, lengths = batch[of], [len(own) for own in tokens]
     rows, length = ids.shape
     if rows == 1 and length == sum(lengths):
         sides = [[(0, sum(lengths[:i])) for i in range(len(lengths))]]
@@ -120,7 +127,7 @@ def _places(batch: Batch, examples: list[Any], tokens: list[Tensor]) -> list[tup
             f"the collator made {rows} rows of {length} tokens out of {len(examples)} examples of up to "
             f"{max(lengths)}: where the teacher's columns belong cannot be told"
         )
-    mask = batch.get("attention_mask")
+    mask = batch.get("attention_mask") if of == "input_ids" else None
     mask = mask != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else None
 
     def agreement(places: list[tuple[int, int]]) -> tuple[int, int]:
@@ -139,7 +146,7 @@ def _places(batch: Batch, examples: list[Any], tokens: list[Tensor]) -> list[tup
     best = max(range(len(sides)), key=lambda side: sum(found[side]))
     if 2 * found[best][0] < sum(lengths):  # fewer than masking leaves
         raise ValueError(
-            "the collator's input_ids are not the examples': where the teacher's columns belong cannot be told"
+            f"the collator's {of} are not the examples': where the teacher's columns belong cannot be told"
         )
     return sides[best]
 

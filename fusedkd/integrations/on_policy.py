@@ -118,7 +118,7 @@ class OnPolicyTrainer(DistillationTrainer):
         if data_collator is None and PROMPT in (refusals.known_columns(data) or ()):
             data_collator = PromptCollator(options.get("processing_class"))
         super().__init__(model, None if self.served else teacher, args, data_collator, *more, kd=kd, **options)
-        if not self.head.causal:
+        if not self.head.kind.causal:
             raise ValueError(f"{type(self.student).__name__} is a masked language model, which does not write text")
         self.generation = rollouts.completed(generation, self.student, self.processing_class)
         self._start_writing()

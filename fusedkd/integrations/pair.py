@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from fusedkd.integrations.states import States
-from fusedkd.losses.options import KDTerms
-from fusedkd.teachers import TeacherHead, TeacherTopK
+from fusedkd.losses.kd import kd_loss
+from fusedkd.losses.linear_kd import linear_kd_loss
+from fusedkd.losses.options import DEFAULTS, KDTerms
+from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherTopK
+
+Single: TypeAlias = TeacherHead | TeacherLogits
 
 
 class Group(NamedTuple):
@@ -18,7 +22,7 @@ class Group(NamedTuple):
 
     rows: Tensor
     """Their indices, ``(B',)``, in order."""
-    teacher: TeacherHead | None
+    teacher: Single | None
 
 
 class Routed(NamedTuple):
@@ -28,7 +32,7 @@ class Routed(NamedTuple):
     routes: Tensor
 
 
-Form: TypeAlias = TeacherHead | list[TeacherHead] | Routed
+Form: TypeAlias = Single | list[Single] | Routed
 """Of the teachers of a batch: one, several for every row, or one for each."""
 
 
@@ -43,17 +47,18 @@ def part(batch: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 class Pair(NamedTuple):
-    """Student and teacher on one batch ``(B, L)``, at the ends of their backbones."""
+    """Student and teacher on one batch ``(B, L)`` of rows, at the ends of their backbones."""
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
+    """None: of a classifier, whose logits stand in the place of hidden states."""
     bias: Tensor | None
     teacher: Form | TeacherTopK | None
     labels: Tensor | None
     masks: list[Tensor]
     """The rows that :meth:`DistillationTrainer.masks` names."""
     attended: Tensor
-    """The tokens that are no padding, ``(B, L)``."""
+    """The tokens that are no padding, ``(B, L)``; where sequences are rows, those of the sequences."""
     states: States | None = None
     teacher_states: States | None = None
     """Where a term compares them, of one teacher for all rows."""
@@ -70,6 +75,28 @@ class Pair(NamedTuple):
             masks=[mask[rows] for mask in self.masks],
             attended=self.attended[rows],
         )
+
+
+def compared(pair: Pair, softcap: float | None, scale: float | None, options: dict[str, Any]) -> tuple[Tensor, KDTerms]:
+    """`linear_kd_loss` of the pair, of classifiers `kd_loss`, under the soft-cap and scale of the student's logits."""
+    teacher: Any = pair.teacher
+    unread = pair.hidden.detach()
+    if pair.weight is None:
+        of_logits: Any = {name: value for name, value in options.items() if name in DEFAULTS}
+        teacher = teacher or unread
+        return kd_loss(pair.hidden, teacher, pair.labels, kd_mask=pair.masks[0], return_terms=True, **of_logits)
+    return linear_kd_loss(  # type: ignore[no-any-return]
+        pair.hidden,
+        pair.weight,
+        teacher or TeacherHead(unread, pair.weight.detach()),
+        pair.labels,
+        student_bias=pair.bias,
+        kd_mask=pair.masks[0],
+        logit_softcap=softcap,
+        logit_scale=scale,
+        return_terms=True,
+        **options,
+    )
 
 
 def joined(

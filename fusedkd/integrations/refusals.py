@@ -14,9 +14,12 @@ from fusedkd import checks as check
 from fusedkd.divergences import resolve
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.kinds import Kind
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator, restarts
 from fusedkd.integrations.routed import is_none
 from fusedkd.integrations.sharded import units
+from fusedkd.integrations.takes import MEDIA, Takes
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.terms import LogitsTerm
 from fusedkd.losses.linear_kd import checked_linear_options
@@ -181,6 +184,15 @@ def _memory(parameter: Tensor) -> Any:
     return (parameter.device, parameter.data_ptr()) if plain else id(parameter)
 
 
+def no_columns(kind: Kind) -> None:
+    """Offline teachers, of which a data set has a row for each token."""
+    if kind.pooled:
+        raise ValueError(
+            f"teacher is None, but {kind.noun} needs a teacher model: columns of a data set are of tokens; pass "
+            "teacher=, or kd=KDConfig(kd_weight=0)"
+        )
+
+
 def offline_data(kd: KDConfig, data: Any, collator: Any) -> None:
     """Training data that is known to be without the columns of an offline teacher, and options that such a teacher
     cannot serve.
@@ -218,14 +230,14 @@ def known_columns(data: Any) -> list[str] | None:
     return getattr(data, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
 
 
-def batch(inputs: Mapping[str, Any]) -> None:
+def batch(inputs: Mapping[str, Any], student: Any) -> None:
     """A batch that is not text by its tokens, or has one of the teacher's columns without the other."""
     if inputs.get("input_ids") is None:
         other = " instead of inputs_embeds, which mean nothing to a teacher" if "inputs_embeds" in inputs else ""
         raise ValueError(f"the batch must have input_ids{other}, but it has {', '.join(inputs)}")
     for name in inputs:
-        if name.startswith(("pixel_values", "input_features")):
-            raise ValueError(f"the batch has {name}: text alone is supported, by its input_ids")
+        if name.startswith(MEDIA) and name not in Takes(student):
+            raise ValueError(f"the batch has {name}, which {type(base_model(student)).__name__} does not take")
     if sum(name in inputs for name in COLUMNS) == 1:
         raise ValueError(f"the batch must have both or none of the columns {' and '.join(COLUMNS)}")
 
@@ -310,6 +322,9 @@ def constant(name: str, loss: Tensor) -> None:
 
 def attention_batch(inputs: Mapping[str, Any]) -> None:
     """A batch of which attention maps are not those of one text per row."""
+    for name in inputs:
+        if name.startswith(MEDIA):
+            raise ValueError(f"an AttentionTerm knows the attention of text alone, but the batch has {name}")
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() != 2:
         raise ValueError(f"an AttentionTerm needs an attention_mask (B, L), not {tuple(mask.shape)}")
@@ -332,6 +347,6 @@ def unknown_ids(ids: Tensor, unknown: Tensor, name: str, vocabulary: int) -> Non
     """On a CPU: on a GPU it would wait for the device, and what is unknown shows as a NaN instead."""
     if ids.is_cpu and unknown.any():
         raise ValueError(
-            f"{name} must be below {vocabulary}, the size of the {'teacher' if name == 'input_ids' else 'student'}'s "
+            f"{name} must be below {vocabulary}, the size of the {'student' if name == COLUMNS[0] else 'teacher'}'s "
             f"vocabulary, but one is {ids[unknown][0].item()}"
         )

@@ -10,25 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.kinds import Kind
 from fusedkd.integrations.pair import Form, Group, Routed, part
 from fusedkd.integrations.routed import NONE
 from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import TeacherModel, load
 
 
-def loaded(teacher: Any, causal: bool, student: Any) -> Any:
+def loaded(teacher: Any, kind: Kind, student: Any) -> Any:
     """`teacher` with models in the place of names and folders, and of "base"."""
     if isinstance(teacher, Mapping):
-        return {key: loaded(each, causal, student) for key, each in teacher.items()}
+        return {key: loaded(each, kind, student) for key, each in teacher.items()}
     if isinstance(teacher, list | tuple):
-        return [loaded(each, causal, student) for each in teacher]
+        return [loaded(each, kind, student) for each in teacher]
     if teacher == "base":
         if base_model(student) is student:
             raise ValueError(
                 f"teacher='base' is a PEFT model with its adapters off, but the student is a {type(student).__name__}"
             )
         return base_model(student)
-    return load(teacher, causal) if isinstance(teacher, str | Path) else teacher
+    return load(teacher, kind) if isinstance(teacher, str | Path) else teacher
 
 
 class Teachers:
@@ -36,13 +37,13 @@ class Teachers:
 
     Args:
         given: a model, a list of models (all of them teach every row) or a dict of them (one for each row).
-        student, causal, device: as for :class:`TeacherModel`.
+        student, kind, device: as for :class:`TeacherModel`.
     """
 
-    def __init__(self, given: Any, student: nn.Module, causal: bool, device: torch.device | None):
+    def __init__(self, given: Any, student: nn.Module, kind: Kind, device: torch.device | None):
         self.routed, self.listed = isinstance(given, Mapping), isinstance(given, list)
         named = given if self.routed else dict(enumerate(given if self.listed else [given]))
-        once = {id(model): TeacherModel(model, student, causal, device) for model in named.values()}
+        once = {id(model): TeacherModel(model, student, kind, device) for model in named.values()}
         self.models = {key: once[id(model)] for key, model in named.items()}
         self.distinct = list(once.values())
         """A model that stands under two keys runs once."""

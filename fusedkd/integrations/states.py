@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.takes import Takes
 
 OFFSET = 30.0
 """Of the scores on which a soft-cap would show; a softmax does not see it."""
@@ -65,23 +66,34 @@ class Recorder:
     Args:
         model: of transformers, or a PEFT model around one.
         causal: whether a token sees no later one.
+
+    An encoder–decoder's hidden states are the decoder's, and of its attention nothing is kept.
     """
 
     def __init__(self, model: nn.Module, causal: bool):
-        self.name = type(base_model(model)).__name__
+        whole = base_model(model)
+        self.name = type(whole).__name__
         self.hidden, self.layers = False, frozenset[int]()
         """What is asked for: hidden states, and the attention layers."""
         calls: list[_Call] = []
-        embeddings = base_model(model).get_input_embeddings().weight
+        embeddings = whole.get_input_embeddings().weight
         tokens = torch.arange(4, device=None if embeddings.is_meta else embeddings.device)[None]
         training = [module for module in model.modules() if module.training]
+        decodes = getattr(whole.config, "is_encoder_decoder", False)
+        self.decodes = decodes and "decoder_input_ids" in Takes(model).names
+        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if self.decodes else {})
+
+        def measure(*call: Any) -> None:
+            if not self.decodes:
+                calls.append(_measured(causal, *call))
+
         try:
-            with torch.no_grad(), _attention_calls(lambda *call: calls.append(_measured(causal, *call))):
-                outputs = model.eval()(input_ids=tokens, output_hidden_states=True)
+            with torch.no_grad(), _attention_calls(measure):
+                outputs = model.eval()(**inputs, output_hidden_states=True)
         finally:
             for module in training:
                 module.training = True
-        self.widths = [h.shape[-1] for h in getattr(outputs, "hidden_states", None) or ()]
+        self.widths = [h.shape[-1] for h in _hidden(outputs)]
         """Of `hidden_states`."""
         self.heads = [call.heads for call in calls]
         """Of each attention layer the heads, those of keys and values, and the columns of each."""
@@ -103,7 +115,7 @@ class Recorder:
         def states(outputs: Any) -> States:
             if self.layers and count != len(self.heads):
                 raise RuntimeError(f"{self.name} has {len(self.heads)} attention layers, but {count} of them ran")
-            return States(tuple(outputs.hidden_states) if self.hidden else (), seen)
+            return States(_hidden(outputs) if self.hidden else (), seen)
 
         if not self.layers:
             yield states
@@ -137,6 +149,11 @@ def _attention_calls(keep: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         del interface.get_interface
+
+
+def _hidden(outputs: Any) -> tuple[Tensor, ...]:
+    """Of the layers that a decoder has, if there is one."""
+    return tuple(getattr(outputs, "hidden_states", None) or getattr(outputs, "decoder_hidden_states", None) or ())
 
 
 class _Call(NamedTuple):

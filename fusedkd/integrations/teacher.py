@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fusedkd import checks as check
 from fusedkd.integrations import refusals
+from fusedkd.integrations.classes import End, current_end, refuse_others
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, base_model, checked
+from fusedkd.integrations.kinds import Kind, kind_of
+from fusedkd.integrations.kinds import attended as attended_tokens
 from fusedkd.integrations.offline import COLUMNS
+from fusedkd.integrations.pair import Single
 from fusedkd.integrations.sharded import Shares, is_sharded
 from fusedkd.integrations.states import Recorder, States
-from fusedkd.teachers import TeacherHead, TeacherTopK
+from fusedkd.integrations.takes import Takes
+from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherTopK
 
 
 class TeacherModel:
@@ -28,17 +31,17 @@ class TeacherModel:
         model: the teacher. The very model around which the student, a PEFT model, is built: the student's own weights
             with adapters off.
         student: the student.
-        causal: whether the student is a causal LM.
+        kind: of the student.
         device: where the teacher goes, unless a `device_map` of several devices has placed it, or :func:`fully_shard`
             its shares. None: it stays where it lies. Its hidden states come to the student's device, to which its head
             is copied once.
     """
 
-    def __init__(self, model: nn.Module, student: nn.Module, causal: bool, device: torch.device | None):
+    def __init__(self, model: nn.Module, student: nn.Module, kind: Kind, device: torch.device | None):
         self.model, self.adapted = model, None
         self.shares, self.sharded = Shares(model), False
         """Whether each rank holds a share: then all must call it together. The head's weight lasts until `release`."""
-        self.known: Head | None = None
+        self.known: End | None = None
         self.placed = device is None or getattr(model, "hf_device_map", None) is not None
         self.copies: dict[str, tuple[Any, Any, Tensor]] = {}
         if model is not student and model is base_model(student):
@@ -48,7 +51,8 @@ class TeacherModel:
             self.sharded = is_sharded(model)
             refusals.other_shares(model)
             refusals.shared_parameters(student, model)
-            checked(base_model(model))
+            if not kind_of(base_model(model)).classes:
+                checked(base_model(model))
             if not (self.placed or self.sharded or any(p.is_meta for p in model.parameters())):
                 model.to(device)
             _ = self.head  # while it is not frozen: what it adds to its logits shows by its gradient
@@ -57,16 +61,11 @@ class TeacherModel:
         self.takes = Takes(model)
         self.recorder: Recorder | None = None
         self.dropped: set[str] = set()
-        if self.head.causal != causal:
-            kinds = [
-                f"{type(base_model(m)).__name__} is {'causal' if c else 'masked'}"
-                for m, c in ((student, causal), (model, self.head.causal))
-            ]
-            raise ValueError(f"student and teacher must be of one kind, but {kinds[0]} and {kinds[1]}")
+        refuse_others((base_model(student), kind), (base_model(model), self.head.kind))
 
     @property
-    def head(self) -> Head:
-        self.known = Head.current(self.known, self.model)
+    def head(self) -> End:
+        self.known = current_end(self.known, self.model)
         return self.known
 
     @property
@@ -88,8 +87,8 @@ class TeacherModel:
             self.recorder = Recorder(self.model, causal)
         self.release()
 
-    def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[TeacherHead, States | None]:
-        """Its hidden states at the head, and what else is recorded of it.
+    def __call__(self, batch: Mapping[str, Any], attended: Tensor) -> tuple[Single, States | None]:
+        """Its hidden states at the head, or its classes' logits, and what else is recorded of it.
 
         Args:
             batch: what the student is given.
@@ -98,18 +97,21 @@ class TeacherModel:
         """
         ids, own = batch["input_ids"], self.takes.of(batch)
         self._tell(batch.keys() - own.keys())
-        vocabulary, lost = _tokens(self.model), None
-        if vocabulary < _tokens(self.student):
-            beyond = ids >= vocabulary
-            refusals.unknown_ids(ids, beyond & attended, "input_ids", vocabulary)
-            own["input_ids"] = ids.masked_fill(beyond, 0)
-            lost = None if ids.is_cpu else (beyond & attended).any(1)
+        lost, read = None, {"input_ids": attended_tokens(batch) & attended.any(1, keepdim=True)}
+        for name, counted in (read | {self.head.kind.tokens: attended}).items():
+            vocabulary = _tokens(self.model, name)
+            if vocabulary < _tokens(self.student, name):
+                beyond = batch[name] >= vocabulary
+                refusals.unknown_ids(batch[name], beyond & counted, name, vocabulary)
+                own[name] = batch[name].masked_fill(beyond, 0)
+                wrong = None if ids.is_cpu else (beyond & counted).any(1)
+                lost = wrong if lost is None or wrong is None else lost | wrong
         if self.placed:
             own = {name: across(value, self.entry) for name, value in own.items()}
         with _evaluating(self.model), _without_adapters(self.adapted):
             with nullcontext() if self.recorder is None else self.recorder() as states_of:
                 hidden, outputs = self.head.hidden_states(self.model, own)
-            if self.sharded:
+            if self.sharded and isinstance(self.head, Head):
                 self.shares.gather(self.head.linear)
 
         def here(states: Tensor) -> Tensor:
@@ -118,6 +120,8 @@ class TeacherModel:
 
         hidden, states = here(hidden), None if states_of is None else states_of(outputs).map(here)
         head = self.head
+        if not isinstance(head, Head):
+            return TeacherLogits(hidden), states
         weight, bias = head.parameters()  # which a resize makes anew, and not frozen
         weight, bias = (self._copied(name, x, ids.device) for name, x in (("weight", weight), ("bias", bias)))
         return TeacherHead(hidden, weight, bias, softcap=head.softcap, scale=head.scale), states
@@ -146,22 +150,29 @@ def across(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
 
-def _tokens(model: nn.Module) -> int:
-    """How many a model has embeddings of."""
-    embeddings = base_model(model).get_input_embeddings()
+def _tokens(model: nn.Module, name: str) -> int:
+    """How many a model has embeddings of: an encoder's, or a decoder's."""
+    whole = base_model(model)
+    embeddings = (whole.get_decoder() if name == "decoder_input_ids" else whole).get_input_embeddings()
     return int(getattr(embeddings, "num_embeddings", len(embeddings.weight)))
 
 
-def load(name: Any, causal: bool) -> nn.Module:
+def load(name: Any, kind: Kind) -> nn.Module:
     """The teacher of that name or in that folder, of the student's kind."""
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
-    try:
-        return auto.from_pretrained(name)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        kind = "causal" if causal else "masked"
-        raise ValueError(
-            f"teacher={str(name)!r} is neither a folder with a {kind} LM nor one's name on the hub"
-        ) from error
+    failure: Exception | None = None
+    for auto in kind.autos:
+        try:
+            model, about = auto.from_pretrained(name, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            failure = error
+            continue
+        if kind.classes and about["missing_keys"]:
+            missing = ", ".join(sorted(about["missing_keys"])[:3])
+            raise ValueError(f"teacher={str(name)!r} is no {kind.noun[2:]} that was trained: it has no {missing}")
+        return model  # type: ignore[no-any-return]
+    raise ValueError(
+        f"teacher={str(name)!r} is neither a folder with {kind.noun} nor one's name on the hub"
+    ) from failure
 
 
 def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTopK | None:
@@ -182,25 +193,6 @@ def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTo
             row = wrong.any(-1, keepdim=True)
             known, logprobs = torch.where(row, known.clamp(min=0), known), logprobs.masked_fill(row, torch.nan)
     return TeacherTopK(known, logprobs, tail=kd.tail, logprobs_temperature=kd.logprobs_temperature)
-
-
-class Takes:
-    """What a model of a Trainer can be given: the arguments of its forward, of a PEFT model those of its base.
-
-    A cache is never wanted: only without one do models find the ends of packed documents in `position_ids`.
-    """
-
-    def __init__(self, model: nn.Module):
-        base = base_model(model)
-        parameters = inspect.signature(base.forward).parameters
-        self.names = {name for name, p in parameters.items() if p.kind != p.VAR_KEYWORD}
-        self.others = len(self.names) < len(parameters)
-        inherited = [vars(kind)["forward"] for kind in type(base).__mro__ if "forward" in vars(kind)]
-        caches = any("use_cache" in inspect.signature(forward).parameters for forward in inherited)
-        self.cache = {"use_cache": False} if "use_cache" in self.names or (self.others and caches) else {}
-
-    def of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in batch.items() if self.others or k in self.names} | self.cache
 
 
 @contextmanager

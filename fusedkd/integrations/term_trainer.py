@@ -63,7 +63,7 @@ class TermTrainer(EvaluatingTrainer):
         if teacher.recorder is None:
             teacher.record(causal)
         student: Any = self.model
-        kind: Any = {"device": self.args.device, "dtype": self.head.linear.weight.dtype}
+        kind: Any = {"device": self.args.device, "dtype": self.head.dtype}
         recorders = Recorder(student, causal), teacher.recorder
         self.bound = BoundTerms(self.compared, *recorders, self.args.seed, **kind)
         refusals.projections(self)

@@ -1,8 +1,9 @@
-"""transformers' Trainer with a distillation loss that never holds the logits, for causal and masked language models.
+"""transformers' Trainer with a distillation loss that never holds the logits of a vocabulary.
 
 The backbones of student and teacher run, their maps onto the vocabulary do not: :func:`fusedkd.linear_kd_loss` takes
-the hidden states and the two heads. Each term is a sum over its rows divided by their number in the whole optimiser
-step, all micro-batches and all ranks, so that one step has one gradient however it is cut.
+the hidden states and the two heads. Classifiers, whose classes are few, run whole, and :func:`fusedkd.kd_loss` takes
+the logits. Each term is a sum over its rows divided by their number in the whole optimiser step, all micro-batches and
+all ranks, so that one step has one gradient however it is cut.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusedkd.divergences import resolve
-from fusedkd.integrations import refusals
+from fusedkd.integrations import kinds, refusals
 from fusedkd.integrations.cache_store import PACKED
+from fusedkd.integrations.classes import End, current_end
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.heads import Head, replaced_forward
+from fusedkd.integrations.heads import base_model, replaced_forward
+from fusedkd.integrations.kinds import IGNORE
 from fusedkd.integrations.offline import COLUMNS, Batch, OfflineTeacherCollator
-from fusedkd.integrations.pair import Form, Pair, Routed, joined
+from fusedkd.integrations.pair import Form, Pair, Routed, compared, joined
 from fusedkd.integrations.routed import NONE, TeacherColumnCollator
 from fusedkd.integrations.several import Teachers, loaded
 from fusedkd.integrations.states import States
-from fusedkd.integrations.teacher import Takes, listed
+from fusedkd.integrations.takes import Takes, refuse_parts
+from fusedkd.integrations.teacher import listed
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.term_trainer import TermTrainer
 from fusedkd.integrations.tokenizers import check_teachers
-from fusedkd.losses.linear_kd import linear_kd_loss
 from fusedkd.losses.options import KDTerms
-from fusedkd.teachers import TeacherHead, TeacherTopK
-
-IGNORE = -100
+from fusedkd.teachers import TeacherTopK
 
 
 class DistillationTrainer(TermTrainer):
-    """A Trainer whose loss is the distillation of a teacher, for causal and masked LMs of transformers.
+    """A Trainer whose loss is the distillation of a teacher, for language models of transformers: causal and masked
+    ones, encoder–decoders and vision–language models; and for classifiers of sequences and of tokens.
 
     Scales, soft-caps and biases of either model's logits are honoured (:class:`fusedkd.integrations.heads.Head`). Logs
     `kd` and `ce` without their weights beside `loss`, means over optimiser steps. Evaluates `loss`, and at temperature
@@ -48,7 +50,12 @@ class DistillationTrainer(TermTrainer):
 
     Runs alone, under DistributedDataParallel and under FSDP, with PEFT adapters anywhere but on the output head. Every
     rank holds the whole teacher, or its share, of FSDP2 (:func:`torch.distributed.fsdp.fully_shard`) or of DeepSpeed
-    ZeRO-3 (``engine.module``). Text alone: vision–language models are distilled by their tokens.
+    ZeRO-3 (``engine.module``).
+
+    An encoder–decoder's rows are its decoder's positions: `labels` ``(B, L_t)`` are not shifted, and where the batch
+    has no `decoder_input_ids` the student makes them of the labels. A classifier of sequences has one row for each of
+    them and labels ``(B,)``, one of tokens labels ``(B, L)``, not shifted. Further inputs, such as `pixel_values`, are
+    given to both models; with kd_on="attended" a row that predicts an image's placeholder is left out.
 
     Args:
         model: the student.
@@ -119,9 +126,9 @@ class DistillationTrainer(TermTrainer):
             check_teachers(self.processing_class, teacher_tokenizer)
         self.offline = teacher is None and self.needs_teacher
         refusals.training_arguments(self)
-        self.known_head: Head | None = None
-        causal = self.head.causal  # refuses a student that is neither, with a teacher or without
-        self.teacher: Any = loaded(teacher, causal, self.student)
+        self.known_head: End | None = None
+        kind = self.head.kind  # refuses a student of none, with a teacher or without
+        self.teacher: Any = loaded(teacher, kind, self.student)
         self.teachers: Teachers | None = None
         if self.offline:
             self.use_columns()
@@ -130,7 +137,7 @@ class DistillationTrainer(TermTrainer):
         if self.teacher is not None:
             device = self.args.device if move_teacher else None
             with self.accelerator.autocast():
-                self.teachers = Teachers(self.teacher, self.student, causal, device)
+                self.teachers = Teachers(self.teacher, self.student, kind, device)
                 refusals.teachers(self)
                 self._bind_terms()
         self._start_sums()
@@ -138,8 +145,10 @@ class DistillationTrainer(TermTrainer):
 
     def use_columns(self) -> None:
         """Of the data sets, as the teacher."""
+        refusals.no_columns(self.head.kind)
         refusals.offline_data(self.kd, self.train_dataset, self.data_collator)
-        self.data_collator = OfflineTeacherCollator(self.data_collator, self.kd.logprobs_temperature)
+        of = "labels" if self.head.kind.decoder else "input_ids"
+        self.data_collator = OfflineTeacherCollator(self.data_collator, of, self.kd.logprobs_temperature)
 
     @property
     def needs_teacher(self) -> bool:
@@ -161,10 +170,10 @@ class DistillationTrainer(TermTrainer):
         return self.model
 
     @property
-    def head(self) -> Head:
+    def head(self) -> End:
         """Of the student as it is: `model_init` makes other models, `resize_token_embeddings` another head."""
         with self.accelerator.autocast():
-            self.known_head = Head.current(self.known_head, self.student)
+            self.known_head = current_end(self.known_head, self.student)
         return self.known_head
 
     def _inner_training_loop(self, *args: Any, **options: Any) -> Any:
@@ -189,29 +198,27 @@ class DistillationTrainer(TermTrainer):
         ours = (*COLUMNS, PACKED) if self.offline else (self.kd.teacher_column,) if self.routed else ()
         kept += [name for name in ours if name not in kept]
 
-    @staticmethod
-    def attended(batch: Batch) -> Tensor:
-        """The tokens that are no padding, ``(B, L)``."""
-        ids, given = batch["input_ids"], batch.get("attention_mask")
-        return (torch.ones_like(ids) if given is None or given.shape != ids.shape else given) != 0
+    def attended(self, batch: Batch) -> Tensor:
+        """The tokens that are no padding, ``(B, L)``: of an encoder–decoder the decoder's."""
+        return kinds.attended_rows(self.head.kind, batch)
 
     def rows(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
-        """(labels, KD mask), ``(B, L)`` each: of what position i predicts, which in a causal LM is token i + 1."""
-        refusals.batch(batch)
-        labels, attended = batch.get("labels"), self.attended(batch)
+        """(labels, KD mask), ``(B, L)`` each: of what position i predicts, which in a causal LM is token i + 1. Of a
+        classifier of sequences ``(B, 1)``.
+        """
+        refusals.batch(batch, self.student)
+        kind, attended = self.head.kind, self.attended(batch)
+        labels = kinds.labels_of(kind, batch, attended)
         on_labels = self.kd.kd_on == "labels" or resolve(self.kd.divergence).needs_labels
         if labels is None and (on_labels or self.kd.ce_weight != 0):
+            hint = "" if kind.classes else ": transformers' DataCollatorForLanguageModeling makes them"
             raise ValueError(
-                "the batch has no labels, which select rows unless kd_on='attended' and ce_weight=0: "
-                "transformers' DataCollatorForLanguageModeling makes them"
+                f"the batch has no labels, which select rows unless kd_on='attended' and ce_weight=0{hint}"
             )
-        if self.head.causal and labels is not None:
-            labels = batch["shift_labels"] if "shift_labels" in batch else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-            labels = labels.masked_fill(~attended, IGNORE)  # padding on the left would predict the first token
         if on_labels:
             mask = torch.as_tensor(labels != IGNORE)
         else:
-            mask = attended & F.pad(attended[:, 1:], (0, 1)) if self.head.causal else attended
+            mask = kinds.predicting(kind, batch, attended, base_model(self.student).config)
         if self.offline:
             teacher = self._listed(batch)
             mask = torch.zeros_like(mask) if teacher is None else mask & (teacher.ids >= 0).any(-1)
@@ -221,7 +228,7 @@ class DistillationTrainer(TermTrainer):
         return labels, mask
 
     def _listed(self, batch: Batch) -> TeacherTopK | None:
-        return listed(batch, self.kd, self.head.linear.out_features)
+        return listed(batch, self.kd, self.head.columns)
 
     def masks(self, batch: Batch) -> list[Tensor]:
         """The rows ``(B, …)`` over which terms are means: those of KD, of the cross-entropy, of further terms."""
@@ -254,25 +261,14 @@ class DistillationTrainer(TermTrainer):
         return (None if counts is None else loss), found
 
     def linear(self, pair: Pair, **options: Any) -> tuple[Tensor, KDTerms]:
-        """`linear_kd_loss` of the pair, with the options of KDConfig where none are given."""
+        """`linear_kd_loss` of the pair, of classifiers `kd_loss`, with the options of KDConfig where none are given."""
         if isinstance(pair.teacher, Routed):
             return joined(pair, pair.teacher.groups, self.linear, options)
         if pair.teacher is None:
             options["kd_weight"] = 0.0
         if not isinstance(pair.teacher, list):
             options["teacher_weights"] = None
-        return linear_kd_loss(  # type: ignore[no-any-return]
-            pair.hidden,
-            pair.weight,
-            pair.teacher or TeacherHead(pair.hidden.detach(), pair.weight.detach()),  # unread
-            pair.labels,
-            student_bias=pair.bias,
-            kd_mask=pair.masks[0],
-            logit_softcap=self.head.softcap,
-            logit_scale=self.head.scale,
-            return_terms=True,
-            **{**self.kd.options(), **options},
-        )
+        return compared(pair, self.head.softcap, self.head.scale, self.kd.options() | options)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The numbers of rows of `masks` in one optimiser step over all ranks."""
@@ -325,9 +321,10 @@ class DistillationTrainer(TermTrainer):
         def computation(**inputs: Any) -> tuple[Any, Any]:
             with self.recording(given) as states:
                 hidden, outputs = self.head.hidden_states(forward, inputs, with_logits)
-            head, beside = self.head.parameters(), (states(outputs), teacher_states)
+            weight, bias = self.head.parameters()
+            pair = Pair(hidden, weight, bias, teacher, labels, masks, attended, states(outputs), teacher_states)
             with self.accelerator.autocast():
-                return compute(Pair(hidden, *head, teacher, labels, masks, attended, *beside)), outputs
+                return compute(pair), outputs
 
         # Called through the wrapper, whose hooks gather sharded weights and prepare the reduction of gradients.
         with replaced_forward(inner, computation):
@@ -339,7 +336,12 @@ class DistillationTrainer(TermTrainer):
     def _given(self, batch: Batch) -> Batch:
         """What of a batch the models are given."""
         ours = ("labels", "shift_labels", *COLUMNS, *((self.kd.teacher_column,) if self.routed else ()))
-        return {name: value for name, value in batch.items() if name not in ours} | self.wanted()
+        given = {name: value for name, value in batch.items() if name not in ours} | self.wanted()
+        if self.head.kind.tokens not in given:
+            given[self.head.kind.tokens] = kinds.decoder_inputs(base_model(self.student), batch["labels"])
+        if self.teachers:
+            refuse_parts(given, self.teachers)
+        return given
 
     @torch.no_grad()
     def _teacher(self, inputs: Batch, given: Batch) -> tuple[Form | TeacherTopK | None, States | None]:

@@ -90,7 +90,8 @@ def test_other_kinds_of_model_are_refused_by_name():
     student, _ = llamas()
     with pytest.raises(ValueError, match="LlamaForCausalLM is causal and BertForMaskedLM is masked"):
         trainer(student, make("bert", 0))
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    config = transformers.BartConfig(vocab_size=VOCAB, **sizes, encoder_attention_heads=2, decoder_attention_heads=2)
-    with pytest.raises(ValueError, match="BartForConditionalGeneration"):
-        Head.of(transformers.BartForConditionalGeneration(config))
+    speech = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    speech |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": VOCAB, "pad_token_id": 0}
+    config = transformers.WhisperConfig(num_mel_bins=8, max_source_positions=8, **speech)
+    with pytest.raises(ValueError, match="WhisperForConditionalGeneration cannot be run with input_ids and decoder_"):
+        Head.of(transformers.WhisperForConditionalGeneration(config))

@@ -24,12 +24,14 @@ from .test_transformers import Padding, assert_equal, collated, top_k, truth
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 MARIAN = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 MARIAN |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0, "forced_eos_token_id": 1}
+UNKNOWN = "not known to be a causal or a masked language model, an encoder–decoder, or a classifier"
 OTHERS = {
     "T5ForConditionalGeneration": ("T5Config", T5, "an encoder–decoder"),
-    "MT5ForConditionalGeneration": ("MT5Config", T5, "an encoder–decoder"),
     "MarianMTModel": ("MarianConfig", MARIAN, "an encoder–decoder"),
-    "BertForPreTraining": ("BertConfig", BERT, "not known to be a causal or a masked language model"),
-    "BertForSequenceClassification": ("BertConfig", BERT, "not known to be a causal or a masked language model"),
+    "BertForSequenceClassification": ("BertConfig", BERT, "a sequence classifier"),
+    "BertForTokenClassification": ("BertConfig", BERT, "a token classifier"),
+    "BertForPreTraining": ("BertConfig", BERT, UNKNOWN),
+    "BertForQuestionAnswering": ("BertConfig", BERT, UNKNOWN),
 }
 
 
@@ -40,6 +42,9 @@ def test_other_models(name, role):
     other = getattr(transformers, name)(getattr(transformers, config)(vocab_size=VOCAB, **options))
     student, teacher = llamas()
     models = {"student": (other, teacher), "teacher": (student, other)}
+    if role not in models and reason != UNKNOWN:
+        trainer(other, None, KDConfig(kd_weight=0))
+        return
     with pytest.raises(ValueError, match=f"{name} is {reason}"):
         trainer(*models.get(role, (other, None, KDConfig(kd_weight=0))))
 
@@ -108,9 +113,11 @@ def vision_language(name: str, seed: int):
 def test_vision_language_models_are_distilled_on_text(name):
     student, teacher = vision_language(name, 0), vision_language(name, 1)
     assert_equal(gradient(student, teacher), truth(vision_language(name, 0), teacher, KDConfig()))
-    run = trainer(student, teacher)
-    with pytest.raises(ValueError, match="the batch has pixel_values: text alone is supported"):
-        run.compute_loss(student, collated(list(rows())) | {"pixel_values": torch.zeros(1, 3, 28, 28)})
+    student, teacher = llamas()
+    with pytest.raises(ValueError, match="the batch has pixel_values, which LlamaForCausalLM does not take"):
+        trainer(student, teacher).compute_loss(
+            student, collated(list(rows())) | {"pixel_values": torch.zeros(1, 3, 28, 28)}
+        )
 
 
 # -------------------------------------------------- arguments
