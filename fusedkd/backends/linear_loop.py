@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fusedkd.backends import block, products
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.call import rows_of
+from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.layout import NORMALIZERS, Option
 from fusedkd.backends.products import Tiles, float16_unit, own_product, tile_type
 from fusedkd.backends.schema import accumulation_dtype, linear_gradients_like, unit_shape
@@ -189,6 +189,8 @@ class _TeacherTiles(Sequence[TeacherRows]):
     ):
         self.members, self.part, self.student, self.tiles, self.dtype = members, part, student, tiles, dtype
         self.made: dict[int, TeacherRows] = {}
+        self.projected: tuple[TeacherRows, Tensor] | None = None
+        """The teacher whose logits lie in the memory that they share, and these."""
 
     def __len__(self) -> int:
         return len(self.members)
@@ -197,9 +199,12 @@ class _TeacherTiles(Sequence[TeacherRows]):
         t = self.members[i]
         rows = rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
         role = "teacher" if t.exchanged is None else f"teacher {i}"
-        if t.head is not None:
+        if t.head is not None and t.exchanged is None and self.projected is not None and _same(self.projected[0], t):
+            rows = self.projected[1]
+        elif t.head is not None:
             to = tile_type(t.head.dtype, self.dtype)
             rows = products.project(rows, t.head, t.bias, self.tiles.get(role, t.head.shape[0], to))
+            self.projected = (t, rows) if t.exchanged is None else self.projected
         elif t.exchanged is not None:
             tile = self.tiles.get(role, rows.shape[1], accumulation_dtype(rows.dtype))
             rows = tile[: len(rows)].copy_(rows)
@@ -208,6 +213,8 @@ class _TeacherTiles(Sequence[TeacherRows]):
             rows=rows,
             ids=None if t.ids is None else t.ids[self.part],
             row_weights=t.row_weights[self.part],
+            options=of_part(t.options, self.part),
+            exchanged=None if t.exchanged is None else of_part(t.exchanged, self.part),
             gradient=None if t.exchanged is None else rows,
         )
         return self.made[i]
@@ -221,6 +228,11 @@ class _TeacherTiles(Sequence[TeacherRows]):
         if t.head is not None:  # what is in a row without the term must not reach ∂W
             x = torch.where(made.row_weights.unsqueeze(1) != 0, rows_of(t.rows, self.part), 0)
         return made.gradient[0], x, t.head
+
+
+def _same(one: TeacherRows, other: TeacherRows) -> bool:
+    """Whether two calls are of one teacher, with another divergence."""
+    return one.rows is other.rows and one.head is other.head and one.bias is other.bias
 
 
 def selected(
@@ -274,8 +286,11 @@ def linear_unit(
 def _reach(row_weights: Tensor, option: Tensor, normalizers: Tensor, slope: Tensor) -> Tensor:
     """What no column of the gradient of a teacher's terms exceeds."""
     n_kd, n_ce = normalizers
-    slope = slope * _largest(row_weights) * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
-    terms = (option[Option.KD_WEIGHT], slope / n_kd), (option[Option.CE_WEIGHT], 1 / n_ce)
+    of_row = option[..., Option.KD_WEIGHT] * option[..., Option.KD_SCALE] / option[..., Option.TEMPERATURE]
+    if option.dim() == 2:
+        of_row, option, row_weights = row_weights.double() * of_row, option[0], row_weights.new_ones(())
+    kd_weight, ce_weight = _largest(row_weights) * _largest(of_row), option[Option.CE_WEIGHT]
+    terms = (kd_weight, slope / n_kd), (ce_weight, 1 / n_ce)
     kd, ce = (torch.where(weight == 0, 0, weight * each).abs() for weight, each in terms)
     return (kd + ce) * option[Option.SCALE]  # a soft-cap's slope is 1 at most
 

@@ -127,7 +127,10 @@ def kd_loss(
         student = student.float()  # so that the gradients add up in float32 and are rounded once
     if teacher_gradient:
         refuse_listed(asked)
-    logits = [part.known.logits(differentiable=teacher_gradient) for part in parts]
+    logits = [part.known.logits(differentiable=teacher_gradient) for part in parts[:1]]
+    for part, member in zip(parts[1:], asked[1:], strict=True):  # the same teacher's are made once
+        made = len(logits) > member.first
+        logits.append(logits[member.first] if made else part.known.logits(differentiable=teacher_gradient))
     student, rows, grid = as_rows(student, *logits)
     flags = first.flags
     if len(parts) > 1:

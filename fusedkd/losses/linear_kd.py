@@ -141,7 +141,10 @@ def linear_kd_loss(
             part.check_values(columns if shard is None else shard.columns)
         if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
-    given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
+    given: list[TeacherRows] = []
+    for part, member in zip(parts, asked, strict=True):
+        same = given[member.first] if len(given) > member.first else None
+        given.append(_teacher_rows(part, lead.numel(), cast, same))
     families = [part.rules.family for part in parts]
     leaves: list[Tensor | None] = []
     if teacher_gradient:
@@ -190,8 +193,10 @@ def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None =
     checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
 
 
-def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> TeacherRows:
-    """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
+def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None, same: TeacherRows | None) -> TeacherRows:
+    """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's. `same`:
+    what it is given of it for another divergence, the same tensors, by which the operator knows it again.
+    """
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
     head, bias = [None if x is None else x.detach() for x in part.known.head or (None, None)]
     like = rows if head is None else pack([0.0], rows.device).expand(1, count, 1)  # of a head, all rows count
@@ -199,6 +204,8 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
         rows, head, bias = rows[..., :0], None, None
     if head is not None and cast is not None and head.dtype != torch.float64:
         rows, head = rows.to(cast), head.to(cast)
+    if same is not None and same.rows.shape == rows.shape:
+        rows, head, bias = same.rows, same.head, same.bias
     return part.teacher_rows(rows, head, bias, like)
 
 
