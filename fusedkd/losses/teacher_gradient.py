@@ -22,8 +22,9 @@ from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
 from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_teachers, saved_teachers
+from fusedkd.losses.members import Member
 from fusedkd.losses.options import KDOptions
-from fusedkd.losses.rules import Member, Prepared
+from fusedkd.losses.rules import Prepared
 from fusedkd.teachers import TeacherHead, TeacherLogits
 
 if TYPE_CHECKING:
