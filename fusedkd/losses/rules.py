@@ -50,7 +50,7 @@ class Rules(NamedTuple):
     @classmethod
     def of(cls, options: KDOptions) -> Rules:
         """From all options."""
-        family = resolve(options["divergence"])
+        family = resolve(options["divergence"])  # type: ignore[arg-type]  # of a list, one by one
         check.vocab_mismatch(options["vocab_mismatch"])
         reduction, given = options["reduction"], (options["kd_normalizer"], options["ce_normalizer"])
         check.reduction(reduction, kd_normalizer=given[0], ce_normalizer=given[1])
