@@ -28,7 +28,7 @@ from fusedkd.losses.hidden import cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.layers import layer_attention_loss, pairwise_layer_mse
 from fusedkd.losses.linear_kd import linear_kd_loss
-from fusedkd.losses.options import KDOptions, KDTerms
+from fusedkd.losses.options import KDOptions, KDTerms, KDTermsAndStatistics
 from fusedkd.losses.sampled import linear_sampled_kl_loss, sampled_kl, sampled_kl_loss
 from fusedkd.other_vocabulary import GOLD, ULD, TeacherProjected, TeacherSorted
 from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
@@ -45,6 +45,7 @@ __all__ = [
     "Jeffreys",
     "KDOptions",
     "KDTerms",
+    "KDTermsAndStatistics",
     "LogitMSE",
     "ReverseKL",
     "SkewKL",

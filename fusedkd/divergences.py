@@ -1,9 +1,9 @@
 """The divergences of :func:`fusedkd.kd_loss`: names, parameters, and what each of them is.
 
 A divergence is a small frozen dataclass that users construct. It names the kernel that computes it,
-:class:`~fusedkd.backends.layout.KernelId`, and gives that kernel's coefficients, numbers or 0-d tensors, so that a
-schedule over a parameter recompiles nothing. Several divergences share a kernel. What a kernel computes is defined in
-:mod:`fusedkd.reference.divergences`, whose notation this page uses.
+:class:`~fusedkd.backends.layout.KernelId`, and gives that kernel's coefficients: numbers, 0-d tensors, so that a
+schedule over a parameter recompiles nothing, or tensors ``(*)`` of a value per row. Several divergences share a kernel.
+What a kernel computes is defined in :mod:`fusedkd.reference.divergences`, whose notation this page uses.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Jeffreys(Divergence):
     name, kernel_id = "jeffreys", KernelId.JEFFREYS
 
     def __post_init__(self) -> None:
-        real("forward", self.forward)
-        real("reverse", self.reverse)
+        real("forward", self.forward, per_row=True)
+        real("reverse", self.reverse, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return self.forward, self.reverse
@@ -136,7 +136,7 @@ class JSD(Divergence):
     name, kernel_id = "jsd", KernelId.MIXTURE
 
     def __post_init__(self) -> None:
-        real("beta", self.beta, high=1.0)
+        real("beta", self.beta, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         beta = exact(self.beta)
@@ -155,7 +155,7 @@ class SkewKL(Divergence):
     name, kernel_id = "skew_kl", KernelId.MIXTURE
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha, high=1.0)
+        real("alpha", self.alpha, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return _mixture(1.0, 0.0, exact(self.alpha))
@@ -176,7 +176,7 @@ class SkewReverseKL(Divergence):
     name, kernel_id = "skew_reverse_kl", KernelId.MIXTURE
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha, high=1.0)
+        real("alpha", self.alpha, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         *weights, pull = _mixture(0.0, 1.0, 1 - exact(self.alpha))
@@ -206,8 +206,8 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         low = float("-inf")
-        real("alpha", self.alpha, low=low)
-        real("beta", self.beta, low=low)
+        real("alpha", self.alpha, low=low, per_row=True)
+        real("beta", self.beta, low=low, per_row=True)
         if not isinstance(self.alpha, Tensor) and not isinstance(self.beta, Tensor):
             real("alpha + beta", self.alpha + self.beta, open_low=True)
 
@@ -238,7 +238,7 @@ class LogitMSE(Divergence):
     name, kernel_id, temperature_power = "logit_mse", KernelId.LOGIT_MSE, 0
 
     def __post_init__(self) -> None:
-        real("scale", self.scale, open_low=True)
+        real("scale", self.scale, open_low=True, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.scale,)
@@ -259,8 +259,8 @@ class DKD(Divergence):
     name, kernel_id, needs_labels = "dkd", KernelId.DKD, True
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha)
-        real("beta", self.beta)
+        real("alpha", self.alpha, per_row=True)
+        real("beta", self.beta, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return self.alpha, self.beta

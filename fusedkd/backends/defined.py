@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends import eager
-from fusedkd.backends.call import rows_of
+from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
@@ -90,6 +90,7 @@ def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
             "teacher": rows_of(teacher, part).unsqueeze(0),
             "labels": None if labels is None else labels[part],
             "row_weights": inputs["row_weights"][part],
+            "options": of_part(inputs["options"], part),
         }
         yield part, EagerCall(**{**inputs, **of_rows})
 
@@ -102,7 +103,7 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
         z = z[:, : v.shape[1]]
     selected = (call.row_weights != 0).unsqueeze(-1)
     z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
-    t_s, t_t = call.options[Option.TEMPERATURE], call.options[Option.TEACHER_TEMPERATURE]
+    t_s, t_t = call.option(Option.TEMPERATURE), call.option(Option.TEACHER_TEMPERATURE)
     log_p, log_q = family.teacher_logprobs(v, t_t), log_softmax(z / t_s)
     labels = call.some_labels() if family.needs_labels else call.labels
     if labels is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends.call import rows_of
+from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import accumulation_dtype, losses_and_stats
 from fusedkd.reference.softmax import cap_and_scale, log_softmax
@@ -56,26 +56,31 @@ class Projected:
         """(rows, what is given of them)."""
         student, labels, options = inputs["student"], inputs["labels"], inputs["options"].clone()
         for option, value in ((Option.TEACHER_TEMPERATURE, 1), (Option.TEACHER_SOFTCAP, 0), (Option.TEACHER_SCALE, 1)):
-            options[option].fill_(value)
+            options[..., option].fill_(value)
         rows, step = student.shape[0] * student.shape[1], max(1, TILE // max(self.weight.shape))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            logprobs, empty = self._logprobs(rows_of(inputs["teacher"], part), inputs)
+            given = of_part(inputs["options"], part)
+            logprobs, empty = self._logprobs(rows_of(inputs["teacher"], part), given, inputs["transform"])
             of_rows = {
                 "student": rows_of(student, part).unsqueeze(0),
                 "teacher": logprobs.to(accumulation_dtype(student.dtype)).unsqueeze(0),
                 "labels": None if labels is None else labels[part],
                 "row_weights": torch.where(empty, 0, inputs["row_weights"][part]),
-                "options": options,
+                "options": of_part(options, part),
                 "kernel_id": self.kernel_id,
             }
             yield part, inputs | of_rows
 
-    def _logprobs(self, rows: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, rows: Tensor, options: Tensor, transform: bool) -> tuple[Tensor, Tensor]:
         """log p' of the teacher's logits ``(R, V_t)``, and which rows have nothing on the student's columns."""
-        v, option = rows.double(), inputs["options"]
-        if inputs["transform"]:
-            v = cap_and_scale(v, option[Option.TEACHER_SOFTCAP], option[Option.TEACHER_SCALE])
-        p = log_softmax(v / option[Option.TEACHER_TEMPERATURE]).exp()
+        v = rows.double()
+        softcap, scale, temperature = (
+            options[..., option, None]
+            for option in (Option.TEACHER_SOFTCAP, Option.TEACHER_SCALE, Option.TEACHER_TEMPERATURE)
+        )
+        if transform:
+            v = cap_and_scale(v, softcap, scale)
+        p = log_softmax(v / temperature).exp()
         projected = torch.sparse.mm(self.weight, p.t()).t().contiguous()
         return projected.log(), (projected == 0).all(-1)
