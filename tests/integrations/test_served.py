@@ -152,6 +152,13 @@ def test_what_has_no_probability_is_absent():
     assert from_tinker(case.tinker(TOKENS), TOKENS)["teacher_ids"][-1].tolist() == [-1] * K
 
 
+def test_null_is_no_probability():
+    """As JSON says −∞."""
+    answer = case.sglang(TOKENS)
+    answer["meta_info"]["input_top_logprobs"][5].append([None, 39 if 39 not in after(TOKENS[4:5])[0] else 38, None])
+    assert (from_sglang(answer, TOKENS)["teacher_ids"] == from_sglang(case.sglang(TOKENS), TOKENS)["teacher_ids"]).all()
+
+
 def test_a_prompt_of_one_token():
     served = from_vllm([None], [5])
     assert served["teacher_ids"].tolist() == [[-1]]
@@ -192,7 +199,7 @@ def test_the_line_that_is_logged():
         f"from_sglang: 47 of 48 rows, K = {K}, {mean:.4f} of the probability (least {least:.4f}), temperature 1; "
         "alignment: 48 ids are those of token_ids; "
     )
-    assert "by themselves; the tokens' mean log p is −" in served.report
+    assert "by themselves; the tokens' mean log p is about −" in served.report
     assert "one row off" in served.report
 
 

@@ -330,7 +330,7 @@ def test_parquet(tmp_path):
         list(from_parquet(tmp_path / name, load))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_safetensors(tmp_path, dtype):
     safetensors = pytest.importorskip("safetensors.torch")
     ids, logprobs = (torch.from_numpy(x) for x in after(TOKENS))
@@ -342,19 +342,10 @@ def test_safetensors(tmp_path, dtype):
         assert len(read) == count
         for served in read:
             assert served["input_ids"].tolist() == TOKENS
-            assert abs(loss(served)[0]) < 1e-6
+            assert abs(loss(served)[0]) < (1e-6 if dtype != torch.bfloat16 else 1e-2)
     safetensors.save_file(one | {"input_ids": torch.tensor(OFF)}, tmp_path / "off")
     with pytest.raises(ValueError, match="off, sequence 0: from_columns: token_ids do not go"):
         list(from_safetensors(tmp_path / "off"))
-
-
-def test_safetensors_in_bfloat16(tmp_path):
-    """Which NumPy does not know."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    ids, logprobs = (torch.from_numpy(x) for x in after(TOKENS))
-    short = {"input_ids": torch.tensor(TOKENS), "token_ids": ids, "top_values": logprobs.bfloat16()}
-    safetensors.save_file(short, tmp_path / "short")
-    assert next(from_safetensors(tmp_path / "short"))["teacher_logprobs"].dtype == np.float32
 
 
 def test_safetensors_files_are_checked(tmp_path):

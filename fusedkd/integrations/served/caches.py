@@ -182,8 +182,10 @@ def _plain(
 
 def _table(name: str, value: Any, padding: float) -> np.ndarray:
     """``(n, K)`` of an array, or of lists of different lengths, padded."""
-    if isinstance(value, np.ndarray | Tensor) and value.ndim == 2:
-        return np.asarray(value)
+    if isinstance(value, Tensor):
+        value = (value.float() if value.is_floating_point() else value).numpy(force=True)  # NumPy has no bfloat16
+    if isinstance(value, np.ndarray) and value.ndim == 2:
+        return value
     try:
         rows: Sequence[np.ndarray] = [np.asarray(row if row is not None else ()).reshape(-1) for row in value]
         width = max((len(row) for row in rows), default=0)

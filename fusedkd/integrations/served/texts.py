@@ -126,7 +126,7 @@ def _columns(entry: Answered, own: int, texts: Texts | None) -> Entry | None:
         return None
     ids, values = [], []
     for label, logprob in entry.columns:
-        i = label if isinstance(label, int) or texts is None else texts.ids.get(label, -1)
+        i = label if isinstance(label, int) else texts.ids.get(label, -1) if texts else -1
         if entry.logprob is None or (label != entry.label and i != own):
             ids.append(i)
             values.append(logprob)
