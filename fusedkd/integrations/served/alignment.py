@@ -61,6 +61,8 @@ def find(
     Raises:
         ValueError: with the mean log-probabilities, where the tokens contradict the offset, or do not tell it.
     """
+    if offset not in (None, 0, 1):
+        raise ValueError(f"offset must be 0, 1 or None, not {offset}")
     found = {o: scores(ids, logprobs, positions, tokens, o) for o in WINDOW}
     rows = int((~np.isnan(found[0 if offset is None else offset])).sum())
     best = offset
@@ -74,16 +76,21 @@ def find(
         )
     rival = max((o for o in WINDOW if better(found[o], found[best])), key=lambda o: np.nanmean(found[o]), default=None)
     if rival is not None:
-        by = rival - best
         raise ValueError(
             f"{source}: token_ids do not go with its rows: the tokens have a mean log-probability of "
-            f"{_mean(found[best])} there, but of {_mean(found[rival])} {abs(by)} row{'s' * (abs(by) > 1)} "
-            f"{'later' if by > 0 else 'earlier'}, over {rows} rows: give the ids that were scored, all of them"
+            f"{_mean(found[best])} if entry i is about token {_token(best)}, as it must be here, but of "
+            f"{_mean(found[rival])} if it is about token {_token(rival)}, over {rows} rows: give the ids that were "
+            "scored, all of them"
         )
+    said = f"found, entry i is about token {_token(best)}; " if offset is None else ""
     if rows < MIN_ROWS:
         return best, f"not checked against the tokens' probabilities ({rows} rows)"
     off = f"{_mean(found[best - 1])} and {_mean(found[best + 1])} one row off"
-    return best, f"the tokens' mean log p is about {_mean(found[best])}, {off}"
+    return best, f"{said}the tokens' mean log p is about {_mean(found[best])}, {off}"
+
+
+def _token(offset: int) -> str:
+    return f"i {'+' if offset > 0 else '−'} {abs(offset)}" if offset else "i"
 
 
 def _mean(values: np.ndarray) -> str:

@@ -60,7 +60,10 @@ def padded(entries: Iterable[Entry | None]) -> tuple[np.ndarray, np.ndarray]:
     for i, (row, values) in enumerate(found):
         if len(row) != len(values):
             raise ValueError(f"entry {i} has {len(row)} ids, but {len(values)} log-probabilities")
-        ids[i, : len(row)] = row
+        numbers = np.asarray(row)
+        if len(row) and (numbers.dtype.kind not in "iu" or numbers.ndim != 1):
+            raise ValueError(f"ids must be whole numbers, not {row[0]!r} as in entry {i}")
+        ids[i, : len(row)] = numbers
         logprobs[i, : len(row)] = [-np.inf if value is None else value for value in values]
     return ids, logprobs
 
