@@ -258,7 +258,7 @@ def test_own_log_probabilities_are_compared():
             "ids must be whole numbers, not 1.5 as in entry 0",
         ),
         (
-            lambda: from_columns({"teacher_ids": [[1, 2], [1]], "teacher_logprobs": [[-1.0, -2.0], [0.0, 0.0]]}, [1, 2]),
+            lambda: from_columns({"teacher_ids": [[1, 2], [1]], "teacher_logprobs": [[-1.0, -2.0]] * 2}, [1, 2]),
             "entry 1 has 1 ids, but 2 log-probabilities",
         ),
         (

@@ -55,6 +55,8 @@ def test_an_answer_with_bos_has_entry_i_of_token_i():
     served = from_openai({"choices": [{"logprobs": answer}]}, tokens, tokenizer=tokenizer)
     assert known(served) == list(range(1, ROWS + 1))
     assert abs(loss(served, tokens)[0]) < 1e-6
+    few = {name: values[:4] for name, values in answer.items()}
+    assert known(from_openai(few, tokens[:5], tokenizer=tokenizer)) == [1, 2, 3]
 
 
 def test_an_answer_without_bos_has_entry_i_of_what_follows():
