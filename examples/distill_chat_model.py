@@ -1,6 +1,6 @@
 """Distils a chat model into one of half its layers: python examples/distill_chat_model.py
 
-The options are those of `fusedkd distil`, which this calls: --mode online, offline or on_policy, --lora_rank, --packing.
+The options are those of `fusedkd distil`, which this calls: --mode online, offline or on_policy, --lora_rank …
 Without any, a tiny teacher learns a few conversations first. Ends with a curve, runs/chat/curve.png, and an answer.
 In earnest: --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B --dataset chat.jsonl --output_dir runs/chat
 """

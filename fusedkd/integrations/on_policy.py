@@ -189,7 +189,7 @@ class OnPolicyTrainer(DistillationTrainer):
         rows, k = (labels != IGNORE) & self.attended(batch), self.student_top_k
         with torch.no_grad(), _evaluating(self.accelerator.unwrap_model(model)):
             candidates, _ = self._run(
-                model, batch, lambda pair: scored.best(pair.hidden, pair.weight, pair.bias, rows, k), False, False
+                model, batch, lambda pair: scored.best(pair.hidden, *pair.head, rows, k), False, False
             )
         return scored.of_candidates(self.served, batch, self.attended(batch), candidates)
 
@@ -266,8 +266,9 @@ class OnPolicyTrainer(DistillationTrainer):
         own = pair.masks[0] & ~pair.masks[1]
         labels = pair.labels.masked_fill(~own, IGNORE)  # type: ignore[union-attr]
         tiles = {"max_tile_bytes": self.kd.max_tile_bytes, "max_rows": self.kd.max_rows}
-        at = {"student_bias": pair.bias, "logit_softcap": self.head.softcap, "logit_scale": self.head.scale, **tiles}
-        mine, theirs, teacher = linear_logprob(pair.hidden, pair.weight, labels, **at), None, pair.teacher
+        weight, bias = pair.head
+        at = {"student_bias": bias, "logit_softcap": self.head.softcap, "logit_scale": self.head.scale, **tiles}
+        mine, theirs, teacher = linear_logprob(pair.hidden, weight, labels, **at), None, pair.teacher
         if isinstance(teacher, Tensor):
             theirs = teacher.where(own, 0)
         elif isinstance(teacher, TeacherHead):

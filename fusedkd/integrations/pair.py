@@ -63,6 +63,12 @@ class Pair(NamedTuple):
     teacher_states: States | None = None
     """Where a term compares them, of one teacher for all rows."""
 
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a language model's."""
+        assert self.weight is not None
+        return self.weight, self.bias
+
     def of(self, group: Group) -> Pair:
         """These sequences alone, with their teacher."""
         rows = group.rows

@@ -152,6 +152,13 @@ def test_what_has_no_probability_is_absent():
     assert from_tinker(case.tinker(TOKENS), TOKENS)["teacher_ids"][-1].tolist() == [-1] * K
 
 
+def test_null_is_no_probability():
+    """As JSON says −∞."""
+    answer = case.sglang(TOKENS)
+    answer["meta_info"]["input_top_logprobs"][5].append([None, 39 if 39 not in after(TOKENS[4:5])[0] else 38, None])
+    assert (from_sglang(answer, TOKENS)["teacher_ids"] == from_sglang(case.sglang(TOKENS), TOKENS)["teacher_ids"]).all()
+
+
 def test_a_prompt_of_one_token():
     served = from_vllm([None], [5])
     assert served["teacher_ids"].tolist() == [[-1]]
@@ -192,7 +199,7 @@ def test_the_line_that_is_logged():
         f"from_sglang: 47 of 48 rows, K = {K}, {mean:.4f} of the probability (least {least:.4f}), temperature 1; "
         "alignment: 48 ids are those of token_ids; "
     )
-    assert "by themselves; the tokens' mean log p is −" in served.report
+    assert "by themselves; the tokens' mean log p is about −" in served.report
     assert "one row off" in served.report
 
 
@@ -246,11 +253,24 @@ def test_own_log_probabilities_are_compared():
         (lambda: from_tensorrt_llm(TABLE[:5], [1, 2, 3, 4, 5]), "context_logits must be .* with a top_k"),
         (lambda: from_tinker(type("R", (), {"topk_prompt_logprobs": None})(), TOKENS), "ask for topk_prompt_logprobs"),
         (lambda: from_trl(case.trl(TOKENS, 5), TOKENS, 6), "prompt_length 6 and 43 entries must add up to the 48"),
+        (
+            lambda: from_columns({"teacher_ids": [[1.5]], "teacher_logprobs": [[0.0]]}, [1]),
+            "ids must be whole numbers, not 1.5 as in entry 0",
+        ),
+        (
+            lambda: from_columns({"teacher_ids": [[1, 2], [1]], "teacher_logprobs": [[-1.0, -2.0]] * 2}, [1, 2]),
+            "entry 1 has 1 ids, but 2 log-probabilities",
+        ),
+        (
+            lambda: from_columns({"teacher_ids": [[1], [2]], "teacher_logprobs": [[0.0]]}, [1, 2]),
+            "teacher_ids has 2 rows, but teacher_logprobs 1",
+        ),
+        (lambda: from_columns(rows_of(TOKENS, 1), TOKENS, offset=2), "offset must be 0, 1 or None, not 2"),
         (lambda: from_columns({"a": 1}, TOKENS), "must have the columns teacher_ids and teacher_logprobs.* it has a"),
         (lambda: from_columns({"teacher_ids": [[1]], "teacher_logprobs": [[0.0]]}), "token_ids is needed"),
         (
             lambda: from_columns({"teacher_ids": [[1], ["x"]], "teacher_logprobs": [[0.0]] * 2}, [1, 2]),
-            "teacher_ids must be a list of numbers",
+            "teacher_ids and teacher_logprobs must be lists of numbers for each token: ids must be whole",
         ),
         (
             lambda: from_columns({"teacher_ids": [[1]], "teacher_logprobs": [[3.0]]}, [1]),
@@ -314,13 +334,18 @@ def rows_of(tokens, offset):
 def test_the_offset_is_found(offset):
     found = from_columns(rows_of(TOKENS, offset), TOKENS, offset=None)
     assert abs(loss(found)[0]) < 1e-6
-    with pytest.raises(ValueError, match=r"mean log-probability of −\d+\.\d+ there, but of −\d\.\d+ 1 row"):
+    assert f"alignment: found, entry i is about token {'i + 1' if offset else 'i'}; " in found.report
+    with pytest.raises(
+        ValueError, match=r"of −\d+\.\d+ if entry i is about token i.*, as it must be here, but of −\d\."
+    ):
         from_columns(rows_of(TOKENS, offset), TOKENS, offset=1 - offset)
 
 
 def test_two_rows_off_are_refused_as_well():
     row = {name: np.roll(value, 2, 0) for name, value in rows_of(TOKENS, 1).items()}
-    with pytest.raises(ValueError, match=r"2 rows earlier"):
+    with pytest.raises(
+        ValueError, match=r"about token i \+ 1, as it must be here, but of −\d\.\d\d if it is about token i − 1,"
+    ):
         from_columns(row, TOKENS)
 
 

@@ -1,5 +1,7 @@
 """OpenAI-style answers, which name tokens by text: what llama-cpp-python makes of BOS, and texts of several tokens."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,8 @@ def test_an_answer_with_bos_has_entry_i_of_token_i():
     served = from_openai({"choices": [{"logprobs": answer}]}, tokens, tokenizer=tokenizer)
     assert known(served) == list(range(1, ROWS + 1))
     assert abs(loss(served, tokens)[0]) < 1e-6
+    few = {name: values[:4] for name, values in answer.items()}
+    assert known(from_openai(few, tokens[:5], tokenizer=tokenizer)) == [1, 2, 3]
 
 
 def test_an_answer_without_bos_has_entry_i_of_what_follows():
@@ -60,7 +64,7 @@ def test_an_answer_without_bos_has_entry_i_of_what_follows():
     served = from_openai(completion(TOKENS, bos=False), TOKENS, tokenizer=tokenizer)
     assert known(served) == list(range(1, LENGTH))
     assert abs(loss(served)[0]) < 1e-6
-    with pytest.raises(ValueError, match=r"mean log-probability of −\d+\.\d+ there, but of −\d\.\d+ 1 row later"):
+    with pytest.raises(ValueError, match=r"if it is about token i \+ 1, over 4\d rows"):
         from_openai(completion(TOKENS, bos=False), TOKENS, tokenizer=tokenizer, offset=0)
 
 
@@ -101,6 +105,18 @@ def test_a_chat_answers_for_its_own_tokens(prompt, ids):
     )
     assert known(served) == list(range(prompt - 1, ROWS))
     assert abs(loss(served)[0]) < 1e-6
+
+
+def test_answers_of_a_client_are_objects():
+    def objects(value):
+        if isinstance(value, dict):
+            return SimpleNamespace(**{name: objects(part) for name, part in value.items()})
+        return [objects(part) for part in value] if isinstance(value, list) else value
+
+    answer = objects({"choices": [{"message": {}, "logprobs": chat(TOKENS, 9)}]})
+    assert abs(loss(from_openai(answer, TOKENS, tokenizer=tokenizer))[0]) < 1e-6
+    answer = SimpleNamespace(logprobs=SimpleNamespace(**completion(TOKENS), content=None))
+    assert abs(loss(from_openai(answer, TOKENS, tokenizer=tokenizer))[0]) < 1e-6
 
 
 def test_pieces_keep_the_space_that_decoding_loses():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -55,10 +55,11 @@ def from_axolotl(
 ) -> Served:
     """A row of axolotl's knowledge distillation: raw, or prepared.
 
-    Raw: `logprobs_field` is, for each of the last n tokens, a list of ``{"token": "token_id:17", "logprob": …}``, or
-    None; more entries than tokens belong to a longer text, of which the first L are taken. Prepared:
-    `target_token_ids`, `target_logprobs` and `target_mask`, (L, K), where the K columns are renormalised (they hold all
-    of the probability: take ``tail="renormalize"``), −∞ or −1e9 stands for nothing, and masked rows are left out.
+    Raw: `logprobs_field` is, for each of the last n tokens, a list of ``{"token": "token_id:17", "logprob": …}``, or of
+    numbers beside their `target_token_ids`, or None; more entries than tokens belong to a longer text, of which the
+    first L are taken. Prepared: `target_token_ids`, `target_logprobs` and `target_mask`, (L, K), where the K columns
+    are renormalised (they hold all of the probability: take ``tail="renormalize"``), −∞ or −1e9 stands for nothing, and
+    masked rows are left out.
 
     Args:
         row: of the data set.
@@ -82,7 +83,11 @@ def from_axolotl(
             )
         return _plain("from_axolotl", row, token_ids, offset, top_k, temperature, masks)
     tokens = _tokens(row, token_ids)
-    entries = [_axolotl_entry(entry) for entry in row[logprobs_field]][: len(tokens)]
+    raw = row[logprobs_field]
+    named = row.get("target_token_ids") or [None] * len(raw)
+    if len(named) != len(raw):
+        raise ValueError(f"{logprobs_field} has {len(raw)} entries, but target_token_ids {len(named)}")
+    entries = [_axolotl_entry(entry, ids) for entry, ids in zip(raw, named, strict=True)][: len(tokens)]
     at = np.arange(len(tokens) - len(entries), len(tokens))
     ids, logprobs = padded(entries)
     return to_served(
@@ -90,9 +95,11 @@ def from_axolotl(
     )
 
 
-def _axolotl_entry(entry: Any) -> Entry | None:
+def _axolotl_entry(entry: Any, ids: Any) -> Entry | None:
     if not entry:
         return None
+    if ids is not None:
+        return ids, entry
     return [int(str(column["token"]).rpartition(":")[2]) for column in entry], [column["logprob"] for column in entry]
 
 
@@ -171,29 +178,29 @@ def _plain(
         known = "; ".join(" and ".join(pair) for pair in PLAIN)
         raise ValueError(f"{source}: the row must have the columns {known}, but it has {', '.join(map(str, row))}")
     tokens = _tokens(row, token_ids)
-    ids, logprobs = (_table(name, row[name], padding) for name, padding in zip(names, (-1, -np.inf), strict=True))
+    ids, logprobs = _tables(names, row)
     _fits(len(ids), tokens)
-    if ids.shape != logprobs.shape:
-        raise ValueError(f"{names[0]} and {names[1]} must have one shape, not {ids.shape} and {logprobs.shape}")
     if mask is not None:
         ids = np.where(np.asarray(mask)[:, :1] != 0, ids, -1)
     return to_served(source, ids, logprobs, tokens, offset=offset, top_k=top_k, temperature=temperature)
 
 
-def _table(name: str, value: Any, padding: float) -> np.ndarray:
-    """``(n, K)`` of an array, or of lists of different lengths, padded."""
-    if isinstance(value, np.ndarray | Tensor) and value.ndim == 2:
-        return np.asarray(value)
+def _tables(names: tuple[str, str], row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """``(n, K)`` both, of arrays, or of lists of different lengths, padded."""
+    found = []
+    for value in (row[name] for name in names):
+        if isinstance(value, Tensor):  # NumPy has no bfloat16
+            value = (value.float() if value.is_floating_point() else value).numpy(force=True)
+        found.append(value)
+    ids, logprobs = found
+    if len(ids) != len(logprobs):
+        raise ValueError(f"{names[0]} has {len(ids)} rows, but {names[1]} {len(logprobs)}")
+    if all(isinstance(value, np.ndarray) and value.ndim == 2 for value in found):
+        return ids, logprobs
     try:
-        rows: Sequence[np.ndarray] = [np.asarray(row if row is not None else ()).reshape(-1) for row in value]
-        width = max((len(row) for row in rows), default=0)
-        table = np.full((len(rows), width), padding, np.int64 if padding == -1 else np.float32)
-        for i, values in enumerate(rows):
-            if len(values):
-                table[i, : len(values)] = values
+        return padded(None if entry is None else (entry, values) for entry, values in zip(ids, logprobs, strict=True))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a list of numbers for each token: {error}") from None
-    return table
+        raise ValueError(f"{names[0]} and {names[1]} must be lists of numbers for each token: {error}") from None
 
 
 def _tokens(row: Mapping[str, Any], token_ids: Any) -> np.ndarray:

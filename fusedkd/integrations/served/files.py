@@ -37,6 +37,8 @@ def from_llama_cpp(path: str | Path, *, top_k: int = 64) -> Iterator[Served]:
         ValueError: naming the file, before anything is read, where its size is not what its header says, and where the
             rows do not go with the tokens.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -110,7 +112,7 @@ def from_safetensors(path: str | Path, loader: Callable[[dict[str, Any]], Served
 
     Args:
         path: the file.
-        loader: what a sequence is read with, as a dict of its tensors, in NumPy: :func:`from_columns`.
+        loader: what a sequence is read with, as a dict of its tensors: :func:`from_columns`.
 
     Raises:
         ValueError: naming the file, where it is none, and where its tensors have no common N.
@@ -126,15 +128,11 @@ def from_safetensors(path: str | Path, loader: Callable[[dict[str, Any]], Served
                 raise ValueError(f"{path} must hold columns (L, K) or (N, L, K) and input_ids, not {shapes}")
             for n in range(next(iter(shapes.values()))[0] if deepest == 3 else 1):
                 here = {name: part[n] if deepest == 3 else part[:] for name, part in slices.items()}
-                example = {
-                    name: (value.float() if value.is_floating_point() else value).numpy()
-                    for name, value in here.items()
-                }
                 try:
-                    served = loader(example)
+                    served = loader(here)
                 except ValueError as error:
                     raise ValueError(f"{path}, sequence {n}: {error}") from error
-                yield _with_tokens(served, example.get("input_ids"))
+                yield _with_tokens(served, here.get("input_ids"))
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from None
 

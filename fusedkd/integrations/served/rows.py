@@ -50,7 +50,9 @@ def token_row(token_ids: Any, name: str = "token_ids") -> np.ndarray:
 
 
 def padded(entries: Iterable[Entry | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids ``(n, K)`` int64 and log-probabilities ``(n, K)`` float32 of entries of different lengths; None is none."""
+    """Ids ``(n, K)`` int64 and log-probabilities ``(n, K)`` float32 of entries of different lengths. None is none, as
+    an entry and as a log-probability: JSON of some servers says null for −∞.
+    """
     found = [entry if entry is not None else ((), ()) for entry in entries]
     width = max((len(row) for row, _ in found), default=0)
     ids = np.full((len(found), width), -1, np.int64)
@@ -58,7 +60,11 @@ def padded(entries: Iterable[Entry | None]) -> tuple[np.ndarray, np.ndarray]:
     for i, (row, values) in enumerate(found):
         if len(row) != len(values):
             raise ValueError(f"entry {i} has {len(row)} ids, but {len(values)} log-probabilities")
-        ids[i, : len(row)], logprobs[i, : len(row)] = row, values
+        numbers = np.asarray(row)
+        if len(row) and (numbers.dtype.kind not in "iu" or numbers.ndim != 1):
+            raise ValueError(f"ids must be whole numbers, not {row[0]!r} as in entry {i}")
+        ids[i, : len(row)] = numbers
+        logprobs[i, : len(row)] = [-np.inf if value is None else value for value in values]
     return ids, logprobs
 
 

@@ -59,8 +59,8 @@ def from_openai(
         tokenizer: of transformers, or the text of each id. Needless where the server gives ids: as "token_id:17"
             (vLLM, ``return_tokens_as_token_ids``), or beside the text (llama-server).
         top_k: keep so many columns of each row; None: all.
-        offset: 0: entry i is the distribution of token i; 1: of token i + 1. None: 0 for generated tokens and for ids;
-            else found from the probabilities of the tokens.
+        offset: 0: entry i is the distribution of token i; 1: of token i + 1. None: 0 for generated tokens, for ids, and
+            where BOS at the beginning has no entry; else found from the probabilities of the tokens.
 
     Raises:
         ValueError: naming the first token whose text is another, and where the offset cannot be told.
@@ -81,7 +81,7 @@ def from_openai(
     else:
         texts, at = _by_text(entries, tokens, tokenizer)
         entries, said = entries[: len(at)], "texts"
-    if offset is None and (given_ids or content is not None or at[0] > 1):
+    if offset is None and (given_ids or content is not None or at[0] > 0):
         offset = 0
     ids, values = padded(_columns(entry, int(tokens[p]), texts) for entry, p in zip(entries, at, strict=True))
     return to_served(
@@ -126,7 +126,7 @@ def _columns(entry: Answered, own: int, texts: Texts | None) -> Entry | None:
         return None
     ids, values = [], []
     for label, logprob in entry.columns:
-        i = label if isinstance(label, int) or texts is None else texts.ids.get(label, -1)
+        i = label if isinstance(label, int) else texts.ids.get(label, -1) if texts else -1
         if entry.logprob is None or (label != entry.label and i != own):
             ids.append(i)
             values.append(logprob)
