@@ -21,13 +21,15 @@ def from_sglang(answer: Any, token_ids: Sequence[int], *, top_k: int | None = No
 
 
 def from_openai(
-    logprobs: Any, token_ids: Sequence[int], *, tokenizer: Any = None, top_k: int | None = None
+    choice: Any, token_ids: Sequence[int], *, tokenizer: Any = None, top_k: int | None = None, offset: int | None = None
 ) -> dict[str, np.ndarray]:
     def entries(row: dict[str, float]) -> Iterator[Entry]:
         for text, lp in row.items():
             yield (int(text[9:]) if text.startswith("token_id:") else tokenizer.convert_tokens_to_ids(text)), lp
 
-    return _columns(token_ids, [list(entries(row or {})) for row in logprobs["top_logprobs"]], top_k)
+    return _columns(
+        token_ids, [list(entries(row or {})) for row in choice["logprobs"]["top_logprobs"][: len(token_ids)]], top_k
+    )
 
 
 def _columns(token_ids: Sequence[int], entries: list[list[Entry]], top_k: int | None) -> dict[str, np.ndarray]:

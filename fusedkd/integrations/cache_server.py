@@ -7,7 +7,9 @@ sglang         POST /generate, top_logprobs_num         ids
 openai         POST /v1/completions, echo, logprobs     texts, or ids where return_tokens_as_token_ids is known
 
 Log-probabilities of a prompt are of temperature 1 in all of them, whatever is sampled at. The distribution after a
-document's last token is not among them. A request that fails on the way, and one that a server with too much to do
+document's last token is not among them. Where tokens come as texts, --server_offset says whose distribution entry i is:
+0, of token i (OpenAI, vLLM), or 1, of token i + 1 (llama.cpp, of a prompt without BOS); without it each prompt has to
+tell, which short ones may not. A request that fails on the way, and one that a server with too much to do
 refuses (408, 429, 5xx), is repeated after waits that double.
 """
 
@@ -128,9 +130,10 @@ class Server:
             return [self._read(part, prompt) for part, prompt in zip(parts, prompts, strict=True)]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
+            more = " (--server_offset)" if "offset=" in reason else ""
             raise UsageError(
                 f"the server's answer is not that of --server_kind {self.options.server_kind}: "
-                f"{type(error).__name__}: {reason}"
+                f"{type(error).__name__}: {reason}{more}"
             ) from error
 
     def _request(self, prompts: list[list[int]]) -> dict[str, Any]:
@@ -155,8 +158,7 @@ class Server:
             return from_vllm(part, prompt, top_k=k)
         if self.options.server_kind == "sglang":
             return from_sglang(part, prompt, top_k=k)
-        of_prompt = {name: values[: len(prompt)] for name, values in part["logprobs"].items() if values is not None}
-        return from_openai(of_prompt, prompt, tokenizer=self.tokenizer, top_k=k)
+        return from_openai(part, prompt, tokenizer=self.tokenizer, top_k=k, offset=self.options.server_offset)
 
     def _ask(self, path: str, request: Any, tries: int) -> Any:
         """The JSON at that path, in answer to another if there is a request."""

@@ -20,7 +20,7 @@ logits position i: for a causal model it is the distribution of token i + 1. Whe
 row, documents are packed: none sees another. Beside position_ids no attention_mask is added, for a causal model of
 transformers keeps documents apart only without one.
 
-A token takes 164 (vocabulary 49,152) to 185 (262,144) bytes for 64 columns of uint8, 520 plain. What is listed, and the
+A token takes 164 (vocabulary 49,152) to 184 (262,144) bytes for 64 columns of uint8, 520 plain. What is listed, and the
 mass off the list, is exact; a log-probability is off by at most 1/255 of the row's range, in the last columns, and
 KL(true ‖ stored) is some 1e-5, less than what bfloat16 logits lose (tests/integrations/test_cache_store.py). uint10
 divides that KL by 16, uint12 by 256. float16 is not offered: its rounding, 2⁻¹² of log p, is worse than uint12's.
@@ -103,6 +103,9 @@ class Options:
     shard_rows: int = option(1024, "rows per shard: what an interruption can cost")
     server: str | None = option(None, "URL of a server that has the teacher; --teacher is its name there")
     server_kind: Literal["vllm", "sglang", "openai"] = option("vllm", "of that server; openai: any with echo")
+    server_offset: int | None = option(
+        None, "openai, tokens as texts: entry i is of token i + this, 0 or 1; None: found"
+    )
     server_concurrency: int = option(8, "requests to it at a time, of --batch_size rows each")
     server_retries: int = option(5, "repetitions of a request that failed, after 1, 2, 4, … seconds")
     server_timeout: float = option(600.0, "seconds to wait for an answer")
@@ -153,9 +156,13 @@ def parse(argv: list[str] | None) -> Options:
     if options.server and (options.temperature != 1 or options.objective == "masked" or options.gguf_file):
         wrong = "--temperature" if options.temperature != 1 else "--gguf_file" if options.gguf_file else "--objective"
         raise UsageError(f"{wrong} does not go with --server: a server answers for its causal model, at temperature 1")
+    if options.server_offset not in (None, 0, 1):
+        raise UsageError(f"--server_offset must be 0 or 1, not {options.server_offset}")
     file = Path(options.teacher)
-    if file.suffix == ".gguf" and file.is_file() and not options.gguf_file:
+    if file.suffix == ".gguf" and file.is_file():
         options.teacher, options.gguf_file = str(file.parent), file.name
+    elif not options.gguf_file and not (file / "config.json").exists() and (files := sorted(file.glob("*.gguf"))):
+        raise UsageError(f"--teacher {file} holds GGUF files: give --gguf_file {files[0].name}")
     return options
 
 
