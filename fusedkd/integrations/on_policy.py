@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -120,6 +119,8 @@ class OnPolicyTrainer(DistillationTrainer):
         super().__init__(model, None if self.served else teacher, args, data_collator, *more, kd=kd, **options)
         if not self.head.causal:
             raise ValueError(f"{type(self.student).__name__} is a masked language model, which does not write text")
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
         self.generation = rollouts.completed(generation, self.student, self.processing_class)
         self._start_writing()
 
@@ -160,21 +161,13 @@ class OnPolicyTrainer(DistillationTrainer):
         batch = self._prepare_inputs(batch)
         ids, mask = rollouts.prompts(batch, self.attended(batch))
         devices = [ids.device] if ids.is_cuda else []
-        with torch.random.fork_rng(devices), self._whole_root(), self.accelerator.autocast():
+        with torch.random.fork_rng(devices), self.accelerator.autocast():
             torch.manual_seed(seed)
             model = self.accelerator.unwrap_model(self.model_wrapped)
             found = rollouts.write(model, ids, mask, self.generation)
         rows = batch["labels"].shape[:1]
         per_row = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.shape == rows}
         return per_row | found | {OWN: True}
-
-    def _whole_root(self) -> AbstractContextManager[Any]:
-        """FSDP1 gathers its root's parameters in the wrapper's forward, which generating does not call."""
-        if not self.is_fsdp_enabled or self.accelerator.is_fsdp2:
-            return nullcontext()
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        return FullyShardedDataParallel.summon_full_params(self.model_wrapped, writeback=False, recurse=False)
 
     def score(self, batch: Batch, model: Any) -> Batch:
         """The batch with the columns of a served teacher."""
