@@ -26,6 +26,7 @@ from fusedkd.integrations.prompts import COMPLETION, PROMPT, PromptCollator
 from fusedkd.integrations.rollouts import IGNORE
 from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import _evaluating
+from fusedkd.integrations.teacher import _tokens as known_tokens
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.losses.options import KDTerms
 from fusedkd.losses.sampled import ESTIMATORS, Estimator, linear_logprob, linear_sampled_kl_loss
@@ -69,7 +70,7 @@ class OnPolicyTrainer(DistillationTrainer):
             draw for each micro-batch, the same on all ranks.
         max_new_tokens, sampling_temperature: of what the student writes, from its whole distribution.
         generation: replaces both, and says how else it is written. What it leaves open is transformers' default, not
-            what the model's own configuration has (a repetition penalty, for example).
+            what the model's own configuration has (a repetition penalty, for example); top_k is then 50.
         student_top_k: the K most probable tokens of the student, in each row, are what a served teacher is asked for.
         estimator: "policy", "k1", "k2" or "k3", of a teacher that gives the token's log-probability alone: see
             :mod:`fusedkd.losses.sampled`. Only the student's own text is distilled then.
@@ -79,6 +80,8 @@ class OnPolicyTrainer(DistillationTrainer):
         ValueError, TypeError: naming the argument, what it was and what it must be.
     """
 
+    own: bool
+    """Whether the student wrote the batch of which the loss is computed."""
     written: Tensor
     """Of this rank since the last log: batches that the student wrote, and batches."""
     said: Any
@@ -121,7 +124,11 @@ class OnPolicyTrainer(DistillationTrainer):
             raise ValueError(f"{type(self.student).__name__} is a masked language model, which does not write text")
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
-        self.generation = rollouts.completed(generation, self.student, self.processing_class)
+        mine = self.head.linear.out_features
+        known = min(
+            [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())], default=mine
+        )
+        self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))
         self._start_writing()
 
     def use_columns(self) -> None:
@@ -202,8 +209,12 @@ class OnPolicyTrainer(DistillationTrainer):
         kd, ce, *terms = super().masks(batch)
         return [kd, torch.zeros_like(ce) if batch.get(OWN) else ce, *terms]
 
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **options: Any) -> Any:
+        self.own = bool(inputs.get(OWN))
+        return super().compute_loss(model, inputs, *args, **options)
+
     def losses(self, pair: Pair, counts: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if counts is not None and pair.labels is not None:
+        if counts is not None and self.own:
             self._note(pair)
         return super().losses(pair, counts)
 
@@ -256,7 +267,7 @@ class OnPolicyTrainer(DistillationTrainer):
     @torch.no_grad()
     def _note(self, pair: Pair) -> None:
         """What both sides say of the tokens that the student wrote: a product with each head."""
-        own = pair.masks[0] & ~pair.masks[1]
+        own = pair.masks[0]
         labels = pair.labels.masked_fill(~own, IGNORE)  # type: ignore[union-attr]
         tiles = {"max_tile_bytes": self.kd.max_tile_bytes, "max_rows": self.kd.max_rows}
         at = {"student_bias": pair.bias, "logit_softcap": self.head.softcap, "logit_scale": self.head.scale, **tiles}

@@ -20,21 +20,25 @@ from fusedkd.integrations.prompts import PromptCollator
 from fusedkd.integrations.transformers import KDConfig
 
 from .distil_step import lora
+from .distillers import gpt2
 from .on_policy_step import END, VOCAB, close, greedy, llama, rows, scores, step, trainer
 
 # -------------------------------------------------- what is written
 
 
-def test_a_batch_is_written_as_each_prompt_alone() -> None:
-    student = llama(0)
+@pytest.mark.parametrize("student", [llama(0), gpt2(0, 0.0)], ids=["llama", "gpt2"])
+def test_a_batch_is_written_as_each_prompt_alone(student: Any) -> None:
+    """Also where positions are absolute."""
     batch = PromptCollator()(rows(5))
     ids, mask = rollouts.prompts(batch, batch["attention_mask"] != 0)
-    config = rollouts.completed(greedy(eos_token_id=[END, 15]), student, None)
+    endless = rollouts.completed(greedy(eos_token_id=VOCAB + 99), student, None)
+    end = int(rollouts.write(student, ids, mask, endless)["labels"][0, 3])  # the third token of the first row
+    config = rollouts.completed(greedy(eos_token_id=[VOCAB + 99, end]), student, None)
     found = rollouts.write(student, ids, mask, config)
     for i, row in enumerate(rows(5)):
         prompt = torch.tensor(row["prompt"])[None]
         alone = student.generate(prompt, generation_config=config)[0]
-        ends = torch.isin(alone[prompt.shape[1] :], torch.tensor([END, 15])).nonzero()
+        ends = (alone[prompt.shape[1] :] == end).nonzero()
         length = prompt.shape[1] + int(ends[0]) + 1 if len(ends) else len(alone)
         assert found["attention_mask"][i].tolist() == [1] * length + [0] * (found["input_ids"].shape[1] - length)
         assert torch.equal(found["input_ids"][i, :length], alone[:length])
@@ -42,6 +46,8 @@ def test_a_batch_is_written_as_each_prompt_alone() -> None:
         assert (own[: prompt.shape[1]] == -100).all()
         assert torch.equal(own[prompt.shape[1] : length], alone[prompt.shape[1] : length])
         assert (own[length:] == -100).all()
+        whole = student(found["input_ids"], attention_mask=found["attention_mask"]).logits[i, :length]
+        torch.testing.assert_close(whole, student(alone[None, :length]).logits[0])
     lengths = (found["labels"] != -100).sum(1)
     assert lengths.min() < lengths.max(), "some text must end before others"
 
@@ -60,6 +66,15 @@ def test_samples_are_the_models_own_distribution() -> None:
     true = student(ids[:1]).logits[0, -1].softmax(-1)
     assert (found - true).abs().sum() < 0.1
     assert student.generation_config.repetition_penalty == 5.0
+
+
+def test_tokens_that_a_teacher_does_not_know_are_not_written() -> None:
+    small, data = llama(1), [{"prompt": [3 + i % 17]} for i in range(32)]
+    small.resize_token_embeddings(VOCAB - 2)
+    *_, batches = step(llama(0), small, batch=8, accumulation=4, data=data)
+    tokens = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
+    assert len(tokens) > 100
+    assert tokens.max() == VOCAB - 3
 
 
 def test_only_the_completions_tokens_are_distilled() -> None:

@@ -83,6 +83,11 @@ def test_any_collator_whose_labels_begin_after_the_prompt_will_do() -> None:
         ({"teacher": "token", "estimator": "k5"}, ValueError, "estimator must be one of policy"),
         ({"teacher": "token", "estimator": "k1", "lmbda": 0.5}, ValueError, "lmbda must be 1 with estimator="),
         ({"teacher": "token", "estimator": "k1", "sampling_temperature": 0.7}, ValueError, "whole distribution alone"),
+        (
+            {"teacher": "token", "estimator": "k1", "generation": GenerationConfig(do_sample=True, max_new_tokens=4)},
+            ValueError,
+            "whole distribution alone",
+        ),
         ({"teacher": "token"}, TypeError, "teacher must return a TeacherTopK or a dict .* not Tensor"),
         ({"teacher": "topk", "estimator": "k2"}, TypeError, "what teacher returned must be a tensor"),
         ({"teacher": "topk", "kd": KDConfig(temperature=1.0, ce_weight=0.0)}, ValueError, "tail='bucket', but kd has"),
