@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fusedkd.integrations.prompts import COMPLETION, PROMPT, PromptCollator
 from fusedkd.integrations.rollouts import IGNORE
 from fusedkd.integrations.states import States
 from fusedkd.integrations.teacher import _evaluating
+from fusedkd.integrations.teacher import _tokens as known_tokens
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.losses.options import KDTerms
 from fusedkd.losses.sampled import ESTIMATORS, Estimator, linear_logprob, linear_sampled_kl_loss
@@ -70,7 +70,7 @@ class OnPolicyTrainer(DistillationTrainer):
             draw for each micro-batch, the same on all ranks.
         max_new_tokens, sampling_temperature: of what the student writes, from its whole distribution.
         generation: replaces both, and says how else it is written. What it leaves open is transformers' default, not
-            what the model's own configuration has (a repetition penalty, for example).
+            what the model's own configuration has (a repetition penalty, for example); top_k is then 50.
         student_top_k: the K most probable tokens of the student, in each row, are what a served teacher is asked for.
         estimator: "policy", "k1", "k2" or "k3", of a teacher that gives the token's log-probability alone: see
             :mod:`fusedkd.losses.sampled`. Only the student's own text is distilled then.
@@ -80,6 +80,8 @@ class OnPolicyTrainer(DistillationTrainer):
         ValueError, TypeError: naming the argument, what it was and what it must be.
     """
 
+    own: bool
+    """Whether the student wrote the batch of which the loss is computed."""
     written: Tensor
     """Of this rank since the last log: batches that the student wrote, and batches."""
     said: Any
@@ -120,7 +122,13 @@ class OnPolicyTrainer(DistillationTrainer):
         super().__init__(model, None if self.served else teacher, args, data_collator, *more, kd=kd, **options)
         if not self.head.kind.causal:
             raise ValueError(f"{type(self.student).__name__} is a masked language model, which does not write text")
-        self.generation = rollouts.completed(generation, self.student, self.processing_class)
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
+        mine = self.head.linear.out_features
+        known = min(
+            [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())], default=mine
+        )
+        self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))
         self._start_writing()
 
     def use_columns(self) -> None:
@@ -160,21 +168,13 @@ class OnPolicyTrainer(DistillationTrainer):
         batch = self._prepare_inputs(batch)
         ids, mask = rollouts.prompts(batch, self.attended(batch))
         devices = [ids.device] if ids.is_cuda else []
-        with torch.random.fork_rng(devices), self._whole_root(), self.accelerator.autocast():
+        with torch.random.fork_rng(devices), self.accelerator.autocast():
             torch.manual_seed(seed)
             model = self.accelerator.unwrap_model(self.model_wrapped)
             found = rollouts.write(model, ids, mask, self.generation)
         rows = batch["labels"].shape[:1]
         per_row = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.shape == rows}
         return per_row | found | {OWN: True}
-
-    def _whole_root(self) -> AbstractContextManager[Any]:
-        """FSDP1 gathers its root's parameters in the wrapper's forward, which generating does not call."""
-        if not self.is_fsdp_enabled or self.accelerator.is_fsdp2:
-            return nullcontext()
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        return FullyShardedDataParallel.summon_full_params(self.model_wrapped, writeback=False, recurse=False)
 
     def score(self, batch: Batch, model: Any) -> Batch:
         """The batch with the columns of a served teacher."""
@@ -209,8 +209,12 @@ class OnPolicyTrainer(DistillationTrainer):
         kd, ce, *terms = super().masks(batch)
         return [kd, torch.zeros_like(ce) if batch.get(OWN) else ce, *terms]
 
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **options: Any) -> Any:
+        self.own = bool(inputs.get(OWN))
+        return super().compute_loss(model, inputs, *args, **options)
+
     def losses(self, pair: Pair, counts: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if counts is not None and pair.labels is not None:
+        if counts is not None and self.own:
             self._note(pair)
         return super().losses(pair, counts)
 
@@ -263,7 +267,7 @@ class OnPolicyTrainer(DistillationTrainer):
     @torch.no_grad()
     def _note(self, pair: Pair) -> None:
         """What both sides say of the tokens that the student wrote: a product with each head."""
-        own = pair.masks[0] & ~pair.masks[1]
+        own = pair.masks[0]
         labels = pair.labels.masked_fill(~own, IGNORE)  # type: ignore[union-attr]
         tiles = {"max_tile_bytes": self.kd.max_tile_bytes, "max_rows": self.kd.max_rows}
         weight, bias = pair.head

@@ -24,14 +24,28 @@ def plain(max_new_tokens: int, temperature: float) -> GenerationConfig:
     )
 
 
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
+"""Options of sampling, and the values with which they change nothing."""
+UNSET = (
+    *("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"),
+    *("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
+    *("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "watermarking_config"),
+)
+"""Those that change nothing where they are None or 0."""
+
+
 def is_plain(config: GenerationConfig) -> bool:
-    """Whether it is the softmax at temperature 1 from which tokens are drawn."""
-    drawn = config.do_sample and config.temperature in (None, 1.0)
-    return bool(drawn and not config.top_k and config.top_p in (None, 1.0) and config.repetition_penalty in (None, 1.0))
+    """Whether tokens are drawn from the softmax at temperature 1, all of it. (A top_k of None is 50.)"""
+    neutral = all(getattr(config, name) in (None, value) for name, value in NEUTRAL.items())
+    return bool(config.do_sample and config.top_k == 0 and neutral and not any(getattr(config, n, None) for n in UNSET))
 
 
-def completed(config: GenerationConfig, model: Any, tokenizer: Any) -> GenerationConfig:
-    """With the ends of sequences and the padding of the model or else of the tokenizer, where it names none."""
+def completed(config: GenerationConfig, model: Any, tokenizer: Any, unknown: range = range(0)) -> GenerationConfig:
+    """With the ends of sequences and the padding of the model or else of the tokenizer, where it names none.
+
+    Args:
+        unknown: tokens that are not written: those of the model's that a teacher does not know.
+    """
     config = GenerationConfig.from_dict(config.to_dict())
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         for owner in (getattr(base_model(model), "generation_config", None), tokenizer):
@@ -39,6 +53,8 @@ def completed(config: GenerationConfig, model: Any, tokenizer: Any) -> Generatio
                 setattr(config, name, getattr(owner, name, None))
     if config.pad_token_id is None:
         config.pad_token_id = 0  # never attended
+    if len(unknown):
+        config.suppress_tokens = [*(config.suppress_tokens or ()), *unknown]
     config.return_dict_in_generate = False
     return config
 

@@ -144,7 +144,10 @@ if __name__ == "__main__":
         batch, accumulation = int(sys.argv[1]), int(sys.argv[2])
         options = {"batch": batch, "accumulation": accumulation, "folder": temporary}
         result = {"DDP": gradient(*llamas(), KDConfig(), **options)}
-        from integrations import term_step
+        from integrations import on_policy_step, term_step
+
+        own = {"generation": on_policy_step.greedy(), **options}
+        result["on policy"] = on_policy_step.step(on_policy_step.llama(0), on_policy_step.llama(1), **own)[0]
 
         more = {"terms": term_step.EVERYTHING, "kd": KDConfig(), "folder": temporary}
         result["terms"] = [term_step.step(*term_step.models(), **more, **cut)[:2] for cut in term_step.CUTS]
@@ -156,6 +159,7 @@ if __name__ == "__main__":
         sharded_gradient(ROWS // 2, own_unit=True)
     except RuntimeError as error:
         result["refusal"] = str(error)
+    result["on policy FSDP2"] = on_policy_step.sharded_step(ROWS // 2)
     result["FSDP2 terms"] = term_step.sharded_step("llama", Path(sys.argv[3]).parent)
     try:
         term_step.sharded_step("llama", Path(sys.argv[3]).parent, own_unit=True)

@@ -12,102 +12,33 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
+from transformers import GenerationConfig
 
-import fusedkd
 from fusedkd.integrations import rollouts
 from fusedkd.integrations.check import kd_check
-from fusedkd.integrations.on_policy import OnPolicyTrainer
 from fusedkd.integrations.prompts import PromptCollator
 from fusedkd.integrations.transformers import KDConfig
 
-from .distil_step import Catch, initialised, lora
-
-VOCAB, END = 23, 2
-SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-REVERSE = KDConfig(temperature=1.0, divergence="reverse_kl", kd_weight=1.0, ce_weight=0.0, tail="bucket")
-
-
-def llama(seed: int, std: float = 0.35) -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=1, eos_token_id=END, **SIZE)
-    return initialised(LlamaForCausalLM(config), seed, std)
-
-
-def rows(n: int = 8, completions: bool = True) -> list[dict[str, Any]]:
-    """Prompts and completions of different lengths."""
-    draw = torch.Generator().manual_seed(1)
-    found = []
-    for i in range(n):
-        ids = torch.randint(3, VOCAB, (12,), generator=draw).tolist()
-        found.append({"prompt": ids[: 1 + i % 5]} | ({"completion": [*ids[5 : 7 + i % 4], END]} if completions else {}))
-    return found
-
-
-def trainer(student: Any, teacher: Any, data: Any = None, batch: int = 4, accumulation: int = 1, **options: Any) -> Any:
-    ours = ("kd", "lmbda", "generation", "estimator", "student_top_k", "eval_dataset", "terms", "sampling_temperature")
-    given = {name: options.pop(name) for name in ours if name in options}
-    most = options.pop("max_new_tokens", 6)
-    arguments = TrainingArguments(
-        output_dir=options.pop("folder", None) or tempfile.mkdtemp(), report_to=[], use_cpu=True, disable_tqdm=True,
-        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_grad_norm=0.0,
-        **{"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant"} | options,
-    )  # fmt: skip
-    data = rows() if data is None else data
-    return OnPolicyTrainer(student, teacher, arguments, train_dataset=data, max_new_tokens=most, **given)
-
-
-def step(student: Any, teacher: Any, **options: Any) -> tuple[Tensor, dict[str, float], list[Any]]:
-    """(the gradient of one optimiser step, what was logged, the batches)"""
-    catch, found, batches = Catch(), trainer(student, teacher, **options), []
-    found.add_callback(catch)
-    written = found._written
-    found._written = lambda *given: batches.append(written(*given)) or batches[-1]
-    found.train()
-    logs = next(h for h in found.state.log_history if "loss" in h)
-    return torch.cat([g.flatten() for g in catch.gradient.values()]), logs, batches
-
-
-def close(found: Tensor, true: Tensor, tolerance: float) -> bool:
-    assert true.norm() > 1e-2
-    return bool((found - true).norm() < tolerance * true.norm())
-
-
-def greedy(**options: Any) -> GenerationConfig:
-    return GenerationConfig(do_sample=False, max_new_tokens=6, **options)
-
-
-def scores(teacher: Any, kind: str) -> Any:
-    """A served teacher, by what it is asked for."""
-
-    @torch.no_grad()
-    def of(ids: Tensor, mask: Tensor, candidates: Tensor | None = None) -> Any:
-        log_p = teacher(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        if kind == "token":
-            tokens = torch.cat([ids[:, 1:], ids[:, :1]], 1)
-            return log_p.gather(-1, tokens[..., None])[..., 0]
-        if candidates is not None:
-            return log_p.gather(-1, candidates.clamp(min=0))
-        best = log_p.topk(VOCAB)
-        if kind == "columns":
-            return {"teacher_ids": best.indices.numpy(), "teacher_logprobs": best.values.numpy()}
-        return fusedkd.TeacherTopK(best.indices, best.values, tail="bucket")
-
-    return of
-
+from .distil_step import lora
+from .distillers import gpt2
+from .on_policy_step import END, VOCAB, close, greedy, llama, rows, scores, step, trainer
 
 # -------------------------------------------------- what is written
 
 
-def test_a_batch_is_written_as_each_prompt_alone() -> None:
-    student = llama(0)
+@pytest.mark.parametrize("student", [llama(0), gpt2(0, 0.0)], ids=["llama", "gpt2"])
+def test_a_batch_is_written_as_each_prompt_alone(student: Any) -> None:
+    """Also where positions are absolute."""
     batch = PromptCollator()(rows(5))
     ids, mask = rollouts.prompts(batch, batch["attention_mask"] != 0)
-    config = rollouts.completed(greedy(eos_token_id=[END, 15]), student, None)
+    endless = rollouts.completed(greedy(eos_token_id=VOCAB + 99), student, None)
+    end = int(rollouts.write(student, ids, mask, endless)["labels"][0, 3])  # the third token of the first row
+    config = rollouts.completed(greedy(eos_token_id=[VOCAB + 99, end]), student, None)
     found = rollouts.write(student, ids, mask, config)
     for i, row in enumerate(rows(5)):
         prompt = torch.tensor(row["prompt"])[None]
         alone = student.generate(prompt, generation_config=config)[0]
-        ends = torch.isin(alone[prompt.shape[1] :], torch.tensor([END, 15])).nonzero()
+        ends = (alone[prompt.shape[1] :] == end).nonzero()
         length = prompt.shape[1] + int(ends[0]) + 1 if len(ends) else len(alone)
         assert found["attention_mask"][i].tolist() == [1] * length + [0] * (found["input_ids"].shape[1] - length)
         assert torch.equal(found["input_ids"][i, :length], alone[:length])
@@ -115,6 +46,8 @@ def test_a_batch_is_written_as_each_prompt_alone() -> None:
         assert (own[: prompt.shape[1]] == -100).all()
         assert torch.equal(own[prompt.shape[1] : length], alone[prompt.shape[1] : length])
         assert (own[length:] == -100).all()
+        whole = student(found["input_ids"], attention_mask=found["attention_mask"]).logits[i, :length]
+        torch.testing.assert_close(whole, student(alone[None, :length]).logits[0])
     lengths = (found["labels"] != -100).sum(1)
     assert lengths.min() < lengths.max(), "some text must end before others"
 
@@ -133,6 +66,15 @@ def test_samples_are_the_models_own_distribution() -> None:
     true = student(ids[:1]).logits[0, -1].softmax(-1)
     assert (found - true).abs().sum() < 0.1
     assert student.generation_config.repetition_penalty == 5.0
+
+
+def test_tokens_that_a_teacher_does_not_know_are_not_written() -> None:
+    small, data = llama(1), [{"prompt": [3 + i % 17]} for i in range(32)]
+    small.resize_token_embeddings(VOCAB - 2)
+    *_, batches = step(llama(0), small, batch=8, accumulation=4, data=data)
+    tokens = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
+    assert len(tokens) > 100
+    assert tokens.max() == VOCAB - 3
 
 
 def test_only_the_completions_tokens_are_distilled() -> None:
@@ -302,96 +244,3 @@ def test_evaluation_is_on_the_completions_of_the_data() -> None:
 def test_kd_check_finds_no_fault() -> None:
     report = kd_check(trainer(llama(0), llama(1), kd=KDConfig(), lmbda=0.5))
     assert report.ok, str(report)
-
-
-# -------------------------------------------------- data
-
-
-class Tokenizer:
-    pad_token_id, eos_token_id = 0, END
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        ids = [3 + ord(c) % 20 for c in text]
-        return {"input_ids": [1, *ids, END] if add_special_tokens else ids}
-
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, **_: Any) -> list[int]:
-        turns = [[4 if m["role"] == "user" else 5, *self(m["content"], False)["input_ids"], END] for m in messages]
-        return [i for turn in turns for i in turn] + [5] * add_generation_prompt
-
-
-def test_prompts_are_text_ids_or_messages() -> None:
-    user, answer = [{"role": "user", "content": "ab"}], [{"role": "assistant", "content": "c"}]
-    ids = {c: 3 + ord(c) % 20 for c in "abc"}
-    examples = [
-        {"prompt": "ab", "completion": "c"},
-        {"prompt": [7, 8, 9], "completion": torch.tensor([6])},
-        {"prompt": user, "completion": answer},
-        {"prompt": user},
-    ]
-    batch = PromptCollator(Tokenizer())(examples)
-    chat = [4, ids["a"], ids["b"], END, 5]
-    expected = [
-        ([1, ids["a"], ids["b"]], [ids["c"], END]), ([7, 8, 9], [6]), (chat, [ids["c"], END]), (chat, []),
-    ]  # fmt: skip
-    for i, (prompt, completion) in enumerate(expected):
-        width = len(prompt) + len(completion)
-        assert batch["input_ids"][i, :width].tolist() == prompt + completion
-        assert batch["attention_mask"][i].sum() == width
-        assert batch["labels"][i, : len(prompt)].eq(-100).all()
-        assert batch["labels"][i, len(prompt) : width].tolist() == completion
-        assert batch["labels"][i, width:].eq(-100).all()
-
-
-def test_any_collator_whose_labels_begin_after_the_prompt_will_do() -> None:
-    data = [{"input_ids": [0, 0, 5, 6, 7, 8], "attention_mask": [0, 0, 1, 1, 1, 1], "labels": [-100] * 4 + [7, 8]}] * 4
-    student = llama(0)
-    found = trainer(student, llama(1), data)
-    assert found.data_collator is not None
-    batch = default_data_collator(data)
-    ids, mask = rollouts.prompts(batch, batch["attention_mask"] != 0)
-    assert ids.tolist() == [[5, 6]] * 4
-    assert mask.all()
-    found.train()
-
-
-MODEL: Any = object()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "sentence"),
-    [
-        ({"teacher": None}, ValueError, "teacher must be able to score"),
-        ({"lmbda": 1.5}, ValueError, "lmbda must be at least 0 and at most 1, not 1.5"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
-        ({"sampling_temperature": 0.0}, ValueError, "sampling_temperature must be above 0"),
-        ({"generation": {"top_k": 3}}, TypeError, "generation must be a GenerationConfig, not dict"),
-        ({"generation": GenerationConfig(do_sample=False)}, ValueError, "generation must have max_new_tokens"),
-        ({"generation": greedy(num_beams=2, num_return_sequences=2)}, ValueError, "one completion to a prompt"),
-        ({"kd": KDConfig()}, ValueError, "ce_weight must be 0 with lmbda=1"),
-        ({"kd": KDConfig(ce_weight=0.0, kd_on="attended")}, ValueError, "kd_on must be 'labels'"),
-        ({"estimator": "k1"}, ValueError, "are for a teacher that is a function"),
-        ({"student_top_k": 0}, ValueError, "student_top_k must be in"),
-        ({"teacher": "token", "estimator": "k5"}, ValueError, "estimator must be one of policy"),
-        ({"teacher": "token", "estimator": "k1", "lmbda": 0.5}, ValueError, "lmbda must be 1 with estimator="),
-        ({"teacher": "token", "estimator": "k1", "sampling_temperature": 0.7}, ValueError, "whole distribution alone"),
-        ({"teacher": "token"}, TypeError, "teacher must return a TeacherTopK or a dict .* not Tensor"),
-        ({"teacher": "topk", "estimator": "k2"}, TypeError, "what teacher returned must be a tensor"),
-        ({"teacher": "topk", "kd": KDConfig(temperature=1.0, ce_weight=0.0)}, ValueError, "tail='bucket', but kd has"),
-        (
-            {"teacher": lambda ids, mask: ids[:, 1:], "estimator": "k2"},
-            ValueError,
-            r"shape \(4, .*, a row for",
-        ),
-        ({"data": rows(completions=False), "lmbda": 0.0}, ValueError, "the data has no completions, but lmbda=0.0"),
-        ({"data": [{"input_ids": [3, 4], "labels": [3, 4]}] * 4}, ValueError, "row 0 of the batch has no prompt"),
-        ({"data": [{"prompt": "ab"}] * 4}, ValueError, "example 0 is text, for which a tokenizer is needed"),
-        ({"data": [{"prompt": []}] * 4}, ValueError, "the prompt of example 0 is empty"),
-        ({"max_new_tokens": 64}, ValueError, "more than the 64 positions of LlamaForCausalLM"),
-    ],
-)
-def test_mistakes_are_named(change: dict[str, Any], error: type[Exception], sentence: str) -> None:
-    given = {"teacher": llama(1), **change}
-    if isinstance(given["teacher"], str):
-        given["teacher"] = scores(llama(1), given["teacher"])
-    with pytest.raises(error, match=sentence):
-        trainer(llama(0), **given).train()

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 import fusedkd
 from fusedkd.integrations.transformers import KDConfig, OfflineTeacherCollator
 
-from . import distil_step, term_step
+from . import distil_step, on_policy_step, term_step
 from .distil_step import LENGTH, MODELS, VOCAB, gradient, llamas, lora, make, rows, trainer
 
 
@@ -99,6 +99,11 @@ def test_two_processes_are_exact(tmp_path):
     sharded, loss = result["FSDP2"]
     assert_equal((sharded, {"loss": loss}), (expected[0], {"loss": expected[1]["loss"]}))
     assert "the output head of LlamaForCausalLM is an FSDP unit of its own" in result["refusal"]
+    own = on_policy_step.step(
+        on_policy_step.llama(0), on_policy_step.llama(1), generation=on_policy_step.greedy(), batch=8
+    )
+    for name in ("on policy", "on policy FSDP2"):
+        assert on_policy_step.close(result[name], own[0], 1e-5), name
     expected = term_step.step(*term_step.models(), term_step.EVERYTHING, KDConfig())[:2]
     for found in result["terms"]:
         assert_equal(found, (expected[0], {term.name: expected[1][term.name] for term in term_step.EVERYTHING}))
