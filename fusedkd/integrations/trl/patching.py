@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 
 from fusedkd.integrations.trl import hidden, lists, logits
 
-VERSIONS = ("1.16.0",)
-"""Of TRL, with which every seam was tried: values and gradients over five steps."""
-
 
 class Seam(NamedTuple):
     """A function of TRL, the attribute `name` of a module or, after the colon, of a class in it, and ours."""
@@ -77,6 +74,12 @@ IW-OPD, SDFT and SDPO, the self-distillation trainers with a served teacher, and
 probabilities.
 """
 
+VERSIONS: dict[str, tuple[str, ...]] = dict.fromkeys(SEAMS, ("1.14.2", "1.15.0", "1.16.0")) | {
+    "DistillationTrainer": ("1.16.0",),  # in 1.15.0 its loss needs a GPU; in 1.14.2 it has other parameters
+    "AsyncDistillationTrainer": ("1.16.0",),
+}
+"""Of TRL, with which each trainer was tried: five steps are those of the original."""
+
 _ELSEWHERE = (
     ("distillation_objective", "iw_opd"),
     ("distillation_mode", "sampled_token"),
@@ -100,21 +103,23 @@ class patch(AbstractContextManager["patch"]):
         RuntimeError: this TRL's function has other parameters than ours; a subclass overrides it.
 
     Warns:
-        UserWarning: a TRL that is not one of :data:`VERSIONS`.
+        UserWarning: a TRL with which that trainer was not tried (:data:`VERSIONS`).
     """
 
     def __init__(self, *trainers: Any):
         if not trainers:
             raise ValueError(f"patch needs a trainer or its class, one of TRL's {', '.join(SEAMS)}")
         self.seams: list[Seam] = []
-        for trainer in trainers:
-            for seam in _seams_of(trainer):
-                _check(seam, trainer)
-                self.seams.append(seam)
         version = importlib.import_module("trl").__version__
-        if version not in VERSIONS:
-            tried = ", ".join(VERSIONS)
-            warnings.warn(f"fusedkd was tried with TRL {tried}, not with {version}: compare a step", stacklevel=2)
+        for trainer in trainers:
+            name = _known(trainer)
+            for seam in SEAMS[name]:
+                _check(seam, trainer, version)
+                self.seams.append(seam)
+            if version not in VERSIONS[name]:
+                tried = ", ".join(VERSIONS[name])
+                told = f"fusedkd tried the {name} of TRL {tried}, not of {version}: compare a step"
+                warnings.warn(told, stacklevel=2)
         for seam in self.seams:
             key, owner = (seam.place, seam.name), seam.owner()
             _replaced.setdefault(key, inspect.getattr_static(owner, seam.name))
@@ -127,7 +132,7 @@ class patch(AbstractContextManager["patch"]):
 def unpatch(*trainers: Any) -> None:
     """Give TRL's losses back to these trainers, or classes; without an argument to all."""
     every = [seam for seams in SEAMS.values() for seam in seams]
-    _restore([seam for trainer in trainers for seam in _seams_of(trainer)] if trainers else every)
+    _restore([seam for trainer in trainers for seam in SEAMS[_known(trainer)]] if trainers else every)
 
 
 def _restore(seams: list[Seam]) -> None:
@@ -136,22 +141,23 @@ def _restore(seams: list[Seam]) -> None:
             setattr(seam.owner(), seam.name, _replaced.pop((seam.place, seam.name)))
 
 
-def _seams_of(trainer: Any) -> tuple[Seam, ...]:
+def _known(trainer: Any) -> str:
+    """Its class of TRL's, by name."""
     bases = inspect.getmro(trainer if isinstance(trainer, type) else type(trainer))
     for base in bases:
         if base.__name__ in SEAMS and base.__module__.startswith("trl."):
-            return SEAMS[base.__name__]
+            return base.__name__
     raise ValueError(f"trainer must be one of TRL's {', '.join(SEAMS)}, or its class, not {bases[0].__name__}")
 
 
-def _check(seam: Seam, trainer: Any) -> None:
+def _check(seam: Seam, trainer: Any, version: str) -> None:
     kind = trainer if isinstance(trainer, type) else type(trainer)
     key, owner = (seam.place, seam.name), seam.owner()
     theirs = _replaced.get(key) or inspect.getattr_static(owner, seam.name, None)
     wanted = None if theirs is None else set(inspect.signature(getattr(theirs, "__func__", theirs)).parameters)
     if wanted is None or not wanted <= set(inspect.signature(seam.ours).parameters):
         has = "is not there" if wanted is None else f"has the parameters {', '.join(sorted(wanted))}"
-        raise RuntimeError(f"fusedkd knows TRL {', '.join(VERSIONS)}: in this one {seam.name} of {seam.place} {has}")
+        raise RuntimeError(f"fusedkd has no loss for TRL {version}, whose {seam.name} of {seam.place} {has}")
     if isinstance(owner, type) and inspect.getattr_static(kind, seam.name) is not inspect.getattr_static(
         owner, seam.name
     ):
