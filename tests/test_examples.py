@@ -18,6 +18,7 @@ NEEDS = {
     "lightning_module": (*BASE, "lightning"),
     "lora": (*BASE, "peft"),
     "offline_cache": (*BASE, "rich"),
+    "other_tokenizer": (*BASE, "tokenizers"),
     "trl_gkd": (*BASE, "trl"),
 }
 Run = Callable[..., str]
@@ -127,6 +128,13 @@ def test_lora_learns_and_the_teacher_holds_it(run: Run) -> None:
 def test_offline_cache_teaches(run: Run) -> None:
     loss = numbers(r"the rest (\S+)", run("offline_cache"))
     assert loss[-1] < 0.6 * loss[0]
+
+
+def test_a_teacher_of_another_tokenizer_teaches(run: Run) -> None:
+    out = run("other_tokenizer")
+    seen, unseen = numbers(r"KL (\S+),", out), numbers(r"other text (\S+)", out)
+    assert seen[-1] < 0.6 * seen[0]
+    assert unseen[-1] < 0.7 * unseen[0]
 
 
 def test_gkd_trains_with_the_fused_loss(run: Run) -> None:
