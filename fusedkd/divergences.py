@@ -26,7 +26,8 @@ class Divergence:
     ``kernel_id``: what computes it; None if it has its `definition` alone. ``temperature_power``: k of the factor T^k
     that keeps the gradient's size independent of T (Hinton et al. 2015, §2); 0 where there is no softmax, and so no
     temperature. ``needs_labels``: rows without a label have no KD term. ``same_columns``: column j is the same token on
-    both sides; without it the two vocabularies may be of any size, and `definition` gets all of both.
+    both sides; without it the two vocabularies may be of any size, and `definition` gets all of both. ``bounded``: no p
+    and q make D infinite, so that nobody has to ask.
     """
 
     name: ClassVar[str] = "divergence"
@@ -35,6 +36,7 @@ class Divergence:
     temperature_power: ClassVar[int] = 2
     needs_labels: ClassVar[bool] = False
     same_columns: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in cls.__dict__:

@@ -36,6 +36,7 @@ class ULD(Divergence):
     name = "uld"
     temperature_power = 1
     same_columns = False
+    bounded = True
 
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
         return sorted_l1(log_p.exp(), log_q.exp())
@@ -49,6 +50,7 @@ class SortedList(Divergence):
     name = "uld"
     temperature_power = 1
     same_columns = False
+    bounded = True
 
     def teacher_logprobs(self, rows: Tensor, temperature: Tensor) -> Tensor:
         return rows

@@ -74,6 +74,14 @@ def saved_student(folder: str, positions: int = 512) -> None:
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
 
 
+def word_tokenizer(order: int) -> BertTokenizer:
+    """As many words as gpt2 has columns, with ids in one order or the other."""
+    words = [f"word{i}" for i in range(VOCABULARY - 5)][::order]
+    return BertTokenizer(
+        vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    )
+
+
 def given(name: str, names: dict[str, Any]) -> Any:
     """What a page may take for granted, beside the names that it has already."""
     draw = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -107,6 +115,9 @@ def given(name: str, names: dict[str, Any]) -> Any:
         **dict.fromkeys(("teacher", "teacher_model", "maths_model", "code_model"), lambda: gpt2(1)),
         "training_arguments": lambda: TrainingArguments("run", report_to=[], use_cpu=True),
         "blocks": lambda: [{"input_ids": [(i * j) % 47 + 1 for j in range(9)], "labels": [1] * 9} for i in range(8)],
+        "texts": lambda: ["word1 word2 word3", "word7 word4"],
+        "student_tokenizer": lambda: word_tokenizer(1),
+        "teacher_tokenizer": lambda: word_tokenizer(-1),
         "runs/mine/student": lambda: saved_student(name),
     }
     assert name in kinds, f"a page takes {name} for granted, which {__file__} does not know"

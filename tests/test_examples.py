@@ -18,6 +18,7 @@ NEEDS = {
     "lightning_module": (*BASE, "lightning"),
     "lora": (*BASE, "peft"),
     "offline_cache": (*BASE, "rich"),
+    "other_tokenizer": (*BASE, "tokenizers"),
     "trl_gkd": (*BASE, "trl"),
 }
 Run = Callable[..., str]
@@ -139,6 +140,13 @@ def test_draft_heads_are_accepted_more_often(run: Run) -> None:
     before, after = re.findall(r"held-out text \w+: (.*)", run("draft_heads", steps=15))
     for start, end in zip(before.split(", "), after.split(", "), strict=True):
         assert float(end) > 1.1 * float(start) > 0.1
+
+
+def test_a_teacher_of_another_tokenizer_teaches(run: Run) -> None:
+    out = run("other_tokenizer")
+    seen, unseen = numbers(r"KL (\S+),", out), numbers(r"other text (\S+)", out)
+    assert seen[-1] < 0.6 * seen[0]
+    assert unseen[-1] < 0.7 * unseen[0]
 
 
 def test_gkd_trains_with_the_fused_loss(run: Run) -> None:

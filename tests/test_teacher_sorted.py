@@ -11,8 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from truth import float64, pair, targets
 
-from fusedkd import GOLD, ULD, TeacherHead, TeacherLogits, TeacherSorted, TeacherTopK, kd_loss, linear_kd_loss
+from fusedkd import (
+    GOLD,
+    ULD,
+    TeacherHead,
+    TeacherLogits,
+    TeacherProjected,
+    TeacherSorted,
+    TeacherTopK,
+    kd_loss,
+    linear_kd_loss,
+)
 from fusedkd.backends import defined
+from fusedkd.backends.shard import Shard
+from fusedkd.losses.rules import prepare, rules_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -170,6 +182,17 @@ def test_refusals(device: str) -> None:
     with pytest.raises(ValueError, match="mass must be above 0 and at most 1"):
         TeacherSorted.of(teacher, mass=1.5)
     assert TeacherSorted in torch.serialization.get_safe_globals()
+
+
+def test_no_shard_of_a_vocabulary() -> None:
+    """Refused on every rank alike, before anything is exchanged."""
+    student, teacher = sides(4, device="cpu")
+    shard = Shard(group=None, offset=0, own=33, columns=66)
+    projected = TeacherProjected(teacher, torch.zeros(33, 41).to_sparse())
+    given: list[tuple[Any, Any]] = [(TeacherSorted.of(teacher, 5), ULD()), (teacher, ULD()), (projected, "jsd")]
+    for form, divergence in given:
+        with pytest.raises(ValueError, match="is not available for a split vocabulary"):
+            prepare(student, form, None, None, rules_of({"divergence": divergence}), shard)
 
 
 # -------------------------------------------------- GOLD

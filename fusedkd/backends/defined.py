@@ -124,7 +124,9 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
         (slope,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
-        infinite = (torch.inf == D) | (value(2 * LOWEST, log_q) > D)
+        infinite = torch.inf == D
+        if not family.bounded:
+            infinite = infinite | (value(2 * LOWEST, log_q) > D)
         masked = (z == -torch.inf).all(-1)
         slope = torch.where(log_q == -torch.inf, 0, slope)
         slope = slope - log_q.exp() * slope.sum(-1, keepdim=True)

@@ -251,6 +251,8 @@ def tokenizer_of(options: Options) -> Tokenizer:
         own = AutoTokenizer.from_pretrained(options.teacher, **gguf(options))
     except (OSError, ValueError, KeyError):
         return given
+    if len(own) <= len(own.all_special_ids):  # transformers makes one of nothing else where there is none
+        return given
     try:
         check_same_vocabulary(given, own)
     except ValueError as error:

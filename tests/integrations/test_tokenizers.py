@@ -116,6 +116,25 @@ def test_the_trainer_refuses_another_tokenizer(tmp_path: Path) -> None:
         DistillationTrainer(student, teacher, teacher_tokenizer=other, **options)
 
 
+def test_a_cache_is_not_written_with_another_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the teacher comes with one; else it may be given one."""
+    cache_teacher = pytest.importorskip("fusedkd.integrations.cache_teacher")
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=6, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
+    text = tmp_path / "text.txt"
+    text.write_text("a b c\n")
+    words(["[UNK]", "a", "c", "b", "e", "d"]).save_pretrained(tmp_path / "other")
+    given = ["--teacher", "teacher", "--dataset", "text.txt", "--tokenizer", "other", "--output", "out", "--top_k", "2"]
+    given = [str(tmp_path / word) if not word.startswith("-") and word != "2" else word for word in given]
+    words(["[UNK]", "a", "b", "c", "d", "e"]).save_pretrained(tmp_path / "teacher")
+    capsys.readouterr()
+    assert cache_teacher.main([*given, "--block_size", "4"]) == 2
+    assert "--tokenizer is not the teacher's: student and teacher must have one" in capsys.readouterr().err
+    for file in (tmp_path / "teacher").glob("tokenizer*"):
+        file.unlink()
+    assert cache_teacher.main([*given, "--block_size", "4"]) == 0
+
+
 # -------------------------------------------------- shared tokens and W
 
 
