@@ -188,7 +188,7 @@ def padded(twin: Trainer, batch: Batch) -> Batch | None:
     if more <= 0:
         return None
     filling = {"attention_mask": 0, "labels": -100, "shift_labels": -100}
-    config = getattr(twin.model, "config", None)
+    config: Any = getattr(twin.model, "config", None)
     padding = config.get_text_config().pad_token_id if hasattr(config, "get_text_config") else None
     filling |= {} if padding is None else {"input_ids": padding}  # by which some classifiers find the last token
     result = dict(batch)
