@@ -60,7 +60,8 @@ class Head:
 
     @property
     def columns(self) -> int:
-        return self.linear.out_features
+        weight = self.linear.weight  # a resized Marian's `out_features` is that of before; FSDP1's shares are flat
+        return int(weight.shape[0]) if weight.dim() == 2 else self.linear.out_features
 
     @property
     def dtype(self) -> torch.dtype:

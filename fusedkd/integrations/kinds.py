@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,15 +96,20 @@ def kind_of(whole: Any) -> Kind:
     Raises:
         ValueError: naming the class, where it is none of these.
     """
-    decodes = getattr(getattr(whole, "config", None), "is_encoder_decoder", False)
+    model: Any = type(whole)
+    return _kind_of(model, bool(getattr(getattr(whole, "config", None), "is_encoder_decoder", False)))
+
+
+@cache
+def _kind_of(model: type, decodes: bool) -> Kind:
     known = (*CLASSIFIERS, *(DECODING if decodes else OTHERS))
-    for ancestor in (kind.__name__ for kind in type(whole).__mro__):
+    for ancestor in (kind.__name__ for kind in model.__mro__):
         found = [kind for names, _, kind in known if ancestor in names]
         found = found or [kind for _, suffix, kind in known if ancestor.endswith(suffix)]
         if len({kind.name for kind in found}) == 1:
             return found[0]
     raise ValueError(
-        f"{type(whole).__name__} is not known to be a causal or a masked language model, an encoder–decoder, or a "
+        f"{model.__name__} is not known to be a causal or a masked language model, an encoder–decoder, or a "
         "classifier of sequences or tokens"
     )
 

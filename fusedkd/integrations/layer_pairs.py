@@ -84,7 +84,7 @@ def of_attention(
             if maps and not side.plain[layer]:
                 raise ValueError(
                     f"layer {layer} of {side.name} has an attention that is not softmax(scale · Q·Kᵀ)·V (a soft-cap, "
-                    "sinks, a bias on positions?): use relations without 'qk'"
+                    "sinks, a bias on positions, a classifier's causal mask?): use relations without 'qk'"
                 )
     student.layers |= {i for i, _ in pairs}
     teacher.layers |= {group[0] for _, group in pairs}

@@ -178,7 +178,7 @@ def labelled(batch: Batch) -> Tensor:
 
 
 def padded(twin: Trainer, batch: Batch) -> Batch | None:
-    """Half as many columns more: copies of the last, neither labelled nor attended."""
+    """Half as many columns more: padding, or copies of the last, neither labelled nor attended."""
     attention = batch.get("attention_mask")
     if not isinstance(attention, Tensor) or attention.dim() != 2:
         return None
@@ -188,6 +188,9 @@ def padded(twin: Trainer, batch: Batch) -> Batch | None:
     if more <= 0:
         return None
     filling = {"attention_mask": 0, "labels": -100, "shift_labels": -100}
+    config: Any = getattr(twin.model, "config", None)
+    padding = config.get_text_config().pad_token_id if hasattr(config, "get_text_config") else None
+    filling |= {} if padding is None else {"input_ids": padding}  # by which some classifiers find the last token
     result = dict(batch)
     for name, values in batch.items():
         if isinstance(values, Tensor) and values.dim() > 1 and values.shape[1] == length:

@@ -14,12 +14,11 @@ from fusedkd import checks as check
 from fusedkd.divergences import resolve
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.heads import base_model
 from fusedkd.integrations.kinds import Kind
 from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator, restarts
 from fusedkd.integrations.routed import is_none
 from fusedkd.integrations.sharded import units
-from fusedkd.integrations.takes import MEDIA, Takes
+from fusedkd.integrations.takes import media, refuse_media
 from fusedkd.integrations.term import Term
 from fusedkd.integrations.terms import LogitsTerm
 from fusedkd.losses.linear_kd import checked_linear_options
@@ -235,9 +234,7 @@ def batch(inputs: Mapping[str, Any], student: Any) -> None:
     if inputs.get("input_ids") is None:
         other = " instead of inputs_embeds, which mean nothing to a teacher" if "inputs_embeds" in inputs else ""
         raise ValueError(f"the batch must have input_ids{other}, but it has {', '.join(inputs)}")
-    for name in inputs:
-        if name.startswith(MEDIA) and name not in Takes(student):
-            raise ValueError(f"the batch has {name}, which {type(base_model(student)).__name__} does not take")
+    refuse_media(inputs, student)
     if sum(name in inputs for name in COLUMNS) == 1:
         raise ValueError(f"the batch must have both or none of the columns {' and '.join(COLUMNS)}")
 
@@ -322,9 +319,8 @@ def constant(name: str, loss: Tensor) -> None:
 
 def attention_batch(inputs: Mapping[str, Any]) -> None:
     """A batch of which attention maps are not those of one text per row."""
-    for name in inputs:
-        if name.startswith(MEDIA):
-            raise ValueError(f"an AttentionTerm knows the attention of text alone, but the batch has {name}")
+    for name in media(inputs):
+        raise ValueError(f"an AttentionTerm knows the attention of text alone, but the batch has {name}")
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() != 2:
         raise ValueError(f"an AttentionTerm needs an attention_mask (B, L), not {tuple(mask.shape)}")

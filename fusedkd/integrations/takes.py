@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.kinds import kind_of
 
 MEDIA = ("pixel_values", "input_features")
 """Beginnings of the names of what is no text."""
@@ -38,9 +39,33 @@ class Takes:
         return {k: v for k, v in batch.items() if k in self} | self.cache
 
 
+def media(batch: Mapping[str, Any]) -> list[str]:
+    """The names of what is no text."""
+    return [name for name in batch if name.startswith(MEDIA)]
+
+
+def refuse_media(batch: Mapping[str, Any], student: nn.Module) -> None:
+    """What the student does not take, and pictures that it would take for text: without the types of tokens, which some
+    classes of transformers go by, they compute something else in silence.
+    """
+    names = media(batch)
+    if not names:
+        return
+    takes, student_class = Takes(student), type(base_model(student)).__name__
+    for name in names:
+        if name not in takes:
+            raise ValueError(f"the batch has {name}, which {student_class} does not take")
+    types = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes.named]
+    if kind_of(base_model(student)).causal and types and not any(name in batch for name in types):
+        raise ValueError(
+            f"the batch has {names[0]}, but no {types[0]}, by which {student_class} knows the tokens of a picture: its "
+            "processor returns them"
+        )
+
+
 def refuse_parts(batch: Mapping[str, Any], teachers: Any) -> None:
     """Images, whose rows are not those of the sequences, where a teacher sees parts of a batch."""
-    names = [name for name in batch if name.startswith(MEDIA)]
+    names = media(batch)
     if names and (teachers.routed or teachers.sharded):
         which = "a dict of teachers" if teachers.routed else "a sharded teacher"
         raise ValueError(f"{which} takes text alone, but the batch has {names[0]}: pass one whole model, or a list")

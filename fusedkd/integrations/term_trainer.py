@@ -70,23 +70,23 @@ class TermTrainer(EvaluatingTrainer):
         self.bound_to = self.model
 
     @contextmanager
-    def recording(self, batch: Batch) -> Iterator[Callable[[Any], Any]]:
+    def recording(self) -> Iterator[Callable[[Any], Any]]:
         """Within, the student runs once; yields what makes States of its outputs."""
         if self.bound is None:
             yield lambda outputs: None
             return
         student, _ = self.bound.recorders
-        if student.layers:
-            refusals.attention_batch(batch)
         with student() as states:
             yield states
 
-    def wanted(self) -> dict[str, Any]:
+    def wanted(self, batch: Batch) -> dict[str, Any]:
         """Further arguments of both models."""
         if self.bound is None:
             return {}
         if (epoch := int(self.state.epoch or 0)) != self.bound.epoch:
             self.bound.draw(epoch)
+        if self.bound.recorders[0].layers:
+            refusals.attention_batch(batch)
         return self.bound.wanted
 
     # ---- the loss

@@ -64,10 +64,10 @@ class DistillationTrainer(TermTrainer):
             different sizes. ``"base"``, or ``student.get_base_model()``, is the student with adapters off, where it is
             a PEFT model: the weights are held once. Else the teacher shares no parameter with the student that is to be
             trained. None: the data sets have the columns ``teacher_ids`` (L, K) and ``teacher_logprobs`` (L, K), in
-            whose row i is the teacher's distribution at position i: of a causal LM that of token i + 1. Id −1 is
-            padding. Or they have the compact column that :mod:`fusedkd.integrations.cache_teacher` writes. Data without
-            these columns is evaluated by cross-entropy alone. With a kd_weight of 0 a teacher is asked in evaluation
-            only, and None is no teacher at all.
+            whose row i is the teacher's distribution at position i: of a causal LM that of token i + 1, of an
+            encoder–decoder that of label i. Id −1 is padding. Or they have the compact column that
+            :mod:`fusedkd.integrations.cache_teacher` writes. Data without these columns is evaluated by cross-entropy
+            alone. With a kd_weight of 0 a teacher is asked in evaluation only, and None is no teacher at all.
 
             A list of these: all teach every row, with KDConfig's `teacher_weights`. A dict of these: each example has
             one teacher, whose key stands in the data set's column `teacher` (KDConfig's `teacher_column`); None or −1
@@ -319,7 +319,7 @@ class DistillationTrainer(TermTrainer):
         forward = inner.forward
 
         def computation(**inputs: Any) -> tuple[Any, Any]:
-            with self.recording(given) as states:
+            with self.recording() as states:
                 hidden, outputs = self.head.hidden_states(forward, inputs, with_logits)
             weight, bias = self.head.parameters()
             pair = Pair(hidden, weight, bias, teacher, labels, masks, attended, states(outputs), teacher_states)
@@ -336,7 +336,8 @@ class DistillationTrainer(TermTrainer):
     def _given(self, batch: Batch) -> Batch:
         """What of a batch the models are given."""
         ours = ("labels", "shift_labels", *COLUMNS, *((self.kd.teacher_column,) if self.routed else ()))
-        given = {name: value for name, value in batch.items() if name not in ours} | self.wanted()
+        given = {name: value for name, value in batch.items() if name not in ours}
+        given |= self.wanted(given)
         if self.head.kind.tokens not in given:
             given[self.head.kind.tokens] = kinds.decoder_inputs(base_model(self.student), batch["labels"])
         if self.teachers:

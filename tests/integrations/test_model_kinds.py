@@ -1,6 +1,7 @@
 """DistillationTrainer on other kinds of model, against `kd_loss` of the logits and labels that the models have."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 import fusedkd
 from fusedkd.integrations import probe
+from fusedkd.integrations.check import kd_check
+from fusedkd.integrations.heads import Head
+from fusedkd.integrations.terms import AttentionTerm, ContrastiveTerm, HiddenTerm
 from fusedkd.integrations.transformers import KDConfig
 
 from .distil_step import BERT, DISTIL, GEMMA, GPT, ROWS, SIZE, VOCAB, initialised, trainer
@@ -213,7 +218,10 @@ def check_kind(student, teacher, data, rows, inputs=None, kd=None, **options):
     run.model.requires_grad_()
     metrics = run.evaluate()
     assert metrics["eval_kl"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics["eval_ce"] > 0.1
+    with torch.no_grad():
+        own = teacher(**batch).loss.item()
+    assert own > 0.1
+    assert metrics["eval_ce"] == pytest.approx(own, rel=1e-5)  # labels mean what they mean to the model
     run.model = run.model_wrapped = student
     return run
 
@@ -247,3 +255,303 @@ def test_vision_language_models(name):
     data, collator = list(pictures(name)), Pictures(name)
     student, teacher = vision_language(name, 0), vision_language(name, 1, num_hidden_layers=2)
     check_kind(student, teacher, data, next_token, collator(data), collator=collator, remove_unused_columns=False)
+
+
+# -------------------------------------------------- how a step is cut, and by whom
+
+
+def pair_of(kind: str):
+    """(student, teacher, data) of one model of each kind."""
+    if kind == "sequences":
+        return classifier("Llama", 0), classifier("Llama", 1), list(classes())
+    if kind == "tokens":
+        return classifier("Bert", 0, tags=True), classifier("Bert", 1, tags=True), list(classes(tags=True))
+    return decoder("MarianMTModel", 0), decoder("MarianMTModel", 1), list(translations())
+
+
+KINDS = ("sequences", "tokens", "decoder")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_padded_and_on_two_processes_the_gradient_is_one(kind):
+    student, teacher, data = pair_of(kind)
+    found = kd_check(trainer(student, teacher, data=data))
+    assert found.ok, str(found)
+    assert [run.name for run in found.runs] == ["8 × 1", "4 × 2", "2 × 4", "8 × 1, padded", "8 × 1, two processes"]
+    assert found.value_power is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_teachers(kind):
+    student, one, data = pair_of(kind)
+    two, kd = initialised(copy.deepcopy(one), 7), KDConfig(ce_weight=0.0, kd_weight=1.0)
+    run = trainer(student, [one, two], replace(kd, teacher_weights=[0.25, 0.75]), data, eval_dataset=data)
+    both, metrics = run.compute_loss(student, collated(data)).item(), run.evaluate()
+    each, halves, rows = [], [], []
+    for i, teacher in enumerate((one, two)):
+        single = trainer(student, teacher, kd, data, eval_dataset=data)
+        each.append(single.compute_loss(student, collated(data)).item())
+        assert metrics[f"eval_kl_{i}"] == pytest.approx(single.evaluate()["eval_kl"], rel=1e-5)
+        half = collated(data[i::2])
+        halves.append(single.compute_loss(student, half).item())
+        rows.append(int(single.masks(half)[0].sum()))
+    assert both == pytest.approx(0.25 * each[0] + 0.75 * each[1], rel=1e-5)
+    named = [row | {"teacher": "ab"[i % 2]} for i, row in enumerate(data)]
+    run = trainer(student, {"a": one, "b": two}, kd, named, collator=collated)
+    loss = run.compute_loss(student, run.data_collator(named)).item()
+    assert loss == pytest.approx((halves[0] * rows[0] + halves[1] * rows[1]) / sum(rows), rel=1e-5)
+
+
+def test_training_evaluation_and_prediction_of_a_classifier():
+    student, teacher, data = pair_of("sequences")
+    for row in data:
+        row["label"] = int(row.pop("labels"))  # the collator's other name
+    data = [row for row in data if row["label"] >= 0]
+
+    def accuracy(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    kd = KDConfig(kd_weight=1.0, ce_weight=0.0, temperature=1.0, divergence="reverse_kl")
+    options = {"max_steps": 15, "learning_rate": 3e-2, "eval_dataset": data, "compute_metrics": accuracy}
+    run = trainer(student, teacher, kd, data, 4, **options)
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert after["eval_kl"] < 0.5 * before["eval_kl"]
+    assert "eval_perplexity" not in after
+    assert 0 <= after["eval_accuracy"] <= 1
+    assert run.predict(data).predictions.shape == (7, CLASSES)
+
+
+def test_prediction_of_an_encoder_decoder():
+    student, teacher, data = pair_of("decoder")
+    batch = collated(data)
+    labels = batch.pop("labels")
+    shifted = student.prepare_decoder_input_ids_from_labels(labels=labels)
+    with torch.no_grad():
+        logits = student(**batch, decoder_input_ids=shifted).logits
+    found = trainer(student, teacher, data=data).predict(data)
+    predicted = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    assert torch.from_numpy(predicted).allclose(logits, atol=1e-5)
+    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert found.metrics["test_perplexity"] == pytest.approx(ce.exp().item(), rel=1e-5)
+
+
+# -------------------------------------------------- teachers
+
+
+def padded(examples):
+    """Sources and targets to one length each."""
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: pad_sequence([e[name] for e in examples], True, value) for name, value in fill.items()}
+
+
+def test_an_offline_teacher_has_columns_of_the_target():
+    student, teacher, data = pair_of("decoder")
+    kd, offline = KDConfig(temperature=1.0), []
+    expected = trainer(student, teacher, kd, data).compute_loss(student, collated(data)).item()
+    for row in data:
+        n, m = int(row["attention_mask"].sum()), int((row["labels"] != -100).sum())
+        short = {name: value[: m if name == "labels" else n] for name, value in row.items()}
+        shifted = teacher.prepare_decoder_input_ids_from_labels(labels=short["labels"][None])
+        with torch.no_grad():
+            logits = teacher(input_ids=short["input_ids"][None], decoder_input_ids=shifted).logits[0]
+        best = logits.log_softmax(-1).topk(VOCAB)
+        offline.append(short | {"teacher_ids": best.indices, "teacher_logprobs": best.values})
+    run = trainer(student, None, kd, offline, collator=padded)
+    assert run.compute_loss(student, run.data_collator(offline)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_offline_teacher_of_a_tagger():
+    student, teacher, data = pair_of("tokens")
+    kd, batch = KDConfig(temperature=1.0), collated(data)
+    expected = trainer(student, teacher, kd, data).compute_loss(student, batch).item()
+    with torch.no_grad():
+        logits = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    best = logits.log_softmax(-1).topk(CLASSES)
+    columns = zip(data, best.indices, best.values, strict=True)
+    offline = [row | {"teacher_ids": ids, "teacher_logprobs": logprobs} for row, ids, logprobs in columns]
+    run = trainer(student, None, kd, offline)
+    assert run.compute_loss(student, run.data_collator(offline)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_by_its_folder(tmp_path):
+    student, teacher, data = pair_of("sequences")
+    teacher.save_pretrained(tmp_path / "whole")
+    expected = trainer(student, teacher, data=data).compute_loss(student, collated(data)).item()
+    run = trainer(student, str(tmp_path / "whole"), data=data)
+    assert run.compute_loss(student, collated(data)).item() == pytest.approx(expected, rel=1e-6)
+    teacher.model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match="is no sequence classifier that was trained: it has no score"):
+        trainer(student, str(tmp_path / "headless"), data=data)
+    student, teacher = (decoder("BartForConditionalGeneration", seed) for seed in (0, 1))
+    teacher.save_pretrained(tmp_path / "decoder")
+    batch = collated(list(translations()))
+    expected = trainer(student, teacher).compute_loss(student, batch).item()
+    assert trainer(student, str(tmp_path / "decoder")).compute_loss(student, batch).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="is neither a folder with an encoder–decoder nor one's name on the hub"):
+        trainer(student, str(tmp_path / "whole"))
+
+
+def test_adapters_of_a_classifier():
+    peft = pytest.importorskip("peft")
+    base, teacher, data = pair_of("sequences")
+    student = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=2)).eval()
+    run = trainer(student, teacher, data=data)
+    run.compute_loss(student, collated(data)).backward()
+    trained = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert any("lora" in name for name in trained)
+    assert any("score.modules_to_save" in name for name in trained)
+    own = trainer(student, base, data=data, eval_dataset=data).evaluate()  # adapters are still the identity
+    assert own["eval_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_with_fewer_tokens_than_the_targets_have():
+    student, _, data = pair_of("decoder")
+    teacher = made("MarianMTModel", 1, BART | {"vocab_size": VOCAB - 3, "decoder_vocab_size": VOCAB - 3})
+    data[0]["labels"][:2] = torch.tensor([VOCAB - 1, 2])
+    data[0]["input_ids"] = data[0]["input_ids"].clamp(max=VOCAB - 9)
+    for row in data[1:]:
+        row["labels"], row["input_ids"] = row["labels"].clamp(max=VOCAB - 9), row["input_ids"].clamp(max=VOCAB - 9)
+    with pytest.raises(ValueError, match=f"decoder_input_ids must be below {VOCAB - 3}, the size of the teacher's"):
+        trainer(student, teacher, data=data).compute_loss(student, collated(data))
+
+
+# -------------------------------------------------- rows
+
+
+def test_unlabelled_rows():
+    """With kd_on="attended": all sequences, all tokens, all that the decoder's mask selects."""
+    kd = KDConfig(temperature=1.0, kd_weight=1.0, ce_weight=0.0, kd_on="attended")
+
+    def divergence(student, teacher, inputs, mask=None):
+        with torch.no_grad():
+            return fusedkd.kd_loss(student(**inputs).logits, teacher(**inputs).logits, kd_mask=mask).item()
+
+    for kind in KINDS:
+        student, teacher, data = pair_of(kind)
+        batch = collated(data)
+        labels = batch.pop("labels")
+        mask = {"sequences": None, "tokens": batch["attention_mask"] != 0}.get(kind)
+        if kind == "decoder":
+            mask = torch.arange(7) < 2 + torch.arange(8)[:, None] % 5
+            batch["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=labels)
+            batch["decoder_attention_mask"] = mask.long()
+        found = trainer(student, teacher, kd, data).compute_loss(student, batch).item()
+        assert found == pytest.approx(divergence(student, teacher, batch, mask), rel=1e-5)
+    with pytest.raises(ValueError, match="must have labels or decoder_input_ids"):
+        trainer(student, teacher, kd, data).compute_loss(student, {"input_ids": batch["input_ids"]})
+    student, teacher, data = pair_of("sequences")
+    with pytest.raises(ValueError, match=r"no labels, which select rows unless kd_on='attended' and ce_weight=0$"):
+        trainer(student, teacher, data=data).compute_loss(student, {"input_ids": batch["input_ids"]})
+
+
+def test_no_row_predicts_a_placeholder():
+    student, teacher = vision_language("Llava", 0), vision_language("Llava", 1)
+    batch = Pictures("Llava")(list(pictures("Llava")))
+    kd = KDConfig(temperature=1.0, kd_weight=1.0, ce_weight=0.0, kd_on="attended")
+    found = trainer(student, teacher, kd).compute_loss(student, batch).item()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        z, v = (each(**inputs).logits[:, :-1] for each in (student, teacher))
+    mask = (batch["attention_mask"][:, 1:] != 0) & (batch["input_ids"][:, 1:] != IMAGE)
+    assert found == pytest.approx(fusedkd.kd_loss(z, v, kd_mask=mask).item(), rel=1e-5)
+
+
+def test_a_new_head_of_an_encoder_decoder():
+    student, teacher, data = pair_of("decoder")
+    run = trainer(student, teacher, data=data)
+    assert run.head.added == (student, "final_logits_bias")
+    assert run.head.parameters()[1].equal(student.final_logits_bias[0])
+    student.resize_token_embeddings(VOCAB + 3)
+    assert run.head.columns == VOCAB + 3
+    assert run.head.parameters()[1].shape == (VOCAB + 3,)
+    bart = decoder("BartForConditionalGeneration", 0)
+    bart.final_logits_bias.zero_()
+    assert Head.of(bart).added == (bart, "final_logits_bias")  # zeros do not hide it
+
+
+# -------------------------------------------------- terms
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states(kind):
+    student, teacher, data = pair_of(kind)
+    run = trainer(student, teacher, data=data, terms=[HiddenTerm(((-1, -1),)), ContrastiveTerm()], eval_dataset=data)
+    batch = collated(data)
+    attended = batch["attention_mask"] != 0 if kind != "decoder" else batch["labels"] != -100
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if kind == "decoder":
+        inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    name = "decoder_hidden_states" if kind == "decoder" else "hidden_states"
+    with torch.no_grad():
+        last = [each(**inputs, output_hidden_states=True)[name][-1] for each in (student, teacher)]
+    metrics = run.evaluate()
+    assert metrics["eval_hidden"] == pytest.approx(fusedkd.hidden_loss(*last, attended).item(), rel=1e-5)
+    assert metrics["eval_contrastive"] == pytest.approx(
+        fusedkd.contrastive_hidden_loss(*(pooled(h, attended) for h in last), temperature=0.07).item(), rel=1e-4
+    )
+    if kind == "decoder":
+        with pytest.raises(ValueError, match="knows no attention of an encoder–decoder, which MarianMTModel is"):
+            trainer(student, teacher, data=data, terms=[AttentionTerm()])
+    elif kind == "tokens":
+        trainer(student, teacher, data=data, terms=[AttentionTerm()]).compute_loss(student, batch).backward()
+    else:
+        with pytest.raises(ValueError, match=r"LlamaForSequenceClassification has an attention .*causal mask"):
+            trainer(student, teacher, data=data, terms=[AttentionTerm()])
+
+
+def pooled(hidden, attended):
+    return (hidden * attended[..., None]).sum(1) / attended.sum(1, keepdim=True)
+
+
+# -------------------------------------------------- what is refused
+
+
+def test_classes_that_are_not_the_teachers():
+    student, teacher, data = pair_of("sequences")
+    names = ["no", "maybe", "yes", "so", "what"]
+    student.config.id2label = dict(enumerate(names))
+    trainer(student, teacher, data=data)  # whose classes have no names
+    teacher.config.id2label = dict(enumerate(reversed(names)))
+    with pytest.raises(ValueError, match="classes in different orders: no, maybe, yes, so, what of Llama"):
+        trainer(student, teacher, data=data)
+    teacher.config.id2label = dict(enumerate("abcde"))
+    with pytest.warns(UserWarning, match="class i of the student is taken for class i of the teacher"):
+        trainer(student, teacher, data=data)
+    with pytest.raises(ValueError, match="must have the same classes: 5 are not 6"):
+        trainer(student, classifier("Llama", 1, num_labels=6), data=data)
+    with pytest.raises(ValueError, match=r"pad_token_id is 0 in the configuration of Llama.* and 1 in that of Llama"):
+        trainer(student, classifier("Llama", 1, pad_token_id=1), data=data)
+    with pytest.raises(ValueError, match=r"Llama.* is a sequence classifier and Bert.* is a token classifier"):
+        trainer(student, classifier("Bert", 1, tags=True), data=data)
+
+
+def test_scores_and_several_labels():
+    _, teacher, data = pair_of("sequences")
+    for options, found in (({"num_labels": 1}, "num_labels=1"), ({"problem_type": "regression"}, "problem_type='reg")):
+        with pytest.raises(ValueError, match=f"BertForSequenceClassification has {found}.*divergence='logit_mse'"):
+            trainer(classifier("Bert", 0, **options), teacher, data=data)
+    student = classifier("Llama", 0)
+    for labels in (torch.zeros(8), torch.zeros(8, CLASSES, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="labels must be one class for each sequence, integers of shape"):
+            trainer(student, teacher, data=data).compute_loss(student, collated(data) | {"labels": labels})
+    with pytest.raises(ValueError, match="teacher is None, but a sequence classifier needs a teacher model"):
+        trainer(student, None, data=data)
+
+
+def test_pictures_that_a_teacher_cannot_be_given():
+    student, batch = vision_language("Llava", 0), Pictures("Llava")(list(pictures("Llava")))
+    plain = initialised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)), 1)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM, the teacher, does not take pixel_values"):
+        trainer(student, plain).compute_loss(student, batch)
+    run = trainer(student, {"a": vision_language("Llava", 1)}, data=[{"input_ids": [1], "teacher": "a"}])
+    with pytest.raises(ValueError, match="a dict of teachers takes text alone, but the batch has pixel_values"):
+        run.compute_loss(student, batch | {"teacher": torch.zeros(8, dtype=torch.int64)})
+    run = trainer(student, vision_language("Llava", 1), terms=[AttentionTerm()])
+    with pytest.raises(ValueError, match="knows the attention of text alone, but the batch has pixel_values"):
+        run.compute_loss(student, batch)
+    student, batch = vision_language("Gemma3", 0), Pictures("Gemma3")(list(pictures("Gemma3")))
+    del batch["token_type_ids"]
+    with pytest.raises(ValueError, match="pixel_values, but no token_type_ids, by which Gemma3ForCond"):
+        trainer(student, vision_language("Gemma3", 1)).compute_loss(student, batch)
