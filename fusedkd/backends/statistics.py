@@ -1,5 +1,6 @@
 """What rows of logits say of themselves beside the loss, for logging and for gates: entropies, the label's
-log-probability, total variation. By PyTorch, on some rows at a time: no tensor of the size of the logits is kept.
+log-probability, total variation. Here by PyTorch, on some rows at a time: no tensor of the size of the logits is kept.
+On a CPU, `csrc/cpu/statistics_rows.h` has them in two passes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def kd_statistics(
     columns: int,
     ignore_index: int,
 ) -> Tensor:
-    """The operator of :mod:`fusedkd.backends.schema`, on any device."""
+    """The operator of :mod:`fusedkd.backends.schema`, where C++ does not answer it."""
     rows, dtype = student.shape[0] * student.shape[1], accumulation_dtype(student.dtype)
     found = student.new_zeros((len(STATISTICS), rows), dtype=dtype)
     step = max(1, (TILE_OF_GPU if student.is_cuda else TILE) // student.shape[2])
