@@ -10,11 +10,13 @@ import pytest
 import torch
 from families import describe, samples, top_k
 from linear_cases import counted_products, logits_of, problem
+from operators import options_tensor
 from torch import Tensor
 from truth import DTYPES, pair, targets
 
 from fusedkd import JSD, KDTerms, TeacherLogits, kd_loss
 from fusedkd.backends import statistics
+from fusedkd.backends.layout import Option
 from fusedkd.backends.statistics import STATISTICS
 
 N, V = 9, 301
@@ -68,6 +70,29 @@ def test_they_are_the_definitions(device: str, dtype: torch.dtype, monkeypatch: 
     assert type(terms) is KDTerms
     torch.testing.assert_close((loss.detach(), kd, ce), (alone, *terms), rtol=0, atol=0)
     loss.backward()
+
+
+@pytest.mark.parametrize("columns", [V, V - 11])
+def test_pytorch_has_the_same(device: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which answers where C++ does not, a row and two at a time."""
+    student, teacher = pair(1, N, V, device=device, teacher_columns=columns)
+    student[0, 1, 5:90], teacher[0, 2, 7:100] = -torch.inf, -torch.inf
+    T = torch.linspace(0.5, 4, N, dtype=torch.float64, device=device)
+    own = options_tensor(softcap=9.0, scale=0.5, teacher_softcap=0.0, teacher_scale=2.0).to(device).repeat(N, 1)
+    own[:, Option.TEMPERATURE], own[:, Option.TEACHER_TEMPERATURE] = T, T.flip(0)
+    given = {
+        "student": student,
+        "teacher": teacher,
+        "labels": targets(N, classes=columns, device=device),
+        "options": own,
+    }
+    given |= {"row_weights": (T != T[3]).float(), "transform": True, "of_teacher": True, "columns": columns}
+    found = torch.ops.fusedkd.kd_statistics(**given, ignore_index=-100)
+    monkeypatch.setattr(statistics, "TILE", 2 * V)
+    again = statistics.kd_statistics(**given, ignore_index=-100)
+    torch.testing.assert_close(found, again, rtol=3e-6, atol=1e-6)
+    assert not found[:, 3].any()
+    assert found[:, 4].all()
 
 
 def test_leading_shape_inplace_padding_and_mask(device: str) -> None:

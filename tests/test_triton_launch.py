@@ -354,9 +354,8 @@ def test_unaligned_vectors_compile_nothing_of_their_own(name: str) -> None:
 @pytest.mark.parametrize("listed", [False, True])
 def test_options_of_each_row_compile_nothing_of_their_own(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read with a stride, which is a number: the binary of options that all rows share serves these, too."""
-    of_topk = partial(launch_topk, form=TopkKernelId.RENORMALIZE)
-    of_lists = [partial(of_topk, "forward"), partial(of_topk, "backward")]
-    of_logits = [partial(launch_kd, "forward", 3000, KernelId.MIXTURE), partial(launch_kd, "backward", 3000)]
+    of_lists = [partial(launch_topk, each, TopkKernelId.BUCKET) for each in ("forward", "backward")]
+    of_logits = [partial(launch_kd, "forward", LONG), partial(launch_kd, "backward", LONG)]
     for case in of_lists if listed else of_logits:
         shared = launches_of(case)
         with monkeypatch.context() as patch:

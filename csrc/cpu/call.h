@@ -84,6 +84,12 @@ struct KdCall : LogitsCall {
   bool both = false;  // another follows it row by row, with the sides exchanged
 };
 
+// Of the statistics of rows; `stats` gets them, [5, N].
+struct StatisticsCall : LogitsCall {
+  int64_t columns = 0;  // that both sides have
+  bool of_teacher = false;
+};
+
 struct TopkCall : LogitsCall {
   const int64_t* ids;  // [N, K], -1 for padding
   TopkKernelId kernel_id;

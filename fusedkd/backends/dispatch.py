@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedkd.backends import attention_loop, block, eager, gumbel_loop, linear_loop, products, projected, statistics
+from fusedkd.backends import attention_loop, block, eager, gumbel_loop, linear_loop, products, projected
 from fusedkd.backends.schema import SCHEMAS, library
 
 PACKAGE = Path(__file__).parent.parent
@@ -22,7 +22,6 @@ serving: dict[tuple[str, str], tuple[str, str]] = {}
 
 LOOPS = {
     "linear_kd": linear_loop,
-    "kd_statistics": statistics,
     "linear_hidden": projected,
     "attention": attention_loop,
     "gumbel_ids": gumbel_loop,
@@ -112,7 +111,7 @@ class _Slow:
 def _serve_loops(device: str) -> None:
     """The operators that are PyTorch everywhere."""
     for name, module in LOOPS.items():
-        _serve([name], device, "PyTorch", "products by torch.mm or `product`, some rows at a time", module)
+        _serve([name], device, "PyTorch", "products by torch.mm or `product`, tiles by the operators above", module)
     for name in DEFINED_OPERATORS:
         serving[name, device] = "PyTorch", "autograd on some rows at a time"
         function = getattr(import_module("fusedkd.backends.defined"), name.replace("defined", "kd"))

@@ -28,6 +28,7 @@ from fusedkd.backends.layout import (
     TopkKernelId,
 )
 from fusedkd.backends.schema import by_layer, layers_and_stats
+from fusedkd.backends.statistics import kd_statistics as kd_statistics
 from fusedkd.reference import divergences, gumbel, hidden, layers, softmax, sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax

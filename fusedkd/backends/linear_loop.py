@@ -139,7 +139,7 @@ def _linear_kd(
         unit, members, upstream = in_range(members, slopes, upstream)
     hidden, head = hidden.to(dtype), weight.to(dtype)
     row_losses = hidden.new_empty(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
-    its_statistics = row_losses.new_zeros((len(STATISTICS), n) if statistics[0] else (0,))
+    its_statistics = row_losses.new_zeros(len(STATISTICS), n) if statistics[0] else row_losses.new_empty(0)
     count = n if places is None else len(places)
     size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
     for d_hidden, d_weight, d_bias in sides:

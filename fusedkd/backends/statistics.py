@@ -1,5 +1,6 @@
 """What rows of logits say of themselves beside the loss, for logging and for gates: entropies, the label's
-log-probability, total variation. By PyTorch, on some rows at a time: no tensor of the size of the logits is kept.
+log-probability, total variation. Here by PyTorch, on some rows at a time: no tensor of the size of the logits is kept.
+On a CPU, `csrc/cpu/statistics_rows.h` has them in two passes.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ SIDES = (
 )
 """Options of the student and of the teacher."""
 
-TILE = 1 << 20
-"""Logits of a side at a time: some six tensors of this size exist."""
+TILE, TILE_OF_GPU = 1 << 17, 1 << 24
+"""Logits of a side at a time: some six tensors of this size exist, which on a CPU its cache should hold."""
+LOWEST = -1e4
+"""For log-probabilities of −inf: 0 times it is 0."""
 
 
 def kd_statistics(
@@ -44,43 +47,37 @@ def kd_statistics(
     columns: int,
     ignore_index: int,
 ) -> Tensor:
-    """The operator of :mod:`fusedkd.backends.schema`, on any device."""
+    """The operator of :mod:`fusedkd.backends.schema`, where C++ does not answer it."""
     rows, dtype = student.shape[0] * student.shape[1], accumulation_dtype(student.dtype)
     found = student.new_zeros((len(STATISTICS), rows), dtype=dtype)
-    step = max(1, TILE // student.shape[2])
+    step = max(1, (TILE_OF_GPU if student.is_cuda else TILE) // student.shape[2])
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        of_rows = of_part(options, part)
-        selected, y = row_weights[part] != 0, None if labels is None else labels[part]
-        z = _Softmax(rows_of(student, part)[:, :columns], of_rows, transform, SIDES[0], dtype)
-        found[0, part] = z.entropy()
-        if y is not None:
-            has = selected & (y != ignore_index) & (y >= 0) & (y < z.log.shape[1])
-            column = torch.where(has, y, 0).unsqueeze(1)
-            found[2, part] = torch.where(has, z.log.gather(1, column).squeeze(1), 0)
+        of_rows, selected = of_part(options, part), row_weights[part] != 0
+        column = has = None
+        if labels is not None:
+            has = selected & (labels[part] != ignore_index) & (labels[part] >= 0) & (labels[part] < columns)
+            column = torch.where(has, labels[part], 0)
+        probabilities = []
+        for i, side in enumerate((student, teacher) if of_teacher else (student,)):
+            log = _log_softmax(rows_of(side, part)[:, :columns], of_rows, transform, SIDES[i], dtype)
+            if column is not None and has is not None:
+                found[2 + i, part] = torch.where(has, log.gather(1, column.unsqueeze(1)).squeeze(1), 0)
+            p = log.clamp_(min=LOWEST).exp()
+            found[i, part] = torch.where(selected, -torch.einsum("rc,rc->r", p, log), 0)
+            probabilities.append(p)
         if of_teacher:
-            v = _Softmax(rows_of(teacher, part), of_rows, transform, SIDES[1], dtype)
-            found[1, part] = v.entropy()
-            if y is not None:
-                found[3, part] = torch.where(has, v.log.gather(1, column).squeeze(1), 0)
-            found[4, part] = (v.log.exp() - z.log.exp()).abs_().sum(1) / 2
-        for i in (0, 1, 4):
-            found[i, part] = torch.where(selected, found[i, part], 0)
+            q, p = probabilities
+            found[4, part] = torch.where(selected, q.sub_(p).abs_().sum(1) / 2, 0)
     return found
 
 
-class _Softmax:
-    """The log-probabilities of some rows of one side, ``(R, C)``, at their temperature; −inf stays −inf."""
-
-    def __init__(
-        self, x: Tensor, options: Tensor, transform: bool, side: tuple[Option, Option, Option], dtype: torch.dtype
-    ) -> None:
-        temperature, softcap, scale = (options[..., name].unsqueeze(-1).to(dtype) for name in side)
-        x = x.to(dtype)
-        if transform:
-            x = cap_and_scale(x, softcap, scale)
-        self.log = torch.log_softmax(x / temperature, 1)
-
-    def entropy(self) -> Tensor:
-        """−Σ p·log p: 0 for what has no probability."""
-        return -torch.where(self.log == -torch.inf, 0, self.log.exp() * self.log).sum(1)
+def _log_softmax(
+    x: Tensor, options: Tensor, transform: bool, side: tuple[Option, Option, Option], dtype: torch.dtype
+) -> Tensor:
+    """Of some rows of one side, ``(R, C)``, at their temperature; −inf stays −inf."""
+    temperature, softcap, scale = (options[..., name].unsqueeze(-1).to(dtype) for name in side)
+    x = x.to(dtype)
+    if transform:
+        x = cap_and_scale(x, softcap, scale)
+    return torch.log_softmax(x / temperature, 1)

@@ -16,6 +16,7 @@ from fusedkd.backends.call import Call
 from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import NORMALIZERS, Stat
 from fusedkd.backends.schema import losses_and_stats, weights_and_counts
+from fusedkd.backends.statistics import kd_statistics as kd_statistics
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.result import NO_RESULT, Result, ticket
