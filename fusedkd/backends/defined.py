@@ -124,7 +124,7 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
         (slope,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
-        infinite = torch.inf == D
+        infinite = torch.eq(D, torch.inf)
         if not family.bounded:
             infinite = infinite | (value(2 * LOWEST, log_q) > D)
         masked = (z == -torch.inf).all(-1)

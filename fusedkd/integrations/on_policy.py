@@ -121,12 +121,14 @@ class OnPolicyTrainer(DistillationTrainer):
             data_collator = PromptCollator(options.get("processing_class"))
         super().__init__(model, None if self.served else teacher, args, data_collator, *more, kd=kd, **options)
         if not self.head.kind.causal:
-            raise ValueError(f"{type(self.student).__name__} is a masked language model, which does not write text")
+            raise ValueError(f"OnPolicyTrainer's student must be a causal LM, but is {self.head.kind.noun}")
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
-        mine = self.head.linear.out_features
+        end: Any = self.head
+        mine = end.linear.out_features
         known = min(
-            [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())], default=mine
+            [known_tokens(each.model, "input_ids") for each in (self.teachers.distinct if self.teachers else ())],
+            default=mine,
         )
         self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))
         self._start_writing()
