@@ -25,8 +25,7 @@ from fusedkd.integrations.pair import Form, Pair
 from fusedkd.integrations.prompts import COMPLETION, PROMPT, PromptCollator
 from fusedkd.integrations.rollouts import IGNORE
 from fusedkd.integrations.states import States
-from fusedkd.integrations.teacher import _evaluating
-from fusedkd.integrations.teacher import _tokens as known_tokens
+from fusedkd.integrations.teacher import _evaluating, known_tokens
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.losses.options import KDTerms
 from fusedkd.losses.sampled import ESTIMATORS, Estimator, linear_logprob, linear_sampled_kl_loss

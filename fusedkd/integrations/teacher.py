@@ -99,8 +99,8 @@ class TeacherModel:
         self._tell(batch.keys() - own.keys())
         lost, read = None, {"input_ids": attended_tokens(batch) & attended.any(1, keepdim=True)}
         for name, counted in (read | {self.head.kind.tokens: attended}).items():
-            vocabulary = _tokens(self.model, name)
-            if vocabulary < _tokens(self.student, name):
+            vocabulary = known_tokens(self.model, name)
+            if vocabulary < known_tokens(self.student, name):
                 beyond = batch[name] >= vocabulary
                 refusals.unknown_ids(batch[name], beyond & counted, name, vocabulary)
                 own[name] = batch[name].masked_fill(beyond, 0)
@@ -150,7 +150,7 @@ def across(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
 
-def _tokens(model: nn.Module, name: str) -> int:
+def known_tokens(model: nn.Module, name: str) -> int:
     """How many a model has embeddings of: an encoder's, or a decoder's."""
     whole = base_model(model)
     embeddings = (whole.get_decoder() if name == "decoder_input_ids" else whole).get_input_embeddings()
