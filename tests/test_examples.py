@@ -149,6 +149,13 @@ def test_a_teacher_of_another_tokenizer_teaches(run: Run) -> None:
     assert unseen[-1] < 0.7 * unseen[0]
 
 
+def test_a_chat_model_teaches_a_smaller_one(run: Run) -> None:
+    out = run("distill_chat_model")
+    before, after = numbers(r"kl (\S+)", out)
+    assert after < 0.3 * before
+    assert "which colour is snow ? snow is white" in out
+
+
 def test_gkd_trains_with_the_fused_loss(run: Run) -> None:
     out = run("trl_gkd")
     assert "8 × 1, two processes    loss" in out

@@ -1,0 +1,139 @@
+"""`fusedkd distil`: a chat model into a smaller one, by every way to a teacher; and `fusedkd` itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("rich")
+
+from transformers import AutoModelForCausalLM
+
+from fusedkd.__main__ import main
+from fusedkd.integrations.distil import parse, rows_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from tiny_chat import COLOURS, conversation, made_here
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A teacher and conversations: the options that name both."""
+    state = torch.get_rng_state()
+    given = made_here(tmp_path_factory.mktemp("chat"))
+    torch.set_rng_state(state)
+    return [*given, "--max_steps", "12", "--disable_tqdm", "true"]
+
+
+def value(given: list[str], flag: str) -> str:
+    return given[given.index(flag) + 1]
+
+
+def distilled(given: list[str], folder: Path, *more: str) -> dict:
+    assert main(["distil", *given, "--output_dir", str(folder), *more]) == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_online(made, tmp_path, capsys):
+    found = distilled(made, tmp_path / "out")
+    assert found["after"]["kl"] < 0.6 * found["before"]["kl"]
+    assert found["parameters"]["student"] < found["parameters"]["teacher"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert student.config.num_hidden_layers == 1
+    assert (tmp_path / "out" / "chat_template.jinja").is_file() or "chat_template" in (
+        tmp_path / "out" / "tokenizer_config.json"
+    ).read_text()
+    capsys.readouterr()
+    assert distilled(made, tmp_path / "out") == found  # not trained again
+    assert "finished" in capsys.readouterr().out
+    assert main(["distil", *made, "--output_dir", str(tmp_path / "out"), "--temperature", "2"]) == 2
+    assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
+
+
+def test_packing_is_the_same_training(made, tmp_path):
+    """No conversation sees another, and no token counts twice."""
+    apart, packed = (distilled(made, tmp_path / name, "--packing", name) for name in ("false", "true"))
+    for when in ("before", "after"):
+        assert packed[when]["kl"] == pytest.approx(apart[when]["kl"], rel=2e-3)
+
+
+def test_offline_and_adapters(made, tmp_path):
+    """The teacher's cache, then a student of the teacher's shape that trains adapters alone."""
+    pytest.importorskip("peft")
+    teacher, chats = value(made, "--teacher"), value(made, "--dataset")
+    cached = ["--teacher", teacher, "--dataset", chats, "--output", str(tmp_path / "cache"), "--top_k", "8"]
+    assert main(["cache", *cached]) == 0
+    student = AutoModelForCausalLM.from_pretrained(teacher)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.model.layers[-1].parameters():
+            parameter.mul_(0.5)
+    student.save_pretrained(tmp_path / "student")
+    for file in Path(teacher).glob("*token*"):
+        (tmp_path / "student" / file.name).write_bytes(file.read_bytes())
+    given = ["--mode", "offline", "--student", str(tmp_path / "student"), "--dataset", str(tmp_path / "cache")]
+    given += ["--held_out", "12", "--learning_rate", "1e-2", "--max_steps", "20", "--disable_tqdm", "true"]
+    found = distilled(given, tmp_path / "out", "--lora_rank", "4")
+    assert found["after"]["kl_top_k"] < 0.7 * found["before"]["kl_top_k"]
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_on_policy(made, tmp_path):
+    found = distilled(made, tmp_path / "out", "--mode", "on_policy", "--max_steps", "6")
+    assert found["after"]["kl"] < found["before"]["kl"]
+    assert all(0 < entry["completion_length"] <= 8 for entry in found["log"])
+
+
+def test_what_is_learnt(made, tmp_path):
+    """The tokens of the answers and what ends them; what is beyond --max_length is cut off, and so may be an answer."""
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(value(made, "--teacher"))
+    _, data, _, _ = parse([*made, "--output_dir", str(tmp_path)])
+    train, held_out = rows_of(data, tokenizer, "online", Console(quiet=True))
+    assert len(held_out) == 12
+    said = tokenizer.decode([label for label in train[0]["labels"] if label != -100])
+    thing, colour = next(iter(COLOURS.items()))
+    assert said.split() == [*f"{thing} is {colour}".split(), "<|end|>"]
+    whole = len(train[0]["input_ids"])
+    data.max_length = whole - 3
+    assert {len(row["input_ids"]) for row in rows_of(data, tokenizer, "online", Console(quiet=True))[0]} == {whole - 3}
+
+
+def test_refusals(made, tmp_path, capsys):
+    def refused(*options: str) -> str:
+        assert main(["distil", *options, "--output_dir", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    teacher, chats = value(made, "--teacher"), value(made, "--dataset")
+    both = ["--teacher", teacher, "--dataset", chats]
+    assert "--dataset is missing" in refused("--teacher", teacher)
+    assert "--teacher is missing" in refused("--dataset", chats)
+    assert "--teacher does not go with --mode offline" in refused(*both, "--mode", "offline")
+    assert "--student is missing" in refused("--dataset", chats, "--mode", "offline")
+    assert "is no cache" in refused("--dataset", chats, "--mode", "offline", "--student", teacher)
+    assert "--packing does not go with --mode on_policy" in refused(*both, "--mode", "on_policy", "--packing", "true")
+    assert "--student_layers 9: the teacher has 4" in refused(*both, "--student_layers", "9")
+    assert "--held_out must be fewer" in refused(*both, "--held_out", "500")
+    assert "--divergence jst" in refused(*both, "--divergence", "jst")
+    assert "no such folder" in refused("--teacher", str(tmp_path / "none"), "--dataset", chats)
+    assert "--messages_column is one of messages" in refused(*both, "--messages_column", "chat")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"messages": conversation("a", "b")[:1]}) + "\n")
+    assert "tokens of the assistant" in refused("--teacher", teacher, "--dataset", str(bad))
+
+
+def test_the_commands(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert main(["distill"]) == 2
+    assert capsys.readouterr().out == listed
+    assert main(["env"]) == 0
+    assert "operators" in capsys.readouterr().out
