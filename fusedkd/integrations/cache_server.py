@@ -52,6 +52,8 @@ class Server:
 
     def __init__(self, options: Options):
         self.url = str(options.server).rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise UsageError(f"--server must be a URL, http://HOST:PORT, not {options.server}")
         self.options = options
         self.stopped = threading.Event()
         self.headers = {"Content-Type": "application/json"}
@@ -174,12 +176,10 @@ class Server:
                 if error.code not in AGAIN:
                     raise UsageError(f"the server at {self.url} refuses {path}: {reason}{self._hint(reason)}") from None
                 after = error.headers.get("Retry-After")
-            except json.JSONDecodeError:
-                raise UsageError(f"what {self.url}{path} answers is no JSON: is it a model's server?") from None
             except (OSError, HTTPException) as error:  # urllib's own, a timeout, a connection that broke
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
-            except ValueError as error:
-                raise UsageError(f"--server {self.url} is no address of a server: {error}") from None
+            except ValueError:
+                raise UsageError(f"what {self.url}{path} answers is no JSON: is it a model's server?") from None
             wait = float(after) if after and after.isdigit() else WAIT * 2**attempt
             if attempt + 1 < tries and self.stopped.wait(min(wait, LONGEST_WAIT)):
                 break
@@ -190,6 +190,8 @@ class Server:
         if "logprobs" in reason:
             more = f", or start vLLM with --max-logprobs {self.options.top_k}"
             return f" (see --top_k{more if self.options.server_kind == 'vllm' else ''})"
+        if reason.startswith(("401", "403")):
+            return " (see --server_key_variable)"
         return f" (is it a {self.options.server_kind} server?)" if reason.startswith(("404", "405")) else ""
 
 

@@ -132,7 +132,7 @@ REFUSED = {
     "model": ("vllm", ["--teacher", "huge"], "serves tiny: --teacher must be one of these"),
     "kind": ("sglang", ["--server_kind", "vllm"], "refuses /v1/completions: 404 .*is it a vllm server"),
     "address": ("vllm", ["--server", "http://127.0.0.1:9"], "does not answer .*refused"),
-    "no address": ("vllm", ["--server", "localhost:9"], "does not answer|is no address"),
+    "no address": ("vllm", ["--server", "localhost:9"], "--server must be a URL, http://HOST:PORT, not localhost:9"),
     "temperature": ("vllm", ["--temperature", 2], "--temperature does not go with --server"),
     "masked": ("vllm", ["--objective", "masked"], "--objective does not go with --server"),
     "offset": ("openai", ["--server_offset", 2], "--server_offset must be 0 or 1, not 2"),
