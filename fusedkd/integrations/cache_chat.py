@@ -22,8 +22,9 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, console: Console) -> datasets.Dataset:
     """``input_ids`` and ``labels`` of each conversation, a list of messages with a role and a content. Labels are −100
-    outside the assistant's turns, where the template says where they are; else where the tokens of the conversation up
-    to a turn, with the prompt to answer, are those at which the whole conversation begins.
+    outside the assistant's turns. Where these are, with what the template closes them by, says the template
+    (``{% generation %}``); else a turn begins where the conversation before it ends, with the prompt to answer, and
+    ends where the conversation up to it does, or with its first end-of-sequence token.
 
     Raises:
         UsageError: where neither tells, or there is no template, or a conversation that it does not take.
@@ -41,10 +42,10 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
         try:
             plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
             ids, said = label(tokenizer, plain)
-        except _Untold:
+        except _Untold as error:
             raise UsageError(
-                f"what the assistant says in conversation {index} cannot be told: the chat template marks no "
-                "generation, and renders earlier turns otherwise once a turn follows; give rows of input_ids and labels"
+                f"what the assistant says in conversation {index} cannot be told: {error}; give rows of input_ids and "
+                "labels"
             ) from None
         except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -61,27 +62,37 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
 
 
 class _Untold(Exception):
-    pass
+    """Why."""
 
 
 def _by_marks(tokenizer: Tokenizer, messages: list[Any]) -> tuple[list[int], list[int]]:
     found: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return found["input_ids"], found["assistant_masks"]
+    said = found["assistant_masks"]
+    roles = [message["role"] if message.get("content") else None for message in messages]
+    turns = sum(a == "assistant" != b for a, b in zip(roles, [None, *roles], strict=False))
+    if sum(a > b for a, b in zip(said, [0, *said], strict=False)) < turns:
+        # transformers marks all the rest where the last character of a turn, such as a space, is in no token.
+        raise _Untold(f"the chat template marks fewer than its {turns} turns")
+    return found["input_ids"], said
 
 
 def _by_prefixes(tokenizer: Tokenizer, messages: list[Any]) -> tuple[list[int], list[int]]:
-    def tokens(count: int, prompt: bool = False) -> list[int]:
+    def tokens(count: int | None = None, prompt: bool = False) -> list[int]:
         rendered: Any = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=True)
         ids: list[int] = rendered["input_ids"]
-        if ids != whole[: len(ids)]:
-            raise _Untold
         return ids
 
-    rendered: Any = tokenizer.apply_chat_template(messages, return_dict=True)
-    whole: list[int] = rendered["input_ids"]
+    whole = tokens()
     said = [0] * len(whole)
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            start, end = len(tokens(i, prompt=True)) if i else 0, len(tokens(i + 1))
-            said[start:end] = [1] * (end - start)
+        if message["role"] != "assistant":
+            continue
+        before, through = tokens(i, prompt=True) if i else [], tokens(i + 1)
+        start, end = len(before), len(through)
+        ends = whole[:end] == through
+        if not ends and tokenizer.eos_token_id in whole[start:]:
+            ends, end = True, whole.index(tokenizer.eos_token_id, start) + 1
+        if not ends or whole[:start] != before:
+            raise _Untold("the chat template marks no generation, and renders earlier turns otherwise in later ones")
+        said[start:end] = [1] * (end - start)
     return whole, said

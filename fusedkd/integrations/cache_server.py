@@ -39,6 +39,9 @@ WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the first repetition, and most before any."""
 
 AGAIN = (408, 429, 500, 502, 503, 504)
+ENOUGH = 32
+"""Rows among which one has all its columns, although some have texts that are several tokens'."""
+
 PATHS = {"vllm": "/v1/completions", "sglang": "/generate", "openai": "/v1/completions"}
 
 
@@ -52,8 +55,11 @@ class Server:
 
     def __init__(self, options: Options):
         self.url = str(options.server).rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise UsageError(f"--server must be a URL, http://HOST:PORT, not {options.server}")
         self.options = options
         self.stopped = threading.Event()
+        self.rows = self.widest = 0  # of what arrived: rows with a column, and the most columns of one
         self.headers = {"Content-Type": "application/json"}
         if name := options.server_key_variable:
             if name not in os.environ:
@@ -70,7 +76,8 @@ class Server:
             raise UsageError(f"the server at {self.url} serves {known}: --teacher must be one of these")
         model = named[options.teacher]
         self.positions: int | None = model.get("max_model_len")
-        self.identity = f"{model['id']} of {model.get('root')}"
+        self.model: str = model["id"]
+        self.identity = f"{self.model} of {model.get('root')}"
 
     def fit(self, data: Survey) -> None:
         """Refuse rows that are longer than what it takes, with the one token that some servers have to add."""
@@ -88,16 +95,25 @@ class Server:
             for batch in batches:
                 waiting.append((batch, pool.submit(self.top_k, batch)))
                 if len(waiting) > 2 * self.options.server_concurrency:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
+                    yield self._arrived(*waiting.popleft())
             while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield self._arrived(*waiting.popleft())
         except BaseException:
             self.stopped.set()  # what waits for a repetition gives up
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _arrived(self, batch: list[Row], answer: Future[list[Columns]]) -> tuple[list[Row], list[Columns]]:
+        """With a look at how many columns the server lists."""
+        found = answer.result()
+        for each in found:
+            counts = (each.ids >= 0).sum(1)
+            self.rows += int((counts > 0).sum())
+            self.widest = max(self.widest, int(counts.max(initial=0)))
+        if self.rows >= ENOUGH and self.widest < self.options.top_k:
+            raise UsageError(f"the server lists {self.widest} columns, not the {self.options.top_k} of --top_k")
+        return batch, found
 
     def top_k(self, batch: list[Row]) -> list[Columns]:
         """Of each row; a document, without its padding, is a prompt."""
@@ -111,9 +127,6 @@ class Server:
             best = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
             found[i].ids[where, : best.shape[1]] = np.take_along_axis(ids, best, 1)
             found[i].logprobs[where, : best.shape[1]] = np.take_along_axis(logprobs, best, 1)
-        widest = max(((each.ids >= 0).sum(1).max() for each in found), default=0)
-        if prompts and widest < k:
-            raise UsageError(f"the server lists {widest} columns, not the {k} of --top_k")
         return found
 
     def _columns(self, prompts: list[list[int]]) -> list[Any]:
@@ -147,7 +160,7 @@ class Server:
                 "logprob_start_len": 0,
                 "top_logprobs_num": k,
             }
-        request = {"model": self.options.teacher, "prompt": prompts, "max_tokens": 1, "temperature": 1.0}
+        request = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 1.0}
         if self.options.server_kind == "vllm":
             return request | {"prompt_logprobs": k}
         return request | {"echo": True, "logprobs": k, "return_tokens_as_token_ids": True}
@@ -174,12 +187,10 @@ class Server:
                 if error.code not in AGAIN:
                     raise UsageError(f"the server at {self.url} refuses {path}: {reason}{self._hint(reason)}") from None
                 after = error.headers.get("Retry-After")
-            except json.JSONDecodeError:
-                raise UsageError(f"what {self.url}{path} answers is no JSON: is it a model's server?") from None
             except (OSError, HTTPException) as error:  # urllib's own, a timeout, a connection that broke
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
-            except ValueError as error:
-                raise UsageError(f"--server {self.url} is no address of a server: {error}") from None
+            except ValueError:
+                raise UsageError(f"what {self.url}{path} answers is no JSON: is it a model's server?") from None
             wait = float(after) if after and after.isdigit() else WAIT * 2**attempt
             if attempt + 1 < tries and self.stopped.wait(min(wait, LONGEST_WAIT)):
                 break
@@ -190,6 +201,8 @@ class Server:
         if "logprobs" in reason:
             more = f", or start vLLM with --max-logprobs {self.options.top_k}"
             return f" (see --top_k{more if self.options.server_kind == 'vllm' else ''})"
+        if reason.startswith(("401", "403")):
+            return " (see --server_key_variable)"
         return f" (is it a {self.options.server_kind} server?)" if reason.startswith(("404", "405")) else ""
 
 

@@ -48,6 +48,8 @@ class Served:
             return 200, {"data": [{"id": MODEL, "root": "/models/tiny", "max_model_len": 64}]}
         if path != ("/generate" if self.kind == "sglang" else "/v1/completions"):
             return 404, {"detail": "Not Found"}
+        if self.kind != "sglang" and body["model"] != MODEL:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         with self.lock:
             self.asked.append(body)
             number = len(self.asked)

@@ -1,6 +1,7 @@
 """Conversations in `python -m fusedkd.integrations.cache_teacher`: the template's tokens, labels on the answers."""
 
 import json
+import re
 
 import pytest
 
@@ -22,9 +23,11 @@ MARKED = (
     "{%- generation -%}{{ message['content'] + ' [SEP]' }}{%- endgeneration -%}{{ ' ' }}"
     "{% else %}{{ message['content'] + ' [SEP] ' }}{% endif %}{% endfor %}"
 )
+TRAILING = MARKED.replace("' [SEP]' }}{%- endgeneration -%}{{ ' ' }}", "' [SEP] ' }}{%- endgeneration -%}")
 FORGETS = HEAD + (  # earlier answers lose their first word
     "{% if message['role'] == 'assistant' and not loop.last %}{{ message['content'].split(' ')[1:] | join(' ') }}"
     "{% else %}{{ message['content'] }}{% endif %}{{ ' [SEP] ' }}{% endfor %}"
+    "{% if add_generation_prompt %}[CLS] assistant {% endif %}"
 )
 CHATS = [
     [("user", "the cat sees"), ("assistant", "a dog"), ("user", "under on"), ("assistant", "big red bird")],
@@ -39,12 +42,12 @@ def chats(path, conversations=CHATS) -> str:
     return str(path)
 
 
-def model(path, template: str | None) -> str:
+def model(path, template: str | None, **tokens: str) -> str:
     """A teacher whose tokenizer splits at spaces; "user", "assistant" and "system" are the words 21 to 23."""
     words = [*VOCAB[:21], "user", "assistant", "system"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", **tokens)
     tokenizer.chat_template = template
     teacher().save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -77,9 +80,18 @@ def test_labels_are_on_what_the_assistant_says(template, tmp_path, capsys):
         assert not listed[-1]
 
 
+def test_turns_that_change_end_with_an_end_of_sequence_token(tmp_path):
+    """As thoughts do that a template leaves out of earlier turns. The student sees what the teacher saw."""
+    name, data = model(tmp_path / "teacher", FORGETS, eos_token="[SEP]"), chats(tmp_path / "chats.jsonl")
+    assert run(name, data, tmp_path / "out", "--top_k", 4) == 0
+    cached = datasets.load_from_disk(tmp_path / "out")
+    assert [text(row, True) for row in cached] == ["dog [SEP] big red bird [SEP]", "hears sees [SEP]", ""]
+
+
 REFUSED = {
     "no template": (None, CHATS, "needs a tokenizer with a chat template"),
-    "turns that change": (FORGETS, CHATS, "what the assistant says in conversation 0 cannot be told"),
+    "turns that change": (FORGETS, CHATS, "conversation 0 cannot be told: .* renders earlier turns otherwise"),
+    "a mark that ends in a space": (TRAILING, CHATS, "conversation 0 cannot be told: .* fewer than its 2 turns"),
     "no answer": (PROMPTED, CHATS[2:], "no conversation of the column messages has tokens of the assistant"),
     "template": ("{{ raise_exception('roles must alternate') }}", CHATS, "conversation 0: roles must alternate"),
 }
@@ -91,7 +103,7 @@ def test_what_cannot_be_told_is_refused(case, tmp_path, capsys):
     data = chats(tmp_path / "chats.jsonl", conversations)
     assert run(model(tmp_path / "teacher", template), data, tmp_path / "out", "--top_k", 4) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error.splitlines()[-1]
+    assert re.search(message, error.splitlines()[-1])
     assert error.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
 

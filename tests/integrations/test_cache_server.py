@@ -108,7 +108,7 @@ def test_what_fails_on_the_way_is_asked_again(trouble, ask, tmp_path):
 
 
 def test_a_run_whose_server_went_away_continues(ask, tmp_path, capsys):
-    """At another address, after the last whole shard."""
+    """At another address, after the last whole shard; the model may be named by what it was loaded from."""
     data, out = tokenized(tmp_path / "data"), tmp_path / "out"
     with running(Served("vllm", len(VOCAB))) as served:
         served.before = lambda number: (503, "down") if number > 2 else None
@@ -117,8 +117,9 @@ def test_a_run_whose_server_went_away_continues(ask, tmp_path, capsys):
     assert "does not answer (503 down) after 2 attempts; the same command goes on" in error
     assert [f.name for f in out.glob("*.arrow")] == ["data-00000-of-00002.arrow"]
     with running(Served("vllm", len(VOCAB))) as served:
-        assert ask(served, data, out) == 0
+        assert ask(served, data, out, "--shard_rows", 4) == 0
         assert len(served.asked) == 2
+        assert ask(served, data, tmp_path / "other", model="/models/tiny") == 0
     assert_right(datasets.load_from_disk(out))
 
 
@@ -128,11 +129,15 @@ REFUSED = {
         ["--top_k", 21],
         "refuses /v1/completions: 400 Requested prompt logprobs of 21, .* --max-logprobs 21",
     ),
-    "silent cap": ("openai", ["--top_k", 22], "the server lists 2[01] columns, not the 22 of --top_k"),
+    "silent cap": (
+        "openai",
+        ["--top_k", 22, "--shard_rows", 7],
+        "the server lists 2[01] columns, not the 22 of --top_k",
+    ),
     "model": ("vllm", ["--teacher", "huge"], "serves tiny: --teacher must be one of these"),
     "kind": ("sglang", ["--server_kind", "vllm"], "refuses /v1/completions: 404 .*is it a vllm server"),
     "address": ("vllm", ["--server", "http://127.0.0.1:9"], "does not answer .*refused"),
-    "no address": ("vllm", ["--server", "localhost:9"], "does not answer|is no address"),
+    "no address": ("vllm", ["--server", "localhost:9"], "--server must be a URL, http://HOST:PORT, not localhost:9"),
     "temperature": ("vllm", ["--temperature", 2], "--temperature does not go with --server"),
     "masked": ("vllm", ["--objective", "masked"], "--objective does not go with --server"),
     "offset": ("openai", ["--server_offset", 2], "--server_offset must be 0 or 1, not 2"),
