@@ -356,6 +356,38 @@ def test_every_family_is_here() -> None:
     assert OWN.keys() >= FAMILIES.keys()
 
 
+def test_one_graph_for_all_values() -> None:
+    """Values change, and nothing recompiles; with statistics, and a sum of divergences."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def loss_of(student: Tensor, teacher: Tensor, own: Tensor, more: Tensor) -> tuple[Tensor, ...]:
+        loss, terms = kd_loss(
+            student,
+            teacher,
+            temperature=1 + own,
+            divergence=[(more, JSD(own)), (0.5, "forward_kl")],
+            return_terms=True,
+            statistics=["total_variation"],
+        )
+        return loss, terms.kd, terms.statistics["total_variation"]
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of, backend=counter, fullgraph=True)
+    for seed in range(2):
+        student, teacher = pair(N, 61, seed=seed)
+        own, more = torch.rand(2, N)
+        found = []
+        for loss in (compiled, loss_of):
+            leaf = student.clone().requires_grad_()
+            out = loss(leaf, teacher, own, more)
+            out[0].backward()
+            found.append((*out, leaf.grad))
+        torch.testing.assert_close(*found)
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+
+
 # -------------------------------------------------- Triton
 
 

@@ -86,7 +86,7 @@ def test_pytorch_has_the_same(device: str, columns: int, monkeypatch: pytest.Mon
         "labels": targets(N, classes=columns, device=device),
         "options": own,
     }
-    given |= {"row_weights": (T != T[3]).float(), "transform": True, "of_teacher": True, "columns": columns}
+    given |= {"row_weights": (T[3] != T).float(), "transform": True, "of_teacher": True, "columns": columns}
     found = torch.ops.fusedkd.kd_statistics(**given, ignore_index=-100)
     monkeypatch.setattr(statistics, "TILE", 2 * V)
     again = statistics.kd_statistics(**given, ignore_index=-100)
