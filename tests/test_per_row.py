@@ -15,7 +15,19 @@ from linear_cases import problem
 from torch import Tensor
 from truth import DTYPES, Term, Truth, assert_gradient, assert_value, kd_truth, pair, targets
 
-from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, SkewKL, SkewReverseKL, TeacherHead, kd_loss, linear_kd_loss
+from fusedkd import (
+    DKD,
+    JSD,
+    AlphaBeta,
+    Jeffreys,
+    LogitMSE,
+    SkewKL,
+    SkewReverseKL,
+    TeacherHead,
+    attention_kl_loss,
+    kd_loss,
+    linear_kd_loss,
+)
 from fusedkd.divergences import FAMILIES, Divergence
 
 INF = torch.inf
@@ -343,6 +355,12 @@ def test_gradients_and_other_options() -> None:
     for option in ("ce_weight", "label_smoothing", "logit_softcap", "kd_normalizer"):
         with pytest.raises(ValueError, match=f"{option} must be a number or a real 0-d tensor without gradient"):
             kd_loss(student, teacher, torch.zeros(3, dtype=torch.int64), **{option: rows})
+
+
+def test_attention_maps_share_their_parameters() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="parameters that all rows of a map share, but jsd has its own"):
+        attention_kl_loss(q, q, q, q, divergence=JSD(torch.rand(1, 2, 3)))
 
 
 def test_no_rows() -> None:
