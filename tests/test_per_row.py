@@ -15,7 +15,19 @@ from linear_cases import problem
 from torch import Tensor
 from truth import DTYPES, Term, Truth, assert_gradient, assert_value, kd_truth, pair, targets
 
-from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, SkewKL, SkewReverseKL, TeacherHead, kd_loss, linear_kd_loss
+from fusedkd import (
+    DKD,
+    JSD,
+    AlphaBeta,
+    Jeffreys,
+    LogitMSE,
+    SkewKL,
+    SkewReverseKL,
+    TeacherHead,
+    attention_kl_loss,
+    kd_loss,
+    linear_kd_loss,
+)
 from fusedkd.divergences import FAMILIES, Divergence
 
 INF = torch.inf
@@ -345,6 +357,12 @@ def test_gradients_and_other_options() -> None:
             kd_loss(student, teacher, torch.zeros(3, dtype=torch.int64), **{option: rows})
 
 
+def test_attention_maps_share_their_parameters() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="parameters that all rows of a map share, but jsd has its own"):
+        attention_kl_loss(q, q, q, q, divergence=JSD(torch.rand(1, 2, 3)))
+
+
 def test_no_rows() -> None:
     student = torch.randn(0, 10, requires_grad=True)
     none = torch.ones(0)
@@ -354,6 +372,38 @@ def test_no_rows() -> None:
 
 def test_every_family_is_here() -> None:
     assert OWN.keys() >= FAMILIES.keys()
+
+
+def test_one_graph_for_all_values() -> None:
+    """Values change, and nothing recompiles; with statistics, and a sum of divergences."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def loss_of(student: Tensor, teacher: Tensor, own: Tensor, more: Tensor) -> tuple[Tensor, ...]:
+        loss, terms = kd_loss(
+            student,
+            teacher,
+            temperature=1 + own,
+            divergence=[(more, JSD(own)), (0.5, "forward_kl")],
+            return_terms=True,
+            statistics=["total_variation"],
+        )
+        return loss, terms.kd, terms.statistics["total_variation"]
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_of, backend=counter, fullgraph=True)
+    for seed in range(2):
+        student, teacher = pair(N, 61, seed=seed)
+        own, more = torch.rand(2, N)
+        found = []
+        for loss in (compiled, loss_of):
+            leaf = student.clone().requires_grad_()
+            out = loss(leaf, teacher, own, more)
+            out[0].backward()
+            found.append((*out, leaf.grad))
+        torch.testing.assert_close(*found)
+    assert counter.frame_count == 1
+    torch.compiler.reset()
 
 
 # -------------------------------------------------- Triton
