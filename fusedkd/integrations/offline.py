@@ -37,7 +37,7 @@ class OfflineTeacherCollator:
             the batch does not hold the examples' tokens.
     """
 
-    def __init__(self, base_collator: Callable[[list[Any]], Batch], of: str = "input_ids"):
+    def __init__(self, base_collator: Callable[[list[Any]], Batch], *, of: str = "input_ids"):
         self.base_collator, self.of = base_collator, of
 
     def __call__(self, examples: list[Any]) -> Batch:
