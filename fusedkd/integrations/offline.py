@@ -45,6 +45,7 @@ class OfflineTeacherCollator:
     def __init__(
         self,
         base_collator: Callable[[list[Any]], Batch],
+        *,
         of: str = "input_ids",
         logprobs_temperature: float | None = None,
     ):

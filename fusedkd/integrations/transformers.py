@@ -43,14 +43,14 @@ class DistillationTrainer(TermTrainer):
 
     Scales, soft-caps and biases of either model's logits are honoured (:class:`fusedkd.integrations.heads.Head`). Logs
     `kd` and `ce` without their weights beside `loss`, means over optimiser steps. Evaluates `loss`, and at temperature
-    1 the cross-entropy `ce`, its `perplexity`, and `kl`, the divergence from the teacher; an offline teacher's is
-    called `kl_top_k`, for it is that from the listed columns, with KDConfig's `tail` and at the temperature of their
-    log-probabilities. Of several teachers also `kl_0`, `kl_1`, … or `kl_name`, the divergence from each. What has no
-    row in the whole data set is absent (`loss`: NaN).
+    1 the cross-entropy `ce`, its `perplexity` (not of classes), and `kl`, the divergence from the teacher; an offline
+    teacher's is called `kl_top_k`, for it is that from the listed columns, with KDConfig's `tail` and at the
+    temperature of their log-probabilities. Of several teachers also `kl_0`, `kl_1`, … or `kl_name`, the divergence from
+    each. What has no row in the whole data set is absent (`loss`: NaN).
 
-    Runs alone, under DistributedDataParallel and under FSDP, with PEFT adapters anywhere but on the output head. Every
-    rank holds the whole teacher, or its share, of FSDP2 (:func:`torch.distributed.fsdp.fully_shard`) or of DeepSpeed
-    ZeRO-3 (``engine.module``).
+    Runs alone, under DistributedDataParallel and under FSDP, with PEFT adapters anywhere but on the output head of a
+    language model. Every rank holds the whole teacher, or its share, of FSDP2
+    (:func:`torch.distributed.fsdp.fully_shard`) or of DeepSpeed ZeRO-3 (``engine.module``).
 
     An encoder–decoder's rows are its decoder's positions: `labels` ``(B, L_t)`` are not shifted, and where the batch
     has no `decoder_input_ids` the student makes them of the labels. A classifier of sequences has one row for each of
@@ -148,7 +148,8 @@ class DistillationTrainer(TermTrainer):
         refusals.no_columns(self.head.kind)
         refusals.offline_data(self.kd, self.train_dataset, self.data_collator)
         of = "labels" if self.head.kind.decoder else "input_ids"
-        self.data_collator = OfflineTeacherCollator(self.data_collator, of, self.kd.logprobs_temperature)
+        at = self.kd.logprobs_temperature
+        self.data_collator = OfflineTeacherCollator(self.data_collator, of=of, logprobs_temperature=at)
 
     @property
     def needs_teacher(self) -> bool:
