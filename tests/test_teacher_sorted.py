@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,8 +236,8 @@ def test_gold_is_its_formula(device: str, beta: float, weights: Any) -> None:
     assert rows.flatten()[1:].isfinite().all()
 
 
-def test_gold_is_that_of_trl() -> None:
-    """Its own functions, on the rows that it aligns."""
+def test_uld_and_gold_are_those_of_trl() -> None:
+    """Its own functions, on rows that are aligned."""
     pytest.importorskip("trl")
     gold_trainer = pytest.importorskip("trl.experimental.gold.gold_trainer")
     student, teacher = sides(6, device="cpu", dtype=torch.float64)
@@ -255,6 +256,17 @@ def test_gold_is_that_of_trl() -> None:
             more: dict[str, Any] = {"temperature": T, "scale_by_t2": False}
             found = kd_loss(leaf, teacher, divergence=GOLD(*ids, beta, *(weights or ())), **more)
             close(found, expected, leaf, truth, 1e-6)
+    config = {"crossentropy_weight": 0.0, "distillation_weight": 1.0, "student_temperature": 1.5}
+    config |= {"teacher_temperature": 1.5, "skip_student_eos": False, "skip_teacher_eos": False}
+    names = {f"uld_{name}": value for name, value in config.items()} | {"use_extended_uld": False}
+    z, v = sides(1, 10, device="cpu", dtype=torch.float64)
+    labels = torch.arange(10).where(torch.arange(10) > 3, -100).unsqueeze(0)
+    rows = {"bayesian": slice(3, 9), "observed": slice(4, 10)}  # the second, its default, misses the first prediction
+    for strategy, some in rows.items():
+        theirs = gold_trainer.ULDLoss(SimpleNamespace(**names, uld_token_merge_strategy=strategy))
+        expected = theirs(z, v, labels, labels, labels.clamp(min=0), labels.clamp(min=0))
+        found = kd_loss(z[:, some], v[:, some], divergence=ULD(), temperature=1.5, scale_by_t2=False)
+        torch.testing.assert_close(found, expected)
 
 
 def test_gold_refusals() -> None:
