@@ -10,7 +10,12 @@ from fusedkd.backends import dispatch  # noqa: F401  registers the operators
 from fusedkd.divergences import (
     DKD,
     JSD,
+    LK,
+    NLA,
+    TAID,
+    AdaptiveKL,
     AlphaBeta,
+    AMiD,
     Divergence,
     ForwardKL,
     Jeffreys,
@@ -18,6 +23,7 @@ from fusedkd.divergences import (
     ReverseKL,
     SkewKL,
     SkewReverseKL,
+    ToDi,
     TotalVariation,
 )
 from fusedkd.losses.attention import attention_kl_loss, attention_mse_loss
@@ -35,6 +41,11 @@ __version__ = "0.1.0"
 __all__ = [
     "DKD",
     "JSD",
+    "LK",
+    "NLA",
+    "TAID",
+    "AMiD",
+    "AdaptiveKL",
     "AlphaBeta",
     "Divergence",
     "ForwardKL",
@@ -49,6 +60,7 @@ __all__ = [
     "TeacherLogits",
     "TeacherSamples",
     "TeacherTopK",
+    "ToDi",
     "TotalVariation",
     "attention_kl_from_maps",
     "attention_kl_loss",

@@ -31,8 +31,8 @@ class KDOptions(TypedDict, total=False):
     """temperature, teacher_temperature: T > 0 of the KD term; the teacher's defaults to the student's. CE is always at
         temperature 1.
     divergence: a name of :data:`fusedkd.divergences.FAMILIES`, or an object where it has parameters:
-        ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; a teacher of few columns serves
-        ``forward_kl`` and, top-k, ``reverse_kl``.
+        ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; neither is for a teacher of few columns,
+        nor is ``adaptive_kl``, and :class:`~fusedkd.TeacherSamples` serve ``forward_kl`` alone.
     kd_weight, ce_weight: the weights of the two terms, ≥ 0. A term whose weight is the number 0 is not computed.
     scale_by_t2: the factor T^k in value and gradient, T the student's. False is the convention of TRL and Liger.
     kd_mask: ``(*)``, the rows of the KD term. Bool or integer: non-zero selects; float: weights, 0 is not selected.
