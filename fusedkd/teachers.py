@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd.backends import defined
-from fusedkd.backends.layout import TOPK_KERNELS, KernelId, TopkKernelId
+from fusedkd.backends.layout import FIRST_DEFINED, TOPK_KERNELS, KernelId, TopkKernelId
 from fusedkd.checks import Real
 from fusedkd.divergences import FAMILIES, Divergence
 
@@ -273,7 +273,9 @@ def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatur
             f"tail={tail!r} needs log-probabilities at the loss's temperature, for a tail cannot be taken to "
             f"another: logprobs_temperature is {taken}, but the student's and the teacher's are {temperatures}"
         )
-    return KnownTeacher(teacher.logprobs.contiguous(), ids, _top_k_kernel(tail, family), (taken,))
+    kernel_id = _top_k_kernel(tail, family)
+    coefficients = () if kernel_id < FIRST_DEFINED else family.coefficients()
+    return KnownTeacher(teacher.logprobs.contiguous(), ids, kernel_id, (taken, *coefficients))
 
 
 def _top_k_kernel(tail: str, family: Divergence) -> int:

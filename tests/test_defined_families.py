@@ -274,3 +274,21 @@ def test_a_schedule_of_taid(device: str) -> None:
     expected = kd_truth(student, teacher).loss.value.item()
     assert found[2] == pytest.approx(expected, rel=1e-6)
     assert NLA().name in FAMILIES
+
+
+@pytest.mark.parametrize("divergence", [*NAMED, *(family() for family in WITH_KERNEL.values())], ids=describe)
+def test_coefficients_of_rows(divergence: Divergence) -> None:
+    """A definition takes those of each row in a column; so does that of the exchanged sides."""
+    if type(divergence).definition is Divergence.definition or divergence.name == "logit_mse":
+        return
+    p, q = (x.log_softmax(-1) for x in pair(3, 8, dtype=torch.float64))
+    y = torch.tensor([1, 0, 4])
+    for family in (divergence, divergence.exchanged()[1]):
+        if type(family).definition is Divergence.definition:
+            continue
+        columns = [torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64) * float(x) for x in family.coefficients()]
+        found = family.having([x.unsqueeze(-1) for x in columns]).definition(p, q, y)
+        for i in range(3):
+            row = slice(i, i + 1)
+            one = family.having([x[i] for x in columns]).definition(p[row], q[row], y[row])
+            torch.testing.assert_close(found[row], one)

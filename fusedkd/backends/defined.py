@@ -113,7 +113,9 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     if call.ids is None:
         z = z[:, : v.shape[1]]
     z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
-    t_s, t_t = call.options[Option.TEMPERATURE], call.options[Option.TEACHER_TEMPERATURE]
+    t_s, t_t = _option(call, Option.TEMPERATURE), _option(call, Option.TEACHER_TEMPERATURE)
+    first = Option.COEFFICIENTS + (tail is not None)
+    family = family.having([_option(call, first + i) for i in range(len(family.coefficients()))])
     masked = (z == -torch.inf).all(-1)
     illegal = torch.zeros_like(masked)
     if tail is None:
@@ -127,7 +129,7 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
         assert call.ids is not None
         illegal = call.illegal()
         ids = torch.where(illegal.unsqueeze(-1), -1, call.ids)
-        sharpening = call.options[Option.COEFFICIENTS] / t_t
+        sharpening = _option(call, Option.COEFFICIENTS) / t_t
         known = torch.where(selected, call.teacher.flatten(0, 1), 0)
         rows = outcomes.of(tail, ids, known, z / t_s, sharpening)
         D, w, infinite = _derived(family, rows.log_p, rows.log_q, None)
@@ -136,6 +138,12 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     dead = illegal | masked if family.kernel_id in FINITE_GRADIENT else illegal | masked | infinite
     D = torch.where(infinite | masked, torch.inf, D)
     return torch.where(illegal, torch.nan, D), torch.where(dead.unsqueeze(-1), 0, slope / t_s)
+
+
+def _option(call: EagerCall, i: int) -> Tensor:
+    """``()``, or ``(R, 1)`` of rows that have their own."""
+    value = call.options[..., i]
+    return value.unsqueeze(-1) if value.dim() else value
 
 
 def _derived(family: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,7 +99,7 @@ def bound_of(teacher: TeacherRows, coefficients: Sequence[Real], columns: int) -
     if listed and kernel_id >= FIRST_DEFINED:  # as steep as with the teacher's logits
         family, _ = numbered(kernel_id)
         kernel_id = kernel_id if family.kernel_id is None else family.kernel_id
-        listed, coefficients = False, family.coefficients()
+        listed, coefficients = False, coefficients[1:]  # without the temperature of the log-probabilities
     padded = [*coefficients, *[0.0] * (OPTIONS - Option.COEFFICIENTS - len(coefficients))]
     if check.tracing() or any([isinstance(a, Tensor) for a in padded]):
         slope = _bound(kernel_id, listed, pack(padded, device), columns)

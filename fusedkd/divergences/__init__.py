@@ -30,7 +30,7 @@ class ForwardKL(Divergence):
     name, kernel_id, columns = "forward_kl", KernelId.FORWARD_KL, "sum"
 
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        return kl(log_p, log_q)
+        return kl(log_p, log_q).sum(-1)
 
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, ReverseKL()
@@ -65,7 +65,8 @@ class Jeffreys(Divergence):
         return self.forward, self.reverse
 
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        return self.forward * kl(log_p, log_q) + self.reverse * kl(log_q, log_p)
+        forward, reverse = self.coefficients()
+        return (forward * kl(log_p, log_q) + reverse * kl(log_q, log_p)).sum(-1)
 
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, Jeffreys(self.reverse, self.forward)
@@ -80,7 +81,7 @@ class _Mixture(Divergence):
         teacher, student, share, _ = (tensor(a, log_q) for a in self.coefficients())
         other = log_q.detach() if getattr(self, "detach_mixture", False) else log_q
         log_m = torch.logaddexp(share.log() + log_p, torch.log1p(-share) + other)
-        return teacher * kl(log_p, log_m) + student * kl(log_q, log_m)
+        return (teacher * kl(log_p, log_m) + student * kl(log_q, log_m)).sum(-1)
 
 
 def _mixture(teacher: Real, student: Real, share: Real) -> tuple[Real, ...]:
@@ -173,7 +174,7 @@ class AlphaBeta(Divergence):
         return self.alpha, self.beta
 
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        alpha, beta = tensor(self.alpha, log_q), tensor(self.beta, log_q)
+        alpha, beta = (tensor(a, log_q) for a in self.coefficients())
         s = alpha + beta
         p, q, delta = (s * log_p).exp(), (s * log_q).exp(), s * (log_p - log_q)
         both = (alpha * log_p + beta * log_q).exp()
@@ -241,10 +242,11 @@ class DKD(Divergence):
         y = labels.unsqueeze(-1)
         others = torch.ones_like(log_p, dtype=torch.bool).scatter(-1, y, False)
         (target_p, rest_p, hat_p), (target_q, rest_q, hat_q) = (_decoupled(x, y, others) for x in (log_p, log_q))
-        binary = (target_p.exp() * (target_p - target_q) + rest_p.exp() * (rest_p - rest_q)).squeeze(-1)
+        binary = kl(target_p, target_q) + kl(rest_p, rest_q)
         known = torch.minimum(rest_p, rest_q) > MASKED  # a finite column beside the label on either side
-        among = torch.where(others & known, hat_p.exp() * (hat_p - hat_q), 0).sum(-1)
-        return self.alpha * binary + self.beta * among
+        among = torch.where(others & known, kl(hat_p, hat_q), 0).sum(-1, keepdim=True)
+        alpha, beta = self.coefficients()
+        return (alpha * binary + beta * among).squeeze(-1)
 
 
 def _decoupled(log_x: Tensor, y: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:

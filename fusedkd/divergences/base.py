@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,8 +39,16 @@ class Divergence:
             cls.name = cls.__name__
 
     def coefficients(self) -> tuple[Real, ...]:
-        """a₀, a₁, … of the kernel's definition."""
+        """a₀, a₁, … of the kernel's definition; the parameters of a `definition` of ours."""
         return ()
+
+    def having(self, coefficients: Sequence[Tensor]) -> Divergence:
+        """The same with these as its coefficients: ``()``, or ``(R, 1)`` where each row has its own."""
+        if len(coefficients) == 0:
+            return self
+        found, values = copy.copy(self), tuple(coefficients)
+        object.__setattr__(found, "coefficients", lambda: values)
+        return found
 
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
         """D of each row, ``(R,)`` float64, which PyTorch's autograd can differentiate.
@@ -68,15 +78,19 @@ class _Exchanged(Divergence):
         self.name, self.temperature_power = other.name, other.temperature_power  # type: ignore[misc]
         self.needs_labels = other.needs_labels  # type: ignore[misc]
 
+    def coefficients(self) -> tuple[Real, ...]:
+        return self.other.coefficients()
+
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        return self.other.definition(log_q, log_p, labels)
+        values = [tensor(value, log_q) for value in self.coefficients()]
+        return self.other.having(values).definition(log_q, log_p, labels)
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p‖q) of rows, for a `definition`."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    """What each column adds to KL(p‖q), in a `definition`."""
+    return log_p.exp() * (log_p - log_q)
 
 
 def tensor(value: Real, like: Tensor) -> Tensor:
-    """A parameter as ``()`` of this type, of which no device is waited for."""
+    """A coefficient in this type, for which no device is waited."""
     return value.to(like.dtype) if isinstance(value, Tensor) else like.new_full((), value)

@@ -27,9 +27,13 @@ class TAID(Divergence):
     def __post_init__(self) -> None:
         real("t", self.t, high=1.0)
 
+    def coefficients(self) -> tuple[Real, ...]:
+        return (self.t,)
+
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        log_m = self.t * log_p + (1 - self.t) * log_q.detach()
-        return torch.where(_empty(log_m), torch.inf, kl(log_m.log_softmax(-1), log_q))
+        (t,) = self.coefficients()
+        log_m = t * log_p + (1 - t) * log_q.detach()
+        return torch.where(_empty(log_m), torch.inf, kl(log_m.log_softmax(-1), log_q).sum(-1))
 
 
 def _empty(log_m: Tensor) -> Tensor:
@@ -49,10 +53,13 @@ class ToDi(Divergence):
     def __post_init__(self) -> None:
         real("beta", self.beta)
 
+    def coefficients(self) -> tuple[Real, ...]:
+        return (self.beta,)
+
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        delta = log_p - log_q
-        steep = self.beta * delta.detach()
-        return (steep.sigmoid() * log_p.exp() * delta - (-steep).sigmoid() * log_q.exp() * delta).sum(-1)
+        (beta,) = self.coefficients()
+        steep = beta * (log_p - log_q).detach()
+        return (steep.sigmoid() * kl(log_p, log_q) + (-steep).sigmoid() * kl(log_q, log_p)).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +76,19 @@ class AdaptiveKL(Divergence):
     def __post_init__(self) -> None:
         real("head", self.head, high=1.0)
 
+    def coefficients(self) -> tuple[Real, ...]:
+        return (self.head,)
+
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        (head,) = self.coefficients()
         p, q = log_p.detach().exp(), log_q.detach().exp()
         p, order = p.sort(dim=-1, descending=True, stable=True)
         gap = (p - q.gather(-1, order)).abs()
-        inside = p.cumsum(-1) <= self.head
+        inside = p.cumsum(-1) <= head
         inside[:, 0] = True
-        in_head, all_of_it = torch.where(inside, gap, 0).sum(-1), gap.sum(-1)
+        in_head, all_of_it = torch.where(inside, gap, 0).sum(-1, keepdim=True), gap.sum(-1, keepdim=True)
         w = torch.where(all_of_it > 0, in_head / all_of_it, 0.5)
-        return w * kl(log_p, log_q) + (1 - w) * kl(log_q, log_p)
+        return (w * kl(log_p, log_q) + (1 - w) * kl(log_q, log_p)).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +111,18 @@ class AMiD(Divergence):
         real("share", self.share, high=1.0)
         flag("reverse", self.reverse)
 
+    def coefficients(self) -> tuple[Real, ...]:
+        return self.alpha, self.share
+
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        e, share = (1 - tensor(self.alpha, log_q)) / 2, tensor(self.share, log_q)
+        alpha, share = (tensor(a, log_q) for a in self.coefficients())
+        e = (1 - alpha) / 2
         geometric = share * log_p + (1 - share) * log_q
         some = torch.where(e == 0, 1, e)
         powers = torch.logaddexp(share.log() + some * log_p, torch.log1p(-share) + some * log_q)
         log_m = torch.where(e == 0, geometric, powers / some)
         found = kl(log_q if self.reverse else log_p, log_m.log_softmax(-1))
-        return torch.where(_empty(log_m), torch.inf, found)
+        return torch.where(_empty(log_m), torch.inf, found.sum(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +137,14 @@ class LK(Divergence):
     def __post_init__(self) -> None:
         real("decay", self.decay)
 
+    def coefficients(self) -> tuple[Real, ...]:
+        return (self.decay,)
+
     def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        (decay,) = self.coefficients()
         p, q = log_p.exp(), log_q.exp()
-        w = (-self.decay * torch.minimum(p, q).sum(-1)).detach().exp()
-        return w * kl(log_p, log_q) + (1 - w) * 0.5 * (p - q).abs().sum(-1)
+        w = (-decay * torch.minimum(p, q).sum(-1, keepdim=True)).detach().exp()
+        return (w * kl(log_p, log_q) + (1 - w) * 0.5 * (p - q).abs()).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
