@@ -13,7 +13,7 @@ from torch import Tensor
 from fusedkd import TeacherSamples, TeacherTopK
 from fusedkd.backends.eager import DEFINITIONS, topk_definition
 from fusedkd.backends.layout import TOPK_KERNELS, TopkKernelId
-from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence
 from fusedkd.reference import hidden, softmax
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.hidden import DistanceName, NormalizeName
@@ -211,7 +211,7 @@ def states(
     return Case("hidden_loss", rows, columns, dtype, distance=distance, normalize=normalize, **mode)
 
 
-OTHERS = [name for name in FAMILIES if name != "forward_kl"]
+OTHERS = [name for name in WITH_KERNEL if name != "forward_kl"]
 HIDDEN: list[tuple[DistanceName, NormalizeName | None]]
 HIDDEN = [("mse", None), ("mse", "l2"), ("mse", "layer_norm"), ("smooth_l1", None)]
 KNOWN_AT_K = ("renormalize", "bucket", "samples")

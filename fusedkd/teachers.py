@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd.backends import defined
-from fusedkd.backends.layout import TOPK_KERNELS, KernelId, TopkKernelId
+from fusedkd.backends.layout import FIRST_DEFINED, TOPK_KERNELS, KernelId, TopkKernelId
 from fusedkd.backends.vocabulary_map import Projected
 from fusedkd.checks import Real
-from fusedkd.divergences import Divergence
+from fusedkd.divergences import FAMILIES, Divergence
 from fusedkd.other_vocabulary import OtherVocabulary, TeacherProjected, TeacherSorted
 
 
@@ -65,9 +65,13 @@ class TeacherTopK:
             above 0 by more than rounding (logits, probabilities) is an error on the CPU.
         tail: what becomes of the probability that is not listed, 1 − Σ_K p.
 
-            ``"renormalize"``: p is divided by Σ_K p. Forward KL compares with the student's full softmax, reverse KL
-            with the student renormalised over the K columns. The temperature may differ from the log-probabilities'.
-            Biased: it sharpens the teacher (Sparse Logit Sampling, arXiv:2503.16870, §3).
+            ``"renormalize"``: p is divided by Σ_K p, and compared with the student's full softmax, whose other columns
+            are one class of which the teacher has nothing; a divergence that is infinite then is refused, and reverse
+            KL is instead what ``"both_renormalized"`` makes of it. The temperature may differ from the
+            log-probabilities'. Biased: it sharpens the teacher (Sparse Logit Sampling, arXiv:2503.16870, §3).
+
+            ``"both_renormalized"``: p and q are divided by their sums over the K columns. The temperature may differ.
+            What the student has off the list is not looked at.
 
             ``"bucket"``: all other columns are one class, on both sides. The teacher's probability of it is
             |1 − Σ_K p|, but never less than rounding leaves open of that, ½ε·Σ_K p|log p| + ε', ε of the dtype of the
@@ -76,14 +80,19 @@ class TeacherTopK:
             class is empty, unless more than 1/16 of the teacher is there. p and the tail are divided by their sum,
             which rounding may take above 1.
 
-            ``"ignore"``: Σ_K p·δ alone; may be negative.
-        logprobs_temperature: the temperature at which they were taken. Only ``"renormalize"`` can change it; the others
-            need it equal to the loss's.
+            ``"ignore"``: the sum over the K columns alone, for divergences that are sums over columns. Of KL, Σ_K p·δ,
+            which may be negative.
+        logprobs_temperature: the temperature at which they were taken. Only ``"renormalize"`` and
+            ``"both_renormalized"`` can change it; the others need it equal to the loss's.
+
+    Forward and reverse KL have kernels, but for forward KL that is ``"both_renormalized"``. The others run in float64,
+    some rows at a time, as a divergence of your own does. Not served are those that need whole rows: ``dkd``,
+    ``logit_mse``, ``adaptive_kl``, and of your own those that do not say what their `columns` are.
     """
 
     ids: Tensor
     logprobs: Tensor
-    tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
+    tail: Literal["renormalize", "both_renormalized", "bucket", "ignore"] = "renormalize"
     logprobs_temperature: Real = 1.0
 
 
@@ -167,7 +176,7 @@ torch.serialization.add_safe_globals(
 )
 """Fields alone, checked by the loss that takes them: a saved teacher loads with ``weights_only``, PyTorch's default."""
 
-TAILS = tuple(dict.fromkeys(tail for tail, _ in TOPK_KERNELS))
+TAILS = tuple(tail for tail in defined.TAILS if tail is not None)
 
 Teacher: TypeAlias = Tensor | TeacherLogits | TeacherHead | TeacherTopK | TeacherSamples | OtherVocabulary
 
@@ -297,17 +306,36 @@ def _head(teacher: TeacherHead, student: Tensor, vocab_mismatch: str) -> tuple[T
 
 def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatures: tuple[Real, Real]) -> KnownTeacher:
     ids = check.listed("logprobs", teacher.ids, teacher.logprobs, student)
-    if family.name not in ("forward_kl", "reverse_kl"):
-        raise ValueError(f"TeacherTopK serves forward_kl and reverse_kl; {family.name} needs the teacher's logits")
-    if teacher.tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {teacher.tail!r}")
-    taken = teacher.logprobs_temperature
+    tail, taken = teacher.tail, teacher.logprobs_temperature
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {tail!r}")
+    if family.columns == "own" or family.needs_labels:
+        hint = "" if family.name in FAMILIES else ", unless its class says what its `columns` are"
+        raise ValueError(f"TeacherTopK cannot serve {family.name}: it needs the teacher's logits{hint}")
+    if tail == "ignore" and family.columns != "sum":
+        raise ValueError(f"tail='ignore' is for sums over columns, and {family.name} is none: use tail='bucket'")
     check.real("logprobs_temperature", taken, open_low=True)
     numbers = {t for t in (taken, *temperatures) if not isinstance(t, Tensor)}
-    if teacher.tail != "renormalize" and len(numbers) > 1:
+    if tail in ("bucket", "ignore") and len(numbers) > 1:
         raise ValueError(
-            f"tail={teacher.tail!r} needs log-probabilities at the loss's temperature, for a tail cannot be taken to "
+            f"tail={tail!r} needs log-probabilities at the loss's temperature, for a tail cannot be taken to "
             f"another: logprobs_temperature is {taken}, but the student's and the teacher's are {temperatures}"
         )
-    kernel_id = TOPK_KERNELS[teacher.tail, family.name == "reverse_kl"]
-    return KnownTeacher(teacher.logprobs.contiguous(), ids, kernel_id, (taken,))
+    kernel_id = _top_k_kernel(tail, family)
+    coefficients = () if kernel_id < FIRST_DEFINED else family.coefficients()
+    return KnownTeacher(teacher.logprobs.contiguous(), ids, kernel_id, (taken, *coefficients))
+
+
+def _top_k_kernel(tail: str, family: Divergence) -> int:
+    """What serves such a list."""
+    reverse = family.name == "reverse_kl"
+    if reverse and tail == "both_renormalized":
+        return TopkKernelId.RENORMALIZE_REVERSE
+    if (reverse or family.name == "forward_kl") and (tail, reverse) in TOPK_KERNELS:
+        return TOPK_KERNELS[tail, reverse]
+    if tail == "renormalize" and defined.infinite_off_the_list(family):
+        raise ValueError(
+            f"tail='renormalize' leaves the teacher nothing off the list, where {family.name} is then infinite: use "
+            "tail='bucket' or 'both_renormalized'"
+        )
+    return defined.number(family, tail)

@@ -20,13 +20,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from families import parameters
 from torch import Tensor
 
 from fusedkd import TeacherSamples, TeacherTopK
 from fusedkd.backends import eager
 from fusedkd.backends.eager import DEFINITIONS
-from fusedkd.backends.layout import FINITE_GRADIENT, REVERSE, TOPK_KERNELS, KernelId, TopkKernelId
+from fusedkd.backends.layout import FINITE_GRADIENT, KernelId, TopkKernelId
 from fusedkd.divergences import Divergence
+from fusedkd.reference import defined as reference
 from fusedkd.reference import sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import log_softmax
@@ -60,11 +62,8 @@ def tolerance(value: Tensor, exact: bool, root: Any = 1e-8, constant: Any = 0.0,
 
 def dense(divergence: Divergence, rows: Rows, exact: bool) -> Part:
     """`exact`: for a float64 student."""
-    form = divergence.kernel_id
-    a = torch.zeros(6, dtype=torch.float64)
-    for i, x in enumerate(divergence.coefficients()):
-        a[i] = float(x)
-    value, gradient = DEFINITIONS[form](rows, a)
+    form, a = divergence.kernel_id, parameters(divergence)
+    value, gradient = (getattr(reference, divergence.name) if form is None else DEFINITIONS[form])(rows, a)
     part = _BOUNDS.get(form, _plain)(Part(value, gradient, tolerance(value, exact), value), rows, a, exact)
     return _settled(part, rows.student, form in FINITE_GRADIENT)
 
@@ -184,18 +183,18 @@ def listed(
         return _settled(Part(value, gradient, bound, mass * norm(q) + norm(w)), student, True)
 
     reverse = divergence.name == "reverse_kl"
-    form = TOPK_KERNELS[teacher.tail, reverse]
+    both_sides = reverse if teacher.tail == "renormalize" else teacher.tail == "both_renormalized"
     known = torch.where(valid, teacher.logprobs.detach().cpu().reshape(ids.shape), -torch.inf)
     sharpening = float(teacher.logprobs_temperature) / t
-    value, gradient = eager.topk_definition(form, ids, known, log_q, sharpening)
+    value, gradient = sparse.topk_kl(teacher.tail, reverse, ids, known, log_q, sharpening)
     lp = known.double()
     log_qk = torch.where(valid, log_q.gather(-1, column), -torch.inf)
-    if teacher.tail == "renormalize":
+    if "renormalize" in teacher.tail:
         lp = (lp * sharpening).log_softmax(-1)
-        log_qk = log_softmax(log_qk) if reverse else log_qk
+        log_qk = log_softmax(log_qk) if both_sides else log_qk
     p, qk = lp.exp(), log_qk.exp()
     delta = torch.where((lp == -torch.inf) | (log_qk == -torch.inf), 0, lp - log_qk)
-    both = norm(p) + norm(q if not reverse or teacher.tail != "renormalize" else qk)
+    both = norm(p) + norm(qk if both_sides else q)
     bound = tolerance(value, exact)
     if teacher.tail == "bucket":
         off = q.scatter_reduce(-1, column, torch.where(valid, 0, q.gather(-1, column)), "amin")
@@ -216,4 +215,4 @@ def listed(
             both = both + norm(w) + norm(q) * w.sum(-1)
     elif reverse:
         both = both + chained(qk * delta, qk)
-    return _settled(Part(value, gradient, bound, both), student, form not in REVERSE)
+    return _settled(Part(value, gradient, bound, both), student, not reverse)

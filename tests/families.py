@@ -1,20 +1,37 @@
 """What the conformance tests run over: every family of ``fusedkd.divergences.FAMILIES`` with its default parameters, so
-that a new one is tested by being there, and with the parameters listed here, ends and interior.
+that a new one is tested by being there, and with the parameters listed here, ends and interior. Those without a kernel
+are apart, in DEFINED: `test_defined_families.py` has the rules for them, and their operators are nobody else's concern.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, SkewKL, SkewReverseKL, TeacherSamples, TeacherTopK
-from fusedkd.backends.layout import KernelId
-from fusedkd.divergences import FAMILIES, Divergence
+from fusedkd import (
+    DKD,
+    JSD,
+    LK,
+    TAID,
+    AdaptiveKL,
+    AlphaBeta,
+    AMiD,
+    Jeffreys,
+    LogitMSE,
+    SkewKL,
+    SkewReverseKL,
+    TeacherSamples,
+    TeacherTopK,
+    ToDi,
+)
+from fusedkd.backends.layout import TOPK_KERNELS, KernelId
+from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence
 
-DEFAULTS = [family() for family in FAMILIES.values()]
+DEFAULTS = [family() for family in WITH_KERNEL.values()]
 PARAMETERS = [
     *(Jeffreys(*x) for x in ((0.3, 2.0), (1.0, 0.0))),
     *(JSD(x) for x in (0.0, 1e-3, 0.1, 0.9, 0.999, 1.0)),
@@ -26,6 +43,19 @@ PARAMETERS = [
     *(DKD(*x) for x in ((1.0, 0.0), (0.0, 1.0), (3.0, 0.5))),
 ]
 
+DEFINED = [
+    *(family() for name, family in FAMILIES.items() if name not in WITH_KERNEL),
+    *(TAID(x) for x in (0.0, 0.7, 1.0)),
+    *(ToDi(x) for x in (0.0, 4.0)),
+    *(AdaptiveKL(x) for x in (0.0, 0.9)),
+    *(AMiD(*x) for x in ((-1.0, 0.1), (-1.0, 0.1, True), (1.0, 0.7, True), (-5.0, 0.4), (3.0, 0.4), (0.0, 0.4, True))),
+    *(AMiD(0.5, x) for x in (0.0, 1.0)),
+    *(LK(x) for x in (0.0, 20.0)),
+]
+
+TAILS = tuple(dict.fromkeys(tail for tail, _ in TOPK_KERNELS))
+"""Of listed teachers that have kernels; the others: `test_topk_families.py`."""
+
 
 def describe(x: Any) -> str:
     """For test ids: ``jsd-0.5``."""
@@ -34,8 +64,20 @@ def describe(x: Any) -> str:
     return "-".join([x.name, *(str(v) for v in vars(x).values())])
 
 
+def parameters(divergence: Divergence) -> Tensor:
+    """What its definition in `fusedkd.reference` is given: coefficients, or without a kernel its own parameters."""
+    values = divergence.coefficients()
+    if divergence.kernel_id is None:
+        values = tuple(getattr(divergence, field.name) for field in fields(divergence))
+    a = torch.zeros(6, dtype=torch.float64)
+    for i, x in enumerate(values):
+        a[i] = float(x)
+    return a
+
+
 families = pytest.mark.parametrize("divergence", DEFAULTS, ids=describe)
 divergences = pytest.mark.parametrize("divergence", DEFAULTS + PARAMETERS, ids=describe)
+defined_families = pytest.mark.parametrize("divergence", DEFINED, ids=describe)
 
 
 def at(divergence: Divergence, temperature: float, **options: Any) -> dict[str, Any]:

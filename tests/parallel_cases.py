@@ -246,6 +246,7 @@ for tail in ("renormalize", "bucket", "ignore"):
         case(all_listed, tail, kl)
 case(listed, "bucket", "reverse_kl", columns=101, label_smoothing=0.1)
 case(listed, "renormalize", "reverse_kl", reduction="none")
+case(listed, "both_renormalized", "forward_kl")  # which has no kernel
 
 
 def sampled(ranks: Rank) -> None:

@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Maps, attention_truth, check, maps, padding
-from families import PARAMETERS, describe
+from families import DEFAULTS, PARAMETERS, describe
 from torch.nn import functional as F
 from truth import DTYPES, assert_value
 
 import fusedkd
 from fusedkd import attention_kl_loss, attention_mse_loss
 from fusedkd.backends import attention_loop
-from fusedkd.divergences import FAMILIES
 
 BOTH = pytest.mark.parametrize("mse", [False, True], ids=["kl", "mse"])
-DIVERGENCES = [d for d in [family() for family in FAMILIES.values()] + PARAMETERS if d.name not in ("logit_mse", "dkd")]
+DIVERGENCES = [d for d in DEFAULTS + PARAMETERS if d.name not in ("logit_mse", "dkd")]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
-from families import at, families, samples, top_k
+from families import TAILS, at, families, samples, top_k
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, hidden_truth, kd_truth, pair, targets
@@ -15,7 +15,6 @@ from truth import Truth, assert_gradient, assert_value, hidden_truth, kd_truth, 
 from fusedkd import TeacherLogits, hidden_loss, kd_loss
 from fusedkd.divergences import Divergence
 from fusedkd.nn import DistilBertLoss
-from fusedkd.teachers import TAILS
 
 OPTIONS = {"temperature": 2.0, "kd_weight": 0.5, "ce_weight": 0.7}
 

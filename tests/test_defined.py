@@ -218,7 +218,9 @@ def test_mistakes(device: str) -> None:
     with pytest.raises(ValueError, match=r"definition of Scalar must return one value per row, shape \(4,\), not \(\)"):
         kd_loss(student, teacher, divergence=Scalar())
     topk = fusedkd.TeacherTopK(torch.zeros(4, 1, dtype=torch.int64, device=device), torch.zeros(4, 1, device=device))
-    with pytest.raises(ValueError, match="TeacherTopK serves forward_kl and reverse_kl; Hellinger needs"):
+    with pytest.raises(
+        ValueError, match="TeacherTopK cannot serve Hellinger: it needs the teacher's logits, unless its class"
+    ):
         kd_loss(student, topk, divergence=Hellinger())
 
 

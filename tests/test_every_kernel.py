@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import DEFAULTS, at, describe, samples, top_k
+from families import DEFAULTS, TAILS, at, describe, samples, top_k
 from linear_cases import check_linear, problem, small_tiles, teacher_logits, tile_bytes
 from torch import Tensor
 from truth import DTYPES, between_nans, check_hidden, check_kd, pair, targets
 
 from fusedkd import JSD, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
 from fusedkd.divergences import Divergence
-from fusedkd.teachers import TAILS
 
 WIDTHS = {"resident": 1003, "whole": 4611, "split": 17011}
 F16, BF16, F32, F64 = DTYPES

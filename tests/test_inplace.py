@@ -8,7 +8,7 @@ from torch import Tensor
 from truth import assert_gradient, assert_value, kd_truth, operator_calls, pair, targets
 
 from fusedkd import TeacherLogits, TeacherTopK, kd_loss
-from fusedkd.divergences import FAMILIES
+from fusedkd.divergences import WITH_KERNEL
 
 OPTIONS = {"kd_weight": 0.5, "ce_weight": 0.7, "temperature": 2.0}
 inplace_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -125,7 +125,7 @@ def test_inplace_with_options_in_the_memory_that_it_overwrites(device: str) -> N
     assert expected.any()
 
 
-@pytest.mark.parametrize("divergence", FAMILIES)
+@pytest.mark.parametrize("divergence", WITH_KERNEL)
 @inplace_dtypes
 def test_inplace_with_its_own_logits_as_teacher(device: str, dtype: torch.dtype, divergence: str) -> None:
     """Row by row the same memory, sharpened or cut: each column is read before it is overwritten."""

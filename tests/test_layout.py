@@ -31,7 +31,7 @@ from fusedkd.backends.layout import (
     Stat,
     TopkKernelId,
 )
-from fusedkd.divergences import FAMILIES, Divergence, DivergenceName
+from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence, DivergenceName
 from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
 from fusedkd.nn import KDLossOptions, LinearKDLossOptions
@@ -92,13 +92,13 @@ def test_triton_has_the_numbers_of_python() -> None:
 
 def test_coefficients_fit() -> None:
     most = max(len(family().coefficients()) for family in FAMILIES.values())
-    assert Option.COEFFICIENTS + most <= layout.OPTIONS
+    assert Option.COEFFICIENTS + 1 + most <= layout.OPTIONS  # 1: the temperature of listed log-probabilities
 
 
 def test_every_kernel_has_a_definition_and_a_user() -> None:
     assert set(eager.DEFINITIONS) == set(KernelId)
     assert {*layout.TOPK_KERNELS.values(), TopkKernelId.SAMPLES} == set(TopkKernelId)
-    assert {family.kernel_id for family in FAMILIES.values()} == set(KernelId)
+    assert {family.kernel_id for family in WITH_KERNEL.values()} == set(KernelId)
 
 
 # -------------------------------------------------- names and types

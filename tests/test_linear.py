@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import at, describe, families, samples, top_k
+from families import TAILS, at, describe, families, samples, top_k
 from linear_cases import (
     Problem,
     assert_gradients,
@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from truth import DTYPES, assert_value, noise_for
 
 from fusedkd import TeacherHead, TeacherLogits, TeacherTopK, kd_loss, linear_kd_loss
-from fusedkd.teachers import TAILS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=describe)

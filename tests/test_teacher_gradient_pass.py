@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fusedkd import TeacherHead, TeacherLogits, kd_loss, linear_kd_loss
 from fusedkd.backends import block
-from fusedkd.divergences import FAMILIES
+from fusedkd.divergences import WITH_KERNEL
 
 N, H, V = 14, 9, 300  # V: more columns than the CPU takes in lanes
 
@@ -50,12 +50,12 @@ def assert_near(found: Any, expected: Any, error: float) -> None:
         assert (one.double() - other.double()).norm() < error * other.double().norm()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_KERNEL)
 def test_together_as_one_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And as a second call with the sides exchanged gives it. Surplus columns, transforms, upstream."""
     z, v, labels = leaf(N, V), leaf(N, V - 20, seed=1), torch.randint(V - 20, (N,))
     T, T_t = (1.0, 1.0) if name == "logit_mse" else (2.0, 1.5)
-    divergence = FAMILIES[name]()
+    divergence = WITH_KERNEL[name]()
     weight, other = divergence.exchanged()
     options: dict[str, Any] = {"scale_by_t2": False, "reduction": "sum"}
     given: dict[str, Any] = {**options, "temperature": T, "teacher_temperature": T_t, "logit_softcap": 5.0}

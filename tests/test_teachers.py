@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import describe, samples, top_k
+from families import TAILS, describe, samples, top_k
 from torch import Tensor
 from truth import DTYPES, assert_gradient, assert_value, check_kd, kd_truth, noise_for, operator_calls, pair, targets
 
 from fusedkd import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
 from fusedkd.backends.layout import TOPK_KERNELS, TopkKernelId
-from fusedkd.teachers import TAILS
 
 BOTH = {"kd_weight": 0.5, "ce_weight": 0.7}
 INF = torch.inf

@@ -1,4 +1,5 @@
 """Divergences that have no kernel, only :meth:`fusedkd.Divergence.definition`: run by autograd on some rows at a time.
+So are those whose kernel is not for a teacher known at few columns (:mod:`fusedkd.backends.outcomes`).
 
 The rules, the cross-entropy and the gradient's coefficients are those of :mod:`fusedkd.backends.eager`, whose memory
 this bounds. Everything is float64: a formula that was not written for cancellation still has digits to lose.
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedkd.backends import eager
+from fusedkd.backends import eager, outcomes
 from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.eager import EagerCall
-from fusedkd.backends.layout import FIRST_DEFINED, STATS, Option
+from fusedkd.backends.layout import FINITE_GRADIENT, FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.backends.vocabulary_map import Projected
 from fusedkd.reference.softmax import log_softmax
@@ -32,12 +33,15 @@ LOWEST = -1e30
 
 AUTOGRAD = tuple(getattr(torch._C.DispatchKey, f"Autograd{name}") for name in ("CPU", "CUDA", "Other"))
 
-_numbers = itertools.count(FIRST_DEFINED)
+TAILS = (None, "renormalize", "both_renormalized", "bucket", "ignore")
+"""What becomes of the columns off a list; None: there is no list. A divergence has a number for each of them."""
+
+_numbers = itertools.count(FIRST_DEFINED, len(TAILS))
 _defined: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 @torch.compiler.disable
-def number(divergence: Any) -> int:
+def number(divergence: Any, tail: str | None = None) -> int:
     """The ``kernel_id`` of a divergence, or of a teacher's `Projected`, for as long as it is alive. (An operator takes
     numbers, no Python object.)
     """
@@ -46,11 +50,27 @@ def number(divergence: Any) -> int:
         known = next(_numbers)
         object.__setattr__(divergence, "_kernel_id", known)
         _defined[known] = divergence
-    return int(known)
+    return int(known) + TAILS.index(tail)
+
+
+def numbered(kernel_id: int) -> tuple[Any, str | None]:
+    """The divergence of this number, and the tail."""
+    tail = (kernel_id - FIRST_DEFINED) % len(TAILS)
+    return _defined[kernel_id - tail], TAILS[tail]
+
+
+@torch.compiler.disable
+def infinite_off_the_list(divergence: Any) -> bool:
+    """Whether D is infinite where the student alone has something; False of parameters that are tensors."""
+    if any([isinstance(value, Tensor) for value in vars(divergence).values()]):
+        return False
+    log_p = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64, device="cpu")
+    _, _, infinite = _derived(divergence, log_p, torch.full_like(log_p, 0.5).log(), None)
+    return bool(infinite)
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
-    family = _defined[inputs["kernel_id"]]
+    family, _ = numbered(inputs["kernel_id"])
     if isinstance(family, Projected):
         return family.kd_forward(inputs, gradient)
     row_losses, stats = losses_and_stats(inputs["student"], 2, STATS)
@@ -67,7 +87,7 @@ def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tenso
 def kd_backward(*, upstream: Tensor, stats: Tensor, gradient: Tensor, skip_if_one: bool, **inputs: Any) -> None:
     if eager.skipped(upstream, skip_if_one):
         return
-    family = _defined[inputs["kernel_id"]]
+    family, _ = numbered(inputs["kernel_id"])
     if isinstance(family, Projected):
         return family.kd_backward(inputs, upstream, stats, gradient)
     to = gradient.view(-1, gradient.shape[-1])
@@ -88,6 +108,7 @@ def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
         of_rows = {
             "student": rows_of(student, part).unsqueeze(0),
             "teacher": rows_of(teacher, part).unsqueeze(0),
+            "ids": None if inputs["ids"] is None else inputs["ids"][part],
             "labels": None if labels is None else labels[part],
             "row_weights": inputs["row_weights"][part],
             "options": of_part(inputs["options"], part),
@@ -97,41 +118,66 @@ def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
 
 def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     """D and ∂D/∂z per row."""
-    family = _defined[call.kernel_id]
+    family, tail = numbered(call.kernel_id)
     z, v = call.logits()
-    if family.same_columns:
-        z = z[:, : v.shape[1]]
     selected = (call.row_weights != 0).unsqueeze(-1)
+    if call.ids is None and family.same_columns:
+        z = z[:, : v.shape[1]]
     z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
     t_s, t_t = call.option(Option.TEMPERATURE), call.option(Option.TEACHER_TEMPERATURE)
-    log_p, log_q = family.teacher_logprobs(v, t_t), log_softmax(z / t_s)
-    labels = call.some_labels() if family.needs_labels else call.labels
-    if labels is not None:
-        labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)
+    first = Option.COEFFICIENTS + (tail is not None)
+    family = family.having([call.option(first + i) for i in range(len(family.coefficients()))])
+    masked = (z == -torch.inf).all(-1)
+    illegal = torch.zeros_like(masked)
+    if tail is None:
+        labels = call.some_labels() if family.needs_labels else call.labels
+        if labels is not None:
+            labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)
+        log_q = log_softmax(z / t_s)
+        D, w, infinite = _derived(family, family.teacher_logprobs(v, t_t), log_q, labels)
+        slope = w - log_q.exp() * w.sum(-1, keepdim=True)
+    else:
+        assert call.ids is not None
+        illegal = call.illegal()
+        ids = torch.where(illegal.unsqueeze(-1), -1, call.ids)
+        sharpening = call.option(Option.COEFFICIENTS) / t_t
+        known = torch.where(selected, call.teacher.flatten(0, 1), 0)
+        rows = outcomes.of(tail, ids, known, z / t_s, sharpening)
+        D, w, infinite = _derived(family, rows.log_p, rows.log_q, None)
+        masked = masked | (rows.log_q == -torch.inf).all(-1)
+        slope = rows.chained(w)
+    dead = illegal | masked if family.kernel_id in FINITE_GRADIENT else illegal | masked | infinite
+    D = torch.where(infinite | masked, torch.inf, D)
+    return torch.where(illegal, torch.nan, D), torch.where(dead.unsqueeze(-1), 0, slope / t_s)
+
+
+def _derived(family: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """D, ∂D/∂log q and whether D is infinite, of each row. A log q of −inf has no derivative, unless it is finite."""
+
+    def lowered(x: Tensor, lowest: float) -> Tensor:
+        return torch.where(x == -torch.inf, lowest, x)
 
     def value(lowest: float, log_q: Tensor) -> Tensor:
-        found = family.definition(*(torch.where(x == -torch.inf, lowest, x) for x in (log_p, log_q)), labels)
-        if not isinstance(found, Tensor) or found.shape != z.shape[:1]:
+        found = family.definition(lowered(log_p, lowest), log_q, labels)
+        if not isinstance(found, Tensor) or found.shape != log_q.shape[:1]:
             raise ValueError(
-                f"the definition of {type(family).__name__} must return one value per row, shape {tuple(z.shape[:1])}, "
-                f"not {tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+                f"the definition of {type(family).__name__} must return one value per row, shape "
+                f"{tuple(log_q.shape[:1])}, not "
+                f"{tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
             )
         return found.double()
 
     with torch.enable_grad(), _autograd():
-        leaf = log_q.detach().requires_grad_()
+        leaf = lowered(log_q, LOWEST).detach().requires_grad_()
         D = value(LOWEST, leaf)
-        (slope,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
+        (w,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
         infinite = torch.eq(D, torch.inf)
         if not family.bounded:
-            infinite = infinite | (value(2 * LOWEST, log_q) > D)
-        masked = (z == -torch.inf).all(-1)
-        slope = torch.where(log_q == -torch.inf, 0, slope)
-        slope = slope - log_q.exp() * slope.sum(-1, keepdim=True)
-        slope = torch.where((infinite | masked).unsqueeze(-1), 0, slope / t_s)
-        return torch.where(infinite | masked, torch.inf, D), slope
+            infinite = infinite | (value(2 * LOWEST, lowered(log_q, 2 * LOWEST)) > D)
+        finite = family.kernel_id in FINITE_GRADIENT
+        return D, w if finite else torch.where(log_q == -torch.inf, 0, w), infinite
 
 
 def _autograd() -> Any:

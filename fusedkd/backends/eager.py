@@ -111,7 +111,7 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Te
 class EagerCall(Call):
     """Its loss and gradient."""
 
-    def option(self, option: Option) -> Tensor:
+    def option(self, option: int) -> Tensor:
         """``()``, or ``(N, 1)`` where rows have options of their own."""
         return self.options[option] if self.options.dim() == 1 else self.options[:, option].unsqueeze(-1)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fusedkd import checks as check
 from fusedkd.backends.block import TeacherRows
 from fusedkd.backends.call import pack
+from fusedkd.backends.defined import numbered
 from fusedkd.backends.layout import FIRST_DEFINED, OPTIONS, KernelId, Option, TopkKernelId
 from fusedkd.checks import Real
 
@@ -95,6 +96,10 @@ DEFINED_BOUND: Bound = log_ratio
 def bound_of(teacher: TeacherRows, coefficients: Sequence[Real], columns: int) -> Tensor:
     """Of one teacher's divergence with these coefficients, ``()`` float64. With numbers it is computed once."""
     kernel_id, listed, device = teacher.kernel_id, teacher.ids is not None, teacher.options.device
+    if listed and kernel_id >= FIRST_DEFINED:  # as steep as with the teacher's logits
+        family, _ = numbered(kernel_id)
+        kernel_id = kernel_id if family.kernel_id is None else family.kernel_id
+        listed, coefficients = False, coefficients[1:]  # without the temperature of the log-probabilities
     padded = [*coefficients, *[0.0] * (OPTIONS - Option.COEFFICIENTS - len(coefficients))]
     if check.tracing() or any([isinstance(a, Tensor) for a in padded]):
         slope = _bound(kernel_id, listed, pack(padded, device), columns)

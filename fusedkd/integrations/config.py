@@ -44,7 +44,7 @@ class KDConfig:
     vocab_mismatch: Literal["error", "truncate"] = "error"
     max_tile_bytes: int | None = None
     max_rows: int | None = None
-    tail: Literal["renormalize", "bucket", "ignore"] = "renormalize"
+    tail: Literal["renormalize", "both_renormalized", "bucket", "ignore"] = "renormalize"
     logprobs_temperature: float = 1.0
     teacher_weights: Sequence[float] | None = None
     teacher_column: str = "teacher"

@@ -40,9 +40,9 @@ class KDOptions(TypedDict, total=False):
     """temperature, teacher_temperature: T > 0 of the KD term; the teacher's defaults to the student's. CE is always at
         temperature 1. A tensor ``(*)`` has one for each row.
     divergence: a name of :data:`fusedkd.divergences.FAMILIES`, or an object where it has parameters, numbers or tensors
-        as of `temperature`: ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; a teacher of few
-        columns serves ``forward_kl`` and, top-k, ``reverse_kl``. Or a list of pairs (weight, divergence): the KD term
-        is their weighted sum, each with its own T^k.
+        as of `temperature`: ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; neither is for a
+        teacher of few columns, nor is ``adaptive_kl``, and :class:`~fusedkd.TeacherSamples` serve ``forward_kl`` alone.
+        Or a list of pairs (weight, divergence): the KD term is their weighted sum, each with its own T^k.
     kd_weight, ce_weight: the weights of the two terms, ≥ 0. A term whose weight is the number 0 is not computed. A
         tensor `kd_weight` ``(*)`` has one for each row, which no count of rows knows of: `kd_mask` has weights that
         ``"mean"`` divides by.

@@ -41,21 +41,25 @@ def topk_kl(
     padding, and the teacher's log-probabilities there, in the dtype in which they are known.
 
     ``tail``: see :class:`fusedkd.TeacherTopK`. ``sharpening``: T_lp/T, which takes the log-probabilities to the
-    temperature T before ``renormalize``.
+    temperature T before ``renormalize`` and ``both_renormalized``.
     """
     valid = ids >= 0
     column = torch.where(valid, ids, 0)
     q = log_q.exp()
     listed = torch.zeros_like(q).scatter_add(-1, column, valid.to(q.dtype)) > 0
     lp = torch.where(valid, logprobs.to(q.dtype), -torch.inf)
-    if tail == "renormalize":
+    if tail in ("renormalize", "both_renormalized"):
         lp = (lp * sharpening).log_softmax(-1)
     log_p = torch.full_like(q, -torch.inf).scatter_reduce(-1, column, lp, "amax")
     p = log_p.exp()
     if tail == "renormalize" and not reverse:
         return kl_terms(log_p, log_q).sum(-1), q - p
-    if tail == "renormalize":
+    if tail in ("renormalize", "both_renormalized"):
         log_q = log_softmax(torch.where(listed, log_q, -torch.inf))
+        if not reverse:
+            masked = (log_q == -torch.inf).all(-1)
+            gradient = torch.where(masked.unsqueeze(-1), 0, log_q.exp() - p)
+            return torch.where(masked, torch.inf, kl_terms(log_p, log_q).sum(-1)), gradient
         value = torch.where((log_q == -torch.inf).all(-1), torch.inf, kl_terms(log_q, log_p).sum(-1))
         return value, chain(log_q.exp() * (log_q - log_p), log_q)
     if tail == "ignore" and not reverse:

@@ -205,7 +205,7 @@ def test_no_teacher_and_no_columns():
     trainer(student, None, data=list(top_k(teacher, rows(), 3)))
     trainer(student, None, collator=Padding("right"))  # may make them
     for options, message in (
-        ({"divergence": "jsd"}, "TeacherTopK serves"),
+        ({"divergence": "adaptive_kl"}, "TeacherTopK cannot serve"),
         ({"tail": "bucket"}, "tail='bucket' needs"),
     ):
         with pytest.raises(ValueError, match=message):

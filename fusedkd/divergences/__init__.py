@@ -3,93 +3,34 @@
 A divergence is a small frozen dataclass that users construct. It names the kernel that computes it,
 :class:`~fusedkd.backends.layout.KernelId`, and gives that kernel's coefficients: numbers, 0-d tensors, so that a
 schedule over a parameter recompiles nothing, or tensors ``(*)`` of a value per row. Several divergences share a kernel.
-What a kernel computes is defined in :mod:`fusedkd.reference.divergences`, whose notation this page uses.
+What a kernel computes is defined in :mod:`fusedkd.reference.divergences`, whose notation this page uses. Those without
+a kernel are in :mod:`fusedkd.divergences.defined`; the `definition` of one with a kernel is for what that does not
+serve: most of them for a teacher known at few columns, DKD for the teacher's gradient.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fusedkd.backends.layout import KernelId
 from fusedkd.checks import Real, exact, real
-from fusedkd.reference.softmax import log_softmax
-
-
-@dataclass(frozen=True, eq=False)
-class Divergence:
-    """A divergence D(p, q) of the teacher's p and the student's q. A subclass with a `definition` is one of your own.
-
-    ``kernel_id``: what computes it; None if it has its `definition` alone. ``temperature_power``: k of the factor T^k
-    that keeps the gradient's size independent of T (Hinton et al. 2015, §2); 0 where there is no softmax, and so no
-    temperature. ``needs_labels``: rows without a label have no KD term. ``same_columns``: column j is the same token on
-    both sides; without it the two vocabularies may be of any size, and `definition` gets all of both. ``bounded``: no p
-    and q make D infinite, so that nobody has to ask.
-    """
-
-    name: ClassVar[str] = "divergence"
-    """In error messages; the name of the class unless it says another."""
-    kernel_id: ClassVar[KernelId | None] = None
-    temperature_power: ClassVar[int] = 2
-    needs_labels: ClassVar[bool] = False
-    same_columns: ClassVar[bool] = True
-    bounded: ClassVar[bool] = False
-
-    def __init_subclass__(cls) -> None:
-        if "name" not in cls.__dict__:
-            cls.name = cls.__name__
-
-    def coefficients(self) -> tuple[Real, ...]:
-        """a₀, a₁, … of the kernel's definition."""
-        return ()
-
-    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        """D of each row, ``(R,)`` float64, which PyTorch's autograd can differentiate.
-
-        It is called with some rows at a time, so that memory does not grow with N × V. What is general stays outside:
-        temperatures and T^k, masks and normalisers, soft-caps, cross-entropy, padded vocabularies, rows that are masked
-        throughout.
-
-        Args:
-            log_p, log_q: ``(R, C)`` float64, log-probabilities of teacher and student at their temperatures; without
-                `same_columns` ``(R, V_t)`` and ``(R, V_s)``. They are finite: −inf, a masked column, comes as −1e30,
-                whose exponential is 0. A value that grows when these are lowered further is infinite, and its
-                gradient 0.
-            labels: ``(R,)`` int64 in [0, C), or None unless `needs_labels`.
-        """
-        raise NotImplementedError
-
-    def teacher_logprobs(self, rows: Tensor, temperature: Tensor) -> Tensor:
-        """log p of the teacher's rows ``(R, C)`` float64, for `definition`."""
-        return log_softmax(rows / temperature)
-
-    def exchanged(self) -> tuple[Real, Divergence]:
-        """(c, D') with c·D'(q, p) = D(p, q): the divergence seen from the other side. c is a weight ≥ 0."""
-        if not self.same_columns:
-            raise ValueError(f"{self.name} has no teacher_gradient: its two sides have columns of their own")
-        return 1.0, _Exchanged(self)
-
-
-class _Exchanged(Divergence):
-    """The `definition` of another with its sides exchanged."""
-
-    def __init__(self, other: Divergence) -> None:
-        self.other = other
-        self.name, self.temperature_power = other.name, other.temperature_power  # type: ignore[misc]
-        self.needs_labels = other.needs_labels  # type: ignore[misc]
-
-    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-        return self.other.definition(log_q, log_p, labels)
+from fusedkd.divergences.base import MASKED, kl, tensor
+from fusedkd.divergences.base import Divergence as Divergence
+from fusedkd.divergences.defined import LK, NLA, TAID, AdaptiveKL, AMiD, ToDi
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardKL(Divergence):
     """KL(p‖q) (Hinton et al. 2015, arXiv:1503.02531, §2)."""
 
-    name, kernel_id = "forward_kl", KernelId.FORWARD_KL
+    name, kernel_id, columns = "forward_kl", KernelId.FORWARD_KL, "sum"
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return kl(log_p, log_q).sum(-1)
 
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, ReverseKL()
@@ -99,7 +40,7 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """KL(q‖p) (MiniLLM, arXiv:2306.08543, eq. 1), per token."""
 
-    name, kernel_id = "reverse_kl", KernelId.JEFFREYS
+    name, kernel_id, columns = "reverse_kl", KernelId.JEFFREYS, "sum"
 
     def coefficients(self) -> tuple[Real, ...]:
         return 0.0, 1.0
@@ -114,7 +55,7 @@ class Jeffreys(Divergence):
 
     forward: Real = 1.0
     reverse: Real = 1.0
-    name, kernel_id = "jeffreys", KernelId.JEFFREYS
+    name, kernel_id, columns = "jeffreys", KernelId.JEFFREYS, "sum"
 
     def __post_init__(self) -> None:
         real("forward", self.forward, per_row=True)
@@ -123,19 +64,41 @@ class Jeffreys(Divergence):
     def coefficients(self) -> tuple[Real, ...]:
         return self.forward, self.reverse
 
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        forward, reverse = self.coefficients()
+        return (forward * kl(log_p, log_q) + reverse * kl(log_q, log_p)).sum(-1)
+
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, Jeffreys(self.reverse, self.forward)
 
 
+class _Mixture(Divergence):
+    """teacher·KL(p‖m) + student·KL(q‖m), m = share·p + (1 − share)·q, as its first coefficients say."""
+
+    kernel_id, columns = KernelId.MIXTURE, "sum"
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        teacher, student, share, _ = (tensor(a, log_q) for a in self.coefficients())
+        other = log_q.detach() if getattr(self, "detach_mixture", False) else log_q
+        log_m = torch.logaddexp(share.log() + log_p, torch.log1p(-share) + other)
+        return (teacher * kl(log_p, log_m) + student * kl(log_q, log_m)).sum(-1)
+
+
+def _mixture(teacher: Real, student: Real, share: Real) -> tuple[Real, ...]:
+    """Coefficients of teacher·KL(p‖m) + student·KL(q‖m), m = share·p + (1 − share)·q, and of its gradient."""
+    rest = 1 - share
+    return teacher, student, share, teacher * rest * rest - student * share * rest
+
+
 @dataclass(frozen=True, eq=False)
-class JSD(Divergence):
+class JSD(_Mixture):
     """β·KL(p‖m) + (1 − β)·KL(q‖m), m = βp + (1 − β)q (GKD, arXiv:2306.13649, eq. 1).
 
     As in TRL, β = 0 is KL(p‖q) and β = 1 is KL(q‖p), though the formula vanishes towards both ends. β in [0, 1].
     """
 
     beta: Real = 0.5
-    name, kernel_id = "jsd", KernelId.MIXTURE
+    name = "jsd"
 
     def __post_init__(self) -> None:
         real("beta", self.beta, high=1.0, per_row=True)
@@ -150,11 +113,11 @@ class JSD(Divergence):
 
 
 @dataclass(frozen=True, eq=False)
-class SkewKL(Divergence):
+class SkewKL(_Mixture):
     """KL(p‖αp + (1 − α)q) (DistiLLM, arXiv:2402.03898, eq. 5). α in [0, 1]; 0 makes it KL(p‖q), 1 makes it 0."""
 
     alpha: Real = 0.1
-    name, kernel_id = "skew_kl", KernelId.MIXTURE
+    name = "skew_kl"
 
     def __post_init__(self) -> None:
         real("alpha", self.alpha, high=1.0, per_row=True)
@@ -167,7 +130,7 @@ class SkewKL(Divergence):
 
 
 @dataclass(frozen=True, eq=False)
-class SkewReverseKL(Divergence):
+class SkewReverseKL(_Mixture):
     """KL(q‖(1 − α)p + αq) (DistiLLM, arXiv:2402.03898, eq. 6). α in [0, 1]; 0 makes it KL(q‖p), 1 makes it 0.
 
     ``detach_mixture``: no gradient flows through the mixture, as in DistiLLM-2 (arXiv:2503.07067).
@@ -175,7 +138,7 @@ class SkewReverseKL(Divergence):
 
     alpha: Real = 0.1
     detach_mixture: bool = False
-    name, kernel_id = "skew_reverse_kl", KernelId.MIXTURE
+    name = "skew_reverse_kl"
 
     def __post_init__(self) -> None:
         real("alpha", self.alpha, high=1.0, per_row=True)
@@ -190,12 +153,6 @@ class SkewReverseKL(Divergence):
         return 1.0, SkewKL(self.alpha)
 
 
-def _mixture(teacher: Real, student: Real, share: Real) -> tuple[Real, ...]:
-    """Coefficients of teacher·KL(p‖m) + student·KL(q‖m), m = share·p + (1 − share)·q, and of its gradient."""
-    rest = 1 - share
-    return teacher, student, share, teacher * rest * rest - student * share * rest
-
-
 @dataclass(frozen=True, eq=False)
 class AlphaBeta(Divergence):
     """−1/(αβ)·Σ [p^α q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)], α + β > 0 (ABKD, arXiv:2505.04560, eq. 6; Cichocki et
@@ -204,7 +161,7 @@ class AlphaBeta(Divergence):
 
     alpha: Real = 0.2
     beta: Real = 0.7
-    name, kernel_id = "alpha_beta", KernelId.ALPHA_BETA
+    name, kernel_id, columns = "alpha_beta", KernelId.ALPHA_BETA, "sum"
 
     def __post_init__(self) -> None:
         low = float("-inf")
@@ -216,6 +173,15 @@ class AlphaBeta(Divergence):
     def coefficients(self) -> tuple[Real, ...]:
         return self.alpha, self.beta
 
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        alpha, beta = (tensor(a, log_q) for a in self.coefficients())
+        s = alpha + beta
+        p, q, delta = (s * log_p).exp(), (s * log_q).exp(), s * (log_p - log_q)
+        both = (alpha * log_p + beta * log_q).exp()
+        general = (alpha / s * p + beta / s * q - both) / torch.where(alpha * beta == 0, 1, alpha * beta)
+        limits = torch.where(beta == 0, p * delta - p + q, p - q - q * delta) / s**2
+        return torch.where(alpha * beta == 0, limits, general).sum(-1)
+
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, AlphaBeta(self.beta, self.alpha)
 
@@ -224,7 +190,10 @@ class AlphaBeta(Divergence):
 class TotalVariation(Divergence):
     """½·Σ|p − q| (Wen et al. 2023, arXiv:2307.15190, §3)."""
 
-    name, kernel_id, temperature_power = "total_variation", KernelId.TOTAL_VARIATION, 1
+    name, kernel_id, temperature_power, columns = "total_variation", KernelId.TOTAL_VARIATION, 1, "sum"
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, self
@@ -273,14 +242,11 @@ class DKD(Divergence):
         y = labels.unsqueeze(-1)
         others = torch.ones_like(log_p, dtype=torch.bool).scatter(-1, y, False)
         (target_p, rest_p, hat_p), (target_q, rest_q, hat_q) = (_decoupled(x, y, others) for x in (log_p, log_q))
-        binary = (target_p.exp() * (target_p - target_q) + rest_p.exp() * (rest_p - rest_q)).squeeze(-1)
+        binary = kl(target_p, target_q) + kl(rest_p, rest_q)
         known = torch.minimum(rest_p, rest_q) > MASKED  # a finite column beside the label on either side
-        among = torch.where(others & known, hat_p.exp() * (hat_p - hat_q), 0).sum(-1)
-        return self.alpha * binary + self.beta * among
-
-
-MASKED = -1e29
-"""Log-probabilities below this are those of masked columns (:meth:`Divergence.definition`)."""
+        among = torch.where(others & known, kl(hat_p, hat_q), 0).sum(-1, keepdim=True)
+        alpha, beta = self.coefficients()
+        return (alpha * binary + beta * among).squeeze(-1)
 
 
 def _decoupled(log_x: Tensor, y: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,8 +268,15 @@ FAMILIES: dict[str, type[Divergence]] = {
         TotalVariation,
         LogitMSE,
         DKD,
+        TAID,
+        ToDi,
+        AdaptiveKL,
+        AMiD,
+        LK,
+        NLA,
     )
 }
+WITH_KERNEL = {name: family for name, family in FAMILIES.items() if family.kernel_id is not None}
 
 
 DivergenceName: TypeAlias = Literal[
@@ -317,6 +290,12 @@ DivergenceName: TypeAlias = Literal[
     "total_variation",
     "logit_mse",
     "dkd",
+    "taid",
+    "todi",
+    "adaptive_kl",
+    "amid",
+    "lk",
+    "nla",
 ]
 """The keys of FAMILIES, for type checkers."""
 
