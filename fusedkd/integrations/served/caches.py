@@ -118,10 +118,10 @@ def from_distillkit(
     """A row of DistillKit: `token_ids` and `top_values`; or `compressed_logprobs` and `bytepacked_indices`, (n, bytes).
 
     Row i is the distribution of token i + 1. Compression is lossy: a polynomial through the sorted log-probabilities.
-    A warning, once for a setting, says by how many nats such a fit misses a softmax of Gaussian logits: 6 at the last
-    of 128 ranks with the setting that DistillKit recommends (``top_k=16`` keeps the exact ones). Another says by how
-    many nats a row is off at least: by half of what it rises, decoded, along its ranks. ``tail="bucket"`` counts such
-    errors as the teacher's tail.
+    A warning, once for a setting, says by how many nats such a fit misses a softmax of Gaussian logits: several at the
+    last of 128 ranks with the setting that DistillKit recommends (``top_k=16`` keeps the exact ones). Another says by
+    how many nats a row is off at least: by half of what it rises, decoded, along its ranks. ``tail="bucket"`` counts
+    such errors as the teacher's tail.
 
     Args:
         row: of the data set.
