@@ -4,13 +4,16 @@ import base64
 import json
 import logging
 import pickle
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import fusedkd
+from fusedkd.integrations import served as loaders
 from fusedkd.integrations.offline import OfflineTeacherCollator
 from fusedkd.integrations.served import (
     Served,
@@ -157,6 +160,18 @@ def test_null_is_no_probability():
     answer = case.sglang(TOKENS)
     answer["meta_info"]["input_top_logprobs"][5].append([None, 39 if 39 not in after(TOKENS[4:5])[0] else 38, None])
     assert (from_sglang(answer, TOKENS)["teacher_ids"] == from_sglang(case.sglang(TOKENS), TOKENS)["teacher_ids"]).all()
+
+
+def test_the_table_of_sources_is_that_of_the_loaders():
+    """And of the tests: each names a file and what is in it."""
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "teachers.md").read_text().partition("| source | function |")[2]
+    rows = [line.split(" | ") for line in page.partition("\n\n")[0].splitlines()[2:]]
+    assert {name for row in rows for name in re.findall(r"from_\w+", row[1])} == set(loaders.__all__) - {"Served"}
+    for row in rows:
+        for file, names in re.findall(r"(test_\w+\.py)(?:: ([^:|]+?))?(?=, test_| \||$)", row[-1]):
+            text = (here / file).read_text()
+            assert all(name in text for name in names.split(", ")), (file, names)
 
 
 def test_a_prompt_of_one_token():
