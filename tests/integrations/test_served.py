@@ -155,6 +155,16 @@ def test_what_has_no_probability_is_absent():
     assert from_tinker(case.tinker(TOKENS), TOKENS)["teacher_ids"][-1].tolist() == [-1] * K
 
 
+def test_tensors_are_arrays():
+    ids = torch.from_numpy(STUDENTS)
+    served = from_vllm(columns(TOKENS), torch.tensor(TOKENS), prompt_logprob_token_ids=ids, prompt_logprob_start=PROMPT)
+    assert (served["teacher_ids"] == from_vllm_columns(columns(TOKENS), TOKENS)["teacher_ids"]).all()
+    ragged = [row[: 1 + i % K].tolist() for i, row in enumerate(STUDENTS)]
+    scores = np.where(np.arange(K) < [[len(row)] for row in ragged], columns(TOKENS), -np.inf)
+    found = from_vllm(scores, TOKENS, prompt_logprob_token_ids=ragged, prompt_logprob_start=PROMPT)
+    assert (found["teacher_ids"] >= 0).sum(1).tolist() == [*[0] * PROMPT, *map(len, ragged), 0]
+
+
 def test_null_is_no_probability():
     """As JSON says −∞."""
     answer = case.sglang(TOKENS)
