@@ -73,6 +73,14 @@ def npy(array, **changes):
     return base64.b64encode(stream.getvalue()).decode()
 
 
+def rows_of(tokens, offset):
+    """Columns of which row i is the distribution of token i + offset."""
+    ids, logprobs = after(tokens)
+    if offset == 0:
+        ids, logprobs = np.vstack([ids[:1] * 0 - 1, ids[:-1]]), np.vstack([logprobs[:1], logprobs[:-1]])
+    return {"teacher_ids": ids, "teacher_logprobs": logprobs}
+
+
 # ---- answers, each of `tokens`
 
 
@@ -196,3 +204,68 @@ def chat(tokens, prompt, **more):
         for token, p, row in zip(tokens[prompt:], mine, rows, strict=True)
     ]
     return {"content": entries}
+
+
+# ---- DistillKit
+
+
+def packed(values, width):
+    """Whole numbers as bits, the most significant first."""
+    stream = "".join(f"{v:0{width}b}" for v in values)
+    stream += "0" * (-len(stream) % 8)
+    return [int(stream[i : i + 8], 2) for i in range(0, len(stream), 8)]
+
+
+def raw(values, dtype):
+    if dtype == "bfloat16":
+        return list(torch.tensor(values, dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return list(np.array(values, np.dtype(dtype)).tobytes())
+
+
+def distilled(config, k=K):
+    """Rows compressed by hand: exact values, a fit of the others, what it misses in bins; 6 bits an id."""
+    ids, logprobs = after(TOKENS[:-1], k)
+    exact, rest = config["exact_k"], k - config["exact_k"]
+    rows = []
+    for row in logprobs.astype(np.float64):
+        if config["delta_encoding"]:
+            row = np.diff(row, prepend=0.0)
+        out = raw(row[:exact], config["exact_dtype"])
+        t = np.linspace(0, 1, rest) if config["normalize_t"] else np.arange(rest)
+        missed = row[exact:]
+        if terms := config["polynomial_terms"]:
+            functions = np.stack([np.sqrt(t) if n == "sqrt" else np.exp(t) if n == "exp" else t**n for n in terms], 1)
+            coefficients = np.linalg.lstsq(functions, missed, rcond=None)[0]
+            out += raw(coefficients, config["term_dtype"])
+            missed = missed - functions @ coefficients
+        at = 0
+        for b in config["residual_bins"]:
+            n, width = b["num_elements"], b["element_bits"]
+            half = 2 ** (width - 1)
+            scale = float(np.dtype(b["scale_dtype"]).type(np.abs(missed[at : at + n]).max() / half)) or 1.0
+            codes = np.clip(np.rint(missed[at : at + n] / scale), -half, half - 1).astype(int) + half
+            out += raw([scale], b["scale_dtype"]) + packed(codes, width)
+            at += n
+        rows.append(out)
+    return {
+        "input_ids": TOKENS,
+        "compressed_logprobs": rows,
+        "bytepacked_indices": [packed(row, 6) for row in ids.tolist()],
+    }
+
+
+SETTING = {
+    "d": VOCAB,
+    "k": K,
+    "exact_k": 2,
+    "exact_dtype": "float32",
+    "polynomial_terms": [0, 1, "sqrt"],
+    "term_dtype": "float32",
+    "residual_bins": [],
+    "delta_encoding": False,
+    "normalize_t": True,
+}
+BINS = [
+    {"scale_dtype": "float32", "element_bits": 12, "num_elements": 1},
+    {"scale_dtype": "float16", "element_bits": 9, "num_elements": 3},
+]

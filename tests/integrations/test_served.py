@@ -4,13 +4,16 @@ import base64
 import json
 import logging
 import pickle
+import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import fusedkd
+from fusedkd.integrations import served as loaders
 from fusedkd.integrations.offline import OfflineTeacherCollator
 from fusedkd.integrations.served import (
     Served,
@@ -24,7 +27,7 @@ from fusedkd.integrations.served import (
 )
 
 from . import served_cases as case
-from .served_cases import LENGTH, OFF, TABLE, TOKENS, K, after, loss, of
+from .served_cases import LENGTH, OFF, TABLE, TOKENS, K, after, loss, of, rows_of
 
 PROMPT = 10
 
@@ -152,11 +155,33 @@ def test_what_has_no_probability_is_absent():
     assert from_tinker(case.tinker(TOKENS), TOKENS)["teacher_ids"][-1].tolist() == [-1] * K
 
 
+def test_tensors_are_arrays():
+    ids = torch.from_numpy(STUDENTS)
+    served = from_vllm(columns(TOKENS), torch.tensor(TOKENS), prompt_logprob_token_ids=ids, prompt_logprob_start=PROMPT)
+    assert (served["teacher_ids"] == from_vllm_columns(columns(TOKENS), TOKENS)["teacher_ids"]).all()
+    ragged = [row[: 1 + i % K].tolist() for i, row in enumerate(STUDENTS)]
+    scores = np.where(np.arange(K) < [[len(row)] for row in ragged], columns(TOKENS), -np.inf)
+    found = from_vllm(scores, TOKENS, prompt_logprob_token_ids=ragged, prompt_logprob_start=PROMPT)
+    assert (found["teacher_ids"] >= 0).sum(1).tolist() == [*[0] * PROMPT, *map(len, ragged), 0]
+
+
 def test_null_is_no_probability():
     """As JSON says −∞."""
     answer = case.sglang(TOKENS)
     answer["meta_info"]["input_top_logprobs"][5].append([None, 39 if 39 not in after(TOKENS[4:5])[0] else 38, None])
     assert (from_sglang(answer, TOKENS)["teacher_ids"] == from_sglang(case.sglang(TOKENS), TOKENS)["teacher_ids"]).all()
+
+
+def test_the_table_of_sources_is_that_of_the_loaders():
+    """And of the tests: each names a file and what is in it."""
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "teachers.md").read_text().partition("| source | function |")[2]
+    rows = [line.split(" | ") for line in page.partition("\n\n")[0].splitlines()[2:]]
+    assert {name for row in rows for name in re.findall(r"from_\w+", row[1])} == set(loaders.__all__) - {"Served"}
+    for row in rows:
+        for file, names in re.findall(r"(test_\w+\.py)(?:: ([^:|]+?))?(?=, test_| \||$)", row[-1]):
+            text = (here / file).read_text()
+            assert all(name in text for name in names.split(", ")), (file, names)
 
 
 def test_a_prompt_of_one_token():
@@ -313,56 +338,3 @@ def test_files_in_answers_are_not_trusted():
         from_vllm_columns(base64.b64encode(lie).decode(), TOKENS)
     with pytest.raises(ValueError, match=r"prompt_token_id_logprobs must be a \.npy file"):
         from_vllm_columns(base64.b64encode(lie.replace(shape, shape.replace(b"(", b"["))).decode(), TOKENS)
-
-
-# ---- alignment, found
-
-
-def flat_text(length):
-    """A text under which every row is as good as its neighbours."""
-    return [5] * length
-
-
-def rows_of(tokens, offset):
-    ids, logprobs = after(tokens)
-    if offset == 0:
-        ids, logprobs = np.vstack([ids[:1] * 0 - 1, ids[:-1]]), np.vstack([logprobs[:1], logprobs[:-1]])
-    return {"teacher_ids": ids, "teacher_logprobs": logprobs}
-
-
-@pytest.mark.parametrize("offset", [0, 1])
-def test_the_offset_is_found(offset):
-    found = from_columns(rows_of(TOKENS, offset), TOKENS, offset=None)
-    assert abs(loss(found)[0]) < 1e-6
-    assert f"alignment: found, entry i is about token {'i + 1' if offset else 'i'}; " in found.report
-    with pytest.raises(
-        ValueError, match=r"of −\d+\.\d+ if entry i is about token i.*, as it must be here, but of −\d\."
-    ):
-        from_columns(rows_of(TOKENS, offset), TOKENS, offset=1 - offset)
-
-
-def test_two_rows_off_are_refused_as_well():
-    row = {name: np.roll(value, 2, 0) for name, value in rows_of(TOKENS, 1).items()}
-    with pytest.raises(
-        ValueError, match=r"about token i \+ 1, as it must be here, but of −\d\.\d\d if it is about token i − 1,"
-    ):
-        from_columns(row, TOKENS)
-
-
-def test_where_the_offset_cannot_be_told_it_is_asked_for():
-    """Too few rows, or a text that says nothing; a source that is known to be right passes."""
-    for tokens in (TOKENS[:6], flat_text(40)):
-        with pytest.raises(ValueError, match=r"do not tell .* over \d+ rows\): give offset=0 or offset=1"):
-            from_columns(rows_of(tokens, 1), tokens, offset=None)
-        assert abs(loss(from_columns(rows_of(tokens, 1), tokens), tokens)[0]) < 1e-6
-    few = from_columns(rows_of(TOKENS[:6], 1), TOKENS[:6])
-    assert "not checked against the tokens' probabilities (5 rows)" in few.report
-
-
-def test_a_teacher_that_knows_nothing_is_not_refused():
-    """Random rows: no offset is better than another, 100 times."""
-    chance = np.random.default_rng(1)
-    for _ in range(100):
-        tokens = chance.integers(0, 40, 24)
-        logprobs, ids = torch.log_softmax(torch.from_numpy(chance.normal(0, 3, (24, 40))), -1).topk(5)
-        from_columns({"teacher_ids": ids.numpy(), "teacher_logprobs": logprobs.numpy()}, tokens)

@@ -1,6 +1,5 @@
 """Loaders of what others have stored: files and rows of caches, written here as their formats say."""
 
-import logging
 from functools import partial
 
 import numpy as np
@@ -17,7 +16,7 @@ from fusedkd.integrations.served import (
 )
 
 from . import served_cases as case
-from .served_cases import LENGTH, OFF, TABLE, TOKENS, VOCAB, K, after, loss, of
+from .served_cases import BINS, LENGTH, OFF, SETTING, TABLE, TOKENS, VOCAB, K, after, distilled, loss, of
 
 # ---- llama.cpp
 
@@ -162,160 +161,6 @@ def test_axolotl_rows_that_it_cut_are_refused():
     row["target_logprobs"] = row["target_logprobs"][:2]
     with pytest.raises(ValueError, match="target_logprobs has 2 rows, but target_mask 48: the text was cut"):
         from_axolotl(row)
-
-
-# ---- DistillKit
-
-
-def packed(values, width):
-    """Whole numbers as bits, the most significant first."""
-    stream = "".join(f"{v:0{width}b}" for v in values)
-    stream += "0" * (-len(stream) % 8)
-    return [int(stream[i : i + 8], 2) for i in range(0, len(stream), 8)]
-
-
-def raw(values, dtype):
-    if dtype == "bfloat16":
-        return list(torch.tensor(values, dtype=torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return list(np.array(values, np.dtype(dtype)).tobytes())
-
-
-def distilled(config, k=K):
-    """Rows compressed by hand: exact values, a fit of the others, what it misses in bins; 6 bits an id."""
-    ids, logprobs = after(TOKENS[:-1], k)
-    exact, rest = config["exact_k"], k - config["exact_k"]
-    rows = []
-    for row in logprobs.astype(np.float64):
-        if config["delta_encoding"]:
-            row = np.diff(row, prepend=0.0)
-        out = raw(row[:exact], config["exact_dtype"])
-        t = np.linspace(0, 1, rest) if config["normalize_t"] else np.arange(rest)
-        missed = row[exact:]
-        if terms := config["polynomial_terms"]:
-            functions = np.stack([np.sqrt(t) if n == "sqrt" else np.exp(t) if n == "exp" else t**n for n in terms], 1)
-            coefficients = np.linalg.lstsq(functions, missed, rcond=None)[0]
-            out += raw(coefficients, config["term_dtype"])
-            missed = missed - functions @ coefficients
-        at = 0
-        for b in config["residual_bins"]:
-            n, width = b["num_elements"], b["element_bits"]
-            half = 2 ** (width - 1)
-            scale = float(np.dtype(b["scale_dtype"]).type(np.abs(missed[at : at + n]).max() / half)) or 1.0
-            codes = np.clip(np.rint(missed[at : at + n] / scale), -half, half - 1).astype(int) + half
-            out += raw([scale], b["scale_dtype"]) + packed(codes, width)
-            at += n
-        rows.append(out)
-    return {
-        "input_ids": TOKENS,
-        "compressed_logprobs": rows,
-        "bytepacked_indices": [packed(row, 6) for row in ids.tolist()],
-    }
-
-
-SETTING = {
-    "d": VOCAB,
-    "k": K,
-    "exact_k": 2,
-    "exact_dtype": "float32",
-    "polynomial_terms": [0, 1, "sqrt"],
-    "term_dtype": "float32",
-    "residual_bins": [],
-    "delta_encoding": False,
-    "normalize_t": True,
-}
-BINS = [
-    {"scale_dtype": "float32", "element_bits": 12, "num_elements": 1},
-    {"scale_dtype": "float16", "element_bits": 9, "num_elements": 3},
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"exact_k": K, "polynomial_terms": None}, 1e-6),
-        ({"exact_k": K, "polynomial_terms": None, "exact_dtype": "float64", "delta_encoding": True}, 1e-6),
-        ({"exact_k": K, "polynomial_terms": None, "exact_dtype": "bfloat16"}, 0.06),
-        ({"polynomial_terms": [0, 1, 2, "exp"]}, 1e-3),
-        ({"polynomial_terms": [0, 1, 2, 3], "term_dtype": "float64", "normalize_t": False}, 1e-5),
-        ({"residual_bins": BINS}, 0.03),
-        ({"residual_bins": BINS[:1]}, 0.5),  # of the ranks after it the fit alone is known
-        ({"residual_bins": [BINS[0] | {"num_elements": 4, "element_bits": 16}], "polynomial_terms": []}, 1e-2),
-        ({"residual_bins": [BINS[0] | {"num_elements": 4, "element_bits": 16}], "delta_encoding": True}, 1e-2),
-    ],
-)
-def test_distillkit_compressed(change, error):
-    config = SETTING | change
-    served = from_distillkit(distilled(config), config=config)
-    ids, logprobs = after(TOKENS[:-1])
-    order = np.argsort(ids, 1)
-    mine = np.argsort(served["teacher_ids"][:-1], 1)
-    assert (np.take_along_axis(served["teacher_ids"][:-1], mine, 1) == np.take_along_axis(ids, order, 1)).all()
-    found = np.take_along_axis(served["teacher_logprobs"][:-1], mine, 1)
-    assert np.abs(found - np.take_along_axis(logprobs, order, 1)).max() < error
-    assert (served["teacher_ids"][-1] == -1).all()
-    if error < 1e-5:
-        assert abs(loss(served)[0]) < 1e-6
-
-
-def test_distillkit_one_bit_is_a_sign():
-    config = SETTING | {"exact_k": 0, "k": 2, "polynomial_terms": [0], "residual_bins": [
-        {"scale_dtype": "float32", "element_bits": 1, "num_elements": 2}]}  # fmt: skip
-    row = {
-        "input_ids": [1, 2],
-        "compressed_logprobs": [raw([-2.0], "float32") + raw([0.5], "float32") + packed([1, 0], 1)],
-        "bytepacked_indices": [packed([3, 4], 6)],
-    }
-    assert from_distillkit(row, config=config)["teacher_logprobs"].tolist() == [[-1.5, -2.5], [0, 0]]
-
-
-def test_distillkit_says_how_far_off_it_is(caplog):
-    """Where decoded rows are not sorted: in nats. Columns that are exact, or that are not taken, say nothing."""
-    config = SETTING | {"exact_dtype": "float64"}
-    row = distilled(config)
-    broken = np.array(row["compressed_logprobs"], np.uint8)
-    broken[:, 16:28] = np.array([[-2.0, 0.0, 1.0]], "<f4").view(np.uint8)  # −2 + √t, rising
-    row["compressed_logprobs"] = broken
-    with caplog.at_level(logging.WARNING, "fusedkd.served"):
-        from_distillkit(row, config=config)
-    assert "47 of 47 rows are not sorted once decompressed: their log-probabilities are off by up to" in caplog.text
-    assert "nats or more" in caplog.text
-    caplog.clear()
-    served = from_distillkit(row, config=config, top_k=2)
-    assert not caplog.records
-    assert abs(loss(served)[0]) < 1e-6
-
-
-def test_distillkit_plain():
-    ids, logprobs = after(TOKENS[:-1])
-    row = {"input_ids": TOKENS, "token_ids": ids.tolist(), "top_values": logprobs.tolist()}
-    assert abs(loss(from_distillkit(row))[0]) < 1e-6
-    with pytest.raises(ValueError, match="if it is about token i"):
-        from_distillkit(row | {"input_ids": OFF})
-
-
-@pytest.mark.parametrize(
-    ("change", "config", "message"),
-    [
-        ({}, None, "config is needed for compressed_logprobs"),
-        ({}, SETTING | {"exact_k": 3}, "compressed_logprobs must have 24 bytes a row by config, not"),
-        ({}, SETTING | {"d": 128256}, "bytepacked_indices must have 13 bytes a row, for 6 × 17 bits"),
-        ({}, SETTING | {"d": 33}, "bytepacked_indices holds the id 3"),
-        ({}, SETTING | {"term_dtype": "int8"}, "a dtype must be one of .*, not 'int8'"),
-        ({}, SETTING | {"polynomial_terms": [0, 1, "log"]}, "'sqrt' or 'exp', not 'log'"),
-        ({}, SETTING | {"exact_k": 9}, "k=6 and exact_k=9 do not go"),
-        ({"input_ids": TOKENS[:9]}, SETTING, "47 rows stand beside 9 tokens"),
-        ({"input_ids": OFF}, SETTING, "if it is about token i"),
-    ],
-)
-def test_distillkit_settings_are_checked(change, config, message):
-    row = distilled(SETTING) | change
-    with pytest.raises(ValueError, match=message):
-        from_distillkit(row, config=config)
-
-
-def test_distillkits_legacy_rows_are_refused_by_name():
-    with pytest.raises(ValueError, match="packed_indices is DistillKit's legacy compression"):
-        from_distillkit({"input_ids": TOKENS, "packed_indices": [], "exact_values": [], "coeffs": []})
 
 
 # ---- Parquet and safetensors

@@ -1,8 +1,8 @@
 """Whose distribution an entry is, told by the tokens.
 
 An entry at position i is the distribution of token i + offset: offset 0 where a server gives each token with what came
-before it, 1 where it gives what comes after. Text has a high probability under the rows that are about it (around −2
-nats a token for a language model) and a low one under their neighbours (around −10): the offset shows in the mean.
+before it, 1 where it gives what comes after. Text has a high probability under the rows that are about it, and a low
+one under their neighbours: the offset shows in the mean.
 """
 
 from __future__ import annotations

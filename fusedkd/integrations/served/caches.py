@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fusedkd.integrations.served.compressed import bits, decompress, index_bits
+from fusedkd.integrations.served.compressed import bits, decompress, fit_error, index_bits
 from fusedkd.integrations.served.result import Served
 from fusedkd.integrations.served.rows import Entry, padded, to_served, token_row
 
 log = logging.getLogger("fusedkd.served")
+
+RISE, MISS = 1e-2, 0.25
+"""Nats by which rounding may unsort a compressed row, and by which a fit may miss, without a word."""
 
 PLAIN = (("teacher_ids", "teacher_logprobs"), ("token_ids", "top_values"), ("target_token_ids", "target_logprobs"))
 """Names of the two columns: fusedkd's own, DistillKit's, axolotl's."""
@@ -114,9 +118,10 @@ def from_distillkit(
     """A row of DistillKit: `token_ids` and `top_values`; or `compressed_logprobs` and `bytepacked_indices`, (n, bytes).
 
     Row i is the distribution of token i + 1. Compression is lossy: a polynomial through the sorted log-probabilities.
-    Where a row, decoded, is not sorted any more, the error is at least what it rises by, and a warning gives that in
-    nats: with the setting DistillKit recommends up to 6 nats at the last ranks of 128 (``top_k=16`` keeps the exact
-    ones). ``tail="bucket"`` counts such errors as the teacher's tail.
+    A warning, once for a setting, says by how many nats such a fit misses a softmax of Gaussian logits: several at the
+    last of 128 ranks with the setting that DistillKit recommends (``top_k=16`` keeps the exact ones). Another says by
+    how many nats a row is off at least: by half of what it rises, decoded, along its ranks. ``tail="bucket"`` counts
+    such errors as the teacher's tail.
 
     Args:
         row: of the data set.
@@ -138,9 +143,9 @@ def from_distillkit(
     if config is None:
         raise ValueError("config is needed for compressed_logprobs: the logprob_compressor that they were written with")
     tokens = _tokens(row, token_ids)
-    logprobs = decompress(np.asarray(row["compressed_logprobs"], np.uint8), config)
-    k = logprobs.shape[1]
-    ids = bits(np.asarray(row["bytepacked_indices"], np.uint8), index_bits(config["d"]), k, "bytepacked_indices")
+    packed, names = (_byte_rows(name, row) for name in ("compressed_logprobs", "bytepacked_indices"))
+    logprobs = decompress(packed, config)
+    ids = bits(names, index_bits(config["d"]), logprobs.shape[1], "bytepacked_indices")
     _fits(len(logprobs), tokens)
     if len(ids) != len(logprobs):
         raise ValueError(f"bytepacked_indices has {len(ids)} rows, but compressed_logprobs {len(logprobs)}")
@@ -148,20 +153,42 @@ def from_distillkit(
         raise ValueError(
             f"bytepacked_indices holds the id {ids.max()}, but config has d={config['d']}: another config?"
         )
+    if top_k is None or top_k > config["exact_k"]:
+        _say_how_exact(fit_error(config), int(config["k"]), int(config["exact_k"]))
     ids, logprobs = ids[:, :top_k], logprobs[:, :top_k]
-    rises = np.diff(logprobs, axis=1)
-    if rises.size and rises.max() > 1e-3:
+    off = np.maximum((logprobs - np.minimum.accumulate(logprobs, 1)).max(1) / 2, logprobs.max(1))
+    if len(off) and off.max() > RISE:
         log.warning(
-            "from_distillkit: %d of %d rows are not sorted once decompressed: their log-probabilities are off by up to "
-            "%.2f nats or more",
-            (rises > 1e-3).any(1).sum(),
-            len(rises),
-            rises.max(),
+            "from_distillkit: %d of %d rows rise along their ranks, or above 0, once decompressed: some of their "
+            "log-probabilities are off by %.2f nats or more",
+            (off > RISE).sum(),
+            len(off),
+            off.max(),
         )
     return to_served(
         "from_distillkit", ids, np.minimum(logprobs, 0), tokens, offset=1, top_k=top_k, temperature=temperature,
         exact=False,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _say_how_exact(nats: float, k: int, exact: int) -> None:
+    if nats > MISS:
+        log.warning(
+            "from_distillkit: a fit of ranks %d to %d by the polynomial_terms of config is up to %.2f nats off on a "
+            "softmax of Gaussian logits: top_k=%d keeps the exact columns",
+            exact,
+            k - 1,
+            nats,
+            exact,
+        )
+
+
+def _byte_rows(name: str, row: Mapping[str, Any]) -> np.ndarray:
+    try:
+        return np.asarray(row[name], np.uint8)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list of bytes, equally many, for each row: {error!r}") from None
 
 
 def _plain(

@@ -27,7 +27,8 @@ def from_llama_cpp(path: str | Path, *, top_k: int = 64) -> Iterator[Served]:
     columns are right to 1.2e-4 nats. The temperature is 1.
 
     Args:
-        path: the file. All of its chunks must be there: an interrupted run is refused.
+        path: the file. All of its chunks must be there: a run that was interrupted is refused, and one that filled the
+            disk, which the engine does not notice.
         top_k: columns of each row.
 
     Yields:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fusedkd.checks import MAX_LISTED
 from fusedkd.integrations.served.alignment import find
@@ -43,7 +44,7 @@ def member(holder: Any, name: str, default: Any = None) -> Any:
 
 def token_row(token_ids: Any, name: str = "token_ids") -> np.ndarray:
     """Token ids ``(L,)``, int64."""
-    tokens = np.asarray(token_ids)
+    tokens = token_ids.numpy(force=True) if isinstance(token_ids, Tensor) else np.asarray(token_ids)
     if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
         raise ValueError(f"{name} must be one row of whole numbers, not {tokens.dtype} of shape {tokens.shape}")
     return tokens.astype(np.int64)

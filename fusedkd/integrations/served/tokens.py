@@ -74,7 +74,7 @@ def from_vllm(
 def _vllm_columns(scores: Any, tokens: np.ndarray, columns: Any, start: int, top_k: int | None) -> Served:
     values = from_npy(scores, "prompt_token_id_logprobs") if isinstance(scores, str) else np.asarray(scores)
     if isinstance(columns, np.ndarray | Tensor):
-        ids = np.asarray(columns)
+        ids = columns.numpy(force=True) if isinstance(columns, Tensor) else columns
     else:
         ids = padded((row, np.zeros(len(row))) for row in columns)[0]
     rows = len(tokens) - 1 - start
