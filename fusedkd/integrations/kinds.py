@@ -36,10 +36,9 @@ PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_
 
 @dataclass(frozen=True)
 class Kind:
-    """name: what a model is, in messages; noun: one of them; autos: that load one, the likeliest first."""
+    """name: what a model of it is, in messages; autos: that load one, the likeliest first."""
 
     name: str
-    noun: str
     autos: tuple[Any, ...]
     causal: bool = False
     """Position i predicts the token at i + 1."""
@@ -51,23 +50,21 @@ class Kind:
     """A sequence is one row."""
 
     @property
+    def noun(self) -> str:
+        return self.name if " " in self.name else f"a {self.name} LM"
+
+    @property
     def tokens(self) -> str:
         """Of a batch, the tokens to which rows belong."""
         return "decoder_input_ids" if self.decoder else "input_ids"
 
 
-CAUSAL = Kind("causal", "a causal LM", (AutoModelForCausalLM,), causal=True)
-VISION = Kind("causal", "a causal LM", (AutoModelForImageTextToText, AutoModelForCausalLM), causal=True)
-MASKED = Kind("masked", "a masked LM", (AutoModelForMaskedLM,))
-ENCODER_DECODER = Kind("an encoder–decoder", "an encoder–decoder", (AutoModelForSeq2SeqLM,), decoder=True)
-SEQUENCES = Kind(
-    "a sequence classifier",
-    "a sequence classifier",
-    (AutoModelForSequenceClassification,),
-    classes=True,
-    pooled=True,
-)
-TOKENS = Kind("a token classifier", "a token classifier", (AutoModelForTokenClassification,), classes=True)
+CAUSAL = Kind("causal", (AutoModelForCausalLM,), causal=True)
+VISION = Kind("causal", (AutoModelForImageTextToText, AutoModelForCausalLM), causal=True)
+MASKED = Kind("masked", (AutoModelForMaskedLM,))
+ENCODER_DECODER = Kind("an encoder–decoder", (AutoModelForSeq2SeqLM,), decoder=True)
+SEQUENCES = Kind("a sequence classifier", (AutoModelForSequenceClassification,), classes=True, pooled=True)
+TOKENS = Kind("a token classifier", (AutoModelForTokenClassification,), classes=True)
 
 
 def _known(names: Mapping[str, Any], suffix: str, kind: Kind) -> tuple[frozenset[str], str, Kind]:
@@ -152,7 +149,7 @@ def labels_of(kind: Kind, batch: Batch, attended: Tensor) -> Tensor | None:
             f"{expected[:1] if kind.pooled else expected}, not {labels.dtype} of {tuple(labels.shape)}: scores and "
             "several labels per row are not supported"
         )
-    return labels.view(expected)  # type: ignore[no-any-return]
+    return labels.reshape(expected)  # type: ignore[no-any-return]
 
 
 def predicting(kind: Kind, batch: Batch, attended: Tensor, config: Any) -> Tensor:

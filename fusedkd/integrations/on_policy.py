@@ -126,7 +126,7 @@ class OnPolicyTrainer(DistillationTrainer):
         end: Any = self.head
         mine = end.linear.out_features
         known = min(
-            [known_tokens(each.model, "input_ids") for each in (self.teachers.distinct if self.teachers else ())],
+            [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())],
             default=mine,
         )
         self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))

@@ -150,7 +150,7 @@ def across(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
 
 
-def known_tokens(model: nn.Module, name: str) -> int:
+def known_tokens(model: nn.Module, name: str = "input_ids") -> int:
     """How many a model has embeddings of: an encoder's, or a decoder's."""
     whole = base_model(model)
     embeddings = (whole.get_decoder() if name == "decoder_input_ids" else whole).get_input_embeddings()
