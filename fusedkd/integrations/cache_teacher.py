@@ -25,6 +25,8 @@ mass off the list, is exact; a log-probability is off by at most 1/255 of the ro
 KL(true ‖ stored) is some 1e-5, less than what bfloat16 logits lose (tests/integrations/test_cache_store.py). uint10
 divides that KL by 16, uint12 by 256. float16 is not offered: its rounding, 2⁻¹² of log p, is worse than uint12's.
 
+The teacher is a model of transformers, or is asked for at a server: :mod:`fusedkd.integrations.cache_server`.
+
 Shards of --shard_rows sequences are written one after the other, each under its own name only once it is complete. A
 run that was interrupted continues after the last one when it is started again with the same options; with others, other
 data or another teacher it refuses. Of the logits one batch exists at a time.
@@ -83,7 +85,10 @@ class Options:
     logprobs_dtype: Literal["uint8", "uint10", "uint12", "uint16", "float32"] = option(
         "uint8", "of the log-probabilities; float32: two plain columns, with ids of 32 bits"
     )
-    rows: Literal["all", "labelled"] = option("all", "labelled: the teacher's rows whose label is not -100 alone")
+    rows: Literal["all", "labelled"] = option(
+        "all",
+        "the teacher's rows that are stored; labelled: those alone whose token, of causal models the next, has one",
+    )
     tokenizer: str | None = option(None, "folder or name; None: the teacher's")
     gguf_file: str | None = option(None, "the file, where --teacher is a folder or name that holds GGUF files")
     block_size: int = option(
@@ -146,7 +151,10 @@ def parse(argv: list[str] | None) -> Options:
         description="Write a teacher's top-k log-probabilities at every position of a data set to disk.",
     )
     (options,) = parser.parse_args_into_dataclasses(argv)
-    for name in ("top_k", "temperature", "block_size", "batch_size", "shard_rows", "server_concurrency"):
+    if options.server_retries < 0:
+        raise UsageError(f"--server_retries must be 0 or more, not {options.server_retries}")
+    sizes = ("top_k", "temperature", "block_size", "batch_size", "shard_rows", "server_concurrency", "server_timeout")
+    for name in sizes:
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name} must be positive, not {getattr(options, name)}")
     if options.top_k > MAX_LISTED:

@@ -141,6 +141,7 @@ REFUSED = {
     "temperature": ("vllm", ["--temperature", 2], "--temperature does not go with --server"),
     "masked": ("vllm", ["--objective", "masked"], "--objective does not go with --server"),
     "offset": ("openai", ["--server_offset", 2], "--server_offset must be 0 or 1, not 2"),
+    "retries": ("vllm", ["--server_retries", -1], "--server_retries must be 0 or more, not -1"),
     "key": ("vllm", ["--server_key_variable", "NO_SUCH"], "NO_SUCH names no environment variable"),
     "long": ("vllm", ["--dataset", "LONG"], "a row has 64 tokens, but the server takes 63"),
 }

@@ -12,6 +12,7 @@ pytest.importorskip("datasets")
 import datasets
 import numpy as np
 import torch
+import transformers
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fusedkd.integrations import cache_teacher
@@ -28,6 +29,8 @@ def own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    datasets.disable_progress_bars()  # what a test saves itself would show beside the command's own lines
+    transformers.logging.disable_progress_bar()
 
 
 def teacher(seed: int = 0, masked: bool = False) -> LlamaForCausalLM | BertForMaskedLM:
