@@ -129,7 +129,8 @@ class OnPolicyTrainer(DistillationTrainer):
             [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())], default=mine
         )
         self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))
-        self._start_writing()
+        self.warned |= {"ce"} if lmbda > 0 else set()  # of batches without a row of the term: they are meant to be so
+        self.warned |= {"kd"} if estimator is not None else set()
 
     def use_columns(self) -> None:
         """Which the served teacher makes."""
@@ -282,11 +283,11 @@ class OnPolicyTrainer(DistillationTrainer):
         self.said = self.said + torch.stack([each.double().sum() for each in parts])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and isinstance(self.said, Tensor):
-            sums = torch.cat([self.said, self.written.to(self.said.device)])
+        if "loss" in logs and self.written[1]:
+            said = self.said if isinstance(self.said, Tensor) else torch.zeros(5, dtype=torch.float64)
+            sums = torch.cat([each.to(self.args.device) for each in (said, self.written)])
             sequences, tokens, mine, theirs, known, own, batches = self.accelerator.reduce(sums, "sum").tolist()
-            if batches:
-                logs["on_policy"] = own / batches
+            logs["on_policy"] = own / batches
             if sequences:
                 logs |= {"completion_length": tokens / sequences, "student_logprob": mine / tokens}
             if known:

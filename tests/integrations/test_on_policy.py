@@ -140,6 +140,7 @@ def test_accumulation_is_exact(options: dict[str, Any]) -> None:
     one, logs, _ = step(llama(0), llama(1), batch=4, accumulation=1, data=rows(4), **options)
     cut, cut_logs, _ = step(llama(0), llama(1), batch=1, accumulation=4, data=rows(4), **options)
     assert close(cut, one, 1e-6)
+    assert logs["on_policy"] == options.get("lmbda", 1.0)
     assert cut_logs["kd"] == pytest.approx(logs["kd"], rel=1e-5)
 
 
