@@ -25,8 +25,7 @@ from fusedkd.integrations.pair import Form, Pair
 from fusedkd.integrations.prompts import COMPLETION, PROMPT, PromptCollator
 from fusedkd.integrations.rollouts import IGNORE
 from fusedkd.integrations.states import States
-from fusedkd.integrations.teacher import _evaluating
-from fusedkd.integrations.teacher import _tokens as known_tokens
+from fusedkd.integrations.teacher import _evaluating, _tokens
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.losses.options import KDTerms
 from fusedkd.losses.sampled import ESTIMATORS, Estimator, linear_logprob, linear_sampled_kl_loss
@@ -73,7 +72,7 @@ class OnPolicyTrainer(DistillationTrainer):
             what the model's own configuration has (a repetition penalty, for example); top_k is then 50.
         student_top_k: the K most probable tokens of the student, in each row, are what a served teacher is asked for.
         estimator: "policy", "k1", "k2" or "k3", of a teacher that gives the token's log-probability alone: see
-            :mod:`fusedkd.losses.sampled`. Only the student's own text is distilled then.
+            :func:`fusedkd.sampled_kl`. Only the student's own text is distilled then.
         args, …: as for DistillationTrainer.
 
     Raises:
@@ -125,9 +124,7 @@ class OnPolicyTrainer(DistillationTrainer):
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
         mine = self.head.linear.out_features
-        known = min(
-            [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())], default=mine
-        )
+        known = min([_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())], default=mine)
         self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))
         self.warned |= {"ce"} if lmbda > 0 else set()  # of batches without a row of the term: they are meant to be so
         self.warned |= {"kd"} if estimator is not None else set()

@@ -232,13 +232,15 @@ def test_evaluation_is_on_the_completions_of_the_data() -> None:
     student, teacher = llama(0), llama(1)
     found = trainer(student, teacher, eval_dataset=rows()).evaluate()
     served = trainer(student, scores(teacher, "topk"), eval_dataset=rows()).evaluate()
+    own = trainer(student, scores(teacher, "candidates"), eval_dataset=rows(), student_top_k=VOCAB).evaluate()
     sampled = trainer(student, scores(teacher, "token"), eval_dataset=rows(), estimator="k2").evaluate()
     batch = PromptCollator()(rows())
     z = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     ce = torch.nn.functional.cross_entropy(z.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    for metrics in (found, served, sampled):
+    for metrics in (found, served, own, sampled):
         assert metrics["eval_ce"] == pytest.approx(ce.item(), rel=1e-5)
-    assert served["eval_kl_top_k"] == pytest.approx(found["eval_kl"], rel=1e-4)
+    for metrics in (served, own):
+        assert metrics["eval_kl_top_k"] == pytest.approx(found["eval_kl"], rel=1e-4)
     assert not any(name.startswith("eval_kl") for name in sampled)
 
 
