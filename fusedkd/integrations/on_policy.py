@@ -72,7 +72,7 @@ class OnPolicyTrainer(DistillationTrainer):
             what the model's own configuration has (a repetition penalty, for example); top_k is then 50.
         student_top_k: the K most probable tokens of the student, in each row, are what a served teacher is asked for.
         estimator: "policy", "k1", "k2" or "k3", of a teacher that gives the token's log-probability alone: see
-            :mod:`fusedkd.losses.sampled`. Only the student's own text is distilled then.
+            :func:`fusedkd.sampled_kl`. Only the student's own text is distilled then.
         args, …: as for DistillationTrainer.
 
     Raises:
@@ -124,13 +124,11 @@ class OnPolicyTrainer(DistillationTrainer):
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
         end: Any = self.head
-        mine = end.linear.out_features
-        known = min(
-            [known_tokens(each.model) for each in (self.teachers.distinct if self.teachers else ())],
-            default=mine,
-        )
+        mine, others = end.linear.out_features, self.teachers.distinct if self.teachers else ()
+        known = min([known_tokens(each.model) for each in others], default=mine)
         self.generation = rollouts.completed(generation, self.student, self.processing_class, range(known, mine))
-        self._start_writing()
+        self.warned |= {"ce"} if lmbda > 0 else set()  # of batches without a row of the term: they are meant to be so
+        self.warned |= {"kd"} if estimator is not None else set()
 
     def use_columns(self) -> None:
         """Which the served teacher makes."""
@@ -284,11 +282,11 @@ class OnPolicyTrainer(DistillationTrainer):
         self.said = self.said + torch.stack([each.double().sum() for each in parts])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and isinstance(self.said, Tensor):
-            sums = torch.cat([self.said, self.written.to(self.said.device)])
+        if "loss" in logs and self.written[1]:
+            said = self.said if isinstance(self.said, Tensor) else torch.zeros(5, dtype=torch.float64)
+            sums = torch.cat([each.to(self.args.device) for each in (said, self.written)])
             sequences, tokens, mine, theirs, known, own, batches = self.accelerator.reduce(sums, "sum").tolist()
-            if batches:
-                logs["on_policy"] = own / batches
+            logs["on_policy"] = own / batches
             if sequences:
                 logs |= {"completion_length": tokens / sequences, "student_logprob": mine / tokens}
             if known:

@@ -1,22 +1,4 @@
-"""Divergences from one token per row, where of the teacher no more is known than the token's log-probability.
-
-Of a row the student gives the token y the log-probability log q, the teacher log p; d = log q − log p. Where y was
-drawn from q, the text is the student's own, the estimators of the reverse divergence KL(q‖p) = E[d] are (J. Schulman,
-"Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html; the gradients: sums over y of q(y)·∇k(y)):
-
-============  ==================  =====================================  =============================================
-estimator     value               mean of the value                      mean of the gradient that is back-propagated
-============  ==================  =====================================  =============================================
-``"policy"``  d                   KL(q‖p)                                of KL(q‖p): d·∇log q, the score function with
-                                                                         the advantage −d
-``"k1"``      d                   KL(q‖p)                                0: ∇log q alone. It teaches nothing
-``"k2"``      d²/2                E[d²]/2, which is not KL(q‖p)          of KL(q‖p): d·∇log q as well
-``"k3"``      e^(−d) − 1 + d      KL(q‖p); never negative                of **KL(p‖q)**: (1 − p/q)·∇log q
-============  ==================  =====================================  =============================================
-
-The gradients of k1 and k3 are not those of the mean of their values, for y's own distribution moves with q: that part
-is the score function's, d·∇log q, which back-propagation through the value does not see.
-"""
+"""Divergences from one token per row, where of the teacher no more is known than the token's log-probability."""
 
 from __future__ import annotations
 
@@ -41,10 +23,22 @@ ESTIMATORS = get_args(Estimator)
 
 @by_name
 def sampled_kl(student_logprob: Tensor, teacher_logprob: Tensor, *, estimator: Estimator = "policy") -> Tensor:
-    """The estimate of KL(q‖p) in each row, from the log-probabilities that both sides give the row's token.
+    """The estimate of KL(q‖p) in each row, from the log-probabilities log q and log p that student and teacher give the
+    row's token y. With d = log q − log p, and y drawn from q, so that KL(q‖p) = E[d]:
 
-    The estimators, and what their gradients are: :mod:`fusedkd.losses.sampled`. Computed in float64 for each row, since
-    k3 is a small difference of numbers near 1.
+    - ``"policy"``: value d, unbiased; gradient d·∇log q, unbiased: its mean is the gradient of KL(q‖p). The score
+      function, a policy gradient with the advantage −d.
+    - ``"k1"``: value d, unbiased; gradient ∇log q, whose mean is 0: it teaches nothing.
+    - ``"k2"``: value d²/2, biased: its mean is E[d²]/2; gradient that of ``"policy"``, row by row.
+    - ``"k3"``: value e^(−d) − 1 + d, unbiased, and at least 0 in each row; gradient (1 − p/q)·∇log q, biased: its mean
+      is the gradient of the *forward* divergence KL(p‖q).
+
+    (k1 to k3: J. Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html.) The gradients of k1
+    and k3 are not those of the mean of their values, for y's own distribution moves with q: that part is the score
+    function's, which back-propagation through a value does not see. Where y was not drawn from q, as in given text,
+    none of this holds.
+
+    Computed in float64 for each row, since k3 is a small difference of numbers near 1.
 
     Args:
         student_logprob: log q of the token, ``(*)``, of any floating-point type; gets the gradient.
@@ -95,8 +89,8 @@ def sampled_kl_loss(
         teacher_logprob: log p of each row's label, ``(*)``, floating point, natural logarithm, of the teacher at this
             temperature; gets no gradient. Rows without a label are not read.
         labels: the tokens y, ``(*)``, int64, already shifted. Rows with `ignore_index` are left out.
-        estimator: ``"policy"``, ``"k1"``, ``"k2"`` or ``"k3"``: :mod:`fusedkd.losses.sampled` says what their values
-            and gradients are.
+        estimator: ``"policy"``, ``"k1"``, ``"k2"`` or ``"k3"``: :func:`sampled_kl` says what their values and
+            gradients are.
         temperature: T > 0 of the student. There is no factor T².
         mask: ``(*)``, further rows to leave out. Bool or integer: non-zero selects; float: weights, 0 is not selected.
         logit_softcap, logit_scale: the student's logits are c·tanh(scale·z/c).

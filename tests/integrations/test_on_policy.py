@@ -140,6 +140,7 @@ def test_accumulation_is_exact(options: dict[str, Any]) -> None:
     one, logs, _ = step(llama(0), llama(1), batch=4, accumulation=1, data=rows(4), **options)
     cut, cut_logs, _ = step(llama(0), llama(1), batch=1, accumulation=4, data=rows(4), **options)
     assert close(cut, one, 1e-6)
+    assert logs["on_policy"] == options.get("lmbda", 1.0)
     assert cut_logs["kd"] == pytest.approx(logs["kd"], rel=1e-5)
 
 
@@ -231,13 +232,15 @@ def test_evaluation_is_on_the_completions_of_the_data() -> None:
     student, teacher = llama(0), llama(1)
     found = trainer(student, teacher, eval_dataset=rows()).evaluate()
     served = trainer(student, scores(teacher, "topk"), eval_dataset=rows()).evaluate()
+    own = trainer(student, scores(teacher, "candidates"), eval_dataset=rows(), student_top_k=VOCAB).evaluate()
     sampled = trainer(student, scores(teacher, "token"), eval_dataset=rows(), estimator="k2").evaluate()
     batch = PromptCollator()(rows())
     z = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     ce = torch.nn.functional.cross_entropy(z.flatten(0, 1), batch["labels"][:, 1:].flatten())
-    for metrics in (found, served, sampled):
+    for metrics in (found, served, own, sampled):
         assert metrics["eval_ce"] == pytest.approx(ce.item(), rel=1e-5)
-    assert served["eval_kl_top_k"] == pytest.approx(found["eval_kl"], rel=1e-4)
+    for metrics in (served, own):
+        assert metrics["eval_kl_top_k"] == pytest.approx(found["eval_kl"], rel=1e-4)
     assert not any(name.startswith("eval_kl") for name in sampled)
 
 

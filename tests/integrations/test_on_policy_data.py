@@ -19,6 +19,12 @@ from fusedkd.integrations.transformers import KDConfig
 from .on_policy_step import END, greedy, llama, rows, scores, trainer
 
 
+def first_step(found: Any) -> Any:
+    """What is written and scored for it."""
+    batch = found.data_collator(found.train_dataset[:4])
+    return found.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+
+
 class Tokenizer:
     pad_token_id, eos_token_id = 0, END
 
@@ -63,7 +69,8 @@ def test_any_collator_whose_labels_begin_after_the_prompt_will_do() -> None:
     ids, mask = rollouts.prompts(batch, batch["attention_mask"] != 0)
     assert ids.tolist() == [[5, 6]] * 4
     assert mask.all()
-    found.train()
+    ((made,), counts) = first_step(found)
+    assert counts[0] == (made["labels"] != -100).sum()
 
 
 @pytest.mark.parametrize(
@@ -108,4 +115,4 @@ def test_mistakes_are_named(change: dict[str, Any], error: type[Exception], sent
     if isinstance(given["teacher"], str):
         given["teacher"] = scores(llama(1), given["teacher"])
     with pytest.raises(error, match=sentence):
-        trainer(llama(0), **given).train()
+        first_step(trainer(llama(0), **given))
