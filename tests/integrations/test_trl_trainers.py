@@ -431,6 +431,21 @@ def test_listed_columns_of_hidden_states(beta: float, tail: bool, teachers: int)
         assert [run[i](rows, weight, bias)[0].item() for i in (0, 1)] == [0, 0]
 
 
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_a_row_without_a_column_says_nothing(beta: float, tail: bool) -> None:
+    student, teacher, _ = rows_of_logits()
+    student.requires_grad_()
+    ids = teacher.topk(3).indices
+    logprobs = lists.logprobs_at(teacher, ids)
+    ids[0, 1] = -1
+    each = lists.jsd_of_lists(student, ids, logprobs.where(ids >= 0, -torch.inf), beta, tail, reduction="none")
+    each.sum().backward()
+    assert each[0, 1] == 0
+    assert not student.grad[0, 1].any()
+    assert (each.flatten() > 1e-4).sum() == B * COMPLETION - 1
+
+
 def test_the_teacher_of_a_sampled_token_reads_little() -> None:
     """Reverse KL over the text's token and the rest, which the trainers of served teachers have for β = 1, is far from
     the reverse KL over all columns; fusedkd computes what they define.
@@ -485,6 +500,7 @@ def test_what_cannot_be_patched_is_refused_by_name(monkeypatch: pytest.MonkeyPat
         ("IWOPDTrainer", "distillation_objective", "iw_opd"),
         ("SDPOTrainer", "distillation_mode", "sampled_token"),
         ("SDFTTrainer", "use_teacher_server", True),
+        ("SDPOTrainer", "distillation_weight", 0.0),
     ):
         trainer = (found := trainer_class(name)).__new__(found)
         trainer.args = SimpleNamespace(**{option: value})
