@@ -146,6 +146,15 @@ def test_types(dtype: torch.dtype) -> None:
     )
 
 
+def test_autocast_casts_the_targets_head_as_well() -> None:
+    batch = drawn(torch.float32)
+    whole = ours(batch, draft_ids=IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        once, anew = (ours(batch, draft_ids=IDS, max_teacher_bytes=b) for b in (1 << 30, 0))
+    assert once.item() == pytest.approx(anew.item(), rel=1e-5)
+    assert 0 < abs(once - whole) < 0.02 * whole
+
+
 def test_given_logits_one_weight_for_all_and_masks_of_each_kind() -> None:
     batch = drawn()
     inside = torch.isin(batch["labels"], IDS)

@@ -111,7 +111,7 @@ def chunked_jsd_loss(
     teacher = TeacherTopK(ids, teacher_target_logps, tail=tail, logprobs_temperature=temperature)
     each = rows.loss(teacher, divergence=family, reduction="none" if teacher_id_idx is not None else "sum")
     listed = closed(teacher_target_logps, valid_candidate_mask, add_tail_bucket)
-    loss, entropies = each.sum(), torch.special.entr(listed.exp()).nan_to_num().sum(-1)
+    loss, entropies = each.sum(), torch.special.entr(listed.exp()).sum(-1)
     stats = loss.new_zeros(3 * num_teachers)
     if teacher_id_idx is not None:
         own = torch.stack([torch.ones_like(entropies), each.detach(), entropies], -1)

@@ -49,11 +49,13 @@ def jsd_of_lists(
 
 
 def closed(logprobs: Tensor, valid: Tensor, tail: bool) -> Tensor:
-    """Log-probabilities whose sum is 1: with that of all other columns as one more, or renormalised."""
+    """Log-probabilities whose sum is 1: with that of all other columns as one more, or renormalised; without a valid
+    one all −inf then.
+    """
     logprobs = logprobs.masked_fill(~valid, -torch.inf)
     held = logprobs.logsumexp(-1, keepdim=True)
     if not tail:
-        return logprobs - held
+        return logprobs - held.clamp_min(torch.finfo(held.dtype).min)
     return torch.cat([logprobs, (-torch.expm1(held.clamp_max(-LEAST_TAIL))).log()], -1)
 
 

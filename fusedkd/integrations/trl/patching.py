@@ -83,6 +83,7 @@ VERSIONS: dict[str, tuple[str, ...]] = dict.fromkeys(SEAMS, ("1.14.2", "1.15.0",
 _ELSEWHERE = (
     ("distillation_objective", "iw_opd"),
     ("distillation_mode", "sampled_token"),
+    ("distillation_weight", 0.0),
     ("use_teacher_server", True),
 )
 """Arguments with which a trainer calls none of its seams; IW-OPD's with a served teacher do, by the objective "jsd"."""
