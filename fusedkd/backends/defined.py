@@ -123,7 +123,7 @@ def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
         (slope,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
-        infinite = torch.inf == D
+        infinite = D.isposinf()
         if not family.bounded:
             infinite = infinite | (value(2 * LOWEST, log_q) > D)
         masked = (z == -torch.inf).all(-1)

@@ -276,6 +276,9 @@ def test_masked_models_and_cut_texts(three: tuple[Any, Any, Any]) -> None:
     slow = type("Slow", (), {"get_vocab": dict})()
     with pytest.raises(TypeError, match="the teacher's tokenizer must be a fast one"):
         paired(TEXT[:1], of_piece, slow)
+    for texts in ("one text", []):
+        with pytest.raises(ValueError, match="texts must be a list of at least one text"):
+            paired(texts, of_piece, of_byte)
 
 
 # -------------------------------------------------- learning
