@@ -59,8 +59,7 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
     if options.text_column not in data.column_names:
         raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(data.column_names)}")
     tokenizer = pretrained(AutoTokenizer, options.tokenizer or options.teacher, "the tokenizer")
-    if options.tokenizer:
-        _check_tokenizer(tokenizer, options.teacher)
+    _check_tokenizer(tokenizer, options)
     text = data.select_columns(options.text_column).filter(bool, input_columns=options.text_column)
     if not masked:
         return pack_documents(text, tokenizer, options.block_size, whole=not files), None
@@ -72,18 +71,26 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
     return pack(text, tokenizer, options.block_size, "given"), collator
 
 
-def _check_tokenizer(tokenizer: Tokenizer, teacher: str) -> None:
-    """Refuse one that gives other ids to the tokens of the teacher's own, if the teacher comes with one."""
+def _check_tokenizer(tokenizer: Tokenizer, options: Options) -> None:
+    """Refuse one without tokens, and one that gives other ids to the tokens of the teacher's own, if it has one."""
+    if _is_empty(tokenizer):
+        raise UsageError(f"{options.tokenizer or options.teacher} has no tokenizer: name one by --tokenizer")
+    if options.tokenizer is None:
+        return
     try:
-        own = AutoTokenizer.from_pretrained(teacher)
+        own = AutoTokenizer.from_pretrained(options.teacher)
     except (OSError, ValueError, KeyError):
         return
-    if len(own) <= len(own.all_special_ids):  # transformers makes one of nothing else where there is none
-        return
     try:
-        check_same_vocabulary(tokenizer, own)
+        if not _is_empty(own):
+            check_same_vocabulary(tokenizer, own)
     except ValueError as error:
         raise UsageError(f"--tokenizer is not the teacher's: {error}") from None
+
+
+def _is_empty(tokenizer: Tokenizer) -> bool:
+    """Whether it has special tokens alone: so transformers makes one for a folder without any."""
+    return len(tokenizer) <= len(tokenizer.all_special_ids)
 
 
 def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:

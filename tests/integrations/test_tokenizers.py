@@ -132,6 +132,8 @@ def test_a_cache_is_not_written_with_another_tokenizer(tmp_path: Path, capsys: p
     assert "--tokenizer is not the teacher's: student and teacher must have one" in capsys.readouterr().err
     for file in (tmp_path / "teacher").glob("tokenizer*"):
         file.unlink()
+    assert cache_teacher.main([*given[:4], *given[6:]]) == 2
+    assert "teacher has no tokenizer: name one by --tokenizer" in capsys.readouterr().err
     assert cache_teacher.main([*given, "--block_size", "4"]) == 0
 
 
