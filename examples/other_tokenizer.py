@@ -41,11 +41,11 @@ teacher = tiny.model(options.teacher, 64, vocabulary=500)
 
 
 def collate(texts: list[str]) -> PairedBatch:
-    return paired(texts, student_tokenizer, teacher_tokenizer, max_length=options.length)
+    return paired(texts, student_tokenizer, teacher_tokenizer, max_length=options.length).to(tiny.DEVICE)
 
 
 def hidden_states(model: Any, side: dict[str, Tensor]) -> Tensor:
-    return model.base_model(**{name: x.to(tiny.DEVICE) for name, x in side.items()}).last_hidden_state  # type: ignore
+    return model.base_model(**side).last_hidden_state  # type: ignore
 
 
 seen = DataLoader(lines[::2] + lines[1::4], options.batch, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
@@ -57,9 +57,7 @@ if not options.teacher:  # a tiny one has to learn the text first
     for batch in islice(batches, 40):
         labels = batch.teacher["input_ids"].masked_fill(batch.teacher["attention_mask"] == 0, -100)
         optimizer.zero_grad()
-        teacher(
-            **{name: x.to(tiny.DEVICE) for name, x in batch.teacher.items()}, labels=labels.to(tiny.DEVICE)
-        ).loss.backward()
+        teacher(**batch.teacher, labels=labels).loss.backward()
         optimizer.step()
 teacher.eval().requires_grad_(False)
 
@@ -72,8 +70,8 @@ print(f"{torch.sparse.sum(W, 0).to_dense().mean():.0%} of the teacher's tokens h
 def kl(batch: PairedBatch) -> Tensor:
     """From the teacher in the student's tokens, of the rows where both have read the same text."""
     head = fusedkd.TeacherHead(batch.teacher_rows(hidden_states(teacher, batch.teacher)), heads[1])
-    states, mask = hidden_states(student, batch.student), batch.mask.to(tiny.DEVICE)
-    return fusedkd.linear_kd_loss(states, heads[0], fusedkd.TeacherProjected(head, W), kd_mask=mask)
+    states = hidden_states(student, batch.student)
+    return fusedkd.linear_kd_loss(states, heads[0], fusedkd.TeacherProjected(head, W), kd_mask=batch.mask)
 
 
 optimizer = torch.optim.AdamW(student.parameters(), lr=tiny.learning_rate(options))

@@ -196,6 +196,21 @@ def test_from_hidden_states(device: str, dtype: torch.dtype, reduction: str) -> 
         torch.testing.assert_close(both, 0.3 * several[0] + 0.7 * several[1])
 
 
+def test_a_term_of_weight_0_reads_no_teacher(device: str) -> None:
+    """Of logits and of hidden states, whose columns are not the student's."""
+    x, w = pair(9, 8, device=device)[0], pair(V_S, 8, device=device)[0]
+    head = TeacherHead(pair(9, 6, device=device)[0] * math.nan, pair(V_T, 6, device=device)[0])
+    labels = targets(9, classes=V_S, device=device)
+    expected = torch.nn.functional.cross_entropy(x @ w.T, labels)
+    options: dict[str, Any] = {"kd_weight": 0, "ce_weight": 1.0}
+    for teacher, divergence in ((TeacherProjected(head, matrix(device)), "forward_kl"), (head, ULD())):
+        for found in (
+            kd_loss(x @ w.T, teacher, labels, divergence=divergence, **options),
+            linear_kd_loss(x.requires_grad_(), w, teacher, labels, divergence=divergence, **options),
+        ):
+            torch.testing.assert_close(found.detach(), expected.detach())
+
+
 def test_a_list_is_projected_to_the_students_columns(device: str) -> None:
     """All of the teacher's columns: the same loss. A few: their probability, the rest in the tail."""
     student, teacher = sides(3, 4, device=device, dtype=torch.float64)

@@ -173,7 +173,7 @@ def _derived(family: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -
         (w,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
-        infinite = torch.eq(D, torch.inf)
+        infinite = D.isposinf()
         if not family.bounded:
             infinite = infinite | (value(2 * LOWEST, lowered(log_q, 2 * LOWEST)) > D)
         finite = family.kernel_id in FINITE_GRADIENT

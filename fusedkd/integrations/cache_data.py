@@ -243,21 +243,27 @@ def features_of(data: datasets.Dataset, k: int, labels: bool, compact: bool) -> 
 
 def tokenizer_of(options: Options) -> Tokenizer:
     """That of --tokenizer, which must give the teacher's ids to its tokens where the teacher comes with one; or its."""
+    name, more = options.tokenizer or options.teacher, {} if options.tokenizer else gguf(options)
+    given: Tokenizer = pretrained(AutoTokenizer, name, "the tokenizer", **more)
+    if _is_empty(given):
+        raise UsageError(f"{name} has no tokenizer: name one by --tokenizer")
     if not options.tokenizer:
-        own: Tokenizer = pretrained(AutoTokenizer, options.teacher, "the tokenizer", **gguf(options))
-        return own
-    given: Tokenizer = pretrained(AutoTokenizer, options.tokenizer, "the tokenizer")
+        return given
     try:
         own = AutoTokenizer.from_pretrained(options.teacher, **gguf(options))
     except (OSError, ValueError, KeyError):
         return given
-    if len(own) <= len(own.all_special_ids):  # transformers makes one of nothing else where there is none
-        return given
     try:
-        check_same_vocabulary(given, own)
+        if not _is_empty(own):
+            check_same_vocabulary(given, own)
     except ValueError as error:
         raise UsageError(f"--tokenizer is not the teacher's: {error}") from None
     return given
+
+
+def _is_empty(tokenizer: Tokenizer) -> bool:
+    """Whether it has special tokens alone: so transformers makes one for a folder without any."""
+    return len(tokenizer) <= len(tokenizer.all_special_ids)
 
 
 def gguf(options: Options) -> dict[str, Any]:

@@ -147,12 +147,15 @@ class PairedBatch(NamedTuple):
     rows: Tensor
     """``(B, L_s)`` int64: of each row of the student that of the teacher, among its B·L_t; −1 if it has none."""
 
+    def to(self, device: torch.device | str) -> PairedBatch:
+        sides = [{name: x.to(device) for name, x in side.items()} for side in (self.student, self.teacher)]
+        return PairedBatch(sides[0], sides[1], self.rows.to(device))
+
     def teacher_rows(self, states: Tensor) -> Tensor:
         """The teacher's logits or hidden states ``(B, L_t, C)`` at the student's rows, ``(B, L_s, C)``. Those of the
         rows without one mean nothing: `mask` is the loss's ``kd_mask``.
         """
-        rows = self.rows.to(states.device)
-        return states.flatten(0, 1)[rows.clamp(min=0)]
+        return states.flatten(0, 1)[self.rows.clamp(min=0)]
 
     @property
     def mask(self) -> Tensor:
@@ -172,6 +175,8 @@ def paired(
     Args:
         max_length: tokens of either side at most; what is cut off on one side has no rows.
     """
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"texts must be a list of at least one text, not {texts!r}")
     tokenizers = [_tokenizer(student), _tokenizer(teacher)]
     sides: list[Any] = []
     for name, tokenizer in zip(("student", "teacher"), tokenizers, strict=True):

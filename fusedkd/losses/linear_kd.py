@@ -13,6 +13,7 @@ from fusedkd import checks as check
 from fusedkd.backends import block, linear_loop
 from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
+from fusedkd.backends.layout import KernelId
 from fusedkd.backends.linear_loop import tile_size
 from fusedkd.backends.slopes import bound_of
 from fusedkd.backends.statistics import OF_LABEL, Statistic
@@ -238,13 +239,15 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None, same: Te
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
     head, bias = [None if x is None else x.detach() for x in part.known.head or (None, None)]
     like = rows if head is None else pack([0.0], rows.device).expand(1, count, 1)  # of a head, all rows count
-    if not part.rules.kd and part.known.ids is None:  # nothing reads it
+    unread = not part.rules.kd and part.known.ids is None
+    if unread:
         rows, head, bias = rows[..., :0], None, None
     if head is not None and cast is not None and head.dtype != torch.float64:
         rows, head = rows.to(cast), head.to(cast)
     if same is not None and same.rows.shape == rows.shape:
         rows, head, bias = same.rows, same.head, same.bias
-    return part.teacher_rows(rows, head, bias, like)
+    found = part.teacher_rows(rows, head, bias, like)
+    return found._replace(kernel_id=int(KernelId.FORWARD_KL)) if unread else found
 
 
 def _leaves(part: Prepared) -> list[Tensor | None]:

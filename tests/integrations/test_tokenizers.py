@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from fusedkd import GOLD, ULD, TeacherHead, TeacherProjected, linear_kd_loss
-from fusedkd.integrations.tokenizers import (
-    Group,
-    PairedBatch,
-    align,
-    check_same_vocabulary,
-    paired,
-    projection,
-    shared_ids,
-)
+from fusedkd.integrations.tokenizers import Group, align, check_same_vocabulary, paired, projection, shared_ids
 from fusedkd.integrations.transformers import DistillationTrainer
 
-TEXT = [line for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines() if len(line) > 40]
+from .made_tokenizers import TEXT, byte_level, metaspace, word_piece, words
+
 STRANGE = "Naïve 日本 costs 10× less.  Isn't it?\tNo"
-
-
-def byte_level(size: int, lines: Sequence[str] = TEXT, eos: str = "<|endoftext|>") -> Any:
-    t = Tokenizer(models.BPE())
-    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[eos], initial_alphabet=alphabet, show_progress=False)
-    t.train_from_iterator(lines, trainer)
-    t.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=eos)
-
-
-def metaspace(size: int, lines: Sequence[str] = TEXT) -> Any:
-    t = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    t.pre_tokenizer = pre_tokenizers.Metaspace()
-    t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    special = ["<unk>", "<s>", "</s>"]
-    t.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
-    t.add_tokens([f"<0x{byte:02X}>" for byte in (0x41, 0xE6, 0x97, 0xA5)])
-    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-def word_piece(size: int, lines: Sequence[str] = TEXT) -> Any:
-    t = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    t.decoder = decoders.WordPiece(cleanup=False)
-    special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    t.train_from_iterator(
-        lines, trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    )
-    t.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=t, **names)
-
-
-def words(vocabulary: Sequence[str]) -> Any:
-    t = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    t.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="[UNK]")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +77,8 @@ def test_a_cache_is_not_written_with_another_tokenizer(tmp_path: Path, capsys: p
     assert "--tokenizer is not the teacher's: student and teacher must have one" in capsys.readouterr().err
     for file in (tmp_path / "teacher").glob("tokenizer*"):
         file.unlink()
+    assert cache_teacher.main([*given[:4], *given[6:]]) == 2
+    assert "teacher has no tokenizer: name one by --tokenizer" in capsys.readouterr().err
     assert cache_teacher.main([*given, "--block_size", "4"]) == 0
 
 
@@ -276,97 +223,6 @@ def test_masked_models_and_cut_texts(three: tuple[Any, Any, Any]) -> None:
     slow = type("Slow", (), {"get_vocab": dict})()
     with pytest.raises(TypeError, match="the teacher's tokenizer must be a fast one"):
         paired(TEXT[:1], of_piece, slow)
-
-
-# -------------------------------------------------- learning
-
-
-class Bigram(nn.Module):
-    """Hidden states of a token, and a head that makes of them the logits of the next one."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(vocabulary, 16), nn.Linear(16, vocabulary, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids)  # type: ignore[no-any-return]
-
-    def cross_entropy(self, side: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
-        """Of the next tokens, at all rows or some."""
-        labels = side["input_ids"].masked_fill(side["attention_mask"] == 0, -100)[:, 1:]
-        if mask is not None:
-            labels = labels.masked_fill(~mask[:, :-1], -100)
-        logits = self.head(self(side["input_ids"]))[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def learn(step: Any, model: nn.Module, steps: int) -> list[float]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = step()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.fixture
-def lesson(three: tuple[Any, Any, Any]) -> Lesson:
-    torch.manual_seed(0)
-    lines = [line[:60] for line in TEXT]
-    batches = [paired(each, three[1], three[0]) for each in (lines[1::4] + lines[2::4], lines[::4])]
-    teacher = Bigram(len(three[0]))
-    learn(lambda: teacher.cross_entropy(batches[0].teacher), teacher, 30)
-    return Lesson(teacher.requires_grad_(False), Bigram(len(three[1])), *batches)
-
-
-class Lesson(NamedTuple):
-    teacher: Bigram
-    student: Bigram
-    seen: PairedBatch
-    unseen: PairedBatch
-
-    def of(self, batch: PairedBatch) -> TeacherHead:
-        states = self.teacher(batch.teacher["input_ids"])
-        return TeacherHead(batch.teacher_rows(states), self.teacher.head.weight)
-
-
-@pytest.mark.parametrize("shift", [0, 1])
-def test_a_student_learns_from_a_teacher_of_another_tokenizer(three: Any, lesson: Lesson, shift: int) -> None:
-    """By W it comes close to it on other text, and predicts the text without a label; with rows one off it does not."""
-    weight, student, seen, unseen = projection(three[1], three[0]), lesson.student, lesson.seen, lesson.unseen
-
-    @torch.no_grad()
-    def found() -> tuple[float, float]:
-        hidden, given = student(unseen.student["input_ids"]), TeacherProjected(lesson.of(unseen), weight)
-        kl = linear_kd_loss(hidden, student.head.weight, given, kd_mask=unseen.mask)
-        return kl.item(), student.cross_entropy(seen.student, seen.mask).item()
-
-    def step() -> Tensor:
-        return linear_kd_loss(student(seen.student["input_ids"]), student.head.weight, given, kd_mask=seen.mask)
-
-    last = seen.teacher["input_ids"].numel() - 1
-    rows = torch.where(seen.mask, (seen.rows + shift).clamp(max=last), -1)
-    given = TeacherProjected(lesson.of(seen._replace(rows=rows)), weight)
-    before, losses, after = found(), learn(step, student, 40), found()
-    assert losses[-1] < 0.5 * losses[0]
-    right = shift == 0
-    assert (after[0] < 0.5 * before[0]) == right
-    assert (after[1] < 0.75 * before[1]) == right
-
-
-def test_sorted_probabilities_and_shared_ids_teach(three: Any, lesson: Lesson) -> None:
-    """Of ULD and GOLD, from a teacher's head."""
-    batch, start = lesson.unseen, {name: x.clone() for name, x in lesson.student.state_dict().items()}
-    student, given = lesson.student, lesson.of(batch)
-    for divergence in (ULD(), GOLD(*shared_ids(three[1], three[0]))):
-        student.load_state_dict(start)
-
-        def step(divergence: Any = divergence) -> Tensor:
-            hidden = student(batch.student["input_ids"])
-            return linear_kd_loss(hidden, student.head.weight, given, kd_mask=batch.mask, divergence=divergence)
-
-        losses = learn(step, student, 8)
-        assert losses[-1] < 0.85 * losses[0]
+    for texts in ("one text", []):
+        with pytest.raises(ValueError, match="texts must be a list of at least one text"):
+            paired(texts, of_piece, of_byte)
