@@ -4,7 +4,6 @@ and the asynchronous trainer of served teachers.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def chunked_divergence_loss(
 
     Returns:
         The loss; the sum of the student's entropies, in nats and at `temperature`, as TRL has it; how many positions
-        were selected. The entropy costs one more product with the student's head.
+        were selected.
     """
     valid = completion_mask.reshape(-1) != 0
     student, teacher = (x.reshape(-1, x.shape[-1])[valid] for x in (student_hidden_states, teacher_hidden_states))
@@ -65,8 +64,8 @@ def chunked_divergence_loss(
     count = valid.sum()
     items = count if num_items_in_batch is None else num_items_in_batch
     items = items.to(student.device) if isinstance(items, Tensor) else items
-    loss = rows.loss(form, divergence=JSD(beta), kd_normalizer=items)
-    return loss, rows.entropies().sum(), count
+    loss, entropies = rows.loss(form, divergence=JSD(beta), kd_normalizer=items)
+    return loss, entropies.sum(), count
 
 
 def chunked_jsd_loss(
@@ -109,14 +108,16 @@ def chunked_jsd_loss(
     tail: Any = "bucket" if add_tail_bucket else "renormalize" if beta == 1 else "both_renormalized"
     ids = target_ids.masked_fill(~valid_candidate_mask, -1)
     teacher = TeacherTopK(ids, teacher_target_logps, tail=tail, logprobs_temperature=temperature)
-    each = rows.loss(teacher, divergence=family, reduction="none" if teacher_id_idx is not None else "sum")
+    each, own_entropies = rows.loss(
+        teacher, divergence=family, reduction="none" if teacher_id_idx is not None else "sum"
+    )
     listed = closed(teacher_target_logps, valid_candidate_mask, add_tail_bucket)
     loss, entropies = each.sum(), torch.special.entr(listed.exp()).sum(-1)
     stats = loss.new_zeros(3 * num_teachers)
     if teacher_id_idx is not None:
         own = torch.stack([torch.ones_like(entropies), each.detach(), entropies], -1)
         stats = stats.view(-1, 3).index_add(0, teacher_id_idx, own.to(stats.dtype)).view(-1)
-    return loss, loss.detach(), rows.entropies().sum(), entropies.sum(), stats
+    return loss, loss.detach(), own_entropies.sum(), entropies.sum(), stats
 
 
 class Rows:
@@ -136,16 +137,11 @@ class Rows:
         self.options: dict[str, Any] = {"temperature": temperature, "scale_by_t2": False}
         self.options |= {"logit_scale": _scale(scale), "logit_softcap": softcap}
 
-    def loss(self, teacher: Any, **options: Any) -> Tensor:
-        options |= self.options
-        return linear_kd_loss(self.hidden, self.weight, teacher, student_bias=self.bias, **options)
-
-    @torch.no_grad()
-    def entropies(self) -> Tensor:
-        """Of the student, ``(N,)``, in nats: log V − KL(q‖1/V), with a teacher whose logits are all zero."""
-        columns = self.weight.shape[0]
-        uniform = TeacherHead(self.hidden.new_zeros(len(self.hidden), 1), self.weight.new_zeros(columns, 1))
-        return math.log(columns) - self.loss(uniform, divergence="reverse_kl", reduction="none")
+    def loss(self, teacher: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """And the student's entropies, ``(N,)``, in nats."""
+        options |= self.options | {"return_terms": True, "statistics": ["student_entropy"]}
+        loss, terms = linear_kd_loss(self.hidden, self.weight, teacher, student_bias=self.bias, **options)
+        return loss, terms.statistics["student_entropy"]  # type: ignore[union-attr]
 
 
 def head_of(hidden: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
