@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedkd.integrations.cache_answers import from_openai, from_sglang, from_vllm
+from fusedkd.integrations.served import from_openai, from_sglang, from_vllm
 from fusedkd.integrations.cache_data import Columns, Row, Survey, blank, pieces, tokenizer_of
 from fusedkd.integrations.command import UsageError
 
