@@ -57,7 +57,7 @@ def refuse_listed(asked: Sequence[Member]) -> None:
         if not isinstance(member.teacher, Tensor | TeacherLogits | TeacherHead):
             raise TypeError(
                 "teacher_gradient needs a teacher of logits or a TeacherHead, not a "
-                f"{type(member.teacher).__name__}, which has no logits that a gradient could reach"
+                f"{type(member.teacher).__name__}, to which no gradient goes back"
             )
 
 
