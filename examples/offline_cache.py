@@ -1,7 +1,7 @@
 """Writes a teacher's top-k to disk once, then distils without the teacher: python examples/offline_cache.py
 
 DistillationTrainer takes such a data set as it is, with teacher=None; this is a loop of your own. The first half is
-also a command, python -m fusedkd.integrations.cache_teacher. In earnest: --model and --teacher, as for plain_loop.py
+also a command, `fusedkd cache`. In earnest: --model and --teacher, as for plain_loop.py
 """
 
 from itertools import chain, islice, repeat

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusedkd.integrations.served import from_openai, from_sglang, from_vllm
 from fusedkd.integrations.cache_data import Columns, Row, Survey, blank, pieces, tokenizer_of
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.served import from_openai, from_sglang, from_vllm
 
 if TYPE_CHECKING:
     from fusedkd.integrations.cache_teacher import Options

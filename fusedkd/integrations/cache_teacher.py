@@ -1,6 +1,6 @@
 """An offline teacher: its top-k ids and log-probabilities at every position of a data set, computed once, on disk.
 
-    python -m fusedkd.integrations.cache_teacher --teacher gpt2 --dataset train.txt --top_k 64 --output cache
+    fusedkd cache --teacher gpt2 --dataset train.txt --top_k 64 --output cache
     datasets.load_from_disk("cache")    # rows are NumPy arrays; memory-mapped, nothing is copied
 
 A row of the result is a sequence of L tokens:
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> Options:
     parser = HfArgumentParser(
         Options,  # type: ignore[arg-type]
-        prog="python -m fusedkd.integrations.cache_teacher",
+        prog="fusedkd cache",
         usage="%(prog)s --teacher NAME --dataset NAME [NAME ...] --output FOLDER [options]",
         description="Write a teacher's top-k log-probabilities at every position of a data set to disk.",
     )
