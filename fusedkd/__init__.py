@@ -34,7 +34,7 @@ from fusedkd.losses.hidden import cosine_hidden_loss, hidden_loss
 from fusedkd.losses.kd import kd_loss
 from fusedkd.losses.layers import layer_attention_loss, pairwise_layer_mse
 from fusedkd.losses.linear_kd import linear_kd_loss
-from fusedkd.losses.options import KDOptions, KDTerms
+from fusedkd.losses.options import KDOptions, KDTerms, KDTermsAndStatistics
 from fusedkd.teachers import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ __all__ = [
     "Jeffreys",
     "KDOptions",
     "KDTerms",
+    "KDTermsAndStatistics",
     "LogitMSE",
     "ReverseKL",
     "SkewKL",

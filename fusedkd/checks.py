@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 Real = float | Tensor
-"""A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing."""
+"""A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing. Where rows may have values of
+their own (`real` with ``per_row``), also a tensor ``(*)`` of one per row."""
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATING)
@@ -263,15 +264,24 @@ def class_range(labels: Tensor | None, classes: int, ignore_index: int) -> None:
         raise ValueError(f"labels must be {ignore_index} (ignored) or {within}, but one is {wrong[0].item()}")
 
 
-def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
+def real(
+    name: str,
+    value: Real,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    per_row: bool = False,
+) -> None:
     """A number in [low, high] (``open_low``: above `low`), or a 0-d tensor without gradient, whose value is the
-    caller's word.
+    caller's word; ``per_row``: or a tensor of a value per row, whose shape `own_values` compares with the student's.
     """
     if isinstance(value, Tensor):
         plain(name, value)
-        if value.dim() != 0 or value.requires_grad or value.is_complex():
+        if (value.dim() != 0 and not per_row) or value.requires_grad or value.is_complex():
+            rows = " or one of a value per row" if per_row else ""
             raise ValueError(
-                f"{name} must be a number or a real 0-d tensor without gradient, not a tensor of shape "
+                f"{name} must be a number or a real 0-d tensor{rows} without gradient, not a tensor of shape "
                 f"{tuple(value.shape)}, {value.dtype}, with requires_grad={value.requires_grad}"
             )
     elif isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -280,6 +290,12 @@ def real(name: str, value: Real, low: float = 0.0, high: float = math.inf, *, op
         floor = f"{'above' if open_low else 'at least'} {low:g}"
         ceiling = f"at most {high:g}" if high < math.inf else "finite"
         raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")
+
+
+def own_values(name: str, value: object, student: Tensor) -> None:
+    """A real option of which each of the student's rows has its own value: ``(*)``, on the student's device."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        _matches(name, value, value.shape, student)
 
 
 def integer(name: str, value: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fusedkd import checks as check
+from fusedkd.backends.statistics import Statistic
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence
 from fusedkd.losses.hidden import comparison, cosine_hidden_loss, hidden_loss
@@ -62,6 +63,7 @@ class KDLossOptions(KDOptions, total=False):
     """Those of :func:`fusedkd.kd_loss`."""
 
     inplace: bool
+    statistics: Sequence[Statistic]
 
 
 class LinearKDLossOptions(KDOptions, total=False):
@@ -71,6 +73,7 @@ class LinearKDLossOptions(KDOptions, total=False):
     max_tile_bytes: int | None
     tile_dtype: torch.dtype
     max_rows: int | None
+    statistics: Sequence[Statistic]
 
 
 class KDLoss(_Options):

@@ -80,6 +80,10 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             counted = {"terms": None, "per_row": False}
             cases["kd_loss"].extend({**whole, **x, "checked": some} for x in (per_row, counted))
             if columns is None:
+                add_calls(cases, "kd", {**inputs, "options": options.repeat(n, 1)}, stats, gradient, upstream, n)
+                asked = {name: inputs[name] for name in ("student", "teacher", "labels", "row_weights", "options")}
+                asked |= {"transform": some, "of_teacher": some, "columns": known.shape[2], "ignore_index": -100}
+                cases["kd_statistics"].append(asked)
                 own = {**inputs, "kernel_id": defined.number(OWN)}
                 add_calls(cases, "defined", own, stats, gradient, upstream, n)
                 cases["defined_loss"].append({**whole, **counted, "kernel_id": defined.number(OWN), "checked": some})
@@ -110,6 +114,7 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             "tile_dtype": torch.float32,
             "dtype": dtype,
             "max_rows": None,
+            "statistics": [some, some],
         }
         slopes = [torch.ones((), dtype=torch.float64, device=device)] * 2
         cases["linear_unit"].append(

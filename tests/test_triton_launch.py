@@ -80,6 +80,11 @@ def kernels(functions: list[JITFunction]) -> set[str]:
 # -------------------------------------------------- their launches
 
 
+def options_of(aligned: bool) -> Tensor:
+    """That all rows share."""
+    return vector(16, F64, aligned)
+
+
 def inputs_of(
     student: Tensor, teacher: Tensor, ids: Tensor | None, form: int, labels: bool, transform: bool, aligned: bool
 ) -> Inputs:
@@ -90,7 +95,7 @@ def inputs_of(
         "ids": ids,
         "labels": vector(n, torch.int64, aligned) if labels else None,
         "row_weights": vector(n, F32, aligned),
-        "options": vector(16, F64, aligned),
+        "options": options_of(aligned),
         "normalizers": vector(2, F64, aligned),
         "ignore_index": -100,
         "kernel_id": int(form),
@@ -344,6 +349,21 @@ def test_unaligned_vectors_compile_nothing_of_their_own(name: str) -> None:
     """`labels[:, 1:]`, or an upstream gradient out of a stack, in the middle of training or of a graph's capture."""
     for there, here in zip(launches_of(partial(CASES[name], aligned=True)), launches_of(CASES[name]), strict=True):
         assert here.aligned == there.aligned
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_options_of_each_row_compile_nothing_of_their_own(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read with a stride, which is a number: the binary of options that all rows share serves these, too."""
+    of_lists = [partial(launch_topk, each, TopkKernelId.BUCKET) for each in ("forward", "backward")]
+    of_logits = [partial(launch_kd, "forward", LONG), partial(launch_kd, "backward", LONG)]
+    for case in of_lists if listed else of_logits:
+        shared = launches_of(case)
+        with monkeypatch.context() as patch:
+            patch.setitem(inputs_of.__globals__, "options_of", lambda aligned: vector(300 * 16, F64).view(300, 16))
+            own = launches_of(case)
+        assert shared
+        for there, here in zip(shared, own, strict=True):
+            assert (here.signature, here.constants, here.aligned) == (there.signature, there.constants, there.aligned)
 
 
 # -------------------------------------------------- what this check sees

@@ -6,7 +6,8 @@
 
 namespace fusedkd {
 
-// Positions in the options tensor, float64 [OPTIONS].
+// Positions in the options tensor, float64 [OPTIONS], or [N, OPTIONS] where rows have temperatures, KD weights and
+// coefficients of their own.
 enum Option : int64_t {
   TEMPERATURE,
   TEACHER_TEMPERATURE,

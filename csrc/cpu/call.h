@@ -12,6 +12,14 @@ namespace fusedkd {
 // Up to so many columns, rows lie in the lanes of vectors (kd_lanes.h).
 constexpr int64_t LANE_COLUMNS = 256;
 
+// The options [OPTIONS], or those of each row [N, OPTIONS].
+inline const double* options_data(const Tensor& options, int64_t rows) {
+  static constexpr double of_no_row[OPTIONS] = {};
+  const int64_t count = options.dim() == 2 ? rows * OPTIONS : OPTIONS;
+  const double* found = contiguous_data<double>(options, ScalarType::Double, count, "options");
+  return count == 0 ? of_no_row : found;
+}
+
 // Of kd_loss, however the teacher is known.
 struct LogitsCall {
   Rows student, teacher;  // [B, L, V], [B, L, C]
@@ -21,6 +29,8 @@ struct LogitsCall {
   double softcap, scale, teacher_softcap, teacher_scale;
   const double* coefficients;  // a0 … a5 of the form
   double n_kd, n_ce;
+  const double* options;      // [OPTIONS], or of each row [N, OPTIONS]: then those of `of_row` are that row's
+  int64_t option_stride = 0;  // from row to row
   int64_t ignore_index;
   bool transform, ce;
   bool forward = false;                    // rows and stats are results, else stats are given
@@ -35,17 +45,26 @@ struct LogitsCall {
       : student(z), teacher(v), ignore_index(ignore_index), transform(transform), ce(ce), vocabulary(student.columns) {
     STD_TORCH_CHECK(student.count == teacher.count && student.inner == teacher.inner && (y || !ce),
                     "fusedkd: student and teacher rows do not match, or labels are missing");
-    const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
+    const double* o = this->options = options_data(options, student.count);
     const double* n = contiguous_data<double>(normalizers, ScalarType::Double, NORMALIZERS, "normalizers");
+    option_stride = options.dim() == 2 ? OPTIONS : 0;
     labels = y ? contiguous_data<int64_t>(*y, ScalarType::Long, student.count, "labels") : nullptr;
     weights = contiguous_data<float>(w, ScalarType::Float, student.count, "weights");
-    temperature = o[TEMPERATURE], teacher_temperature = o[TEACHER_TEMPERATURE], kd_scale = o[KD_SCALE];
-    kd_weight = o[KD_WEIGHT], ce_weight = o[CE_WEIGHT], smoothing = o[LABEL_SMOOTHING];
-    z_loss_weight = o[Z_LOSS_WEIGHT];
+    ce_weight = o[CE_WEIGHT], smoothing = o[LABEL_SMOOTHING], z_loss_weight = o[Z_LOSS_WEIGHT];
     softcap = o[SOFTCAP], scale = o[SCALE], teacher_softcap = o[TEACHER_SOFTCAP], teacher_scale = o[TEACHER_SCALE];
-    coefficients = o + COEFFICIENTS;
+    set(o);
     n_kd = n[KD_NORMALIZER], n_ce = n[CE_NORMALIZER];
   }
+  // Takes what a row may have of its own from the options of row i.
+  void of_row(int64_t i) {
+    if (option_stride) set(options + i * option_stride);
+  }
+  void set(const double* o) {
+    temperature = o[TEMPERATURE], teacher_temperature = o[TEACHER_TEMPERATURE], kd_scale = o[KD_SCALE];
+    kd_weight = o[KD_WEIGHT], coefficients = o + COEFFICIENTS;
+  }
+  // What row i adds to the KD term; nothing where it has no share in it, even if D is infinite.
+  double scaled(int64_t i, double D) const { return kd_scale == 0 ? 0 : kd_scale * weights[i] * D; }
   void write_gradient(const Tensor& to) {
     gradient.emplace(to);
     STD_TORCH_CHECK(gradient->like(student), "fusedkd: the gradient must be like the student's logits");
@@ -65,6 +84,12 @@ struct KdCall : LogitsCall {
   bool both = false;  // another follows it row by row, with the sides exchanged
 };
 
+// Of the statistics of rows; `stats` gets them, [5, N].
+struct StatisticsCall : LogitsCall {
+  int64_t columns = 0;  // that both sides have
+  bool of_teacher = false;
+};
+
 struct TopkCall : LogitsCall {
   const int64_t* ids;  // [N, K], -1 for padding
   TopkKernelId kernel_id;
@@ -82,7 +107,8 @@ bool legal(const TopkList& list);  // whether it is as fusedkd/checks.py says
 // Fills the row losses and statistics that k names, or reads the statistics, and writes the gradient if k has one.
 void run(const KdCall& k);
 void run_both(const KdCall& k, const KdCall& exchanged);  // of one accumulation type
-void run_in_lanes(const KdCall& k);                       // of at most LANE_COLUMNS columns, not DKD, and no shard
+void run_in_lanes(const KdCall& k);                       // of at most LANE_COLUMNS columns, not DKD, no shard, and
+                                                          // options that all rows share
 void run(const TopkCall& k);
 
 // Of hidden_loss: a layer.

@@ -7,7 +7,8 @@
 namespace fusedkd {
 
 void run(const KdCall& k) {
-  if (k.student.columns <= LANE_COLUMNS && k.kernel_id != KernelId::DKD && !k.stage) return run_in_lanes(k);
+  const bool lanes = k.student.columns <= LANE_COLUMNS && k.kernel_id != KernelId::DKD && !k.stage;
+  if (lanes && !k.option_stride) return run_in_lanes(k);
   over_rows(k.student, [&](int64_t begin, int64_t end) { FUSEDKD_CALL(kd_rows, k, begin, end) });
 }
 

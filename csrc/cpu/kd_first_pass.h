@@ -12,7 +12,7 @@ namespace FUSEDKD_NAMESPACE {
 
 // One thread's rows. The members after the buffers describe the current one.
 template <class A> struct KdRows {
-  const KdCall& k;
+  KdCall k;  // its own, for a row may have temperatures, weights and coefficients of its own
   const int64_t V = k.student.columns, C = k.teacher.columns;
   Logits<A> student{k.student, k.transform, k.softcap, k.scale};
   Logits<A> teacher{k.teacher, k.transform, k.teacher_softcap, k.teacher_scale};

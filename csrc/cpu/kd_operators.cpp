@@ -133,33 +133,39 @@ bool legal_labels(const Tensor& labels, int64_t count, int64_t classes, int64_t 
 
 // (loss, kd, ce): per row, or sums over rows and normalisers, in a fixed order. A term whose weight is 0 adds 0.
 template <class A>
-void terms(const Tensor& rows, const double* options, const double* normalizers, bool per_row, A* loss, A* more) {
+void terms(const Tensor& rows, const double* options, int64_t option_stride, const double* normalizers, bool per_row,
+           A* loss, A* more) {
   const int64_t n = rows.size(1), size = per_row ? n : 1;
   const A* x = static_cast<const A*>(rows.data_ptr());
-  const auto put = [&](int64_t i, double kd, double ce) {
-    const double kd_weight = options[KD_WEIGHT], ce_weight = options[CE_WEIGHT];
-    loss[i] = A((kd_weight == 0 ? 0 : kd_weight * kd) + (ce_weight == 0 ? 0 : ce_weight * ce));
+  const auto weighted = [](double weight, double term) { return weight == 0 ? 0 : weight * term; };
+  const auto of_row = [&](int64_t i) { return weighted(options[i * option_stride + KD_WEIGHT], x[i]); };
+  const auto put = [&](int64_t i, double kd, double weighted_kd, double ce) {
+    loss[i] = A(weighted_kd + weighted(options[CE_WEIGHT], ce));
     if (more) more[i] = A(kd), more[size + i] = A(ce);
   };
-  double kd = 0, ce = 0;
+  double kd = 0, ce = 0, of_rows = 0;  // of_rows: where each has a weight of its own
   for (int64_t i = 0; i < n; i++) {
-    if (per_row) put(i, x[i], x[n + i]);
+    if (per_row) put(i, x[i], of_row(i), x[n + i]);
     kd += x[i], ce += x[n + i];
+    if (option_stride) of_rows += of_row(i);
   }
-  if (!per_row) put(0, kd / normalizers[KD_NORMALIZER], ce / normalizers[CE_NORMALIZER]);
+  if (per_row) return;
+  const double n_kd = normalizers[KD_NORMALIZER];
+  put(0, kd / n_kd, option_stride ? of_rows / n_kd : weighted(options[KD_WEIGHT], kd / n_kd),
+      ce / normalizers[CE_NORMALIZER]);
 }
 
 Tensor kd_terms(Tensor row_losses, Tensor options, Tensor normalizers, Optional given, bool per_row) {
   const ScalarType type = accumulation_type(row_losses.scalar_type());
   STD_TORCH_CHECK(row_losses.dim() == 2 && row_losses.size(0) == 2, "fusedkd: row_losses must be [2, N]");
   contiguous_data<char>(row_losses, type, row_losses.numel(), "row_losses");
-  const double* o = contiguous_data<double>(options, ScalarType::Double, OPTIONS, "options");
+  const int64_t size = row_losses.size(1), stride = options.dim() == 2 ? OPTIONS : 0;
+  const double* o = options_data(options, size);
   const double* n = contiguous_data<double>(normalizers, ScalarType::Double, NORMALIZERS, "normalizers");
-  const int64_t size = row_losses.size(1);
   Tensor loss = fresh({&size, size_t(per_row)}, type);
   const auto fill = [&]<class A>(A* to) {
     const A* more = given ? contiguous_data<A>(*given, type, 2 * loss.numel(), "terms") : nullptr;
-    terms<A>(row_losses, o, n, per_row, to, const_cast<A*>(more));
+    terms<A>(row_losses, o, stride, n, per_row, to, const_cast<A*>(more));
   };
   if (type == ScalarType::Double) fill(static_cast<double*>(loss.data_ptr()));
   else fill(static_cast<float*>(loss.data_ptr()));

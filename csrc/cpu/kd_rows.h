@@ -50,6 +50,7 @@ struct DivergenceRows : KdRows<A> {
   }
 
   void start(int64_t i) override {
+    k.of_row(i);
     student.row = k.student[i], teacher.row = k.teacher[i], stats = static_cast<A*>(k.stats) + k.stat_columns() * i,
     excluded = -1;
     const int64_t given_label = k.labels ? k.labels[i] : k.ignore_index;
@@ -82,7 +83,7 @@ struct DivergenceRows : KdRows<A> {
     }
     A* rows = static_cast<A*>(k.rows);
     if (!k.forward || k.stage || !rows) return;
-    rows[i] = A(kd ? k.kd_scale * k.weights[i] * value : excludes_label && k.weights[i] != 0 ? nan : 0);
+    rows[i] = A(kd ? k.scaled(i, value) : excludes_label && k.weights[i] != 0 ? nan : 0);
     rows[k.student.count + i] = A(ce ? this->cross_entropy_value : this->broken ? nan : 0);
   }
 

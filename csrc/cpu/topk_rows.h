@@ -50,7 +50,7 @@ template <class A, bool kd, E1 e_1> void topk_pass(TopkTerms<A> r, const A* z, i
 
 // One thread's rows. The members after the buffers describe the current one.
 template <class A> struct TopkRows {
-  const TopkCall& k;
+  TopkCall k;  // its own, for a row may have temperatures and a weight of its own
   const int64_t V = k.student.columns, K = k.teacher.columns, K_padded = whole_steps(K + 1);
   const bool sampled = with_topk_divergence(k.kernel_id, []<class F>() { return F::sampled; });
   const bool off_list = with_topk_divergence(k.kernel_id, []<class F>() { return F::off_list; });
@@ -70,14 +70,15 @@ template <class A> struct TopkRows {
   bool kd = false, ce = false, label_listed = false;  // the terms that the row has
   double z_y = 0;
   A* stats = nullptr;  // m, l, m_c, l_c, m_1, l_1 − 1 (kd_rows.h), and what A rounds off l and l_c
-  const int squarings = squarings_at(k.temperature);  // that make exp(z) of exp(z/T), −1 if none do
-  double rest = 0;                                    // ∂D/∂s off the list, over exp((z − m_c)/T)
+  int squarings = -1;  // that make exp(z) of exp(z/T), −1 if none do
+  double rest = 0;     // ∂D/∂s off the list, over exp((z − m_c)/T)
 
   explicit TopkRows(const TopkCall& call) : k(call) { std::iota(order.begin(), order.end(), 0); }
   A& of_shard(ShardStat stat) const { return stats[int64_t(STATS) + stat]; }
 
   void row(int64_t i) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
+    k.of_row(i), squarings = squarings_at(k.temperature);
     student.row = k.student[i], stats = static_cast<A*>(k.stats) + k.stat_columns() * i;
     const int64_t given_label = k.ce ? k.labels[i] : k.ignore_index;
     const bool labelled = k.ce && given_label != k.ignore_index, legal = !labelled || k.legal(given_label);
@@ -94,7 +95,7 @@ template <class A> struct TopkRows {
     if (k.at(Stage::VALUES) && !kd) of_shard(VALUE) = A(value), of_shard(WEIGHT) = 0;
     if (!k.forward || k.stage) return;
     A* rows = static_cast<A*>(k.rows);
-    rows[i] = A(selected ? k.kd_scale * k.weights[i] * value : 0);
+    rows[i] = A(selected ? k.scaled(i, value) : 0);
     rows[k.student.count + i] = A(ce ? cross_entropy : legal ? 0 : nan);
   }
 

@@ -34,13 +34,21 @@ class Call(NamedTuple):
 
 def pack(values: Sequence[Real], device: torch.device) -> Tensor:
     """Real options in one float64 tensor. Numbers alone are copied to a device once and kept, so that no later call
-    waits for the copy.
+    waits for the copy. ``(values,)``; ``(N, values)`` where one of them is a tensor of a value per row.
     """
+    rows = own_rows(values)
+    if rows == 0:  # nothing reads them
+        rows, values = None, [1.0 if isinstance(value, Tensor) and value.dim() else value for value in values]
     if check.tracing():
-        return torch.stack([real_tensor(value, device) for value in values])
+        found = [real_tensor(value, device) for value in values]
+        if rows is None:
+            return torch.stack(found)
+        return torch.stack([x.reshape(-1) if x.dim() else x.expand(rows) for x in found], 1)
     constant = _constant(tuple([0.0 if isinstance(value, Tensor) else float(value) for value in values]), device)
     if not any([isinstance(value, Tensor) for value in values]):
         return kept(constant)
+    if rows is not None:
+        return _of_rows(values, constant, rows)
     packed, stop = constant.clone(), 0
     for tensors, run in groupby(values, lambda value: isinstance(value, Tensor)):
         start, found = stop, [cast(Tensor, value) for value in run]
@@ -48,6 +56,28 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
         if tensors:
             packed[start:stop].copy_(_together(found, device), non_blocking=device.type != "cpu")
     return packed
+
+
+def own_rows(values: Sequence[Real]) -> int | None:
+    """N, if one of the values is a tensor of one per row."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.numel()
+    return None
+
+
+def _of_rows(values: Sequence[Real], constant: Tensor, rows: int) -> Tensor:
+    """Numbers, 0-d tensors and those of a value per row as ``(rows, values)``."""
+    packed = constant.repeat(rows, 1)
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            packed[:, i].copy_(value.detach().reshape(-1), non_blocking=not packed.is_cpu)
+    return packed
+
+
+def of_part(options: Tensor, part: slice | Tensor) -> Tensor:
+    """The real options of some rows."""
+    return options if options.dim() == 1 else options[part]
 
 
 def _together(values: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedkd.backends import eager, outcomes
-from fusedkd.backends.call import rows_of
+from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.composed import in_turn, whole_loss
 from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FINITE_GRADIENT, FIRST_DEFINED, STATS, Option
@@ -101,6 +101,7 @@ def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
             "ids": None if inputs["ids"] is None else inputs["ids"][part],
             "labels": None if labels is None else labels[part],
             "row_weights": inputs["row_weights"][part],
+            "options": of_part(inputs["options"], part),
         }
         yield part, EagerCall(**{**inputs, **of_rows})
 

@@ -17,6 +17,7 @@ from fusedkd.backends.layout import (
     COUNTED,
     FINITE_GRADIENT,
     NORMALIZERS,
+    OPTIONS,
     REVERSE,
     TOPK_KERNELS,
     HiddenDistance,
@@ -27,6 +28,7 @@ from fusedkd.backends.layout import (
     TopkKernelId,
 )
 from fusedkd.backends.schema import by_layer, layers_and_stats
+from fusedkd.backends.statistics import kd_statistics as kd_statistics
 from fusedkd.reference import divergences, gumbel, hidden, layers, softmax, sparse
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import cap_and_scale, cap_and_scale_derivative, log_softmax
@@ -94,44 +96,67 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Te
     kd, ce = found = row_losses.to(torch.float64, copy=True) if per_row else row_losses.double().sum(1) / normalizers
     if terms is not None:
         terms.copy_(found)
-    kd_weight, ce_weight = options[Option.KD_WEIGHT], options[Option.CE_WEIGHT]
-    loss = torch.where(kd_weight == 0, 0, kd_weight * kd) + torch.where(ce_weight == 0, 0, ce_weight * ce)
+    if options.dim() == 2:  # a weight per row
+        own = options[:, Option.KD_WEIGHT]
+        of_rows = torch.where(own == 0, 0, own * row_losses[0].double())
+        weighted_kd = of_rows if per_row else of_rows.sum() / normalizers[0]
+    else:
+        kd_weight = options[Option.KD_WEIGHT]
+        weighted_kd = torch.where(kd_weight == 0, 0, kd_weight * kd)
+    ce_weight = options[..., Option.CE_WEIGHT].flatten()[:1].sum()
+    loss = weighted_kd + torch.where(ce_weight == 0, 0, ce_weight * ce)
     return loss.to(row_losses.dtype)
 
 
 class EagerCall(Call):
     """Its loss and gradient."""
 
+    def option(self, option: Option) -> Tensor:
+        """``()``, or ``(N, 1)`` where rows have options of their own."""
+        return self.options[option] if self.options.dim() == 1 else self.options[:, option].unsqueeze(-1)
+
+    def shared(self, option: Option) -> Tensor:
+        """``()``: an option that is the same in all rows."""
+        return self.options.view(-1, OPTIONS)[:1, option].sum()
+
     def logits(self) -> tuple[Tensor, Tensor]:
         """Student and teacher in float64, ``(N, V)`` and ``(N, C)``, as the loss sees them."""
-        z, v, option = self.student.flatten(0, 1).double(), self.teacher.flatten(0, 1).double(), self.options
+        z, v, option = self.student.flatten(0, 1).double(), self.teacher.flatten(0, 1).double(), self.option
         if self.transform:
-            z = cap_and_scale(z, option[Option.SOFTCAP], option[Option.SCALE])
+            z = cap_and_scale(z, option(Option.SOFTCAP), option(Option.SCALE))
             if self.ids is None:
-                v = cap_and_scale(v, option[Option.TEACHER_SOFTCAP], option[Option.TEACHER_SCALE])
+                v = cap_and_scale(v, option(Option.TEACHER_SOFTCAP), option(Option.TEACHER_SCALE))
         return z, v
 
     def divergence(self) -> tuple[Tensor, Tensor]:
         """D and ∂D/∂z per row."""
         z, v = self.logits()
-        t_s, t_t = self.options[Option.TEMPERATURE], self.options[Option.TEACHER_TEMPERATURE]
-        a = self.options[Option.COEFFICIENTS :]
+        t_s, t_t = self.option(Option.TEMPERATURE), self.option(Option.TEACHER_TEMPERATURE)
         if self.ids is None:
             z = z[:, : v.shape[1]]
             rows = Rows(log_softmax(v / t_t), log_softmax(z / t_s), v, z, self.some_labels())
-            value, gradient = DEFINITIONS[KernelId(self.kernel_id)](rows, a)
+            value, gradient = self.definition(rows)
             finite = self.kernel_id in FINITE_GRADIENT
             illegal = torch.zeros_like(value, dtype=torch.bool)
         else:
             illegal = self.illegal()
             ids, known = torch.where(illegal.unsqueeze(-1), -1, self.ids), self.teacher.flatten(0, 1)
             log_q = log_softmax(z / t_s)
-            value, gradient = topk_definition(self.kernel_id, ids, known, log_q, a[0] / t_t)
+            value, gradient = topk_definition(self.kernel_id, ids, known, log_q, self.option(Option.COEFFICIENTS) / t_t)
             value = torch.where(illegal, torch.nan, value)
             finite = self.kernel_id not in REVERSE
         masked = (z == -torch.inf).all(-1)
         dead = illegal | masked | (value == torch.inf if not finite else False)
         return torch.where(masked & ~illegal, torch.inf, value), torch.where(dead.unsqueeze(-1), 0, gradient / t_s)
+
+    def definition(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """D and ∂D/∂s; one row after the other where they have coefficients of their own."""
+        function, a = DEFINITIONS[KernelId(self.kernel_id)], self.options[..., Option.COEFFICIENTS :]
+        if a.dim() == 1 or len(a) == 0:
+            return function(rows, a if a.dim() == 1 else a.new_zeros(a.shape[1]))
+        each = [function(Rows(*[None if x is None else x[i : i + 1] for x in rows]), a[i]) for i in range(len(a))]  # type: ignore[arg-type]
+        value, gradient = map(torch.cat, zip(*each, strict=True))
+        return value, gradient
 
     def some_labels(self) -> Tensor:
         """Of a divergence that needs them. None are given where no row has its term: any do."""
@@ -151,10 +176,11 @@ class EagerCall(Call):
     def row_losses(self, divergence: Tensor) -> Tensor:
         z, _ = self.logits()
         losses = torch.zeros(2, len(z), dtype=torch.float64, device=z.device)
-        kd = self.options[Option.KD_SCALE] * self.row_weights.double() * divergence
-        losses[0] = torch.where(self.row_weights != 0, kd, 0)
+        scale = self.options[..., Option.KD_SCALE]
+        kd = scale * self.row_weights.double() * divergence
+        losses[0] = torch.where((self.row_weights != 0) & (scale != 0), kd, 0)
         if self.ce and self.labels is not None:
-            smoothing, z_loss = self.options[Option.LABEL_SMOOTHING], self.options[Option.Z_LOSS_WEIGHT]
+            smoothing, z_loss = self.shared(Option.LABEL_SMOOTHING), self.shared(Option.Z_LOSS_WEIGHT)
             ce = softmax.cross_entropy(z, self.labels, smoothing, z_loss)
             losses[1] = torch.where(self.labelled(), ce, 0)
         return losses
@@ -162,22 +188,22 @@ class EagerCall(Call):
     def gradient(self, upstream: Tensor, slope: Tensor) -> Tensor:
         """In the student's type, from that of the divergence."""
         z, v = self.logits()
-        option, (n_kd, n_ce) = self.options, self.normalizers
+        option, (n_kd, n_ce) = self.option, self.normalizers
         grad = torch.zeros_like(z)
-        weights = self.row_weights.double()
-        kd = (option[Option.KD_WEIGHT] * option[Option.KD_SCALE] / n_kd * weights).unsqueeze(-1)
+        weights = self.row_weights.double().unsqueeze(-1)
+        kd = option(Option.KD_WEIGHT) * option(Option.KD_SCALE) / n_kd * weights
         columns = v.shape[1] if self.ids is None else z.shape[1]
         grad[:, :columns] = torch.where(kd != 0, kd * slope, 0)
         if self.ce and self.labels is not None:
-            ce = (option[Option.CE_WEIGHT] / n_ce * self.labelled()).unsqueeze(-1)
-            smoothing, z_loss = option[Option.LABEL_SMOOTHING], option[Option.Z_LOSS_WEIGHT]
+            ce = (self.shared(Option.CE_WEIGHT) / n_ce * self.labelled()).unsqueeze(-1)
+            smoothing, z_loss = self.shared(Option.LABEL_SMOOTHING), self.shared(Option.Z_LOSS_WEIGHT)
             grad += torch.where(ce != 0, ce * softmax.cross_entropy_gradient(z, self.labels, smoothing, z_loss), 0)
             grad[self.labelled() & ((self.labels < 0) | (self.labels >= z.shape[1]))] = 0  # its loss is NaN
         if self.ids is not None:
             grad[(self.row_weights != 0) & self.illegal()] = 0
         if self.transform:
             logits = self.student.flatten(0, 1).double()
-            inner = cap_and_scale_derivative(logits, option[Option.SOFTCAP], option[Option.SCALE])
+            inner = cap_and_scale_derivative(logits, option(Option.SOFTCAP), option(Option.SCALE))
             grad *= torch.where(grad != 0, inner, 1)
         grad *= upstream.double().unsqueeze(-1) if upstream.dim() else upstream.double()
         return grad.to(self.student.dtype).view(self.student.shape)

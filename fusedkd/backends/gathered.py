@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd.backends import eager
-from fusedkd.backends.call import rows_of
+from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.layout import FIRST_DEFINED, STATS
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.backends.shard import Shard, gathered, same_split
@@ -80,6 +80,7 @@ def _tiles(inputs: dict[str, Any], shard: Shard) -> Iterator[tuple[slice, dict[s
             "ids": None if ids is None else ids[part],
             "labels": None if labels is None else labels[part],
             "row_weights": inputs["row_weights"][part],
+            "options": of_part(inputs["options"], part),
         }
         yield part, inputs | of_rows
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 from enum import IntEnum
 
 OPTIONS = 16
-"""Elements of the ``options`` tensor, float64."""
+"""Elements of the ``options`` tensor, float64: ``(OPTIONS,)``; or ``(N, OPTIONS)`` where a row has temperatures,
+KD_SCALE, KD_WEIGHT or coefficients of its own. The others are then the same in all rows.
+"""
 
 
 class Option(IntEnum):
@@ -18,7 +20,7 @@ class Option(IntEnum):
     TEACHER_TEMPERATURE = 1
     """T_t > 0 of the teacher's."""
     KD_SCALE = 2
-    """T^k, or 1."""
+    """T^k, or 1; of a row that has one, times its weight among several teachers or divergences, 0 for no share."""
     KD_WEIGHT = 3
     """Of the KD term in the loss, ≥ 0."""
     CE_WEIGHT = 4

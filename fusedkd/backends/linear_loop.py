@@ -23,11 +23,12 @@ from torch import Tensor
 
 from fusedkd.backends import block, products
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.call import rows_of
+from fusedkd.backends.call import of_part, rows_of
 from fusedkd.backends.layout import NORMALIZERS, Option
 from fusedkd.backends.products import Tiles, float16_unit, own_product, tile_type
 from fusedkd.backends.schema import accumulation_dtype, linear_gradients_like, unit_shape
 from fusedkd.backends.shard import Shard
+from fusedkd.backends.statistics import STATISTICS
 
 ops = torch.ops.fusedkd
 
@@ -80,8 +81,9 @@ def linear_kd(
     dtype: torch.dtype,
     max_rows: int | None,
     wanted: Sequence[bool],
+    statistics: Sequence[bool],
     shard: Shard | None = None,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no
     operator can be given, the gradient of the hidden states is the sum over the ranks, on each of them.
     """
@@ -102,6 +104,7 @@ def linear_kd(
             dtype=dtype,
             max_rows=max_rows,
             wanted=wanted,
+            statistics=statistics,
         )
 
 
@@ -120,7 +123,8 @@ def _linear_kd(
     dtype: torch.dtype,
     max_rows: int | None,
     wanted: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:
+    statistics: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     n, grad = hidden.shape[0], any(wanted[:3])
     row_weights = [each.row_weights for each in members]
     active, places, overflow = selected(row_weights, labels if flags.ce else None, flags.ignore_index, max_rows)
@@ -135,6 +139,7 @@ def _linear_kd(
         unit, members, upstream = in_range(members, slopes, upstream)
     hidden, head = hidden.to(dtype), weight.to(dtype)
     row_losses = hidden.new_empty(len(members), 2, n, dtype=torch.promote_types(dtype, torch.float32))
+    its_statistics = row_losses.new_zeros(len(STATISTICS), n) if statistics[0] else row_losses.new_empty(0)
     count = n if places is None else len(places)
     size = -(-count // max(1, -(-count // tile)))  # tiles of equal height
     for d_hidden, d_weight, d_bias in sides:
@@ -155,6 +160,8 @@ def _linear_kd(
             x = torch.where(active[part].unsqueeze(1), x, 0)
         z = products.project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
         of_tile, g = _TeacherTiles(members, part, z, tiles, tile_dtype), None
+        if statistics[0]:
+            its_statistics[:, part] = _statistics(z, y, members[0], part, of_tile, flags, of_teacher=statistics[1])
         if grad:  # a teacher's gradient needs the logits
             g = tiles.get("student's gradient", head.shape[0], z.dtype)[: len(z)] if any(others) else z
         found, _ = block.forward(z.unsqueeze(0), y, of_tile, flags, None if g is None else g.unsqueeze(0))
@@ -176,7 +183,32 @@ def _linear_kd(
         torch.distributed.all_reduce(gradients[0], group=flags.shard.group)
     if overflow is not None:
         row_losses = torch.where(overflow, torch.nan, row_losses)
-    return row_losses, gradients, unit
+    return row_losses, gradients, unit, its_statistics
+
+
+def _statistics(
+    z: Tensor,
+    labels: Tensor | None,
+    first: TeacherRows,
+    part: slice | Tensor,
+    of_tile: Sequence[TeacherRows],
+    flags: Flags,
+    *,
+    of_teacher: bool,
+) -> Tensor:
+    """The operator kd_statistics of a tile."""
+    rows = first.rows if first.head is None else first.head.t()
+    return ops.kd_statistics(  # type: ignore[no-any-return]
+        student=z.unsqueeze(0),
+        teacher=of_tile[0].rows if of_teacher else z.unsqueeze(0),
+        labels=labels,
+        row_weights=first.row_weights[part],
+        options=of_part(first.options, part),
+        transform=flags.transform,
+        of_teacher=of_teacher,
+        columns=z.shape[1] if first.ids is not None else rows.shape[-1],
+        ignore_index=flags.ignore_index,
+    )
 
 
 class _TeacherTiles(Sequence[TeacherRows]):
@@ -189,17 +221,24 @@ class _TeacherTiles(Sequence[TeacherRows]):
     ):
         self.members, self.part, self.student, self.tiles, self.dtype = members, part, student, tiles, dtype
         self.made: dict[int, TeacherRows] = {}
+        self.projected: tuple[TeacherRows, Tensor] | None = None
+        """The teacher whose logits lie in the memory that they share, and these."""
 
     def __len__(self) -> int:
         return len(self.members)
 
     def __getitem__(self, i: Any) -> Any:
         t = self.members[i]
+        if i in self.made and t.exchanged is not None:  # in memory of its own
+            return self.made[i]
         rows = rows_of(t.rows, self.part) if t.rows.shape[2] else self.student  # unread
         role = "teacher" if t.exchanged is None else f"teacher {i}"
-        if t.head is not None:
+        if t.head is not None and t.exchanged is None and self.projected is not None and _same(self.projected[0], t):
+            rows = self.projected[1]
+        elif t.head is not None:
             to = tile_type(t.head.dtype, self.dtype)
             rows = products.project(rows, t.head, t.bias, self.tiles.get(role, t.head.shape[0], to))
+            self.projected = (t, rows) if t.exchanged is None else self.projected
         elif t.exchanged is not None:
             tile = self.tiles.get(role, rows.shape[1], accumulation_dtype(rows.dtype))
             rows = tile[: len(rows)].copy_(rows)
@@ -208,6 +247,8 @@ class _TeacherTiles(Sequence[TeacherRows]):
             rows=rows,
             ids=None if t.ids is None else t.ids[self.part],
             row_weights=t.row_weights[self.part],
+            options=of_part(t.options, self.part),
+            exchanged=None if t.exchanged is None else of_part(t.exchanged, self.part),
             gradient=None if t.exchanged is None else rows,
         )
         return self.made[i]
@@ -221,6 +262,11 @@ class _TeacherTiles(Sequence[TeacherRows]):
         if t.head is not None:  # what is in a row without the term must not reach ∂W
             x = torch.where(made.row_weights.unsqueeze(1) != 0, rows_of(t.rows, self.part), 0)
         return made.gradient[0], x, t.head
+
+
+def _same(one: TeacherRows, other: TeacherRows) -> bool:
+    """Whether two calls are of one teacher, with another divergence."""
+    return one.rows is other.rows and one.head is other.head and one.bias is other.bias
 
 
 def selected(
@@ -274,8 +320,11 @@ def linear_unit(
 def _reach(row_weights: Tensor, option: Tensor, normalizers: Tensor, slope: Tensor) -> Tensor:
     """What no column of the gradient of a teacher's terms exceeds."""
     n_kd, n_ce = normalizers
-    slope = slope * _largest(row_weights) * option[Option.KD_SCALE] / option[Option.TEMPERATURE]
-    terms = (option[Option.KD_WEIGHT], slope / n_kd), (option[Option.CE_WEIGHT], 1 / n_ce)
+    of_row = option[..., Option.KD_WEIGHT] * option[..., Option.KD_SCALE] / option[..., Option.TEMPERATURE]
+    if option.dim() == 2:
+        of_row, option, row_weights = row_weights.double() * of_row, option[0], row_weights.new_ones(())
+    kd_weight, ce_weight = _largest(row_weights) * _largest(of_row), option[Option.CE_WEIGHT]
+    terms = (kd_weight, slope / n_kd), (ce_weight, 1 / n_ce)
     kd, ce = (torch.where(weight == 0, 0, weight * each).abs() for weight, each in terms)
     return (kd + ce) * option[Option.SCALE]  # a soft-cap's slope is 1 at most
 

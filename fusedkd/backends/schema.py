@@ -36,6 +36,10 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     `teacher_gradient` unless it is None: that may be the teacher's own memory, but `gradient` not the
                     student's. The options of the exchanged call are `exchanged`. Returns row losses, statistics, and
                     those of the exchanged call. Without ids; in C++ alone.
+``kd_statistics``   of the KD term's two softmaxes, over the so many ``columns`` that are common: entropy of the
+                    student, of the teacher; log-probability of the label, student's, teacher's; total variation:
+                    ``(5, N)`` in A. 0 in a row that the KD term does not select, log-probabilities in a row without a
+                    label, and all of the teacher's unless ``of_teacher``.
 ``linear_kd``       all of the KD loss from hidden states ``(N, H_s)``, a head ``(V_s, H_s)`` and a bias ``(V_s,)`` or
                     None, tile by tile through the operators above. Of each teacher: its rows ``(N, ·)``; the head that
                     makes logits of them, or None; ids or None; row weights, options, normalisers and kernel as above.
@@ -45,7 +49,8 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     `exchanged` call, as kd_both. Products are made in ``dtype``, or a teacher's. `slopes`: a bound of
                     |∂D/∂s| of each teacher, and of each exchanged call, ``()`` float64, where a gradient is wanted
                     that is made of float16. Returns row losses ``(teachers, 2, N)``; the gradients in A, each empty if
-                    not wanted; and the unit they are in, ``()`` float64, empty if it is 1.
+                    not wanted; the unit they are in, ``()`` float64, empty if it is 1; and kd_statistics, of the first
+                    teacher if ``statistics[1]``, empty unless ``statistics[0]``.
 ``linear_unit``     the unit in which float16 has room for the gradients of the logits, and the normalisers in it, of
                     each teacher two: ``(1 + 2·teachers,)`` float64.
 ``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
@@ -129,7 +134,9 @@ SCHEMAS = {
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, "
     "Tensor?[] exchanged, Tensor[] slopes, Tensor? upstream, int ignore_index, int[] kernel_ids, "
     "int[] exchanged_kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype, "
-    "SymInt? max_rows, bool[] wanted) -> (Tensor, Tensor[], Tensor)",
+    "SymInt? max_rows, bool[] wanted, bool[] statistics) -> (Tensor, Tensor[], Tensor, Tensor)",
+    "kd_statistics": "(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
+    "bool transform, bool of_teacher, SymInt columns, int ignore_index) -> Tensor",
     "linear_unit": "(*, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes) -> Tensor",
     "linear_hidden": "(*, Tensor hidden, Tensor weight, Tensor? bias, Tensor[] teacher, Tensor? mask, "
     f"Tensor normalizers, Tensor? upstream, {_COMPARED}, bool per_row, SymInt tile, ScalarType dtype, bool[] wanted) "
@@ -346,6 +353,11 @@ def _(
     return loss, *weights_and_counts(teacher, given), stats
 
 
+@torch.library.register_fake("fusedkd::kd_statistics")
+def _(*, student: Tensor, **_: Any) -> Tensor:
+    return student.new_empty(5, student.shape[0] * student.shape[1], dtype=accumulation_dtype(student.dtype))
+
+
 @torch.library.register_fake("fusedkd::linear_kd")
 def _(
     *,
@@ -356,11 +368,13 @@ def _(
     slopes: list[Tensor],
     dtype: torch.dtype,
     wanted: list[bool],
+    statistics: list[bool],
     **_: Any,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     row_losses = hidden.new_empty(len(teachers), 2, hidden.shape[0], dtype=accumulation_dtype(dtype))
     unit = hidden.new_empty(unit_shape(slopes, wanted), dtype=torch.float64)
-    return row_losses, linear_gradients_like(hidden, weight, teachers, heads, wanted), unit
+    found = row_losses.new_empty((5, hidden.shape[0]) if statistics[0] else (0,))
+    return row_losses, linear_gradients_like(hidden, weight, teachers, heads, wanted), unit, found
 
 
 @torch.library.register_fake("fusedkd::linear_unit")

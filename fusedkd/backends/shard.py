@@ -127,13 +127,14 @@ def merged(told: Tensor, options: Tensor, listed: bool) -> Tensor:
     parts = told.transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)  # rows side by side: faster
     found = parts.new_zeros(STATS + SHARD_STATS, parts.shape[2])
     other = Option.TEMPERATURE if listed else Option.TEACHER_TEMPERATURE
-    temperatures = torch.stack([options[Option.TEMPERATURE], options[other], options.new_ones(())])
+    own = options[..., Option.TEMPERATURE]
+    temperatures = torch.stack([own, options[..., other], torch.ones_like(own)]).view(3, -1)
     rests = parts[:, RESTS]
     if listed:
         rests = rests.clone()
         for i, lost in enumerate((Stat.WEIGHT_SUM, Stat.OWN)):
             rests[:, i] += parts[:, lost] - 1
-    found[TOPS], found[RESTS] = merge_rests(parts[:, TOPS], rests, temperatures[:, None])
+    found[TOPS], found[RESTS] = merge_rests(parts[:, TOPS], rests, temperatures)
     found[LABEL_STUDENT : LABEL_TEACHER + 1] = parts[:, LABEL_STUDENT : LABEL_TEACHER + 1].sum(0)
     columns = parts[:, COLUMNS]
     gaps = parts[:, GAP] + columns * (found[Stat.CE_MAX] - parts[:, Stat.CE_MAX])
@@ -175,9 +176,10 @@ def losses(found: Tensor, inputs: dict[str, Any], shard: Shard) -> Tensor:
     """Row losses ``(2, N)``, float64, from the statistics of whole rows."""
     options, weights, labels = inputs["options"], inputs["row_weights"], inputs["labels"]
     rows = found.new_zeros(2, len(found))
-    rows[0] = torch.where(weights != 0, options[Option.KD_SCALE] * weights.double() * found[:, VALUE], 0)
+    scale = options[..., Option.KD_SCALE]
+    rows[0] = torch.where((weights != 0) & (scale != 0), scale * weights.double() * found[:, VALUE], 0)
     if inputs["ce"]:
-        smoothing, z_loss = options[Option.LABEL_SMOOTHING], options[Option.Z_LOSS_WEIGHT]
+        smoothing, z_loss = options[..., Option.LABEL_SMOOTHING], options[..., Option.Z_LOSS_WEIGHT]
         top, rest = found[:, Stat.CE_MAX], found[:, Stat.CE_SUM]
         log_l = torch.log1p(rest)
         ce = log_l + torch.where(smoothing == 1, 0, (1 - smoothing) * (top - found[:, LABEL_STUDENT]))

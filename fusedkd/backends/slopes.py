@@ -120,4 +120,5 @@ def _bound(kernel_id: int, listed: bool, coefficients: Tensor, columns: int) -> 
     bound = SPARSE_BOUNDS[TopkKernelId(kernel_id)] if listed else DEFINED_BOUND
     if not listed and kernel_id < FIRST_DEFINED:
         bound = BOUNDS[KernelId(kernel_id)]
-    return bound(coefficients.unbind(), columns)
+    slope = bound(coefficients.unbind(-1), columns)
+    return slope if slope.dim() == 0 else slope.amax()  # of rows with coefficients of their own

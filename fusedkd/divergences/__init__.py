@@ -1,11 +1,11 @@
 """The divergences of :func:`fusedkd.kd_loss`: names, parameters, and what each of them is.
 
 A divergence is a small frozen dataclass that users construct. It names the kernel that computes it,
-:class:`~fusedkd.backends.layout.KernelId`, and gives that kernel's coefficients, numbers or 0-d tensors, so that a
-schedule over a parameter recompiles nothing. Several divergences share a kernel. What a kernel computes is defined in
-:mod:`fusedkd.reference.divergences`, whose notation this page uses. Those without a kernel are in
-:mod:`fusedkd.divergences.defined`; the `definition` of one with a kernel is for what that does not serve: most of them
-for a teacher known at few columns, DKD for the teacher's gradient.
+:class:`~fusedkd.backends.layout.KernelId`, and gives that kernel's coefficients: numbers, 0-d tensors, so that a
+schedule over a parameter recompiles nothing, or tensors ``(*)`` of a value per row. Several divergences share a kernel.
+What a kernel computes is defined in :mod:`fusedkd.reference.divergences`, whose notation this page uses. Those without
+a kernel are in :mod:`fusedkd.divergences.defined`; the `definition` of one with a kernel is for what that does not
+serve: most of them for a teacher known at few columns, DKD for the teacher's gradient.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Jeffreys(Divergence):
     name, kernel_id, columns = "jeffreys", KernelId.JEFFREYS, "sum"
 
     def __post_init__(self) -> None:
-        real("forward", self.forward)
-        real("reverse", self.reverse)
+        real("forward", self.forward, per_row=True)
+        real("reverse", self.reverse, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return self.forward, self.reverse
@@ -101,7 +101,7 @@ class JSD(_Mixture):
     name = "jsd"
 
     def __post_init__(self) -> None:
-        real("beta", self.beta, high=1.0)
+        real("beta", self.beta, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         beta = exact(self.beta)
@@ -120,7 +120,7 @@ class SkewKL(_Mixture):
     name = "skew_kl"
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha, high=1.0)
+        real("alpha", self.alpha, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return _mixture(1.0, 0.0, exact(self.alpha))
@@ -141,7 +141,7 @@ class SkewReverseKL(_Mixture):
     name = "skew_reverse_kl"
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha, high=1.0)
+        real("alpha", self.alpha, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         *weights, pull = _mixture(0.0, 1.0, 1 - exact(self.alpha))
@@ -165,8 +165,8 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         low = float("-inf")
-        real("alpha", self.alpha, low=low)
-        real("beta", self.beta, low=low)
+        real("alpha", self.alpha, low=low, per_row=True)
+        real("beta", self.beta, low=low, per_row=True)
         if not isinstance(self.alpha, Tensor) and not isinstance(self.beta, Tensor):
             real("alpha + beta", self.alpha + self.beta, open_low=True)
 
@@ -209,7 +209,7 @@ class LogitMSE(Divergence):
     name, kernel_id, temperature_power = "logit_mse", KernelId.LOGIT_MSE, 0
 
     def __post_init__(self) -> None:
-        real("scale", self.scale, open_low=True)
+        real("scale", self.scale, open_low=True, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.scale,)
@@ -230,8 +230,8 @@ class DKD(Divergence):
     name, kernel_id, needs_labels = "dkd", KernelId.DKD, True
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha)
-        real("beta", self.beta)
+        real("alpha", self.alpha, per_row=True)
+        real("beta", self.beta, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return self.alpha, self.beta

@@ -15,12 +15,22 @@ from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
 from fusedkd.backends.call import as_rows
 from fusedkd.backends.schema import accumulation_dtype
+from fusedkd.backends.statistics import Statistic
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
 from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_for_backward
 from fusedkd.losses.inplace import overwritable
-from fusedkd.losses.options import KDOptions, KDTerms, logged, with_options
-from fusedkd.losses.rules import Prepared, members, prepare
+from fusedkd.losses.members import members, refuse_statistics
+from fusedkd.losses.options import (
+    KDOptions,
+    KDTerms,
+    KDTermsAndStatistics,
+    by_statistic,
+    checked_statistics,
+    logged,
+    with_options,
+)
+from fusedkd.losses.rules import Prepared, prepare
 from fusedkd.losses.teacher_gradient import kd_of_both_sides, refuse_listed, wants_teacher_gradient
 
 Teacher: TypeAlias = teachers.Teacher
@@ -51,6 +61,19 @@ def kd_loss(
 ) -> tuple[Tensor, KDTerms]: ...
 
 
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teachers,
+    labels: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    return_terms: Literal[True],
+    statistics: Sequence[Statistic],
+    **options: Unpack[KDOptions],
+) -> tuple[Tensor, KDTermsAndStatistics]: ...
+
+
 @with_options
 def kd_loss(
     student_logits: Tensor,
@@ -59,8 +82,9 @@ def kd_loss(
     *,
     inplace: bool = False,
     return_terms: bool = False,
+    statistics: Sequence[Statistic] = (),
     **options: Unpack[KDOptions],
-) -> Tensor | tuple[Tensor, KDTerms]:
+) -> Tensor | tuple[Tensor, KDTerms | KDTermsAndStatistics]:
     r"""kd_weight · T^k · D(teacher, student) + ce_weight · CE(student, labels), and its gradient, in one fused call.
 
     With p = softmax(v/T) of the teacher and q = softmax(z/T) of the student, ``forward_kl`` is D = KL(p‖q) with k = 2
@@ -86,6 +110,11 @@ def kd_loss(
             with grad mode off, and where the gradient is computed in backward (float16, ``"none"``, a list of
             teachers). One backward only; an upstream gradient other than 1 rounds a second time.
         return_terms: also return :class:`KDTerms`.
+        statistics: names of tensors ``(*)`` that the terms then have as well, as :class:`KDTermsAndStatistics`,
+            detached, in float32 (float64 for float64 logits): ``student_entropy``, ``teacher_entropy``, in nats;
+            ``student_logprob``, ``teacher_logprob``, of the label; ``total_variation``, ½·Σ|p − q|. All are of p and q,
+            the softmaxes at the loss's temperatures. 0 in rows that the KD term does not select, and, of
+            log-probabilities, in those without a label.
 
     Under ``torch.compile`` a teacher from ``torch.inference_mode`` cannot be saved for backward, which is PyTorch's
     rule: run it under ``torch.no_grad``. Where hooks of saved tensors are active (non-reentrant checkpoints,
@@ -106,9 +135,10 @@ def kd_loss(
     shard = None
     split = vocabulary.is_split(options, student_logits)
     teacher_gradient = wants_teacher_gradient(options, split, inplace)
+    wanted = checked_statistics(statistics, return_terms, split)
     if split:
         if torch.compiler.is_compiling():
-            more = {"inplace": inplace, "return_terms": return_terms, **options}
+            more = {"inplace": inplace, "return_terms": return_terms, "statistics": statistics, **options}
             return vocabulary.eagerly(kd_loss, student_logits, teacher, labels, **more)
         student_logits, teacher, shard = vocabulary.split_logits(student_logits, teacher, options, inplace)
     check.float_rows("student_logits", student_logits)
@@ -119,6 +149,7 @@ def kd_loss(
         for part in parts:
             part.check_values(shard.columns)
     first = parts[0]
+    refuse_statistics(statistics, asked, first)
     for part in parts:
         if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, student_logits.requires_grad)
@@ -127,7 +158,10 @@ def kd_loss(
         student = student.float()  # so that the gradients add up in float32 and are rounded once
     if teacher_gradient:
         refuse_listed(asked)
-    logits = [part.known.logits(differentiable=teacher_gradient) for part in parts]
+    logits = [part.known.logits(differentiable=teacher_gradient) for part in parts[:1]]
+    for part, member in zip(parts[1:], asked[1:], strict=True):  # the same teacher's are made once
+        made = len(logits) > member.first
+        logits.append(logits[member.first] if made else part.known.logits(differentiable=teacher_gradient))
     student, rows, grid = as_rows(student, *logits)
     flags = first.flags
     if len(parts) > 1:
@@ -147,6 +181,7 @@ def kd_loss(
         families=[part.rules.family for part in parts],
         flags=flags,
     )
+    told = _statistics(student.view(*grid, -1), first, rows[0], of_teacher=wanted[1]) if wanted[0] else None
     if teacher_gradient and any([part.rules.kd and x.requires_grad for part, x in zip(parts, logits, strict=True)]):
         loss, terms = kd_of_both_sides(student, parts, logits, rows, plan)
     else:
@@ -154,7 +189,27 @@ def kd_loss(
     if plan.per_row:
         loss = loss.view(student_logits.shape[:-1])
         terms = None if terms is None else terms.view(len(parts), 2, *student_logits.shape[:-1])
-    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
+    if terms is None:
+        return loss
+    found = {} if told is None else by_statistic(told, statistics, student_logits.shape[:-1])
+    return loss, logged(terms, [member.weight for member in asked], found)
+
+
+@torch.no_grad()
+def _statistics(student: Tensor, part: Prepared, rows: Tensor, *, of_teacher: bool) -> Tensor:
+    """The operator kd_statistics, before the gradient may overwrite the logits."""
+    teacher = part.teacher_rows(rows)
+    return torch.ops.fusedkd.kd_statistics(  # type: ignore[no-any-return]
+        student=student.detach(),
+        teacher=rows,
+        labels=part.labels,
+        row_weights=teacher.row_weights,
+        options=teacher.options,
+        transform=part.flags.transform,
+        of_teacher=of_teacher,
+        columns=student.shape[2] if part.known.ids is not None else rows.shape[2],
+        ignore_index=part.flags.ignore_index,
+    )
 
 
 def _kd_of_student(

@@ -15,12 +15,23 @@ from fusedkd.backends.block import Flags, TeacherRows
 from fusedkd.backends.call import as_rows, pack
 from fusedkd.backends.linear_loop import tile_size
 from fusedkd.backends.slopes import bound_of
+from fusedkd.backends.statistics import OF_LABEL, Statistic
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
 from fusedkd.losses.common import refuse_double_backward, rounded, save_for_backward, save_teachers, saved_teachers
 from fusedkd.losses.kd import Teacher, Teachers
-from fusedkd.losses.options import DEFAULTS, KDOptions, KDTerms, logged, with_options
-from fusedkd.losses.rules import Prepared, checked_options, members, prepare
+from fusedkd.losses.members import checked_options, members, refuse_statistics
+from fusedkd.losses.options import (
+    DEFAULTS,
+    KDOptions,
+    KDTerms,
+    KDTermsAndStatistics,
+    by_statistic,
+    checked_statistics,
+    logged,
+    with_options,
+)
+from fusedkd.losses.rules import Prepared, prepare
 from fusedkd.losses.teacher_gradient import exchanged, refuse_listed, wants_teacher_gradient
 from fusedkd.losses.tiles import Tiles, bytes_per_row
 
@@ -59,6 +70,23 @@ def linear_kd_loss(
 ) -> tuple[Tensor, KDTerms]: ...
 
 
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Teachers,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    max_tile_bytes: int | None = None,
+    tile_dtype: torch.dtype = torch.float32,
+    max_rows: int | None = None,
+    return_terms: Literal[True],
+    statistics: Sequence[Statistic],
+    **options: Unpack[KDOptions],
+) -> tuple[Tensor, KDTermsAndStatistics]: ...
+
+
 @with_options
 def linear_kd_loss(
     student_hidden: Tensor,
@@ -71,8 +99,9 @@ def linear_kd_loss(
     tile_dtype: torch.dtype = torch.float32,
     max_rows: int | None = None,
     return_terms: bool = False,
+    statistics: Sequence[Statistic] = (),
     **options: Unpack[KDOptions],
-) -> Tensor | tuple[Tensor, KDTerms]:
+) -> Tensor | tuple[Tensor, KDTerms | KDTermsAndStatistics]:
     """The loss of :func:`kd_loss` for logits student_hidden · student_weightᵀ + student_bias, which never exist but for
     a tile of rows: 2·N·V·(3·H_s + H_t) operations, as few as value and gradient can take, and no memory that grows with
     N × V (:mod:`fusedkd.backends.linear_loop`).
@@ -101,6 +130,7 @@ def linear_kd_loss(
         max_rows: how many rows, at most, carry a term. Only a GPU needs to know: if there are more, loss and gradients
             are NaN there.
         return_terms: also return :class:`KDTerms`.
+        statistics: as of :func:`kd_loss`, from the logits of the tiles.
 
     Returns:
         As :func:`kd_loss`. Gradients reach `student_hidden`, `student_weight` and `student_bias`, and with
@@ -112,10 +142,12 @@ def linear_kd_loss(
     shard = None
     split = vocabulary.is_split(options, student_weight, student_hidden)
     teacher_gradient = wants_teacher_gradient(options, split)
+    wanted_statistics = checked_statistics(statistics, return_terms, split)
     if split:
         if torch.compiler.is_compiling():
             tiling = {"max_tile_bytes": max_tile_bytes, "tile_dtype": tile_dtype, "max_rows": max_rows}
             more = {"student_bias": student_bias, "return_terms": return_terms, **tiling, **options}
+            more["statistics"] = statistics
             return vocabulary.eagerly(linear_kd_loss, student_hidden, student_weight, teacher, labels, **more)
         student_hidden, student_weight, student_bias, teacher, shard = vocabulary.split_head(
             student_hidden, student_weight, student_bias, teacher, options
@@ -132,6 +164,7 @@ def linear_kd_loss(
     asked = members(teacher, options)
     parts = [prepare(logits, member.teacher, labels, kd_mask, member.rules, shard) for member in asked]
     first = parts[0]
+    refuse_statistics(statistics, asked, first)
     cast = check.autocast_dtype(device)
     dtype = student_hidden.dtype if cast is None or student_hidden.dtype == torch.float64 else cast  # as autocast does
     if not student_hidden.is_cuda:
@@ -141,7 +174,10 @@ def linear_kd_loss(
             part.check_values(columns if shard is None else shard.columns)
         if part.rules.kd and not teacher_gradient:
             check.frozen("teacher", part.known.rows, any(x is not None and x.requires_grad for x in heads))
-    given = [_teacher_rows(part, lead.numel(), cast) for part in parts]
+    given: list[TeacherRows] = []
+    for part, member in zip(parts, asked, strict=True):
+        same = given[member.first] if len(given) > member.first else None
+        given.append(_teacher_rows(part, lead.numel(), cast, same))
     families = [part.rules.family for part in parts]
     leaves: list[Tensor | None] = []
     if teacher_gradient:
@@ -173,15 +209,20 @@ def linear_kd_loss(
         tile_dtype=tile_dtype,
         dtype=dtype,
         max_rows=max_rows,
+        statistics=wanted_statistics,
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
     fields = [*leaves, *slopes, *[field for each in given for field in each]]
-    read = first.labels if any([part.rules.labels_read for part in parts]) else None
-    loss, terms = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)
+    labels_read = any([part.rules.labels_read for part in parts]) or not OF_LABEL.isdisjoint(statistics)
+    read = first.labels if labels_read else None
+    loss, terms, told = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)
     if plan.per_row:
         loss = loss.view(lead)
         terms = None if terms is None else terms.view(len(parts), 2, *lead)
-    return loss if terms is None else (loss, logged(terms, [member.weight for member in asked]))
+    if terms is None:
+        return loss
+    found = by_statistic(told, statistics, lead)
+    return loss, logged(terms, [member.weight for member in asked], found)
 
 
 def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None = None) -> None:
@@ -190,8 +231,10 @@ def checked_linear_options(options: Mapping[str, Any], teacher: Teacher | None =
     checked_options({name: value for name, value in options.items() if name in DEFAULTS}, teacher)
 
 
-def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> TeacherRows:
-    """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's."""
+def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None, same: TeacherRows | None) -> TeacherRows:
+    """What the operator is given of a teacher, whose hidden states and head autocast casts, as any product's. `same`:
+    what it is given of it for another divergence, the same tensors, by which the operator knows it again.
+    """
     _, (rows,), _ = as_rows(part.known.rows, part.known.rows)
     head, bias = [None if x is None else x.detach() for x in part.known.head or (None, None)]
     like = rows if head is None else pack([0.0], rows.device).expand(1, count, 1)  # of a head, all rows count
@@ -199,6 +242,8 @@ def _teacher_rows(part: Prepared, count: int, cast: torch.dtype | None) -> Teach
         rows, head, bias = rows[..., :0], None, None
     if head is not None and cast is not None and head.dtype != torch.float64:
         rows, head = rows.to(cast), head.to(cast)
+    if same is not None and same.rows.shape == rows.shape:
+        rows, head, bias = same.rows, same.head, same.bias
     return part.teacher_rows(rows, head, bias, like)
 
 
@@ -224,6 +269,8 @@ class LinearPlan(NamedTuple):
     tile_dtype: torch.dtype
     dtype: torch.dtype
     max_rows: int | None
+    statistics: tuple[bool, bool]
+    """Whether any are asked for, whether any is of the teacher."""
 
     def run(
         self,
@@ -235,8 +282,8 @@ class LinearPlan(NamedTuple):
         teachers: Sequence[TeacherRows],
         upstream: Tensor | None,
         wanted: list[bool],
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The operator: row losses; the gradients; their unit."""
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """The operator: row losses; the gradients; their unit; statistics, where the upstream is not yet known."""
         shard = {} if self.flags.shard is None else {"shard": self.flags.shard}
         operator = linear_loop.linear_kd if shard else ops.linear_kd
         return operator(  # type: ignore[no-any-return]
@@ -265,14 +312,15 @@ class LinearPlan(NamedTuple):
             dtype=self.dtype,
             max_rows=self.max_rows,
             wanted=wanted,
+            statistics=self.statistics if upstream is None else (False, False),
         )
 
 
 class LinearKDLossFunction(torch.autograd.Function):
-    """(loss, terms ``(teachers, 2, …)`` for logging or None). The forward call computes the gradients, in float32 and
-    for upstream 1, unless it is ``per_row``; backward scales and rounds them. First of the fields come the tensors of
-    teachers that may get a gradient, as many as there are in ``wanted``, then slopes, then the teachers' fields, one
-    after the other.
+    """(loss, terms ``(teachers, 2, …)`` for logging or None, statistics or nothing). The forward call computes the
+    gradients, in float32 and for upstream 1, unless it is ``per_row``; backward scales and rounds them. First of the
+    fields come the tensors of teachers that may get a gradient, as many as there are in ``wanted``, then slopes, then
+    the teachers' fields, one after the other.
     """
 
     @staticmethod
@@ -284,12 +332,12 @@ class LinearKDLossFunction(torch.autograd.Function):
         labels: Tensor | None,
         plan: LinearPlan,
         *fields: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         own = len(plan.wanted) - 3
         leaves = hidden, weight, bias, *fields[:own]
         slopes, teachers = fields[own : own + plan.slopes], block.unflatten(TeacherRows, fields[own + plan.slopes :])
         wanted = [want and not plan.per_row for want in plan.wanted]
-        row_losses, gradients, unit = plan.run(hidden, weight, bias, labels, slopes, teachers, None, wanted)
+        row_losses, gradients, unit, told = plan.run(hidden, weight, bias, labels, slopes, teachers, None, wanted)
         ctx.plan = plan
         ctx.like = [None if x is None else (x.dtype, x.shape) for x in leaves]
         ctx.set_materialize_grads(False)
@@ -300,11 +348,13 @@ class LinearKDLossFunction(torch.autograd.Function):
         terms = None
         if plan.return_terms:
             terms = row_losses.new_empty(row_losses.shape[: 2 + plan.per_row])
-            ctx.mark_non_differentiable(terms)
-        return block.loss_of(row_losses, teachers, terms, per_row=plan.per_row), terms
+            ctx.mark_non_differentiable(terms, told)
+        else:
+            ctx.mark_non_differentiable(told)
+        return block.loss_of(row_losses, teachers, terms, per_row=plan.per_row), terms, told
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _terms: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _terms: None, _told: None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         unused = (None,) * len(ctx.needs_input_grad)
         if upstream is None:
@@ -312,7 +362,7 @@ class LinearKDLossFunction(torch.autograd.Function):
         plan, factor = ctx.plan, None
         if plan.per_row:
             teachers, saved = saved_teachers(ctx, 4 + plan.slopes)
-            _, gradients, unit = plan.run(*saved[:4], saved[4:], teachers, upstream.contiguous(), plan.wanted)
+            _, gradients, unit, _ = plan.run(*saved[:4], saved[4:], teachers, upstream.contiguous(), plan.wanted)
             if unit.dim() == 0:
                 factor = unit.reciprocal()
         else:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, Ty
 import torch
 from torch import Tensor
 
+from fusedkd.backends.statistics import OF_TEACHER, STATISTICS
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence, DivergenceName
 from fusedkd.losses.names import by_name
@@ -27,13 +28,24 @@ class KDTerms(NamedTuple):
     ce: Tensor
 
 
+class KDTermsAndStatistics(NamedTuple):
+    """:class:`KDTerms`, and the `statistics` that were asked for: detached tensors ``(*)`` by their names."""
+
+    kd: Tensor
+    ce: Tensor
+    statistics: dict[str, Tensor]
+
+
 class KDOptions(TypedDict, total=False):
     """temperature, teacher_temperature: T > 0 of the KD term; the teacher's defaults to the student's. CE is always at
-        temperature 1.
-    divergence: a name of :data:`fusedkd.divergences.FAMILIES`, or an object where it has parameters:
-        ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; neither is for a teacher of few columns,
-        nor is ``adaptive_kl``, and :class:`~fusedkd.TeacherSamples` serve ``forward_kl`` alone.
-    kd_weight, ce_weight: the weights of the two terms, ≥ 0. A term whose weight is the number 0 is not computed.
+        temperature 1. A tensor ``(*)`` has one for each row.
+    divergence: a name of :data:`fusedkd.divergences.FAMILIES`, or an object where it has parameters, numbers or tensors
+        as of `temperature`: ``fusedkd.JSD(beta=0.1)``. ``logit_mse`` needs T = 1, ``dkd`` labels; neither is for a
+        teacher of few columns, nor is ``adaptive_kl``, and :class:`~fusedkd.TeacherSamples` serve ``forward_kl`` alone.
+        Or a list of pairs (weight, divergence): the KD term is their weighted sum, each with its own T^k.
+    kd_weight, ce_weight: the weights of the two terms, ≥ 0. A term whose weight is the number 0 is not computed. A
+        tensor `kd_weight` ``(*)`` has one for each row, which no count of rows knows of: `kd_mask` has weights that
+        ``"mean"`` divides by.
     scale_by_t2: the factor T^k in value and gradient, T the student's. False is the convention of TRL and Liger.
     kd_mask: ``(*)``, the rows of the KD term. Bool or integer: non-zero selects; float: weights, 0 is not selected.
         None: the rows whose label is not ``ignore_index``; without labels all rows. A teacher row that is all −inf
@@ -50,7 +62,7 @@ class KDOptions(TypedDict, total=False):
         and at most 1024, or where the larger is the smaller rounded up to a multiple of 64, 128 or 256, to no more than
         twice its size; ``"truncate"``: by anything.
     teacher_weights: for a list of teachers the KD term is Σ w_m D(p_m, q); 1/M each by default. Under ``"mean"`` each
-        teacher's is divided by its own count of rows.
+        teacher's is divided by its own count of rows. A weight may be a tensor ``(*)``: each row has its own.
     teacher_gradient: the loss is differentiable in the teacher as well (its logits, or its hidden states, head and
         bias): for methods that train what both models read. From logits it costs about as much again, on a CPU two
         thirds to seven eighths of that, from heads its two products. Not for teachers of few
@@ -65,7 +77,7 @@ class KDOptions(TypedDict, total=False):
 
     temperature: Real
     teacher_temperature: Real | None
-    divergence: DivergenceName | Divergence
+    divergence: DivergenceName | Divergence | Sequence[tuple[Real, DivergenceName | Divergence]]
     kd_weight: Real
     ce_weight: Real
     scale_by_t2: bool
@@ -128,10 +140,31 @@ def with_options(loss: Callable[P, R]) -> Callable[P, R]:
     return by_name(loss)
 
 
-def logged(terms: Tensor, weights: Sequence[Real]) -> KDTerms:
-    """The terms ``(teachers, 2, …)``, of which the KD terms are weighted."""
+def logged(terms: Tensor, weights: Sequence[Real], statistics: dict[str, Tensor]) -> KDTerms | KDTermsAndStatistics:
+    """The terms ``(teachers, 2, …)``, of which the KD terms are weighted; with the statistics, if there are any."""
     kd, ce = terms[:, 0], terms[0, 1]
-    return KDTerms(kd[0] if len(weights) == 1 else torch.stack(list(map(weighted, kd.unbind(), weights))).sum(0), ce)
+    alone = len(weights) == 1 and not isinstance(weights[0], Tensor) and weights[0] == 1
+    kd = kd[0] if alone else torch.stack(list(map(weighted, kd.unbind(), weights))).sum(0).to(kd.dtype)
+    return KDTermsAndStatistics(kd, ce, statistics) if statistics else KDTerms(kd, ce)
+
+
+def checked_statistics(names: Any, return_terms: bool, split: bool) -> tuple[bool, bool]:
+    """(whether any are asked for, whether any is of the teacher), of statistics that can be had."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"statistics must be a list of names of {', '.join(STATISTICS)}, not {type(names).__name__}")
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"statistics must be of {', '.join(STATISTICS)}, but one is {name!r}")
+    if names and not return_terms:
+        raise ValueError("statistics are among the terms: pass return_terms=True")
+    if names and split:
+        raise ValueError("statistics are not available for a split vocabulary: gather the logits first")
+    return len(names) > 0, not OF_TEACHER.isdisjoint(names)
+
+
+def by_statistic(found: Tensor, names: Sequence[str], lead: torch.Size) -> dict[str, Tensor]:
+    """Those that are asked for, of what the operator found."""
+    return {name: found[STATISTICS.index(name)].view(lead) for name in names}
 
 
 def weighted(term: Tensor, weight: Real) -> Tensor:

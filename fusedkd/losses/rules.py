@@ -4,7 +4,7 @@ sum is divided by, and the real options in one tensor. Rules of plain values are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,21 +44,23 @@ class Rules(NamedTuple):
     per_row: bool
     constants: dict[torch.device, tuple[Tensor, Tensor | None]]
     """Real options and normalisers of a teacher without options of its own, once they are on a device."""
+    share: Tensor | None = None
+    """The weight of each row, ``(*)``, among several teachers or divergences, where rows have their own."""
 
     @classmethod
     def of(cls, options: KDOptions) -> Rules:
         """From all options."""
-        family = resolve(options["divergence"])
+        family = resolve(options["divergence"])  # type: ignore[arg-type]  # of a list, one by one
         check.vocab_mismatch(options["vocab_mismatch"])
         reduction, given = options["reduction"], (options["kd_normalizer"], options["ce_normalizer"])
         check.reduction(reduction, kd_normalizer=given[0], ce_normalizer=given[1])
         temperature, teacher_temperature = options["temperature"], options["teacher_temperature"]
         temperatures = temperature, temperature if teacher_temperature is None else teacher_temperature
         for name, value in zip(("temperature", "teacher_temperature"), temperatures, strict=True):
-            check.real(name, value, open_low=True)
+            check.real(name, value, open_low=True, per_row=True)
         check.flag("scale_by_t2", options["scale_by_t2"])
         check.integer("ignore_index", options["ignore_index"])
-        check.real("kd_weight", options["kd_weight"])
+        check.real("kd_weight", options["kd_weight"], per_row=True)
         check.real("ce_weight", options["ce_weight"])
         check.real("label_smoothing", options["label_smoothing"], high=1.0)
         check.real("z_loss_weight", options["z_loss_weight"])
@@ -93,7 +95,8 @@ class Rules(NamedTuple):
         values, power = self.real_options(known), self.family.temperature_power
         table = [*(self.normalizers or (COUNTED, COUNTED)), *values]
         tensors = [value for value in table if isinstance(value, Tensor)]
-        if tensors and all([value.is_cuda for value in tensors]) and not check.tracing():
+        shared = [value for value in tensors if value.dim() == 0 and value.is_cuda]
+        if tensors and len(shared) == len(tensors) and not check.tracing():
             scale, powers = NORMALIZERS + Option.KD_SCALE.value, {}
             if self.scale_follows and power in RECIPE_POWERS:
                 table[scale], powers[scale] = self.options["temperature"], power
@@ -103,7 +106,7 @@ class Rules(NamedTuple):
             return constants, None, given
         options = pack(values, device)
         if self.scale_follows:
-            torch.pow(options[Option.TEMPERATURE], power, out=options[Option.KD_SCALE])
+            torch.pow(options[..., Option.TEMPERATURE], power, out=options[..., Option.KD_SCALE])
         found = options, None if self.normalizers is None else pack(self.normalizers, device)
         if keep:
             self.constants[device] = found
@@ -113,15 +116,32 @@ class Rules(NamedTuple):
     def scale_follows(self) -> bool:
         """Whether T^k is computed where T has arrived. (What is traced is computed before.)"""
         T, power = self.options["temperature"], self.family.temperature_power
-        return isinstance(T, Tensor) and self.options["scale_by_t2"] and power > 0 and not check.tracing()
+        follows = isinstance(T, Tensor) and self.options["scale_by_t2"] and power > 0
+        return follows and self.share is None and not check.tracing()
+
+    def kd_scale(self) -> Real:
+        """T^k, or 1, times the share."""
+        scale: Real = 1.0
+        if self.options["scale_by_t2"]:
+            scale = check.exact(self.options["temperature"]) ** self.family.temperature_power
+        return scale if self.share is None else check.exact(self.share) * scale
+
+    def own_values(self, student: Tensor) -> None:
+        """That what rows have of their own is one value for each of the student's rows."""
+        options, family = self.options, self.family
+        for name in ("temperature", "teacher_temperature", "kd_weight"):
+            check.own_values(name, options[name], student)  # type: ignore[literal-required]
+        check.own_values("the weight of a teacher or divergence", self.share, student)
+        for name, value in vars(family).items() if type(family) is FAMILIES.get(family.name) else ():
+            check.own_values(f"divergence.{name}", value, student)
+        for value in self.coefficients:
+            check.own_values(f"a coefficient of {family.name}", value, student)
 
     def real_options(self, known: KnownTeacher) -> list[Real]:
         """The options tensor."""
         options, power = self.options, self.family.temperature_power
         student_temperature, teacher_temperature = self.temperatures if power > 0 else (1.0, 1.0)
-        scale: Real = 0.0
-        if not self.scale_follows:
-            scale = check.exact(options["temperature"]) ** power if options["scale_by_t2"] else 1.0
+        scale = 0.0 if self.scale_follows else self.kd_scale()
         values: dict[Option, Real | None] = {
             Option.TEMPERATURE: student_temperature,
             Option.TEACHER_TEMPERATURE: teacher_temperature,
@@ -239,15 +259,18 @@ def prepare(
     kd_mask: Tensor | None,
     rules: Rules,
     shard: Shard | None = None,
+    known_rows: bool = True,
 ) -> Prepared:
     """`student`: the logits, or any tensor of their shape, type and device. `shard`: where these are the columns of one
-    rank.
+    rank. Not `known_rows`: the rows are others than those that options of a value per row are for.
     """
     family, options = rules.family, rules.options
     columns = student.shape[-1] if shard is None else shard.columns
     known = teachers.known(
         teacher, student, family, rules.coefficients, rules.temperatures, options["vocab_mismatch"], columns
     )
+    if known_rows:
+        rules.own_values(student)
     flags = rules.flags if shard is None else rules.flags._replace(shard=shard)
     if known.softcap is not None or known.scale is not None:
         flags = flags._replace(transform=True)
@@ -270,62 +293,6 @@ def prepare(
             common = known.columns if shard is None else columns
             mask = _with_label(mask, flat_labels, common, columns, options["ignore_index"])
     return Prepared(known=known, rules=rules, labels=flat_labels, kd_mask=mask, flags=flags)
-
-
-class Member(NamedTuple):
-    """One of the teachers of a loss."""
-
-    teacher: teachers.Teacher
-    weight: Real
-    """Among the teachers."""
-    rules: Rules
-    """Of its call: the weights of the terms are those of this teacher in the loss."""
-
-
-def members(teacher: Any, options: KDOptions) -> list[Member]:
-    """The teachers of a loss, from the options that are given. Its cross-entropy goes with the first."""
-    if not isinstance(teacher, list | tuple):
-        if options.get("teacher_weights") is not None:
-            raise ValueError("teacher_weights is for a list of teachers, but teacher is a single one")
-        return [Member(teacher, 1.0, rules_of(options))]
-    weights, kd_weight = options.get("teacher_weights"), options.get("kd_weight", DEFAULTS["kd_weight"])
-    if not teacher:
-        raise ValueError("teacher is an empty list: it must hold at least one teacher")
-    if not isinstance(weights, Sequence | None) or isinstance(weights, str):
-        raise TypeError(f"teacher_weights must be a list of numbers, not {type(weights).__name__}")
-    if weights is not None and len(weights) == 0:
-        raise ValueError("teacher_weights is empty: it must hold one weight per teacher")
-    if weights is None:
-        weights = [1.0 / len(teacher)] * len(teacher)
-    if len(weights) != len(teacher):
-        raise ValueError(f"teacher_weights must hold one weight per teacher: {len(teacher)}, not {len(weights)}")
-    for name, value in (("kd_weight", kd_weight), *(("teacher_weights", weight) for weight in weights)):
-        check.real(name, value)
-    found: list[Member] = []
-    for each, weight in zip(teacher, weights, strict=True):
-        product = check.exact(kd_weight) * check.exact(weight)
-        own: KDOptions = {**options, "kd_weight": product, "teacher_weights": None}
-        if found:
-            own["ce_weight"] = 0.0
-        found.append(Member(each, weight, rules_of(own)))
-    return found
-
-
-def checked_options(options: Mapping[str, Any], teacher: teachers.Teacher | None = None) -> None:
-    """Refuses the options that `kd_loss` would refuse whatever its tensors are.
-
-    Args:
-        teacher: one row of it, where options depend on its form; None: logits.
-
-    Raises:
-        ValueError, TypeError: as the loss.
-    """
-    given: KDOptions = {name: value for name, value in options.items() if name != "kd_mask"}  # type: ignore[assignment]
-    weights, row = given.get("teacher_weights"), torch.zeros(1, 2, device="cpu")
-    several = [row] * max(len(weights), 1) if isinstance(weights, Sequence) else [row]
-    labels = torch.zeros(1, dtype=torch.int64, device="cpu")
-    for member in members(row if weights is None else several, given):
-        prepare(row, row if teacher is None else teacher, labels, None, member.rules)
 
 
 def _check_transforms(transforms: Mapping[str, Real | None]) -> None:

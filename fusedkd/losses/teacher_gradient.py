@@ -22,8 +22,9 @@ from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
 from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_teachers, saved_teachers
+from fusedkd.losses.members import Member
 from fusedkd.losses.options import KDOptions
-from fusedkd.losses.rules import Member, Prepared
+from fusedkd.losses.rules import Prepared
 from fusedkd.teachers import TeacherHead, TeacherLogits
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def exchanged(part: Prepared, teacher: TeacherRows) -> tuple[TeacherRows, Diverg
     """The teacher with what its gradient takes, and the divergence of the exchanged call, to be kept alive."""
     rules, given = part.rules, part.rules.options
     weight, divergence = rules.family.exchanged()
-    power, coefficients = rules.family.temperature_power, divergence.coefficients()
+    coefficients = divergence.coefficients()
     values = rules.real_options(part.known)
     for own, other in SIDES:
         values[own.value], values[other.value] = values[other.value], values[own.value]
-    values[Option.KD_SCALE.value] = check.exact(given["temperature"]) ** power if given["scale_by_t2"] else 1.0
+    values[Option.KD_SCALE.value] = rules.kd_scale()
     values[Option.KD_WEIGHT.value] = check.exact(given["kd_weight"]) * weight
     for option in (Option.CE_WEIGHT, Option.LABEL_SMOOTHING, Option.Z_LOSS_WEIGHT):
         values[option.value] = 0.0

@@ -20,7 +20,7 @@ from fusedkd.backends.triton.kd_kernel import (
 )
 from fusedkd.backends.triton.kd_shard import kd_shard_kernel
 from fusedkd.backends.triton.result import NO_RESULT, Result
-from fusedkd.backends.triton.row import aligned, in_phase, upstream_of
+from fusedkd.backends.triton.row import aligned, in_phase, stride_of, upstream_of
 
 
 def launch(
@@ -47,6 +47,8 @@ def launch(
         transform=call.transform,
         forward=row_losses is not None,
     )
+    if call.options.dim() == 2:  # which the cluster kernel does not know
+        device = device._replace(cluster=False)
     kernel, parts = choose(case, device)
     if kernel == "cluster":
         if _cluster(call, stats, row_losses, upstream, gradient, skip_if_one):
@@ -128,6 +130,7 @@ def _given(call: Call, stats: Tensor, gradient: Tensor | None, parts: int, resid
         "stats": stats,
         "gradient": to,
         "ignore_index": call.ignore_index,
+        "options_stride": stride_of(call.options),
         "parts": parts,
         "L": L,
         "V": V,

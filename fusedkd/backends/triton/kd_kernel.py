@@ -41,12 +41,12 @@ from fusedkd.backends.triton.kd_row import (
 from fusedkd.backends.triton.last import leave_row, sum_rows
 from fusedkd.backends.triton.layout import DKD, LOGIT_MSE, OWN, STATS, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
-from fusedkd.backends.triton.options import load_coefficients, load_options, load_weights
+from fusedkd.backends.triton.options import load_coefficients, load_options, load_weights, options_of
 from fusedkd.backends.triton.row import base_of, first_column, locate, logits, phase_of, side_of
 from fusedkd.backends.triton.softmax import merged, no_stats, put, take, total_of_parts
 
 INTEGERS = ["ignore_index", "upstream_stride", "parts", "L", "V", "C", "student_o", "student_b", "student_l"]
-INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l", "options_stride"]
 VECTORS = ["labels", "weights", "real_options", "normalizers", "upstream", "row_losses", "stats", "partials"]
 VECTORS += ["loss", "terms", "ticket"]
 
@@ -86,6 +86,7 @@ def kd_forward_kernel(
     # Sizes; first element and strides, in elements. Never specialised, nor is where a vector starts: one binary serves
     # every shape and every slice. The three pointers to logits are always aligned (`aligned`).
     ignore_index: tl.int64,
+    options_stride,  # from row to row, 0 where all share their options
     parts,
     L,
     V,
@@ -117,6 +118,7 @@ def kd_forward_kernel(
     A: tl.constexpr = stats.dtype.element_ty
     EXCLUDES_LABEL: tl.constexpr = KERNEL_ID == DKD
     i_row = tl.program_id(0)
+    real_options = options_of(real_options, i_row, options_stride)
     part = tl.program_id(1)
     p_stats = stats + i_row.to(tl.int64) * STATS
     if SPLIT:
@@ -216,7 +218,7 @@ def kd_forward_kernel(
     if EXCLUDES_LABEL:
         D = tl.where(term.target, D, float("nan"))
     D = tl.where(D < 0, 0.0, D)
-    D = tl.where(term.kd, term_weights.kd_scale * term.weight * D, 0.0)
+    D = tl.where(term.kd & (term_weights.kd_scale != 0), term_weights.kd_scale * term.weight * D, 0.0)
     ce = tl.full((), 0, A)
     if CE:
         ce = cross_entropy(label, z_y, shifted, found.ce_max, found.ce_rest, term_weights, V)
@@ -238,6 +240,7 @@ def kd_backward_kernel(
     stats,
     gradient,
     ignore_index: tl.int64,
+    options_stride,
     upstream_stride,
     parts,
     L,
@@ -267,6 +270,7 @@ def kd_backward_kernel(
     A: tl.constexpr = stats.dtype.element_ty
     EXCLUDES_LABEL: tl.constexpr = KERNEL_ID == DKD
     i_row = tl.program_id(0)
+    real_options = options_of(real_options, i_row, options_stride)
     up = 1.0
     if upstream is not None:
         up = tl.load(upstream + i_row.to(tl.int64) * upstream_stride)

@@ -39,12 +39,12 @@ from fusedkd.backends.triton.layout import (
     WEIGHT_SUM,
 )
 from fusedkd.backends.triton.math import INFINITY, finite_or_zero
-from fusedkd.backends.triton.options import load_coefficients, load_options, load_weights
+from fusedkd.backends.triton.options import load_coefficients, load_options, load_weights, options_of
 from fusedkd.backends.triton.row import base_of, first_column, locate, logits, phase_of, side_of
 from fusedkd.backends.triton.softmax import no_stats, put, take
 
 INTEGERS = ["ignore_index", "offset", "vocabulary", "upstream_stride", "L", "V", "student_o", "student_b", "student_l"]
-INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+INTEGERS += ["teacher_o", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l", "options_stride"]
 VECTORS = ["labels", "weights", "real_options", "normalizers", "upstream", "stats"]
 
 FAR = tl.constexpr(1 << 30)
@@ -65,6 +65,7 @@ def kd_shard_kernel(
     stats,
     gradient,
     ignore_index: tl.int64,
+    options_stride,  # from row to row, 0 where all share their options
     offset,  # columns of the ranks before
     vocabulary,  # columns of all ranks
     upstream_stride,
@@ -93,6 +94,7 @@ def kd_shard_kernel(
     A: tl.constexpr = stats.dtype.element_ty
     EXCLUDES_LABEL: tl.constexpr = KERNEL_ID == DKD
     i_row = tl.program_id(0)
+    real_options = options_of(real_options, i_row, options_stride)
     up = 1.0
     if upstream is not None:
         up = tl.load(upstream + i_row.to(tl.int64) * upstream_stride)

@@ -16,10 +16,11 @@ from fusedkd.backends.call import Call
 from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import NORMALIZERS, Stat
 from fusedkd.backends.schema import losses_and_stats, weights_and_counts
+from fusedkd.backends.statistics import kd_statistics as kd_statistics
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.result import NO_RESULT, Result, ticket
-from fusedkd.backends.triton.row import upstream_of
+from fusedkd.backends.triton.row import stride_of, upstream_of
 from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel, linear_unit_kernel
 
 
@@ -77,7 +78,11 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Te
     if programs > 0:
         with torch.cuda.device_of(row_losses):
             kd_terms_kernel[(programs,)](
-                row_losses, options, normalizers, loss, terms, n, PER_ROW=per_row, BLOCK=2048, num_warps=16, **FUSED
+                *(row_losses, options, normalizers, loss, terms, n, stride_of(options)),
+                PER_ROW=per_row,
+                BLOCK=2048,
+                num_warps=16,
+                **FUSED,
             )
     return loss
 
@@ -85,8 +90,8 @@ def kd_terms(row_losses: Tensor, options: Tensor, normalizers: Tensor, terms: Te
 def linear_unit(
     row_weights: Sequence[Tensor], options: Sequence[Tensor], normalizers: Sequence[Tensor], slopes: Sequence[Tensor]
 ) -> Tensor:
-    """Of one teacher, as most often; of several, PyTorch adds up what they reach."""
-    if len(row_weights) > 1:
+    """Of one teacher, as most often; of several, or where rows have options of their own, by PyTorch."""
+    if len(row_weights) > 1 or options[0].dim() == 2:
         return linear_loop.linear_unit(row_weights, options, normalizers, slopes)
     (weights,) = row_weights
     found = weights.new_empty(1 + NORMALIZERS, dtype=torch.float64)
@@ -116,7 +121,8 @@ def forward_loss(
     row_losses, stats = losses_and_stats(call.student, 2, len(Stat))
     loss = row_losses.new_empty((row_losses.shape[1],) if per_row else ())
     result = NO_RESULT
-    if per_row or row_losses.shape[1] <= SUMMED_ROWS:
+    shared = call.options.dim() == 1  # else a sum takes the weight of each row
+    if per_row or (shared and row_losses.shape[1] <= SUMMED_ROWS):
         result = Result(loss, terms, None if per_row else ticket(loss.device), per_row)
     if _launch(call, stats, row_losses=row_losses, result=result, gradient=gradient):
         return loss, stats

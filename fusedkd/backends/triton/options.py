@@ -57,6 +57,12 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
+def options_of(real_options, i_row, options_stride):
+    """Those of a row: `options_stride` is 0 where all share them."""
+    return real_options + i_row.to(tl.int64) * options_stride
+
+
+@triton.jit
 def load_options(real_options, A: tl.constexpr):
     return Options(
         temperature=tl.load(real_options + TEMPERATURE).to(A),

@@ -174,6 +174,11 @@ def upstream_of(upstream: Tensor | None, skip_if_one: bool) -> dict[str, Any]:
     return {"upstream": upstream, "upstream_stride": stride, "SKIP_IF_ONE": skip_if_one}
 
 
+def stride_of(options: Tensor) -> int:
+    """From the real options of a row to those of the next, 0 where all rows share them."""
+    return options.stride(0) if options.dim() == 2 else 0
+
+
 def aligned(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """x from the 16-byte boundary at or below its first element, for Triton to see that accesses may be wide; and its
     first element and strides from there.

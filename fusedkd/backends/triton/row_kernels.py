@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fusedkd.backends.triton.last import is_last, leave, totals, weighted_sum
-from fusedkd.backends.triton.layout import KD_SCALE, NORMALIZERS, OPTIONS, SCALE, TEMPERATURE
+from fusedkd.backends.triton.layout import CE_WEIGHT, KD_SCALE, KD_WEIGHT, NORMALIZERS, OPTIONS, SCALE, TEMPERATURE
 from fusedkd.backends.triton.math import INFINITY
 
 
@@ -136,17 +136,25 @@ def linear_unit_kernel(
     tl.store(found + 2, n_ce / unit)
 
 
+@triton.jit
+def weighted_of(b_kd, real_options, i, options_stride, m):
+    """Row losses times the weights of the rows; one whose weight is 0 adds 0."""
+    b_weight = tl.load(real_options + i.to(tl.int64) * options_stride + KD_WEIGHT, m, other=0.0)
+    return tl.where(b_weight == 0, 0.0, b_weight * b_kd)
+
+
 @triton.jit(
-    do_not_specialize=["N"],
+    do_not_specialize=["N", "options_stride"],
     do_not_specialize_on_alignment=["row_losses", "real_options", "normalizers", "loss", "terms"],
 )
 def kd_terms_kernel(
     row_losses,  # A, [2, N]
-    real_options,  # float64 [16]
+    real_options,  # float64 [16] or [N, 16]
     normalizers,  # float64 [2]
     loss,  # A, [] or [N]
     terms,  # A, [2] or [2, N], or None
     N,
+    options_stride,
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -155,15 +163,21 @@ def kd_terms_kernel(
     if PER_ROW:
         b_kd = tl.load(row_losses + i, i < N, other=0.0).to(tl.float64)
         b_ce = tl.load(row_losses + N + i, i < N, other=0.0).to(tl.float64)
+        b_weighted = weighted_of(b_kd, real_options, i, options_stride, i < N)
     else:
         b_kd = tl.zeros([BLOCK], tl.float64)
         b_ce = b_kd
+        b_weighted = b_kd
         for start in range(0, N, BLOCK):
-            b_kd += tl.load(row_losses + start + i, start + i < N, other=0.0).to(tl.float64)
+            b_x = tl.load(row_losses + start + i, start + i < N, other=0.0).to(tl.float64)
+            b_kd += b_x
+            b_weighted += weighted_of(b_x, real_options, start + i, options_stride, start + i < N)
             b_ce += tl.load(row_losses + N + start + i, start + i < N, other=0.0).to(tl.float64)
         b_kd = tl.sum(b_kd, 0) / tl.load(normalizers)
+        b_weighted = tl.sum(b_weighted, 0) / tl.load(normalizers)
         b_ce = tl.sum(b_ce, 0) / tl.load(normalizers + 1)
-    b_loss = weighted_sum(b_kd, b_ce, real_options)
+    ce_weight = tl.load(real_options + CE_WEIGHT)
+    b_loss = b_weighted + tl.where(ce_weight == 0, 0.0, ce_weight * b_ce)
     if PER_ROW:
         tl.store(loss + i, b_loss, i < N)
         if terms is not None:

@@ -11,7 +11,7 @@ from fusedkd.backends.call import Call
 from fusedkd.backends.layout import Stage, TopkKernelId
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.result import NO_RESULT, Result
-from fusedkd.backends.triton.row import UNIT, aligned, in_phase, upstream_of
+from fusedkd.backends.triton.row import UNIT, aligned, in_phase, stride_of, upstream_of
 from fusedkd.backends.triton.topk_kernel import topk_backward_kernel, topk_forward_kernel
 from fusedkd.backends.triton.topk_shard import topk_shard_kernel
 
@@ -95,6 +95,7 @@ def _given(call: Call, stats: Tensor, gradient: Tensor | None) -> dict[str, Any]
         "stats": stats,
         "gradient": to,
         "ignore_index": call.ignore_index,
+        "options_stride": stride_of(call.options),
         "L": L,
         "V": V,
         "K": K,

@@ -33,14 +33,14 @@ from fusedkd.backends.triton.cross_entropy import cross_entropy, read_label
 from fusedkd.backends.triton.last import leave_row, sum_rows
 from fusedkd.backends.triton.layout import COEFFICIENTS, OWN, STATS, TEACHER_TEMPERATURE, TEMPERATURE, WEIGHT_SUM
 from fusedkd.backends.triton.math import INFINITY
-from fusedkd.backends.triton.options import exponent_scale, load_options, load_weights
+from fusedkd.backends.triton.options import exponent_scale, load_options, load_weights, options_of
 from fusedkd.backends.triton.row import base_of, first_column, locate, logits, phase_of, side_of
 from fusedkd.backends.triton.softmax import put, take
 from fusedkd.backends.triton.topk_list import divergence, read_list, read_teacher
 from fusedkd.backends.triton.topk_passes import gradient_pass, statistics_pass
 
 INTEGERS = ["ignore_index", "upstream_stride", "marks_stride", "L", "V", "K", "student_o", "student_b", "student_l"]
-INTEGERS += ["teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+INTEGERS += ["teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l", "options_stride"]
 VECTORS = ["teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "row_losses", "stats"]
 VECTORS += ["marks", "loss", "terms", "ticket"]
 
@@ -66,6 +66,7 @@ def topk_forward_kernel(
     marks,  # int32 [N, marks_stride], to be filled: a bit per column. None where no r_s is needed
     # Sizes; first element and strides, in elements. Never specialised: one binary serves every shape
     ignore_index: tl.int64,
+    options_stride,  # from row to row, 0 where all share their options
     marks_stride,
     L,
     V,
@@ -91,6 +92,7 @@ def topk_forward_kernel(
     R: tl.constexpr = tl.float64
     CE: tl.constexpr = labels is not None
     i_row = tl.program_id(0)
+    real_options = options_of(real_options, i_row, options_stride)
     option = load_options(real_options, A)
     k = exponent_scale(tl.load(real_options + TEMPERATURE)).to(A)
     label = read_label(labels, i_row, ignore_index, V, CE)
@@ -132,7 +134,8 @@ def topk_forward_kernel(
 
     value = tl.where(found.student_rest == -1, INFINITY, slope.value)
     value = tl.where(listed.legal, value, float("nan"))
-    kd = tl.where(weight != 0, term_weights.kd_scale * weight.to(R) * value, 0.0)
+    has_kd = (weight != 0) & (term_weights.kd_scale != 0)
+    kd = tl.where(has_kd, term_weights.kd_scale * weight.to(R) * value, 0.0)
     ce = tl.full((), 0, R)
     if CE:
         ce = cross_entropy(label, z_y.to(R), shifted.to(R), found.ce_max.to(R), found.ce_rest.to(R), term_weights, V)
@@ -163,6 +166,7 @@ def topk_backward_kernel(
     stats,
     gradient,
     ignore_index: tl.int64,
+    options_stride,
     upstream_stride,
     L,
     V,
@@ -186,6 +190,7 @@ def topk_backward_kernel(
     A: tl.constexpr = stats.dtype.element_ty
     CE: tl.constexpr = labels is not None
     i_row = tl.program_id(0)
+    real_options = options_of(real_options, i_row, options_stride)
     up = tl.load(upstream + i_row.to(tl.int64) * upstream_stride)
     if SKIP_IF_ONE and up == 1:
         return

@@ -39,7 +39,7 @@ from fusedkd.backends.triton.layout import (
     WEIGHT_SUM,
 )
 from fusedkd.backends.triton.math import INFINITY, finite_or_zero, reciprocal_or_zero
-from fusedkd.backends.triton.options import exponent_scale, load_options
+from fusedkd.backends.triton.options import exponent_scale, load_options, options_of
 from fusedkd.backends.triton.row import base_of, first_column, locate, logits, phase_of, side_of
 from fusedkd.backends.triton.softmax import Stats, put, take
 from fusedkd.backends.triton.topk_list import List, Slope, excess, read_list, read_teacher, summed_samples, tail
@@ -47,6 +47,7 @@ from fusedkd.backends.triton.topk_passes import gradient_pass, statistics_pass
 
 INTEGERS = ["ignore_index", "offset", "vocabulary", "upstream_stride", "marks_stride", "L", "V", "K", "student_o"]
 INTEGERS += ["student_b", "student_l", "teacher_b", "teacher_l", "gradient_o", "gradient_b", "gradient_l"]
+INTEGERS += ["options_stride"]
 VECTORS = ["teacher", "ids", "labels", "weights", "real_options", "normalizers", "upstream", "stats", "marks"]
 
 
@@ -80,6 +81,7 @@ def topk_shard_kernel(
     gradient,
     marks,  # int32 [N, marks_stride], to be filled: a bit per column; for STATISTICS where an r_s is needed, else None
     ignore_index: tl.int64,
+    options_stride,  # from row to row, 0 where all share their options
     offset,  # columns of the ranks before
     vocabulary,  # columns of all ranks
     upstream_stride,
@@ -108,6 +110,7 @@ def topk_shard_kernel(
     R: tl.constexpr = tl.float64
     CE: tl.constexpr = labels is not None
     i_row = tl.program_id(0)
+    real_options = options_of(real_options, i_row, options_stride)
     up = 1.0
     if upstream is not None:
         up = tl.load(upstream + i_row.to(tl.int64) * upstream_stride)
