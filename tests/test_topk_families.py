@@ -288,6 +288,29 @@ def test_one_tile_at_a_time(device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("divergence", [TotalVariation(), JSD(), LK()], ids=describe)
+def test_a_student_without_what_is_listed(device: str, divergence: Divergence) -> None:
+    """Finite where the divergence is, unless the student has nothing at all."""
+    student, logits = rows(device)
+    tails = (
+        ("ignore", "bucket", "both_renormalized") if divergence.columns == "sum" else ("bucket", "both_renormalized")
+    )
+    for tail in tails:
+        teacher = top_k(logits, K, tail)
+        z = student.scatter(-1, teacher.ids, -INF)
+        z[0] = -INF
+        leaf = z.requires_grad_()
+        loss = kd_loss(leaf, teacher, divergence=divergence, reduction="none")
+        infinite = divergence.name == "lk" or tail == "both_renormalized"
+        assert loss[0].isinf()
+        assert (loss[1:].isinf() == infinite).all()
+        gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+        assert gradient.isfinite().all()
+        assert not gradient[0].any()
+        if tail == "ignore" and divergence.name == "total_variation":
+            torch.testing.assert_close(loss[1:], 0.5 * teacher.logprobs.exp().sum(-1)[1:])
+
+
 def test_mistakes(device: str) -> None:
     student, logits = rows(device)
     with pytest.raises(ValueError, match=r"ids must be −1 \(padding\) or in \[0, 21\), but one is 99"):

@@ -103,42 +103,55 @@ def _tiles(inputs: dict[str, Any]) -> Iterator[tuple[slice, EagerCall]]:
             "row_weights": inputs["row_weights"][part],
             "options": of_part(inputs["options"], part),
         }
-        yield part, EagerCall(**{**inputs, **of_rows})
+        yield part, _Tile(**{**inputs, **of_rows})
+
+
+class _Tile(EagerCall):
+    """Some rows, whose logits are made once."""
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        found = self.__dict__.get("made")
+        if found is None:
+            found = self.__dict__["made"] = super().logits()
+        return found
 
 
 def divergence(call: EagerCall) -> tuple[Tensor, Tensor]:
     """D and ∂D/∂z per row."""
     family, tail = numbered(call.kernel_id)
-    z, v = call.logits()
-    selected = (call.row_weights != 0).unsqueeze(-1)
-    if call.ids is None:
-        z = z[:, : v.shape[1]]
-    z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
-    t_s, t_t = _option(call, Option.TEMPERATURE), _option(call, Option.TEACHER_TEMPERATURE)
     first = Option.COEFFICIENTS + (tail is not None)
     family = family.having([_option(call, first + i) for i in range(len(family.coefficients()))])
-    masked = (z == -torch.inf).all(-1)
-    illegal = torch.zeros_like(masked)
-    if tail is None:
-        labels = call.some_labels() if family.needs_labels else call.labels
-        if labels is not None:
-            labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)
-        log_q = log_softmax(z / t_s)
-        D, w, infinite = _derived(family, log_softmax(v / t_t), log_q, labels)
-        slope = w - log_q.exp() * w.sum(-1, keepdim=True)
-    else:
-        assert call.ids is not None
-        illegal = call.illegal()
-        ids = torch.where(illegal.unsqueeze(-1), -1, call.ids)
-        sharpening = _option(call, Option.COEFFICIENTS) / t_t
-        known = torch.where(selected, call.teacher.flatten(0, 1), 0)
-        rows = outcomes.of(tail, ids, known, z / t_s, sharpening)
-        D, w, infinite = _derived(family, rows.log_p, rows.log_q, None)
-        masked = masked | (rows.log_q == -torch.inf).all(-1)
-        slope = rows.chained(w)
-    dead = illegal | masked if family.kernel_id in FINITE_GRADIENT else illegal | masked | infinite
-    D = torch.where(infinite | masked, torch.inf, D)
-    return torch.where(illegal, torch.nan, D), torch.where(dead.unsqueeze(-1), 0, slope / t_s)
+    return _with_logits(call, family) if tail is None else _with_list(call, family, tail)
+
+
+def _with_logits(call: EagerCall, family: Any) -> tuple[Tensor, Tensor]:
+    z, v = call.logits()
+    z = z[:, : v.shape[1]]
+    selected = (call.row_weights != 0).unsqueeze(-1)
+    z, v = torch.where(selected, z, 0), torch.where(selected, v, 0)  # what is in other rows must not show
+    t_s, t_t = _option(call, Option.TEMPERATURE), _option(call, Option.TEACHER_TEMPERATURE)
+    labels = call.some_labels() if family.needs_labels else call.labels
+    if labels is not None:
+        labels = torch.where((labels >= 0) & (labels < z.shape[1]) & selected.squeeze(-1), labels, 0)
+    log_q = log_softmax(z / t_s)
+    D, w, infinite = _derived(family, log_softmax(v / t_t), log_q, labels)
+    slope = w - log_q.exp() * w.sum(-1, keepdim=True)
+    dead = infinite | (z == -torch.inf).all(-1)
+    return torch.where(dead, torch.inf, D), torch.where(dead.unsqueeze(-1), 0, slope / t_s)
+
+
+def _with_list(call: EagerCall, family: Any, tail: str) -> tuple[Tensor, Tensor]:
+    assert call.ids is not None
+    t_s, t_t = _option(call, Option.TEMPERATURE), _option(call, Option.TEACHER_TEMPERATURE)
+    illegal = call.illegal()
+    ids = torch.where(illegal.unsqueeze(-1), -1, call.ids)
+    known = call.teacher.flatten(0, 1)
+    rows = outcomes.of(tail, ids, known, call.logits()[0] / t_s, _option(call, Option.COEFFICIENTS) / t_t)
+    D, w, infinite = _derived(family, rows.log_p, rows.log_q, None)
+    masked = (rows.log_q == -torch.inf).all(-1) & (rows.log_off == -torch.inf).squeeze(-1)
+    dead = illegal | masked | (infinite if family.kernel_id not in FINITE_GRADIENT else False)
+    slope = rows.chained(w / t_s).masked_fill_(dead.unsqueeze(-1), 0)
+    return torch.where(illegal, torch.nan, torch.where(infinite | masked, torch.inf, D)), slope
 
 
 def _option(call: EagerCall, i: int) -> Tensor:
@@ -169,7 +182,9 @@ def _derived(family: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -
         (w,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
-        infinite = (torch.inf == D) | (value(2 * LOWEST, lowered(log_q, 2 * LOWEST)) > D)
+        infinite = torch.inf == D
+        if not log_q.is_cpu or any([bool((x == -torch.inf).any()) for x in (log_p, log_q)]):  # a GPU is not asked
+            infinite |= value(2 * LOWEST, lowered(log_q, 2 * LOWEST)) > D
         finite = family.kernel_id in FINITE_GRADIENT
         return D, w if finite else torch.where(log_q == -torch.inf, 0, w), infinite
 

@@ -21,25 +21,24 @@ class Outcomes(NamedTuple):
     log_p: Tensor
     """``(R, K)``, or ``(R, K + 1)`` with the tail; −inf at padding."""
     log_q: Tensor
-    log_all: Tensor
-    """``(R, V)``: log q of all columns; where both sides are renormalised, −inf off the list."""
     ids: Tensor
     """``(R, K)``, 0 at padding."""
     valid: Tensor
-    listed: Tensor
-    """``(R, V)``."""
+    off: Tensor
+    """``(R, V)``: log q of the columns off the list, over that of all of them; −inf on the list."""
+    log_off: Tensor
+    """``(R, 1)``: log q of all of them; −inf where both sides are renormalised."""
 
     def chained(self, w: Tensor) -> Tensor:
-        """∂D/∂s ``(R, V)``, s = z/T, of w = ∂D/∂log q of the outcomes: w_k − q·Σw, where the columns of the tail share
-        its w as they share its q.
+        """∂D/∂s ``(R, V)``, s = z/T, of w = ∂D/∂log q of the outcomes: w_k − q·Σw, of which the columns of the tail
+        have their shares. In the memory of `off`.
         """
-        k = self.ids.shape[1]
-        gradient = -self.log_all.exp() * w.sum(-1, keepdim=True)
+        k, total = self.ids.shape[1], w.sum(-1, keepdim=True)
+        of_tail = -self.log_off.exp() * total
         if w.shape[1] > k:
-            log_tail = self.log_q[:, k:]
-            share = torch.where(self.listed | (log_tail == -torch.inf), -torch.inf, self.log_all - log_tail)
-            gradient = gradient + w[:, k:] * share.exp()
-        return gradient.scatter_add(-1, self.ids, torch.where(self.valid, w[:, :k], 0))
+            of_tail = of_tail + w[:, k:]
+        listed = w[:, :k] - self.log_q[:, :k].exp() * total
+        return self.off.exp_().mul_(of_tail).scatter_add_(-1, self.ids, torch.where(self.valid, listed, 0))
 
 
 def of(tail: str, ids: Tensor, logprobs: Tensor, s: Tensor, sharpening: Tensor) -> Outcomes:
@@ -49,19 +48,24 @@ def of(tail: str, ids: Tensor, logprobs: Tensor, s: Tensor, sharpening: Tensor) 
     valid = ids >= 0
     column = torch.where(valid, ids, 0)
     known = torch.where(valid, logprobs, -torch.inf)
-    log_p, log_all = known.double(), log_softmax(s)
-    listed = torch.zeros_like(s).scatter_add(-1, column, valid.to(s.dtype)) > 0
-    if tail == "both_renormalized":
-        log_all = log_softmax(torch.where(listed, log_all, -torch.inf))
-    log_q = torch.where(valid, log_all.gather(-1, column), -torch.inf)
+    log_p, s_k = known.double(), torch.where(valid, s.gather(-1, column), -torch.inf)
+    # padding stands for the highest id; a row of nothing but padding has no term
+    off = s.scatter(-1, torch.where(valid, ids, ids.amax(-1, keepdim=True).clamp(min=0)), -torch.inf)
+    log_off = off.logsumexp(-1, keepdim=True)
+    off = off.sub_(torch.where(log_off == -torch.inf, 0, log_off))
     if tail in ("renormalize", "both_renormalized"):
         log_p = log_softmax(log_p * sharpening)
-    if tail in ("renormalize", "bucket"):
-        log_tail_q = torch.where(listed, -torch.inf, log_all).logsumexp(-1, keepdim=True)
-        log_tail_p = torch.full_like(log_tail_q, -torch.inf)
+    if tail == "both_renormalized":
+        lost = torch.where(log_off < torch.inf, 0, torch.nan)  # NaN off the list shows, though nothing there counts
+        return Outcomes(log_p, log_softmax(s_k) + lost, column, valid, off, torch.full_like(log_off, -torch.inf))
+    log_all = torch.logaddexp(log_off, s_k.logsumexp(-1, keepdim=True))
+    log_all = torch.where(log_all == -torch.inf, 0, log_all)
+    log_q, log_off = s_k - log_all, log_off - log_all
+    if tail != "ignore":
+        log_rest = torch.full_like(log_off, -torch.inf)
         if tail == "bucket":
-            rest = tail_of_teacher(known, log_tail_q > -torch.inf)
+            rest = tail_of_teacher(known, log_off > -torch.inf)
             log_mass = (log_p.exp().sum(-1, keepdim=True) + rest).log()
-            log_p, log_tail_p = log_p - log_mass, rest.log() - log_mass
-        log_p, log_q = torch.cat([log_p, log_tail_p], -1), torch.cat([log_q, log_tail_q], -1)
-    return Outcomes(log_p, log_q, log_all, column, valid, listed)
+            log_p, log_rest = log_p - log_mass, rest.log() - log_mass
+        log_p, log_q = torch.cat([log_p, log_rest], -1), torch.cat([log_q, log_off], -1)
+    return Outcomes(log_p, log_q, column, valid, off, log_off)

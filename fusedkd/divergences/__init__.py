@@ -45,6 +45,9 @@ class ReverseKL(Divergence):
     def coefficients(self) -> tuple[Real, ...]:
         return 0.0, 1.0
 
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return kl(log_q, log_p).sum(-1)
+
     def exchanged(self) -> tuple[Real, Divergence]:
         return 1.0, ForwardKL()
 
