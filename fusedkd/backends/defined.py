@@ -182,7 +182,7 @@ def _derived(family: Any, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -
         (w,) = torch.autograd.grad(D.sum(), leaf, allow_unused=True, materialize_grads=True)
     D = D.detach()
     with torch.no_grad():
-        infinite = torch.inf == D
+        infinite = D.isposinf()
         if not log_q.is_cpu or any([bool((x == -torch.inf).any()) for x in (log_p, log_q)]):  # a GPU is not asked
             infinite |= value(2 * LOWEST, lowered(log_q, 2 * LOWEST)) > D
         finite = family.kernel_id in FINITE_GRADIENT
