@@ -39,6 +39,29 @@ def micro_batches(ranks: Rank) -> None:
     torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
 
 
+class Squared(fusedkd.Divergence):
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return (log_p.exp() - log_q.exp()).square().sum(-1)
+
+
+def values_of_each_row(ranks: Rank) -> None:
+    """By the kernels, and where logits are gathered; a sum of both."""
+    student, teacher, labels = rows()
+    x = torch.linspace(0, 1, ROWS)
+    options = {"temperature": 1 + x, "kd_weight": 2 * x, "divergence": [(0.5, fusedkd.JSD(x)), (1 - x, Squared())]}
+    found = []
+    for span, group in ((ranks.span(V), {"vocab_group": ranks.group}), (slice(None), {})):
+        own = student[:, span].clone().requires_grad_()
+        loss, terms = kd_loss(own, teacher[:, span], labels, ce_weight=0.5, return_terms=True, **options, **group)
+        loss.backward()
+        gradient = torch.cat(ranks.together(own.grad), -1) if group else own.grad
+        found.append((loss.detach(), *terms, gradient))
+    torch.testing.assert_close(*found)
+    given = {"return_terms": True, "statistics": ["student_entropy"], "vocab_group": ranks.group}
+    with pytest.raises(ValueError, match="statistics are not available for a split vocabulary"):
+        kd_loss(student[:, ranks.span(V)], teacher[:, ranks.span(V)], **given)
+
+
 def inplace(ranks: Rank, divergence: str) -> None:
     student, teacher, labels = rows()
     span, whole = ranks.span(V), student.clone().requires_grad_()
@@ -129,7 +152,7 @@ def checkpointed(ranks: Rank) -> None:
     torch.testing.assert_close(torch.cat(ranks.together(own.grad), -1), whole.grad)
 
 
-for function in (micro_batches, twice, head_in_kd_loss, module, compiled, checkpointed):
+for function in (micro_batches, values_of_each_row, twice, head_in_kd_loss, module, compiled, checkpointed):
     case(function)
 for name in ("forward_kl", "reverse_kl", "logit_mse"):
     case(inplace, name)

@@ -178,7 +178,7 @@ def test_a_gate(device: str) -> None:
         ({"statistics": ["entropy"]}, ValueError, "statistics must be of student_entropy.*, but one is 'entropy'"),
         ({"statistics": ["student_entropy"], "return_terms": False}, ValueError, "pass return_terms=True"),
         ({"statistics": ["student_logprob"]}, ValueError, "student_logprob need labels, which are None"),
-        ({"statistics": ["student_entropy"], "kd_weight": 0.0}, ValueError, "kd_weight is 0"),
+        ({"statistics": ["student_entropy"], "kd_weight": 0.0}, ValueError, "KD term, whose weight is 0"),
     ],
 )
 def test_mistakes(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -45,7 +45,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
 from fusedkd.backends.layout import SHARD_STATS, STATS, KernelId, Stage, TopkKernelId  # noqa: E402
-from fusedkd.backends.triton import launch  # noqa: E402
+from fusedkd.backends.triton import choice, launch  # noqa: E402
 from fusedkd.backends.triton.kd_naive import kd_naive  # noqa: E402
 
 
@@ -364,6 +364,13 @@ def test_options_of_each_row_compile_nothing_of_their_own(listed: bool, monkeypa
         assert shared
         for there, here in zip(shared, own, strict=True):
             assert (here.signature, here.constants, here.aligned) == (there.signature, there.constants, there.aligned)
+
+
+def test_options_of_each_row_are_for_triton() -> None:
+    case = choice.Case(300, LONG, LONG, BF16, BF16, KernelId.FORWARD_KL, transform=False, forward=True)
+    hopper = choice.Device(132, cluster=True, hip=False)
+    assert choice.choose(case, hopper)[0] == "cluster"
+    assert choice.choose(case._replace(own_options=True), hopper)[0] == "whole"
 
 
 # -------------------------------------------------- what this check sees

@@ -68,7 +68,7 @@ def own_rows(values: Sequence[Real]) -> int | None:
 
 def _of_rows(values: Sequence[Real], constant: Tensor, rows: int) -> Tensor:
     """Numbers, 0-d tensors and those of a value per row as ``(rows, values)``."""
-    packed = constant.repeat(rows, 1)
+    packed = kept(constant).repeat(rows, 1)
     for i, value in enumerate(values):
         if isinstance(value, Tensor):
             packed[:, i].copy_(value.detach().reshape(-1), non_blocking=not packed.is_cpu)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedkd import checks as check
 from fusedkd.backends import defined
-from fusedkd.backends.call import pack
+from fusedkd.backends.call import own_rows, pack
 from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergence, DivergenceName, LogitMSE, resolve
@@ -120,6 +120,8 @@ def check_softmax(divergence: DivergenceName | Divergence) -> Divergence:
         raise ValueError(f"divergence must not be {family.name}: it needs labels, and queries have none")
     if family.temperature_power == 0:
         raise ValueError(f"divergence must not be {family.name}: attention_mse_loss compares scores without a softmax")
+    if own_rows(family.coefficients()) is not None:
+        raise ValueError(f"divergence must have parameters that all rows of a map share, but {family.name} has its own")
     return family
 
 

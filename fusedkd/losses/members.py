@@ -94,7 +94,7 @@ def _teachers(teacher: Any, options: KDOptions) -> list[tuple[Any, Real]]:
 def refuse_statistics(names: Sequence[str], asked: Sequence[Member], part: Prepared) -> None:
     """Where the rows or the side of which they are is not there."""
     if names and not part.rules.kd:
-        raise ValueError("statistics are of the KD term's rows, but kd_weight is 0")
+        raise ValueError("statistics are of the rows of the (first) KD term, whose weight is 0")
     if part.labels is None and not OF_LABEL.isdisjoint(names):
         raise ValueError(f"statistics {', '.join(sorted(OF_LABEL.intersection(names)))} need labels, which are None")
     of_teacher = sorted(OF_TEACHER.intersection(names))

@@ -14,7 +14,7 @@ from fusedkd import checks as check
 from fusedkd import teachers
 from fusedkd.backends import block
 from fusedkd.backends.block import Flags, TeacherRows, WholeTeacher
-from fusedkd.backends.call import RECIPE_POWERS, kept, made, pack, recipe
+from fusedkd.backends.call import RECIPE_POWERS, kept, made, own_rows, pack, recipe
 from fusedkd.backends.layout import COUNTED, NORMALIZERS, OPTIONS, Option, TopkKernelId
 from fusedkd.backends.shard import Shard
 from fusedkd.checks import Real
@@ -44,6 +44,8 @@ class Rules(NamedTuple):
     per_row: bool
     constants: dict[torch.device, tuple[Tensor, Tensor | None]]
     """Real options and normalisers of a teacher without options of its own, once they are on a device."""
+    own: bool
+    """Whether rows have values of their own of any option or coefficient."""
     share: Tensor | None = None
     """The weight of each row, ``(*)``, among several teachers or divergences, where rows have their own."""
 
@@ -70,10 +72,11 @@ class Rules(NamedTuple):
         needs_labels, transform = kd and family.needs_labels, any([value is not None for value in transforms.values()])
         counted = tuple([COUNTED if each is None else each for each in given])
         normalizers = (1.0, 1.0) if reduction != "mean" else None if given == (None, None) else counted
+        coefficients = family.coefficients()
         return cls(
             options=options,
             family=family,
-            coefficients=family.coefficients(),
+            coefficients=coefficients,
             temperatures=temperatures,
             normalizers=normalizers,  # type: ignore[arg-type]
             kd=kd,
@@ -83,6 +86,7 @@ class Rules(NamedTuple):
             flags=Flags(ignore_index=options["ignore_index"], transform=transform, ce=ce),
             per_row=reduction == "none",
             constants={},
+            own=own_rows([*coefficients, *temperatures, options["kd_weight"]]) is not None,
         )
 
     def tensors(self, known: KnownTeacher, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -269,7 +273,7 @@ def prepare(
     known = teachers.known(
         teacher, student, family, rules.coefficients, rules.temperatures, options["vocab_mismatch"], columns
     )
-    if known_rows:
+    if known_rows and (rules.own or rules.share is not None):
         rules.own_values(student)
     flags = rules.flags if shard is None else rules.flags._replace(shard=shard)
     if known.softcap is not None or known.scale is not None:

@@ -68,13 +68,16 @@ class Case(NamedTuple):
     transform: bool
     forward: bool
     """Statistics are to be taken. Otherwise one pass is left, which nothing has to be kept for."""
+    own_options: bool = False
+    """Of each row, which the cluster kernel does not read."""
 
 
 def choose(case: Case, device: Device) -> tuple[str, int]:
     """A kernel, the first line that fits, and the number of parts into which it splits a row."""
-    rows, V, C, dtype, teacher, kernel_id, transform, forward = case
+    rows, V, C, dtype, teacher, kernel_id, transform, forward, own_options = case
     wide = dtype == torch.float64
-    cluster = device.cluster and not wide and dtype == teacher and (kernel_id == KernelId.FORWARD_KL or not transform)
+    cluster = device.cluster and not wide and dtype == teacher and not own_options
+    cluster = cluster and (kernel_id == KernelId.FORWARD_KL or not transform)
     resident = forward and not wide and resident_columns(kernel_id, transform) >= C
     at_the_ends = V - C + 2 * UNIT.value  # at most: columns of the row that are not in its body
     parts = min(PROGRAMS * device.processors // rows, V // PART_COLUMNS, MAX_PARTS.value)

@@ -46,9 +46,8 @@ def launch(
         kernel_id=call.kernel_id,
         transform=call.transform,
         forward=row_losses is not None,
+        own_options=call.options.dim() == 2,
     )
-    if call.options.dim() == 2:  # which the cluster kernel does not know
-        device = device._replace(cluster=False)
     kernel, parts = choose(case, device)
     if kernel == "cluster":
         if _cluster(call, stats, row_losses, upstream, gradient, skip_if_one):
