@@ -17,12 +17,18 @@ from truth import DTYPES, Term, Truth, assert_gradient, assert_value, kd_truth, 
 from fusedkd import (
     DKD,
     JSD,
+    LK,
+    TAID,
+    AdaptiveKL,
     AlphaBeta,
+    AMiD,
     Jeffreys,
     LogitMSE,
     SkewKL,
     SkewReverseKL,
+    ToDi,
     kd_loss,
+    linear_kd_loss,
 )
 from fusedkd.divergences import Divergence
 
@@ -39,6 +45,12 @@ OWN: dict[str, Callable[[Any, Any], Any]] = {
     "total_variation": lambda a, b: "total_variation",
     "logit_mse": lambda a, b: LogitMSE(0.5 + b),
     "dkd": lambda a, b: DKD(a, b),
+    "taid": lambda a, b: TAID(a),
+    "todi": lambda a, b: ToDi(b),
+    "adaptive_kl": lambda a, b: AdaptiveKL(a),
+    "amid": lambda a, b: AMiD(b, a),
+    "lk": lambda a, b: LK(b),
+    "nla": lambda a, b: "nla",
 }
 A = [0.5, 0.0, 1.0, 0.1, 0.9, 0.3, 1e-3]
 """The ends of JSD and of the skew divergences are other formulas."""
@@ -247,10 +259,6 @@ def test_a_gradient_for_the_teacher(device: str, name: str) -> None:
     student, teacher = (x.double() for x in pair(N, 301, device=device))
     labels, own = targets(N, classes=301, device=device, ignored=None), of(name)
     teacher = teacher.requires_grad_()
-    if name == "dkd":
-        with pytest.raises(ValueError, match="teacher_gradient of dkd takes parameters that all rows share"):
-            kd_loss(student, teacher, labels, teacher_gradient=True, **own.whole(device))
-        return
     loss = kd_loss(student, teacher, labels, teacher_gradient=True, reduction="sum", **own.whole(device))
     (gradient,) = torch.autograd.grad(loss, teacher)
     for i in range(N):
@@ -259,6 +267,24 @@ def test_a_gradient_for_the_teacher(device: str, name: str) -> None:
         (one,) = torch.autograd.grad(one, v)
         one *= WEIGHT[i]
         torch.testing.assert_close(gradient[i : i + 1], one, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "both_renormalized"])
+@pytest.mark.parametrize("name", ["jeffreys", "jsd", "alpha_beta", "taid", "amid", "lk"])
+def test_listed_teachers_of_any_divergence(device: str, name: str, tail: str) -> None:
+    """From logits and from hidden states, as row by row."""
+    student, logits = (x.double() for x in pair(N, 33, device=device))
+    own = Rows(family=name, a=A, b=B, kd_weight=WEIGHT, temperature=2.0)
+    teacher, leaf = top_k(logits, 5, tail, 2.0), student.requires_grad_()
+    eye = torch.eye(33, dtype=torch.float64, device=device)
+    losses = [
+        kd_loss(leaf, teacher, reduction="none", **own.whole(device)),
+        linear_kd_loss(leaf, eye, teacher, reduction="none", **own.whole(device)),
+        torch.cat([kd_loss(leaf[i : i + 1], row_of(teacher, i), reduction="none", **own.row(i)) for i in range(N)]),
+    ]
+    found = [(x, torch.autograd.grad(x.sum(), leaf)[0]) for x in losses]
+    for each in found[:2]:
+        torch.testing.assert_close(each, found[2], rtol=1e-10, atol=1e-13)
 
 
 class Hellinger(Divergence):

@@ -25,7 +25,7 @@ class TAID(Divergence):
     name, columns = "taid", "alike"
 
     def __post_init__(self) -> None:
-        real("t", self.t, high=1.0)
+        real("t", self.t, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.t,)
@@ -51,7 +51,7 @@ class ToDi(Divergence):
     name, columns = "todi", "sum"
 
     def __post_init__(self) -> None:
-        real("beta", self.beta)
+        real("beta", self.beta, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.beta,)
@@ -74,7 +74,7 @@ class AdaptiveKL(Divergence):
     name = "adaptive_kl"
 
     def __post_init__(self) -> None:
-        real("head", self.head, high=1.0)
+        real("head", self.head, high=1.0, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.head,)
@@ -107,8 +107,8 @@ class AMiD(Divergence):
     name, columns = "amid", "alike"
 
     def __post_init__(self) -> None:
-        real("alpha", self.alpha, low=float("-inf"))
-        real("share", self.share, high=1.0)
+        real("alpha", self.alpha, low=float("-inf"), per_row=True)
+        real("share", self.share, high=1.0, per_row=True)
         flag("reverse", self.reverse)
 
     def coefficients(self) -> tuple[Real, ...]:
@@ -135,7 +135,7 @@ class LK(Divergence):
     name, columns, temperature_power = "lk", "alike", 1
 
     def __post_init__(self) -> None:
-        real("decay", self.decay)
+        real("decay", self.decay, per_row=True)
 
     def coefficients(self) -> tuple[Real, ...]:
         return (self.decay,)

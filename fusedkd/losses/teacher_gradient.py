@@ -17,7 +17,7 @@ from torch import Tensor
 from fusedkd import checks as check
 from fusedkd.backends import block, defined
 from fusedkd.backends.block import Flags, TeacherRows
-from fusedkd.backends.call import own_rows, pack
+from fusedkd.backends.call import pack
 from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
@@ -65,10 +65,6 @@ def exchanged(part: Prepared, teacher: TeacherRows) -> tuple[TeacherRows, Diverg
     """The teacher with what its gradient takes, and the divergence of the exchanged call, to be kept alive."""
     rules, given = part.rules, part.rules.options
     weight, divergence = rules.family.exchanged()
-    if divergence.kernel_id is None and own_rows(rules.coefficients) is not None:
-        raise ValueError(
-            f"teacher_gradient of {rules.family.name} takes parameters that all rows share, not one of a value per row"
-        )
     coefficients = divergence.coefficients()
     values = rules.real_options(part.known)
     for own, other in SIDES:
