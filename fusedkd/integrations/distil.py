@@ -101,6 +101,11 @@ class ChatArguments(Arguments):
     report_to: None | str | list[str] = option("none", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
 
 
+SHAPING = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
+           "gradient_accumulation_steps", "max_grad_norm", "weight_decay", "bf16", "fp16", "seed")  # fmt: skip
+"""Of the training, what a student depends on."""
+
+
 class ChatTrainer(Interruptible, DistillationTrainer):
     """Online and offline."""
 
@@ -144,7 +149,7 @@ def distil(options: Options) -> dict[str, Any]:
     models, data, loss, arguments = options
     folder, console = Path(str(arguments.output_dir)), Console(highlight=False, width=120)
     settings = {**asdict(models), **asdict(data), **asdict(loss)}
-    settings |= {name: getattr(arguments, name) for name in ("max_steps", "num_train_epochs", "learning_rate", "seed")}
+    settings |= {name: getattr(arguments, name) for name in SHAPING}
     checkpoint = claim(folder, settings, arguments.resume_from_checkpoint)
     if is_finished(folder):
         console.print(f"finished: {folder}")
@@ -158,7 +163,7 @@ def distil(options: Options) -> dict[str, Any]:
     if len(held_out):
         found["before"] = evaluated(trainer)
         console.print(f"[bold]before[/bold]: {shown(found['before'])}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    found["seconds"] = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
     if len(held_out):
         found["after"] = evaluated(trainer)
         console.print(f"[bold]after[/bold]: {shown(found['after'])}")

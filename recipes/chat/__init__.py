@@ -1,0 +1,1 @@
+"""Runs of `fusedkd distil` side by side."""
