@@ -37,7 +37,8 @@ def markdown(results: Results) -> str:
     its, sizes = first["settings"], first["parameters"]
     models = f"{sizes['student'] / 1e6:.0f} M parameters of the teacher's {sizes.get('teacher', 0) / 1e6:.0f} M"
     batch = its["per_device_train_batch_size"]
-    legend = f"{where(results)}. Student: {models}; batches of {batch} conversations; learning rate {its['learning_rate']:g}."
+    trained = f"batches of {batch} conversations, learning rate {its['learning_rate']:g}"
+    legend = f"{where(results)}. Student: {models}; {trained}."
     return "\n".join([*markdown_table(table(results)), "", legend])
 
 

@@ -56,6 +56,19 @@ def test_online(made, tmp_path, capsys):
     assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
 
 
+def test_runs_side_by_side(made, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from recipes.chat.__main__ import main as compare
+
+    distilled(made, tmp_path / "short", "--max_steps", "3", "--logging_steps", "1")
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert compare(["--runs", str(tmp_path / "short"), *out]) == 0
+    assert "short, after" in capsys.readouterr().out
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    assert compare(["--runs", str(tmp_path), *out]) == 2
+    assert "there is no results.json" in capsys.readouterr().err
+
+
 def test_packing_is_the_same_training(made, tmp_path):
     """No conversation sees another, and no token counts twice."""
     apart, packed = (distilled(made, tmp_path / name, "--packing", name) for name in ("false", "true"))
