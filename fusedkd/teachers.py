@@ -309,6 +309,11 @@ def _top_k(teacher: TeacherTopK, student: Tensor, family: Divergence, temperatur
     tail, taken = teacher.tail, teacher.logprobs_temperature
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, not {tail!r}")
+    if not family.same_columns:
+        raise ValueError(
+            f"TeacherTopK cannot serve {family.name}, which compares other columns: TeacherSorted, or TeacherProjected "
+            "with another divergence, are for a teacher of another tokenizer"
+        )
     if family.columns == "own" or family.needs_labels:
         hint = "" if family.name in FAMILIES else ", unless its class says what its `columns` are"
         raise ValueError(f"TeacherTopK cannot serve {family.name}: it needs the teacher's logits{hint}")

@@ -172,7 +172,7 @@ def test_refusals(device: str) -> None:
         (ValueError, "but they are 1.0 and 2.0", listed, {**uld_, "temperature": 2.0}),
         (ValueError, "uld has no teacher_gradient", trained, {**uld_, "teacher_gradient": True}),
         (TypeError, "not a TeacherSorted", listed, {**uld_, "teacher_gradient": True}),
-        (ValueError, "TeacherTopK serves", topk, uld_),
+        (ValueError, "TeacherTopK cannot serve uld, which compares other columns", topk, uld_),
         (ValueError, "leading shape", TeacherSorted.of(teacher[:3]), uld_),
     ]
     for kind, message, given, options in cases:
