@@ -16,7 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     if not given or given[0] not in COMMANDS:
         lines = ["usage: fusedkd COMMAND [options]", *(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())]
         print("\n".join([*lines, "fusedkd COMMAND --help: its options"]))
-        return 0 if given[:1] in ([], ["-h"], ["--help"]) else 2
+        if given[:1] in ([], ["-h"], ["--help"]):
+            return 0
+        print(f"error: there is no command {given[0]}", file=sys.stderr)
+        return 2
     module, _ = COMMANDS[given[0]]
     try:
         command = import_module(module)

@@ -49,29 +49,7 @@ class Columns(NamedTuple):
 
 def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dataset, MaskingCollator | None]:
     """Tokenized rows, and what masks them if they are text for a masked model."""
-    names, first = options.dataset, Path(options.dataset[0])
-    files = all(Path(name).is_file() for name in names)
-    if not files and len(names) > 1:
-        raise UsageError(f"no such file: {next(name for name in names if not Path(name).is_file())}")
-    kinds = {FORMATS.get(Path(name).suffix, "text") for name in names}
-    if files and len(kinds) > 1:
-        raise UsageError(f"the files of --dataset must be of one kind, not {' and '.join(sorted(kinds))}")
-    text_files = files and kinds == {"text"}
-    try:
-        if files and not text_files:
-            data = datasets.load_dataset(*kinds, data_files=names, split="train")
-        elif text_files:
-            data = datasets.load_dataset("text", data_files=names, split="train", keep_linebreaks=not masked)
-        elif (first / "state.json").is_file() or (first / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(first)
-        else:
-            data = datasets.load_dataset(names[0], options.dataset_config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"cannot read --dataset {names[0]}: {line(error)}") from error
-    if isinstance(data, dict):
-        if options.split not in data:
-            raise UsageError(f"--dataset has no split {options.split}: --split is one of {', '.join(data)}")
-        data = data[options.split]
+    data = opened(options.dataset, options.dataset_config, options.split, keep_linebreaks=not masked)
     if "input_ids" in data.column_names:
         return tokenized(data, console), None
     if options.messages_column in data.column_names:
@@ -80,16 +58,56 @@ def read(options: Options, masked: bool, console: Console) -> tuple[datasets.Dat
         return conversations(data, options.messages_column, tokenizer_of(options), console), None
     if options.text_column not in data.column_names:
         raise UsageError(f"no column {options.text_column}: --text_column is one of {', '.join(data.column_names)}")
-    tokenizer = tokenizer_of(options)
+    tokenizer, lines = tokenizer_of(options), kind_of_files(options.dataset) == "text"
     text = data.select_columns(options.text_column).filter(bool, input_columns=options.text_column)
     if not masked:
-        return pack_documents(text, tokenizer, options.block_size, whole=not text_files), None
+        return pack_documents(text, tokenizer, options.block_size, whole=not lines), None
     if tokenizer.mask_token_id is None:
         raise UsageError(f"a masked teacher needs a tokenizer with a mask token, which {tokenizer.name_or_path} lacks")
     text = text.rename_columns({} if options.text_column == "text" else {options.text_column: "text"})
     counts = np.ones(len(tokenizer))
     collator = MaskingCollator(tokenizer, counts, options.mlm_probability, smoothing=0.0, seed=options.seed)
     return pack(text, tokenizer, options.block_size, "given"), collator
+
+
+def kind_of_files(names: list[str]) -> str | None:
+    """What datasets calls files of this kind; None: these are no files.
+
+    Raises:
+        UsageError: for files of several kinds, and for several names of which one is no file.
+    """
+    if absent := [name for name in names if not Path(name).is_file()]:
+        if len(names) > 1:
+            raise UsageError(f"no such file: {absent[0]}; several names of --dataset must be files")
+        return None
+    kinds = {FORMATS.get(Path(name).suffix, "text") for name in names}
+    if len(kinds) > 1:
+        raise UsageError(f"the files of --dataset must be of one kind, not {' and '.join(sorted(kinds))}")
+    return kinds.pop()
+
+
+def opened(names: list[str], config: str | None, split: str, keep_linebreaks: bool = True) -> datasets.Dataset:
+    """What --dataset, --dataset_config and --split name: files, a folder of save_to_disk, or a data set of the hub.
+
+    Raises:
+        UsageError: where there is no such thing, or it cannot be read.
+    """
+    kind, first = kind_of_files(names), Path(names[0])
+    try:
+        if kind is not None:
+            options: dict[str, Any] = {"keep_linebreaks": keep_linebreaks} if kind == "text" else {}
+            return datasets.load_dataset(kind, data_files=names, split="train", **options)
+        if (first / "state.json").is_file() or (first / "dataset_dict.json").is_file():
+            data = datasets.load_from_disk(first)
+        else:
+            data = datasets.load_dataset(names[0], config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(f"cannot read --dataset {names[0]}: {line(error)}") from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise UsageError(f"--dataset has no split {split}: --split is one of {', '.join(data)}")
+        return data[split]
+    return data
 
 
 def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from fusedkd.integrations.cache_data import Columns, Row, Survey, blank, gguf, pieces, pretrained
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.kinds import why_not_causal
 
 if TYPE_CHECKING:
     from fusedkd.integrations.cache_teacher import Options
@@ -35,6 +36,10 @@ def is_masked(options: Options) -> bool:
 
 def load(options: Options, masked: bool) -> Any:
     """A GGUF file's weights become dense; its type is float32 unless --dtype says otherwise."""
+    if not options.gguf_file:
+        config = pretrained(AutoConfig, options.teacher, "--teacher")
+        if (not masked or config.is_encoder_decoder) and (reason := why_not_causal(config)):
+            raise UsageError(f"--teacher {options.teacher} {reason}")
     kind: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     several = {"device_map": "auto"} if torch.accelerator.is_available() else {}  # all the devices there are
     model = pretrained(kind, options.teacher, "--teacher", dtype=options.dtype, **several, **gguf(options))

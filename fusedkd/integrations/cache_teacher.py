@@ -223,7 +223,8 @@ def write(options: Options, console: Console) -> None:
     each = f"{size / known.tokens:,.0f} bytes per token"
     console.print(f"[bold]Done[/bold]: {size / 1e9:,.2f} GB, {each}, in {folder}; read it with datasets.load_from_disk")
     if options.temperature != 1:
-        console.print(f"Train with KDConfig(logprobs_temperature={options.temperature:g}), as the cache has it")
+        at = f"{options.temperature:g}"
+        console.print(f"Train with KDConfig(logprobs_temperature={at}), or fusedkd distil --logprobs_temperature {at}")
 
 
 def fill(

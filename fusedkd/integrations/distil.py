@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,14 +32,15 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedModel,
     PrinterCallback,
+    TrainerCallback,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd import env
 from fusedkd.divergences import FAMILIES
-from fusedkd.integrations.cache_chat import IGNORE, conversations
 from fusedkd.integrations.command import UsageError, command_line, option, parse_divergence, parse_into
 from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.distil_data import DataOptions, rows_of
 from fusedkd.integrations.interrupt import Arguments, Interruptible, claim, is_finished
 from fusedkd.integrations.on_policy import OnPolicyTrainer
 from fusedkd.integrations.students import causal_model, spread_layers, student_of
@@ -57,17 +60,6 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
-    _argument_group_name = "data"
-    dataset: list[str] = option([], "files (.jsonl, .parquet) or a hub data set; offline: what `fusedkd cache` wrote")
-    split: str = option("train", "of a data set that has several")
-    messages_column: str = option("messages", "its column of conversations")
-    held_out: int = option(64, "conversations of its end, for evaluation")
-    max_length: int = option(1024, "tokens of a conversation; what is beyond is cut off")
-    packing: bool = option(False, "conversations one after the other in a row, without padding, none sees another")
-
-
-@dataclass
 class LossOptions:
     _argument_group_name = "loss"
     mode: Literal["online", "offline", "on_policy"] = option(
@@ -81,8 +73,9 @@ class LossOptions:
     )
     temperature: float = option(1.0, "softmax temperature of the KD term")
     kd_weight: float = option(1.0, "weight of the KD term")
-    ce_weight: float = option(0.0, "weight of the cross-entropy with the given answers; not on_policy")
+    ce_weight: float = option(0.0, "weight of the cross-entropy with the given answers")
     tail: Literal[TAILS] = option("bucket", "offline: what becomes of the teacher's mass off the list")  # type: ignore[valid-type]
+    logprobs_temperature: float = option(1.0, "offline: --temperature of `fusedkd cache`")
     max_new_tokens: int = option(128, "on_policy: of an answer")
     lmbda: float = option(1.0, "on_policy: share of the batches with the student's own answers; the rest: given ones")
 
@@ -131,23 +124,37 @@ def parse(argv: list[str] | None = None) -> Options:
         "--student_layers goes without --student, which is as it is": models.student and models.student_layers,
         "--student_layers must not be negative": models.student_layers < 0,
         "--lora_rank must not be negative": models.lora_rank < 0,
+        "--lora_rank needs --student: adapters are saved without the model that they belong to": models.lora_rank
+        and not models.student,
         "--held_out must not be negative": data.held_out < 0,
         "--max_length must be at least 2": data.max_length < 2,
         "--packing does not go with --mode on_policy, whose answers are padded": data.packing
         and loss.mode == "on_policy",
-        "--ce_weight does not go with --mode on_policy: the student would learn its own answers": loss.ce_weight
-        and loss.mode == "on_policy",
+        "--ce_weight does not go with --mode on_policy and --lmbda 1: the student would learn its own answers": (
+            loss.ce_weight and loss.mode == "on_policy" and loss.lmbda == 1
+        ),
     }
     if sentence := next((sentence for sentence, holds in wrong.items() if holds), None):
         raise UsageError(sentence)
-    config_of(loss)
+    with refused():
+        config_of(loss)
     return found  # type: ignore[return-value]
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """What the trainer and its options refuse, as one line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 def distil(options: Options) -> dict[str, Any]:
     """Train, or find trained: what `results.json` holds."""
     models, data, loss, arguments = options
-    folder, console = Path(str(arguments.output_dir)), Console(highlight=False, width=120)
+    folder, first = Path(str(arguments.output_dir)), arguments.process_index == 0
+    console = Console(highlight=False, width=120, quiet=not first)
     settings = {**asdict(models), **asdict(data), **asdict(loss)}
     settings |= {name: getattr(arguments, name) for name in SHAPING}
     checkpoint = claim(folder, settings, arguments.resume_from_checkpoint)
@@ -155,9 +162,13 @@ def distil(options: Options) -> dict[str, Any]:
         console.print(f"finished: {folder}")
         return dict(json.loads((folder / "results.json").read_text()))
     teacher, student, tokenizer = models_of(models)
-    train, held_out = rows_of(data, tokenizer, loss.mode, console)
-    trainer = trainer_of(options, student, teacher, tokenizer, train, held_out)
-    trainer.remove_callback(PrinterCallback)
+    with arguments.main_process_first():
+        train, held_out = rows_of(data, tokenizer, loss.mode == "offline", console)
+    with refused():
+        trainer = trainer_of(options, student, teacher, tokenizer, train, held_out)
+        trainer.data_collator([train[0]])  # refuses a cache of another temperature
+    if trainer.pop_callback(PrinterCallback):  # there is no progress bar
+        trainer.add_callback(Lines(console))
     found: dict[str, Any] = {"settings": settings, "versions": env.versions(), "machine": env.devices()}
     found["parameters"] = {"student": parameters(student)} | ({"teacher": parameters(teacher)} if teacher else {})
     if len(held_out):
@@ -175,6 +186,18 @@ def distil(options: Options) -> dict[str, Any]:
     trainer.save_state()  # last: now it is finished
     console.print(f"model, results.json: {folder}")
     return found
+
+
+class Lines(TrainerCallback):
+    """A line for each log, where no progress bar shows it."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            found = {name: logs[name] for name in ("loss", "kd", "ce", "completion_length") if logs.get(name)}
+            self.console.print(f"step {state.global_step:,} of {state.max_steps:,}: {shown(found)}")
 
 
 def parameters(model: Any) -> int:
@@ -212,7 +235,11 @@ def models_of(options: ModelOptions) -> tuple[Any, Any, Tokenizer]:
                 raise UsageError(f"--student {options.student} has another vocabulary: {error}") from None
         tokenizer = own
     else:
-        depth = teacher.config.get_text_config().num_hidden_layers
+        if teacher.config.get_text_config() is not teacher.config:
+            raise UsageError(
+                f"--student is missing: of {type(teacher).__name__}, which takes more than text, none is made"
+            )
+        depth = teacher.config.num_hidden_layers
         kept = options.student_layers or max(depth // 2, 1)
         if kept > depth:
             raise UsageError(f"--student_layers {kept}: the teacher has {depth}")
@@ -220,6 +247,8 @@ def models_of(options: ModelOptions) -> tuple[Any, Any, Tokenizer]:
         student = student if options.dtype == "auto" else student.to(getattr(torch, options.dtype))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UsageError(f"the tokenizer of {tokenizer.name_or_path} has neither a pad_token nor an eos_token: set one")
     return teacher, adapted(student, options.lora_rank), tokenizer
 
 
@@ -235,58 +264,6 @@ def adapted(student: PreTrainedModel, rank: int) -> Any:
     return get_peft_model(student, LoraConfig(**options))
 
 
-# ---- data
-
-
-def rows_of(
-    options: DataOptions, tokenizer: Tokenizer, mode: str, console: Console
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and held-out rows: `input_ids` and `labels`, of a cache with the teacher's columns."""
-    data = read(options)
-    if "input_ids" in data.column_names:
-        if "labels" not in data.column_names:
-            raise UsageError(f"--dataset {options.dataset[0]} has input_ids and no labels")
-        rows = data
-    elif mode == "offline":
-        raise UsageError(f"--dataset {options.dataset[0]} is no cache: `fusedkd cache` writes one")
-    elif options.messages_column not in data.column_names:
-        names = ", ".join(data.column_names)
-        raise UsageError(f"--dataset has no column {options.messages_column}: --messages_column is one of {names}")
-    else:
-        rows = conversations(data, options.messages_column, tokenizer, console)
-    if mode != "offline":  # whose rows are as they were cached
-        rows = rows.map(cut, fn_kwargs={"length": options.max_length})
-    rows = rows.filter(has_answer)
-    if len(rows) <= options.held_out:
-        raise UsageError(f"there are {len(rows)} conversations with an answer: --held_out must be fewer")
-    split = len(rows) - options.held_out
-    console.print(f"[bold]Data[/bold]: {split:,} conversations, {options.held_out:,} held out")
-    return rows.select(range(split)), rows.select(range(split, len(rows)))
-
-
-def read(options: DataOptions) -> datasets.Dataset:
-    name = Path(options.dataset[0])
-    try:
-        if (name / "state.json").is_file():
-            return datasets.load_from_disk(name)
-        kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-        if name.suffix in kinds:
-            return datasets.load_dataset(kinds[name.suffix], data_files=options.dataset, split="train")
-        return datasets.load_dataset(options.dataset[0], split=options.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"cannot read --dataset {name}: {' '.join(str(error).split())}") from error
-
-
-def cut(row: dict[str, Any], length: int) -> dict[str, Any]:
-    """Every column that has an entry for each token."""
-    count = len(row["input_ids"])
-    return {name: value[:length] for name, value in row.items() if isinstance(value, list) and len(value) == count}
-
-
-def has_answer(row: dict[str, Any]) -> bool:
-    return any(label != IGNORE for label in row["labels"][1:])
-
-
 # ---- training
 
 
@@ -298,6 +275,7 @@ def config_of(options: LossOptions) -> KDConfig:
         kd_weight=options.kd_weight,
         ce_weight=options.ce_weight,
         tail=options.tail,
+        logprobs_temperature=options.logprobs_temperature,
     )
 
 

@@ -91,10 +91,24 @@ def kind_of(whole: Any) -> Kind:
     """Of a model of transformers, by its class, or the nearest that it is made from.
 
     Raises:
-        ValueError: naming the class, where it is none of these.
+        ValueError: naming the class, where it is none of these, or a causal one whose tokens see those after them.
     """
     model: Any = type(whole)
-    return _kind_of(model, bool(getattr(getattr(whole, "config", None), "is_encoder_decoder", False)))
+    config: Any = getattr(whole, "config", None)
+    kind = _kind_of(model, bool(getattr(config, "is_encoder_decoder", False)))
+    if kind.causal and (reason := why_not_causal(config)):
+        raise ValueError(f"{model.__name__} {reason}")
+    return kind
+
+
+def why_not_causal(config: Any) -> str | None:
+    """Why what has this configuration is no causal language model, although AutoModelForCausalLM makes one of it."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder–decoder, of which no causal language model can be made"
+    masked = getattr(config, "model_type", None) in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and not getattr(config, "is_decoder", False):
+        return "is no causal language model: each token sees those after it (is_decoder=False in its configuration)"
+    return None
 
 
 @cache

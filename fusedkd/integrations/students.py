@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.integrations.command import UsageError, loading
+from fusedkd.integrations.kinds import why_not_causal
 
-LAYER = re.compile(r"\.(layer|h|layers)\.(\d+)\.")
+LAYER = re.compile(r"\.(layer|h|layers|block|blocks)\.(\d+)\.")
 
 
 def causal_model(name: str, flag: str, dtype: Any = torch.float32) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model and its tokenizer: a folder, a name on the hub, or a .gguf file, which becomes dense.
 
     Raises:
-        UsageError: naming the flag, where it cannot be loaded.
+        UsageError: naming the flag, where it cannot be loaded, or is no causal language model.
     """
     file = Path(name)
     if file.suffix != ".gguf" or not file.is_file():
+        with loading(flag, name):
+            reason = why_not_causal(AutoConfig.from_pretrained(name))
+        if reason:
+            raise UsageError(f"{flag} {name} {reason}")
         with loading(flag, name):
             return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
     options: dict[str, Any] = {"gguf_file": file.name}
@@ -101,6 +106,8 @@ def student_of(
         student: PreTrainedModel = type(source)(config)
     if init == "copied":
         weights, own = source.state_dict(), student.state_dict()
+        if not any(map(LAYER.search, own)):
+            raise UsageError(f"the names of the layers of {type(source).__name__} are not known: give a student")
         body = f"{student.base_model_prefix}." if new_head else ""
         for new in [name for name in own if name.startswith(body)]:
             own[new] = weights[LAYER.sub(lambda m: f".{m[1]}.{layers[int(m[2])]}.", new)]

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from fusedkd import checks as check
 from fusedkd.integrations import refusals
 from fusedkd.integrations.classes import End, current_end, refuse_others
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.heads import Head, base_model, checked
-from fusedkd.integrations.kinds import Kind, kind_of
+from fusedkd.integrations.kinds import Kind, kind_of, why_not_causal
 from fusedkd.integrations.kinds import attended as attended_tokens
 from fusedkd.integrations.offline import COLUMNS
 from fusedkd.integrations.pair import Single
@@ -162,10 +163,13 @@ def load(name: Any, kind: Kind) -> nn.Module:
     failure: Exception | None = None
     for auto in kind.autos:
         try:
+            reason = why_not_causal(AutoConfig.from_pretrained(name)) if kind.causal else None
             model, about = auto.from_pretrained(name, output_loading_info=True)
         except (OSError, ValueError) as error:
             failure = error
             continue
+        if reason:
+            raise ValueError(f"teacher={str(name)!r} {reason}")
         if kind.classes and about["missing_keys"]:
             missing = ", ".join(sorted(about["missing_keys"])[:3])
             raise ValueError(f"teacher={str(name)!r} is no {kind.noun[2:]} that was trained: it has no {missing}")

@@ -16,7 +16,9 @@ pytest.importorskip("rich")
 from transformers import AutoModelForCausalLM
 
 from fusedkd.__main__ import main
-from fusedkd.integrations.distil import parse, rows_of
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.distil import parse
+from fusedkd.integrations.distil_data import rows_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tiny_chat import COLOURS, conversation, made_here
@@ -76,7 +78,7 @@ def test_packing_is_the_same_training(made, tmp_path):
         assert packed[when]["kl"] == pytest.approx(apart[when]["kl"], rel=2e-3)
 
 
-def test_offline_and_adapters(made, tmp_path):
+def test_offline_and_adapters(made, tmp_path, capsys):
     """The teacher's cache, then a student of the teacher's shape that trains adapters alone."""
     pytest.importorskip("peft")
     teacher, chats = value(made, "--teacher"), value(made, "--dataset")
@@ -95,6 +97,41 @@ def test_offline_and_adapters(made, tmp_path):
     found = distilled(given, tmp_path / "out", "--lora_rank", "4")
     assert found["after"]["kl_top_k"] < 0.7 * found["before"]["kl_top_k"]
     assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert main(["cache", *cached[:-3], str(tmp_path / "warm"), *cached[-2:], "--temperature", "2"]) == 0
+    given[given.index("--dataset") + 1] = str(tmp_path / "warm")
+    capsys.readouterr()
+    assert main(["distil", *given, "--output_dir", str(tmp_path / "other")]) == 2
+    assert "logprobs_temperature must be 2" in capsys.readouterr().err
+    assert main(["distil", *given, "--output_dir", str(tmp_path / "other"), "--temperature", "2"]) == 2
+    assert "tail='bucket' needs log-probabilities at the loss's temperature" in capsys.readouterr().err
+
+
+def test_rows_of_tokens(made, tmp_path, capsys):
+    """Columns that are not trained on stay behind; what would be read wrongly is refused."""
+    import datasets
+    from rich.console import Console
+
+    def rows(*options: str, **columns: list) -> datasets.Dataset:
+        several = {name: [value] * 3 for name, value in columns.items()}
+        datasets.Dataset.from_dict(several).to_parquet(tmp_path / "rows.parquet")
+        given = ["--teacher", "none", "--dataset", str(tmp_path / "rows.parquet"), "--held_out", "1", *options]
+        return rows_of(parse([*given, "--output_dir", str(tmp_path)])[1], None, False, Console(width=200))[0]
+
+    tokens = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    found = rows(**tokens, source="web", completion_mask=[0, 0, 1, 1], teacher_packed=b"x.")
+    assert found[:] == {name: [value] * 2 for name, value in tokens.items()}
+    assert "Left out: the columns source, completion_mask, teacher_packed" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="row 0 has 4 input_ids, 2 labels"):
+        rows(**tokens | {"labels": [7, 8]})
+    with pytest.raises(UsageError, match="has a column position_ids"):
+        rows(**tokens, position_ids=[0, 1, 0, 1])
+    padded = tokens | {"attention_mask": [0, 1, 1, 1]}
+    assert "attention_mask" in rows(**padded).column_names
+    with pytest.raises(UsageError, match="--packing takes rows without padding, but row 0"):
+        rows("--packing", "true", **padded)
+    with pytest.raises(UsageError, match="--held_out 1 leaves none of 0"):
+        rows("--max_length", "2", **tokens)
+    assert "Left out: 3 conversations without an answer in their first 2 tokens" in capsys.readouterr().out
 
 
 def test_on_policy(made, tmp_path):
@@ -110,14 +147,14 @@ def test_what_is_learnt(made, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(value(made, "--teacher"))
     _, data, _, _ = parse([*made, "--output_dir", str(tmp_path)])
-    train, held_out = rows_of(data, tokenizer, "online", Console(quiet=True))
+    train, held_out = rows_of(data, tokenizer, False, Console(quiet=True))
     assert len(held_out) == 12
     said = tokenizer.decode([label for label in train[0]["labels"] if label != -100])
     thing, colour = next(iter(COLOURS.items()))
     assert said.split() == [*f"{thing} is {colour}".split(), "<|end|>"]
     whole = len(train[0]["input_ids"])
     data.max_length = whole - 3
-    assert {len(row["input_ids"]) for row in rows_of(data, tokenizer, "online", Console(quiet=True))[0]} == {whole - 3}
+    assert {len(row["input_ids"]) for row in rows_of(data, tokenizer, False, Console(quiet=True))[0]} == {whole - 3}
 
 
 def test_refusals(made, tmp_path, capsys):
@@ -133,8 +170,12 @@ def test_refusals(made, tmp_path, capsys):
     assert "--student is missing" in refused("--dataset", chats, "--mode", "offline")
     assert "is no cache" in refused("--dataset", chats, "--mode", "offline", "--student", teacher)
     assert "--packing does not go with --mode on_policy" in refused(*both, "--mode", "on_policy", "--packing", "true")
+    assert "--lora_rank needs --student" in refused(*both, "--lora_rank", "4")
+    assert "temperature must be above 0" in refused(*both, "--temperature", "0")
+    assert "lmbda must be at least 0" in refused(*both, "--mode", "on_policy", "--lmbda", "2")
+    assert "the student would learn its own" in refused(*both, "--mode", "on_policy", "--ce_weight", "1")
     assert "--student_layers 9: the teacher has 4" in refused(*both, "--student_layers", "9")
-    assert "--held_out must be fewer" in refused(*both, "--held_out", "500")
+    assert "--held_out 500 leaves none of 120 conversations" in refused(*both, "--held_out", "500")
     assert "--divergence jst" in refused(*both, "--divergence", "jst")
     assert "no such folder" in refused("--teacher", str(tmp_path / "none"), "--dataset", chats)
     assert "--messages_column is one of messages" in refused(*both, "--messages_column", "chat")
@@ -143,10 +184,28 @@ def test_refusals(made, tmp_path, capsys):
     assert "tokens of the assistant" in refused("--teacher", teacher, "--dataset", str(bad))
 
 
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [("T5Config", "is an encoder–decoder"), ("BertConfig", "each token sees those after it")],
+    ids=["t5", "bert"],
+)
+def test_a_teacher_that_is_not_causal(made, tmp_path, capsys, kind, sentence):
+    """transformers makes a causal model of either: with half of the weights, or one that sees what it is to predict."""
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path / "teacher")
+    given = ["--teacher", str(tmp_path / "teacher"), "--dataset", value(made, "--dataset")]
+    assert main(["distil", *given, "--output_dir", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    given += ["--tokenizer", value(made, "--teacher"), "--objective", "causal", "--output", str(tmp_path / "cache")]
+    assert main(["cache", *given]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_the_commands(capsys):
     assert main([]) == 0
     listed = capsys.readouterr().out
     assert main(["distill"]) == 2
-    assert capsys.readouterr().out == listed
+    assert capsys.readouterr() == (listed, "error: there is no command distill\n")
     assert main(["env"]) == 0
     assert "operators" in capsys.readouterr().out
