@@ -265,7 +265,7 @@ def tokenizer_of(options: Options) -> Tokenizer:
     given: Tokenizer = pretrained(AutoTokenizer, name, "the tokenizer", **more)
     if _is_empty(given):
         raise UsageError(f"{name} has no tokenizer: name one by --tokenizer")
-    if not options.tokenizer:
+    if not options.tokenizer or options.server:  # whose model may have any name
         return given
     try:
         own = AutoTokenizer.from_pretrained(options.teacher, **gguf(options))
