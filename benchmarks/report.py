@@ -26,7 +26,7 @@ from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results"  # what the pages quote
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("losses", "numbers", "recipes", "evidence")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("losses", "numbers", "chat", "recipes", "evidence")))
 BLOCK = re.compile(r"(<!-- benchmarks:([\w.-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 EXCERPTS = {
     "headline": (
