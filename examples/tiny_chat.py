@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} <|end|>{% endfor %}"
@@ -52,3 +53,19 @@ def made_here(folder: Path) -> list[str]:
     given = ["--teacher", str(folder / "teacher"), "--student_layers", "1", "--dataset", str(folder / "chat.jsonl")]
     given += ["--held_out", "12", "--learning_rate", "3e-3", "--max_steps", "40", "--logging_steps", "4"]
     return [*given, "--max_new_tokens", "8"]
+
+
+def cached(given: list[str]) -> list[str]:
+    """These options with --mode offline: the teacher's best tokens are written beside it, and a student."""
+    from fusedkd.integrations import cache_teacher
+    from fusedkd.integrations.students import student_of
+
+    teacher, chats = (given[given.index(name) + 1] for name in ("--teacher", "--dataset"))
+    student, cache = Path(teacher).with_name("student"), Path(teacher).with_name("cache")
+    student_of(LlamaForCausalLM.from_pretrained(teacher), [0]).save_pretrained(student)
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(student)
+    shutil.rmtree(cache, ignore_errors=True)
+    if cache_teacher.main(["--teacher", teacher, "--dataset", chats, "--output", str(cache), "--top_k", "8"]):
+        raise SystemExit(2)
+    rest = given[given.index("--held_out") :]
+    return ["--mode", "offline", "--student", str(student), "--dataset", str(cache), *rest]

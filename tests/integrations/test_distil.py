@@ -21,7 +21,7 @@ from fusedkd.integrations.distil import parse
 from fusedkd.integrations.distil_data import rows_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from tiny_chat import COLOURS, conversation, made_here
+from tiny_chat import COLOURS, cached, conversation, made_here
 
 
 @pytest.fixture(scope="module")
@@ -79,26 +79,20 @@ def test_packing_is_the_same_training(made, tmp_path):
 
 
 def test_offline_and_adapters(made, tmp_path, capsys):
-    """The teacher's cache, then a student of the teacher's shape that trains adapters alone."""
+    """The teacher's cache, then a student that trains adapters alone; a cache of another temperature is refused."""
     pytest.importorskip("peft")
-    teacher, chats = value(made, "--teacher"), value(made, "--dataset")
-    cached = ["--teacher", teacher, "--dataset", chats, "--output", str(tmp_path / "cache"), "--top_k", "8"]
-    assert main(["cache", *cached]) == 0
-    student = AutoModelForCausalLM.from_pretrained(teacher)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in student.model.layers[-1].parameters():
-            parameter.mul_(0.5)
-    student.save_pretrained(tmp_path / "student")
-    for file in Path(teacher).glob("*token*"):
-        (tmp_path / "student" / file.name).write_bytes(file.read_bytes())
-    given = ["--mode", "offline", "--student", str(tmp_path / "student"), "--dataset", str(tmp_path / "cache")]
-    given += ["--held_out", "12", "--learning_rate", "1e-2", "--max_steps", "20", "--disable_tqdm", "true"]
+    given = [*cached(made), "--learning_rate", "1e-2", "--max_steps", "20", "--disable_tqdm", "true"]
     found = distilled(given, tmp_path / "out", "--lora_rank", "4")
     assert found["after"]["kl_top_k"] < 0.7 * found["before"]["kl_top_k"]
     assert (tmp_path / "out" / "adapter_config.json").is_file()
-    assert main(["cache", *cached[:-3], str(tmp_path / "warm"), *cached[-2:], "--temperature", "2"]) == 0
-    given[given.index("--dataset") + 1] = str(tmp_path / "warm")
+    teacher, chats, warm = value(made, "--teacher"), value(made, "--dataset"), str(tmp_path / "warm")
+    assert (
+        main(
+            ["cache", "--teacher", teacher, "--dataset", chats, "--output", warm, "--temperature", "2", "--top_k", "8"]
+        )
+        == 0
+    )
+    given += ["--dataset", warm]
     capsys.readouterr()
     assert main(["distil", *given, "--output_dir", str(tmp_path / "other")]) == 2
     assert "logprobs_temperature must be 2" in capsys.readouterr().err

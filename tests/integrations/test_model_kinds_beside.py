@@ -86,6 +86,21 @@ def test_a_teacher_by_its_folder(tmp_path):
         trainer(student, str(tmp_path / "whole"))
 
 
+def test_a_bert_is_no_causal_model():
+    """AutoModelForCausalLM makes one of it, whose tokens see those that they are to predict."""
+    from fusedkd.integrations.kinds import CAUSAL, kind_of, why_not_causal
+
+    config = transformers.BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model: each token sees those after it"):
+        kind_of(transformers.BertLMHeadModel(config))
+    config.is_decoder = True
+    assert kind_of(transformers.BertLMHeadModel(config)) is CAUSAL
+    assert "is an encoder–decoder" in str(why_not_causal(transformers.BartConfig()))
+    assert why_not_causal(transformers.GPT2Config()) is None
+
+
 def test_adapters_of_a_classifier():
     peft = pytest.importorskip("peft")
     base, teacher, data = pair_of("sequences")
