@@ -115,6 +115,7 @@ def operator_arguments(device: str) -> dict[str, list[dict[str, Any]]]:
             "dtype": dtype,
             "max_rows": None,
             "statistics": [some, some],
+            "common": 1,
         }
         slopes = [torch.ones((), dtype=torch.float64, device=device)] * 2
         cases["linear_unit"].append(

@@ -14,7 +14,7 @@ from operators import options_tensor
 from torch import Tensor
 from truth import DTYPES, pair, targets
 
-from fusedkd import JSD, KDTerms, TeacherLogits, kd_loss
+from fusedkd import JSD, ULD, KDTerms, TeacherLogits, TeacherProjected, TeacherSorted, kd_loss, linear_kd_loss
 from fusedkd.backends import statistics
 from fusedkd.backends.layout import Option
 from fusedkd.backends.statistics import STATISTICS
@@ -158,6 +158,32 @@ def test_of_the_student_alone(device: str, kind: str) -> None:
     message = "are of one teacher, but there are several" if kind == "list" else "need the teacher's logits"
     with pytest.raises(ValueError, match=f"statistics teacher_entropy {message}"):
         kd_loss(student, known, labels, return_terms=True, statistics=["teacher_entropy"])
+
+
+@pytest.mark.parametrize("columns", [V - 60, V + 60])
+@pytest.mark.parametrize("kind", ["sorted", "uld", "projected"])
+def test_of_a_teacher_with_columns_of_its_own(device: str, kind: str, columns: int) -> None:
+    student = pair(N, V, device=device)[0]
+    teacher: Any = pair(N, columns, device=device)[1]
+    read = V if kind != "projected" else V - 2
+    if kind == "projected":
+        teacher = TeacherProjected(teacher, torch.eye(read, columns, device=device).to_sparse())
+    elif kind == "sorted":
+        teacher = TeacherSorted.of(teacher, 3)
+    options: dict[str, Any] = {"divergence": "forward_kl" if kind == "projected" else ULD(), "return_terms": True}
+    log_q = student[:, :read].double().log_softmax(-1)
+    for loss, given in ((kd_loss, (student,)), (linear_kd_loss, (student, torch.eye(V, device=device)))):
+        _, terms = loss(*given, teacher, statistics=["student_entropy"], **options)
+        found = terms.statistics["student_entropy"].double()
+        torch.testing.assert_close(found, -(log_q.exp() * log_q).sum(-1), rtol=2e-6, atol=5e-7)
+        with pytest.raises(ValueError, match="statistics total_variation need a teacher with the student's columns"):
+            loss(*given, teacher, statistics=["total_variation"], **options)
+
+
+def test_of_no_rows(device: str) -> None:
+    student, teacher = torch.zeros(2, 0, V, device=device), torch.zeros(2, 0, V, device=device)
+    _, terms = kd_loss(student, teacher, return_terms=True, statistics=["total_variation"])
+    assert terms.statistics["total_variation"].shape == (2, 0)
 
 
 def test_a_gate(device: str) -> None:

@@ -159,6 +159,20 @@ def test_two_teachers_with_two_divergences_each(device: str) -> None:
     torch.testing.assert_close(loss.detach(), sum(parts) + ce, rtol=1e-5, atol=1e-6)
 
 
+def test_the_number_0_as_weight_computes_nothing(device: str) -> None:
+    """Whatever the other weights of that member are: numbers, tensors, or one for each row."""
+    student, teacher = pair(N, V, device=device)
+    broken = torch.full_like(teacher, torch.nan)
+    some, each = torch.ones((), device=device), torch.ones(N, device=device)
+    for weight in (some, each):
+        options: dict[str, Any] = {"divergence": [(weight, "jsd")], "return_terms": True}
+        loss, terms = kd_loss(student, [broken, teacher], teacher_weights=[0.0, 1.0], **options)
+        torch.testing.assert_close(loss, kd_loss(student, teacher, divergence="jsd"), rtol=1e-6, atol=1e-7)
+        loss, terms = kd_loss(student, broken, kd_weight=0.0, **options)
+        assert loss == 0
+        assert terms.kd == 0
+
+
 # -------------------------------------------------- what is refused
 
 

@@ -249,3 +249,13 @@ def test_refusals() -> None:
         kd_loss(z, v, teacher_gradient="yes")  # type: ignore[call-overload]
     with pytest.warns(UserWarning, match="pass teacher_gradient=True"):
         kd_loss(z, v)
+
+
+def test_of_no_rows(device: str) -> None:
+    student, teacher = (torch.zeros(0, 7, device=device, requires_grad=True) for _ in range(2))
+    loss = kd_loss(student, teacher, divergence="jsd", teacher_gradient=True)
+    loss.backward()
+    assert loss == 0
+    assert teacher.grad is not None
+    assert student.grad is not None
+    assert teacher.grad.shape == student.grad.shape == (0, 7)

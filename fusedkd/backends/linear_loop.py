@@ -82,6 +82,7 @@ def linear_kd(
     max_rows: int | None,
     wanted: Sequence[bool],
     statistics: Sequence[bool],
+    common: int,
     shard: Shard | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """The operator of :mod:`fusedkd.backends.schema`, on any device. With a `shard` of the vocabulary, which no
@@ -105,6 +106,7 @@ def linear_kd(
             max_rows=max_rows,
             wanted=wanted,
             statistics=statistics,
+            common=common,
         )
 
 
@@ -124,6 +126,7 @@ def _linear_kd(
     max_rows: int | None,
     wanted: Sequence[bool],
     statistics: Sequence[bool],
+    common: int,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     n, grad = hidden.shape[0], any(wanted[:3])
     row_weights = [each.row_weights for each in members]
@@ -161,7 +164,8 @@ def _linear_kd(
         z = products.project(x, head, bias, tiles.get("student", head.shape[0], tile_type(dtype, tile_dtype)))
         of_tile, g = _TeacherTiles(members, part, z, tiles, tile_dtype), None
         if statistics[0]:
-            its_statistics[:, part] = _statistics(z, y, members[0], part, of_tile, flags, of_teacher=statistics[1])
+            found = _statistics(z, y, members[0], part, of_tile, flags, of_teacher=statistics[1], columns=common)
+            its_statistics[:, part] = found
         if grad:  # a teacher's gradient needs the logits
             g = tiles.get("student's gradient", head.shape[0], z.dtype)[: len(z)] if any(others) else z
         found, _ = block.forward(z.unsqueeze(0), y, of_tile, flags, None if g is None else g.unsqueeze(0))
@@ -195,9 +199,9 @@ def _statistics(
     flags: Flags,
     *,
     of_teacher: bool,
+    columns: int,
 ) -> Tensor:
     """The operator kd_statistics of a tile."""
-    rows = first.rows if first.head is None else first.head.t()
     return ops.kd_statistics(  # type: ignore[no-any-return]
         student=z.unsqueeze(0),
         teacher=of_tile[0].rows if of_teacher else z.unsqueeze(0),
@@ -206,7 +210,7 @@ def _statistics(
         options=of_part(first.options, part),
         transform=flags.transform,
         of_teacher=of_teacher,
-        columns=z.shape[1] if first.ids is not None else rows.shape[-1],
+        columns=columns,
         ignore_index=flags.ignore_index,
     )
 

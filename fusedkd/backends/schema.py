@@ -49,8 +49,8 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     `exchanged` call, as kd_both. Products are made in ``dtype``, or a teacher's. `slopes`: a bound of
                     |∂D/∂s| of each teacher, and of each exchanged call, ``()`` float64, where a gradient is wanted
                     that is made of float16. Returns row losses ``(teachers, 2, N)``; the gradients in A, each empty if
-                    not wanted; the unit they are in, ``()`` float64, empty if it is 1; and kd_statistics, of the first
-                    teacher if ``statistics[1]``, empty unless ``statistics[0]``.
+                    not wanted; the unit they are in, ``()`` float64, empty if it is 1; and kd_statistics of `common`
+                    columns, of the first teacher if ``statistics[1]``, empty unless ``statistics[0]``.
 ``linear_unit``     the unit in which float16 has room for the gradients of the logits, and the normalisers in it, of
                     each teacher two: ``(1 + 2·teachers,)`` float64.
 ``linear_hidden``   all of hidden_loss, below, for a student ``(N, H_s)`` behind a projection ``(H_t, H_s)`` with a bias
@@ -134,7 +134,7 @@ SCHEMAS = {
     "Tensor?[] biases, Tensor?[] ids, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, "
     "Tensor?[] exchanged, Tensor[] slopes, Tensor? upstream, int ignore_index, int[] kernel_ids, "
     "int[] exchanged_kernel_ids, bool transform, bool ce, SymInt tile, ScalarType tile_dtype, ScalarType dtype, "
-    "SymInt? max_rows, bool[] wanted, bool[] statistics) -> (Tensor, Tensor[], Tensor, Tensor)",
+    "SymInt? max_rows, bool[] wanted, bool[] statistics, SymInt common) -> (Tensor, Tensor[], Tensor, Tensor)",
     "kd_statistics": "(*, Tensor student, Tensor teacher, Tensor? labels, Tensor row_weights, Tensor options, "
     "bool transform, bool of_teacher, SymInt columns, int ignore_index) -> Tensor",
     "linear_unit": "(*, Tensor[] row_weights, Tensor[] options, Tensor[] normalizers, Tensor[] slopes) -> Tensor",

@@ -181,7 +181,9 @@ def kd_loss(
         families=[part.family for part in parts],
         flags=flags,
     )
-    told = _statistics(student.view(*grid, -1), first, rows[0], of_teacher=wanted[1]) if wanted[0] else None
+    told = (
+        _statistics(student.view(*grid, student.shape[-1]), first, rows[0], of_teacher=wanted[1]) if wanted[0] else None
+    )
     if teacher_gradient and any([part.rules.kd and x.requires_grad for part, x in zip(parts, logits, strict=True)]):
         loss, terms = kd_of_both_sides(student, parts, logits, rows, plan)
     else:
@@ -207,7 +209,7 @@ def _statistics(student: Tensor, part: Prepared, rows: Tensor, *, of_teacher: bo
         options=teacher.options,
         transform=part.flags.transform,
         of_teacher=of_teacher,
-        columns=student.shape[2] if part.known.ids is not None else rows.shape[2],
+        columns=part.common(student.shape[2]),
         ignore_index=part.flags.ignore_index,
     )
 

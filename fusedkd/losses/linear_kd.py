@@ -211,6 +211,7 @@ def linear_kd_loss(
         dtype=dtype,
         max_rows=max_rows,
         statistics=wanted_statistics,
+        common=first.common(student_weight.shape[0]),
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
     fields = [*leaves, *slopes, *[field for each in given for field in each]]
@@ -274,6 +275,8 @@ class LinearPlan(NamedTuple):
     max_rows: int | None
     statistics: tuple[bool, bool]
     """Whether any are asked for, whether any is of the teacher."""
+    common: int
+    """The columns that they are of."""
 
     def run(
         self,
@@ -316,6 +319,7 @@ class LinearPlan(NamedTuple):
             max_rows=self.max_rows,
             wanted=wanted,
             statistics=self.statistics if upstream is None else (False, False),
+            common=self.common,
         )
 
 

@@ -46,14 +46,20 @@ def members(teacher: Any, options: KDOptions) -> list[Member]:
             own: KDOptions = {**options, "divergence": part, "teacher_weights": None}  # type: ignore[typeddict-item]
             if found:
                 own["ce_weight"] = 0.0
-            of_all: Real = check.exact(weight) * check.exact(share)
+            of_all = _product(weight, share)
             if isinstance(of_all, Tensor) and of_all.dim() > 0:
                 rules = rules_of(own)._replace(share=of_all, constants={})
                 found.append(Member(each, 1.0, rules, first))
             else:
-                own["kd_weight"] = check.exact(kd_weight) * of_all
+                own["kd_weight"] = _product(kd_weight, of_all)
                 found.append(Member(each, of_all, rules_of(own), first))
     return found
+
+
+def _product(a: Real, b: Real) -> Real:
+    """Of two weights: the number 0, of a term that is not computed, where either is."""
+    zero = any([not isinstance(x, Tensor) and x == 0 for x in (a, b)])
+    return 0.0 if zero else check.exact(a) * check.exact(b)
 
 
 def _divergences(divergence: Any) -> list[tuple[Any, Real]]:
@@ -100,6 +106,8 @@ def refuse_statistics(names: Sequence[str], asked: Sequence[Member], part: Prepa
     of_teacher = sorted(OF_TEACHER.intersection(names))
     if of_teacher and part.known.ids is not None:
         raise ValueError(f"statistics {', '.join(of_teacher)} need the teacher's logits, not a list of columns")
+    if of_teacher and (part.known.own is not None or not part.rules.family.same_columns):
+        raise ValueError(f"statistics {', '.join(of_teacher)} need a teacher with the student's columns")
     if of_teacher and asked[-1].first > 0:
         raise ValueError(f"statistics {', '.join(of_teacher)} are of one teacher, but there are several")
 

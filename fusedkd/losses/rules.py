@@ -215,6 +215,11 @@ class Prepared(NamedTuple):
         """What the number of the kernel stands for: to be kept alive until backward."""
         return self.rules.family if self.known.own is None else self.known.own
 
+    def common(self, columns: int) -> int:
+        """How many of so many columns of the student the KD term reads."""
+        every = self.known.ids is not None or not self.rules.family.same_columns
+        return columns if every else self.known.common
+
     def whole_teacher(self, rows: Tensor) -> WholeTeacher:
         """What the operator kd_loss is given of the teacher's rows ``(B, L, C)``."""
         known, rules = self.known, self.rules

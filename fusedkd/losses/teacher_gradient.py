@@ -113,10 +113,11 @@ def kd_of_both_sides(
             families.append(family)
         given.append(teacher)
     reached = [x for x in (student, *leaves) if x is not None and x.requires_grad]
+    in_forward = all([gradient_in_forward(x, plan.per_row) for x in reached])
     both = BothPlan(
         grid=plan.grid,
         per_row=plan.per_row,
-        gradient_in_forward=all([gradient_in_forward(x, plan.per_row) for x in reached]),
+        gradient_in_forward=in_forward and student.numel() > 0,  # tensors of no rows are all at one address
         return_terms=plan.return_terms,
         wanted=[student.requires_grad, *[leaf is not None for leaf in leaves]],
         families=families,
