@@ -26,7 +26,8 @@ from fusedkd.divergences import FAMILIES, Divergence
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results"  # what the pages quote
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("losses", "numbers", "chat", "recipes", "evidence")))
+NAMES = ("losses", "numbers", "chat", "recipes", "evidence")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 BLOCK = re.compile(r"(<!-- benchmarks:([\w.-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 EXCERPTS = {
     "headline": (

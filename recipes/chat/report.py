@@ -21,12 +21,12 @@ def write(folder: Path, runs: dict[str, Results]) -> None:
 
 
 def table(results: Results) -> Table:
-    found = grid("Held out", "model", "mode", "steps", "s", "perplexity", "KL to teacher")
+    found = grid("Held out", "model", "mode", "steps", "perplexity", "KL to teacher")
     for name, run in results["runs"].items():
         mode, last = run["settings"]["mode"], run["log"][-1]
-        for when, steps, seconds in (("before", 0, ""), ("after", last["step"], f"{run['seconds']:.0f}")):
+        for when, steps in (("before", 0), ("after", last["step"])):
             kl = next((value for key, value in run[when].items() if key.startswith("kl")), float("nan"))
-            row = [f"{name}, {when}", mode, str(steps), seconds, f"{run[when]['perplexity']:,.1f}", f"{kl:.3f}"]
+            row = [f"{name}, {when}", mode, str(steps), f"{run[when]['perplexity']:,.1f}", f"{kl:.3f}"]
             found.add_row(*row)
     return found
 
