@@ -49,4 +49,5 @@ def draw(log: list[dict[str, float]], title: str, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(main))
+    if code := command_line(main):
+        sys.exit(code)
