@@ -117,7 +117,7 @@ evidence/ablation-minilm: runs/mlm/result.json
 	$(call record,ablation-minilm,ablation-minilm,curves)
 
 evidence/causal: teachers
-	.venv/bin/python -m recipes.causal --teacher smollm2 $(TEXT) --max_steps 60 --seconds 150 --clock processor
+	.venv/bin/python -m recipes.causal --teacher smollm2 $(TEXT) --max_steps 60 --seconds 120 --clock processor
 	$(call record,causal,causal,curves)
 
 evidence/ablation: .venv/ready
