@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.kinds import IGNORE
 
-IGNORE = -100
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What marks the assistant's turns in a template."""
 

@@ -22,9 +22,10 @@ from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.integrations.blocks import MaskingCollator, pack
-from fusedkd.integrations.cache_chat import IGNORE, conversations
+from fusedkd.integrations.cache_chat import conversations
 from fusedkd.integrations.cache_store import PACKED as COMPACT
 from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.kinds import IGNORE
 from fusedkd.integrations.offline import restarts
 from fusedkd.integrations.tokenizers import check_same_vocabulary
 

@@ -11,11 +11,12 @@ import datasets
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.integrations.cache_chat import IGNORE, conversations
+from fusedkd.integrations.cache_chat import conversations
 from fusedkd.integrations.cache_data import PACKED as MARKS
 from fusedkd.integrations.cache_data import opened
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.command import UsageError, option
+from fusedkd.integrations.kinds import IGNORE
 from fusedkd.integrations.offline import COLUMNS
 
 TOKENS = ("input_ids", "labels", "attention_mask")

@@ -20,12 +20,12 @@ from fusedkd import checks as check
 from fusedkd.divergences import resolve
 from fusedkd.integrations import refusals, rollouts, scored
 from fusedkd.integrations.config import KDConfig
+from fusedkd.integrations.kinds import IGNORE
 from fusedkd.integrations.offline import COLUMNS, Batch
 from fusedkd.integrations.pair import Form, Pair
 from fusedkd.integrations.prompts import COMPLETION, PROMPT, PromptCollator
-from fusedkd.integrations.rollouts import IGNORE
 from fusedkd.integrations.states import States
-from fusedkd.integrations.teacher import _evaluating, known_tokens
+from fusedkd.integrations.teacher import evaluating, known_tokens
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.losses.options import KDTerms
 from fusedkd.losses.sampled import ESTIMATORS, Estimator, linear_logprob, linear_sampled_kl_loss
@@ -186,7 +186,7 @@ class OnPolicyTrainer(DistillationTrainer):
             return scored.columns(self.served, batch, self.attended(batch), self.kd)
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
         rows, k = (labels != IGNORE) & self.attended(batch), self.student_top_k
-        with torch.no_grad(), _evaluating(self.accelerator.unwrap_model(model)):
+        with torch.no_grad(), evaluating(self.accelerator.unwrap_model(model)):
             candidates, _ = self._run(
                 model, batch, lambda pair: scored.best(pair.hidden, *pair.head, rows, k), False, False
             )

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fusedkd.integrations.heads import base_model
+from fusedkd.integrations.kinds import IGNORE
 from fusedkd.integrations.offline import Batch
-from fusedkd.integrations.teacher import _evaluating
-
-IGNORE = -100
+from fusedkd.integrations.teacher import evaluating
 
 
 def plain(max_new_tokens: int, temperature: float) -> GenerationConfig:
@@ -94,7 +93,7 @@ def write(model: Any, ids: Tensor, mask: Tensor, config: GenerationConfig) -> Ba
             f"a prompt of {ids.shape[1]} tokens and max_new_tokens={config.max_new_tokens} are more than the "
             f"{most} positions of {type(base_model(model)).__name__}: leave out long prompts, or write less"
         )
-    with torch.no_grad(), _evaluating(model), _own_defaults(model, config):
+    with torch.no_grad(), evaluating(model), _own_defaults(model, config):
         found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     new = found[:, ids.shape[1] :]
     ends = torch.as_tensor([] if config.eos_token_id is None else config.eos_token_id, device=new.device).flatten()

@@ -84,7 +84,7 @@ class TeacherModel:
     def record(self, causal: bool) -> None:
         """From now on keep what terms of the loss compare."""
         self.release()  # what the head was asked is still whole
-        with _evaluating(self.model):
+        with evaluating(self.model):
             self.recorder = Recorder(self.model, causal)
         self.release()
 
@@ -109,7 +109,7 @@ class TeacherModel:
                 lost = wrong if lost is None or wrong is None else lost | wrong
         if self.placed:
             own = {name: across(value, self.entry) for name, value in own.items()}
-        with _evaluating(self.model), _without_adapters(self.adapted):
+        with evaluating(self.model), _without_adapters(self.adapted):
             with nullcontext() if self.recorder is None else self.recorder() as states_of:
                 hidden, outputs = self.head.hidden_states(self.model, own)
             if self.sharded and isinstance(self.head, Head):
@@ -200,7 +200,7 @@ def listed(batch: Mapping[str, Any], kd: KDConfig, vocabulary: int) -> TeacherTo
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode: modules that are the student's as well are in training mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -23,6 +23,7 @@ from recipes.glue.compare import finished
 from recipes.glue.method import parse_method
 from recipes.glue.report import score
 from recipes.retention import report
+from recipes.turns import seconds_in_turns
 
 
 @dataclass
@@ -99,27 +100,20 @@ def pairs_of(options: RetentionOptions) -> list[tuple[str, str]]:
     return list(zip(first, second, strict=True))
 
 
-@torch.inference_mode()
 def latencies(folders: dict[str, Path], pairs: list[tuple[str, str]], max_length: int) -> dict[str, Any]:
-    """Of each model the processor's seconds, one thread, for a pass over the pairs one by one. The models take turns
-    at each pair, so that whatever else the machine does strikes all of them.
-    """
+    """Of each model the processor's seconds, one thread, for a pass over the pairs one by one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    models: dict[str, Any] = {name: loaded(folder) for name, folder in folders.items()}
     tokenizer = AutoTokenizer.from_pretrained(folders["teacher"])
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for text in [pairs[0], *pairs]:  # the first one warms up
-        tokens = tokenizer(*text, truncation=True, max_length=max_length, return_tensors="pt")
-        for name, model in models.items():
-            start = time.process_time()
-            model(**tokens)
-            seconds[name].append(time.process_time() - start)
+    options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    inputs = [dict(tokenizer(*pair, **options)) for pair in [pairs[0], *pairs]]
+    models = {name: loaded(folder) for name, folder in folders.items()}
+    seconds = seconds_in_turns(models, inputs, time.process_time, warm=1)
     torch.set_num_threads(threads)
     return {
         "pairs": len(pairs),
-        "seconds": {name: sum(times[1:]) for name, times in seconds.items()},
-        "median_ms": {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()},
+        "seconds": {name: sum(times) for name, times in seconds.items()},
+        "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
     }
 
 
