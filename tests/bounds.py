@@ -155,6 +155,23 @@ def _dkd(part: Part, r: Rows, a: Tensor, exact: bool) -> Part:
     )
 
 
+def _sum(part: Part, r: Rows, a: Tensor, exact: bool) -> Part:
+    """All that its parts are allowed."""
+    one, free = torch.ones_like(a[0]), None
+    allowed, subtracted = torch.zeros_like(part.value), torch.zeros_like(part.value)
+    for form, own, weight, weights in (
+        (KernelId.JEFFREYS, a[:2], one, a[:2]),
+        (KernelId.MIXTURE, a[2:6], one, a[2:4]),
+        (KernelId.TOTAL_VARIATION, a[:0], a[6], a[6]),
+    ):
+        if weights.any():
+            value, gradient = DEFINITIONS[form](r, own)
+            each = _BOUNDS.get(form, _plain)(Part(value, gradient, tolerance(value, exact), value), r, own, exact)
+            allowed, subtracted = allowed + weight * each.tolerance, subtracted + weight * each.subtracted
+            free = free if each.free is None else weight * each.free
+    return part._replace(tolerance=allowed, subtracted=subtracted, free=free)
+
+
 _BOUNDS = {
     KernelId.JEFFREYS: _jeffreys,
     KernelId.MIXTURE: _mixture,
@@ -162,6 +179,8 @@ _BOUNDS = {
     KernelId.TOTAL_VARIATION: _total_variation,
     KernelId.LOGIT_MSE: _logit_mse,
     KernelId.DKD: _dkd,
+    KernelId.SUM: _sum,
+    KernelId.MIXED_SUM: _sum,
 }
 
 

@@ -29,7 +29,16 @@ from fusedkd import (
     ToDi,
 )
 from fusedkd.backends.layout import TOPK_KERNELS, KernelId
-from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence
+from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence, ForwardKL, ReverseKL, TotalVariation
+from fusedkd.divergences.sums import MixedSum, Sum
+
+SUMS = [
+    Sum(((1.0, ForwardKL()), (0.5, TotalVariation()))),
+    Sum(((0.3, Jeffreys(2.0, 0.5)), (0.7, ReverseKL()), (2.0, TotalVariation()))),
+    MixedSum(((0.3, JSD(0.2)), (2.0, ReverseKL()))),
+    MixedSum(((0.5, TotalVariation()), (1.5, SkewKL(0.1)))),
+]
+"""Of several divergences, by one kernel."""
 
 DEFAULTS = [family() for family in WITH_KERNEL.values()]
 PARAMETERS = [
@@ -41,6 +50,7 @@ PARAMETERS = [
     *(AlphaBeta(*x) for x in ((1e-3, 1.0), (1.0, 1e-3))),
     LogitMSE(0.3),
     *(DKD(*x) for x in ((1.0, 0.0), (0.0, 1.0), (3.0, 0.5))),
+    *SUMS,
 ]
 
 DEFINED = [
@@ -61,7 +71,8 @@ def describe(x: Any) -> str:
     """For test ids: ``jsd-0.5``."""
     if not isinstance(x, Divergence):
         return str(x).removeprefix("torch.")
-    return "-".join([x.name, *(str(v) for v in vars(x).values())])
+    values = [describe(part) for _, part in x.parts] if isinstance(x, Sum) else vars(x).values()
+    return "-".join([x.name, *map(str, values)])
 
 
 def parameters(divergence: Divergence) -> Tensor:
@@ -69,7 +80,7 @@ def parameters(divergence: Divergence) -> Tensor:
     values = divergence.coefficients()
     if divergence.kernel_id is None:
         values = tuple(getattr(divergence, field.name) for field in fields(divergence))
-    a = torch.zeros(6, dtype=torch.float64)
+    a = torch.zeros(7, dtype=torch.float64)
     for i, x in enumerate(values):
         a[i] = float(x)
     return a

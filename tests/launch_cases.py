@@ -12,7 +12,7 @@ import torch
 from operators import Inputs
 from torch import Tensor
 
-from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize, KernelId
+from fusedkd.backends.layout import HIDDEN_STATS, OPTIONS, HiddenDistance, HiddenNormalize, KernelId
 from fusedkd.backends.triton import attention, gumbel, hidden, layers
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -148,7 +148,7 @@ def launch_attention(
         teacher_k=t_q if itself else t_k,
         rows=counted,
         keys=counted,
-        options=vector(16, F64, aligned),
+        options=vector(OPTIONS, F64, aligned),
         normalizers=vector(2, F64, aligned),
         upstream=vector(2 * heads * L, F32, aligned).view(shape) if upstream else None,
         row_losses=vector(2 * heads * L, F32, aligned).view(shape),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
+from fusedkd.backends.layout import KernelId
+
 SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -50,7 +52,7 @@ def test_clusters_copy_in_bulk_and_store_16_bytes(source, compiled):
         pytest.skip("of kd_cluster.cu")
     _, ptx = compiled
     kernels = entries_of(ptx, "kd_cluster_kernelI")
-    assert len(kernels) == 3 * 8  # dtypes; forms, and soft-caps with forward KL
+    assert len(kernels) == 3 * (len(KernelId) + 1)  # dtypes; forms, and soft-caps with forward KL
     for kernel in kernels:
         copies = kernel.count("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes")
         if ".target sm_80" in ptx:

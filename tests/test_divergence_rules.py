@@ -244,15 +244,20 @@ def test_parameters_as_tensors(device: str, divergence: Divergence) -> None:
     """To the bit what the numbers give."""
     student, teacher, labels = batch(device)
     leaf = student.requires_grad_()
-    numbers = {k: x for k, x in vars(divergence).items() if not isinstance(x, bool)}
-    tensors = {k: torch.tensor(x, dtype=torch.float64, device=device) for k, x in numbers.items()}
-    other = type(divergence)(**{**vars(divergence), **tensors})
     results = []
-    for family in (divergence, other):
+    for family in (divergence, of_tensors(divergence, device)):
         loss = kd_loss(leaf, teacher, labels, **at(family, 2.0), **BOTH)
         results.append((loss, torch.autograd.grad(loss, leaf)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][1].norm() > 1e-3
+
+
+def of_tensors(x: Any, device: str) -> Any:
+    if isinstance(x, Divergence):
+        return type(x)(**{name: of_tensors(value, device) for name, value in vars(x).items()})
+    if isinstance(x, tuple):
+        return tuple(of_tensors(value, device) for value in x)
+    return torch.tensor(x, dtype=torch.float64, device=device) if isinstance(x, float) else x
 
 
 @families

@@ -18,6 +18,7 @@ import torch
 
 from fusedkd import env
 from fusedkd.backends import dispatch
+from fusedkd.backends.layout import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 UNBUILT = ("*.so", "__pycache__", ".git", ".venv", "build", "dist", "runs", "*.egg-info", ".*_cache")
@@ -54,7 +55,11 @@ def slow_call() -> str:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         dispatch._Slow(reason).kd_terms(
-            row_losses=torch.ones(2, 3), options=torch.ones(16), normalizers=torch.ones(2), terms=None, per_row=True
+            row_losses=torch.ones(2, 3),
+            options=torch.ones(OPTIONS),
+            normalizers=torch.ones(2),
+            terms=None,
+            per_row=True,
         )
     (warning,) = found
     return str(warning.message)

@@ -240,7 +240,7 @@ def test_bad_arguments():
         {"row_weights": c.inputs["row_weights"][:3]},
         {"options": c.inputs["options"][:10]},
         {"kernel_id": int(KernelId.JEFFREYS), "transform": True},
-        {"kernel_id": 7},
+        {"kernel_id": len(KernelId)},
     ):
         with pytest.raises(RuntimeError):
             c._replace(inputs=c.inputs | changed).call(rows=rows, stats=stats)

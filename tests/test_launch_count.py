@@ -113,6 +113,7 @@ KD = {
     "temperature": ({"temperature": TWO}, ONE),
     "a normalizer": ({"kd_normalizer": TWO}, ONE),
     "per row": ({"reduction": "none"}, {}),
+    "a sum": ({"divergence": [(1.0, "forward_kl"), (0.5, "total_variation"), (0.5, "jsd")]}, ONE),
     "several tensors": ({"temperature": TWO, "ce_weight": TWO * 0.25, "ce_normalizer": TWO}, ONE | {"cat": 1}),
 }
 """Options, and the operations of the call."""

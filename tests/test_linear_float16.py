@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import DEFAULTS, PARAMETERS, at, describe, families, samples, top_k
+from families import DEFAULTS, PARAMETERS, at, describe, families, parameters, samples, top_k
 from linear_cases import Problem, assert_gradients, linear_truth, logits_of, problem
 from torch import Tensor
 from truth import noise_for
@@ -122,20 +122,14 @@ def rows_within(log_ratio: float, columns: int = 37) -> Rows:
     return Rows(log_p, log_q, teacher, student, torch.full((1200,), 5))
 
 
-def coefficients(divergence: Divergence) -> Tensor:
-    a = torch.zeros(6, dtype=torch.float64)
-    for i, x in enumerate(divergence.coefficients()):
-        a[i] = x
-    return a
-
-
 @pytest.mark.parametrize(
     "divergence", [*DEFAULTS, *PARAMETERS, DKD(0.0, 100.0), Jeffreys(3.0, 100.0), SkewReverseKL(0.5)], ids=describe
 )
 def test_bound_of_a_form(divergence: Divergence) -> None:
     """Of anything where the form has one, of what is within LOG_RATIO elsewhere; and not far above the steepest."""
-    a = coefficients(divergence)
-    unbounded = divergence.kernel_id in (KernelId.JEFFREYS, KernelId.ALPHA_BETA, KernelId.LOGIT_MSE) or a[2] == 1
+    a = parameters(divergence)
+    forms = (KernelId.JEFFREYS, KernelId.ALPHA_BETA, KernelId.LOGIT_MSE, KernelId.SUM, KernelId.MIXED_SUM)
+    unbounded = divergence.kernel_id in forms or a[2] == 1
     steepest = 0.0
     for log_ratio in (2.0, slopes.LOG_RATIO, *([] if unbounded else [1e3])):
         rows = rows_within(log_ratio)

@@ -30,6 +30,7 @@ from fusedkd import (
     kd_loss,
     linear_kd_loss,
 )
+from fusedkd.backends.layout import OPTIONS
 from fusedkd.divergences import Divergence
 
 INF = torch.inf
@@ -346,5 +347,5 @@ def test_shards(device: str, name: str) -> None:
 
     own = {k: x[:ROWS] if isinstance(x, list) else x for k, x in of(name).items()}
     inputs = inputs_of(*case(device), **Rows(own).whole(device, (ROWS,)))
-    assert inputs["options"].shape == (ROWS, 16)
+    assert inputs["options"].shape == (ROWS, OPTIONS)
     check_shards(inputs, (100, 200))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from linear_cases import counted_products, problem
 from torch import Tensor
-from truth import pair, targets
+from truth import operator_calls, pair, targets
 
-from fusedkd import DKD, JSD, Divergence, TeacherTopK, TotalVariation, kd_loss, linear_kd_loss
+from fusedkd import DKD, JSD, Divergence, Jeffreys, SkewKL, TeacherTopK, TotalVariation, kd_loss, linear_kd_loss
 
 N, V = 6, 301
 BOTH = {"ce_weight": 0.7, "temperature": 2.0}
@@ -31,6 +31,8 @@ SUMS: dict[str, list[tuple[Any, Any]]] = {
     "one's own": [(0.5, Squared()), (1.0, "forward_kl")],
     "none of one": [(0.0, "forward_kl"), (1.0, "reverse_kl")],
     "one": [(0.5, "jsd")],
+    "of KL alone": [(1.0, "forward_kl"), (torch.tensor(0.5), "reverse_kl"), (0.25, Jeffreys(0.5, 2.0))],
+    "two mixtures": [(1.0, "jsd"), (0.5, SkewKL(0.3)), (0.25, "reverse_kl"), (0.5, "total_variation")],
 }
 sums = pytest.mark.parametrize("parts", SUMS.values(), ids=SUMS)
 
@@ -62,13 +64,40 @@ def added(
 
 
 @sums
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_it_is_the_sum(device: str, parts: list[tuple[Any, Any]], reduction: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kd_weight": 0.5},
+        {"kd_weight": 0.5, "reduction": "none"},
+        {"scale_by_t2": False},
+        {"temperature": torch.tensor(3.0), "teacher_temperature": 2.0},
+        {"temperature": torch.tensor([1.0, 2.0, 4.0, 3.0, 0.5, 2.0]), "reduction": "none"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_it_is_the_sum(device: str, parts: list[tuple[Any, Any]], options: dict[str, Any]) -> None:
     student, teacher = pair(N, V, device=device)
     labels = targets(N, classes=V, device=device)
-    options = {"reduction": reduction, "kd_weight": 0.5}
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     whole = found(student, teacher, labels, divergence=parts, **options)
     torch.testing.assert_close(whole, added(student, teacher, labels, parts, **options), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("parts", "calls"),
+    [
+        ([(1.0, "forward_kl"), (0.5, "reverse_kl")], 1),
+        ([(1.0, "forward_kl"), (0.5, "total_variation"), (0.5, "jsd"), (0.0, "dkd")], 2),
+        ([(1.0, "jsd"), (0.5, "skew_kl")], 2),
+        ([(1.0, "jsd"), (0.5, "alpha_beta"), (1.0, "reverse_kl")], 2),
+    ],
+    ids=str,
+)
+def test_what_one_kernel_sums_up(device: str, parts: list[tuple[float, str]], calls: int) -> None:
+    student, teacher = pair(N, V, device=device)
+    with operator_calls() as seen:
+        kd_loss(student.requires_grad_(), teacher, targets(N, classes=V, device=device), divergence=parts)
+    assert [name for name, _ in seen if name == "kd_loss"] == ["kd_loss"] * calls
 
 
 def test_weights_of_each_row(device: str) -> None:
@@ -184,6 +213,8 @@ def test_the_number_0_as_weight_computes_nothing(device: str) -> None:
         ([("forward_kl", 1.0)], TypeError, r"must hold pairs \(weight, divergence\)"),
         ([(1.0, "kl")], ValueError, "divergence must be a Divergence or one of"),
         ([(-1.0, "forward_kl")], ValueError, "the weight of a divergence must be at least 0"),
+        ([(1.0, "jsd"), (torch.ones(2), "forward_kl")], ValueError, r"a coefficient of mixed_sum must have .* \(2,\)"),
+        ([(torch.ones(N), "jsd"), (torch.ones(2), "forward_kl")], ValueError, r"the weight of a teacher or .* \(2,\)"),
         ([(torch.ones(2), "forward_kl")], ValueError, r"the weight of a teacher or divergence must have .* \(2,\)"),
         ([(1.0, "logit_mse")], ValueError, "temperature must be 1 for logit_mse"),
     ],

@@ -44,7 +44,7 @@ from launch_cases import (  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import fusedkd  # noqa: E402
-from fusedkd.backends.layout import SHARD_STATS, STATS, KernelId, Stage, TopkKernelId  # noqa: E402
+from fusedkd.backends.layout import OPTIONS, SHARD_STATS, STATS, KernelId, Stage, TopkKernelId  # noqa: E402
 from fusedkd.backends.triton import choice, launch  # noqa: E402
 from fusedkd.backends.triton.kd_naive import kd_naive  # noqa: E402
 
@@ -82,7 +82,7 @@ def kernels(functions: list[JITFunction]) -> set[str]:
 
 def options_of(aligned: bool) -> Tensor:
     """That all rows share."""
-    return vector(16, F64, aligned)
+    return vector(OPTIONS, F64, aligned)
 
 
 def inputs_of(
@@ -202,12 +202,12 @@ def launch_weights(
 def launch_terms(dtype: torch.dtype, per_row: bool, terms: bool = True, aligned: bool = True) -> None:
     loss_rows = vector(2 * 300, dtype, aligned).view(2, 300)
     to = vector(600 if per_row else 2, dtype, aligned) if terms else None
-    launch.kd_terms(loss_rows, vector(16, F64, aligned), vector(2, F64, aligned), to, per_row)
+    launch.kd_terms(loss_rows, vector(OPTIONS, F64, aligned), vector(2, F64, aligned), to, per_row)
 
 
 def launch_unit(aligned: bool = True) -> None:
     weights, slope = vector(300, F32, aligned), vector(1, F64, aligned).view(())
-    launch.linear_unit([weights], [vector(16, F64, aligned)], [vector(2, F64, aligned)], [slope])
+    launch.linear_unit([weights], [vector(OPTIONS, F64, aligned)], [vector(2, F64, aligned)], [slope])
 
 
 def launch_naive(dtype: torch.dtype) -> None:
@@ -359,7 +359,9 @@ def test_options_of_each_row_compile_nothing_of_their_own(listed: bool, monkeypa
     for case in of_lists if listed else of_logits:
         shared = launches_of(case)
         with monkeypatch.context() as patch:
-            patch.setitem(inputs_of.__globals__, "options_of", lambda aligned: vector(300 * 16, F64).view(300, 16))
+            patch.setitem(
+                inputs_of.__globals__, "options_of", lambda aligned: vector(300 * OPTIONS, F64).view(300, OPTIONS)
+            )
             own = launches_of(case)
         assert shared
         for there, here in zip(shared, own, strict=True):

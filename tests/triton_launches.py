@@ -13,7 +13,7 @@ from torch import Tensor
 from triton_cases import INF, KERNELS, LABELS, NAN, B, L, assert_close, between_nans, inputs_of, logits, options_for
 
 from fusedkd.backends import call, eager, linear_loop
-from fusedkd.backends.layout import COUNTED, KernelId, TopkKernelId
+from fusedkd.backends.layout import COUNTED, OPTIONS, KernelId, TopkKernelId
 from fusedkd.backends.triton import choice, kd, last, launch
 from fusedkd.backends.triton import math as helpers
 from fusedkd.divergences import ForwardKL, ReverseKL
@@ -66,7 +66,7 @@ def test_normalizers_that_are_given() -> None:
 def test_options_that_are_tensors(dtype: torch.dtype) -> None:
     """Packed beside the counts, of which one is given; the same tensor twice, once squared."""
     teacher, n, T = logits(40, b=B)[1].float(), torch.tensor(7, dtype=dtype), torch.tensor([3.0])
-    table = [COUNTED, n, T, 0.25, T, *range(-5, 8)]
+    table = [COUNTED, n, T, 0.25, T, *range(-5, OPTIONS - 8)]
     given = {"teacher": teacher, "ids": None, "labels": None, "kd_mask": None, "ignore_index": -100, "kd": True}
     for values, expected in ((table, 7), ([*table[:1], T, *table[2:]], 3)):
         numbers, tensors = call.recipe(values, {4: 2}, teacher.device)

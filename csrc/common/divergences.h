@@ -16,6 +16,8 @@
 //   TOTAL_VARIATION  ½|p − q|                                            ½·q·sign(−δ)
 //   LOGIT_MSE        (z − a0·v)²/C                                       2(z − a0·v)/C, which is ∂D/∂z itself
 //   DKD              a0·KL(b_T‖b_S) + a1·KL(p̂‖q̂), a hat: without column y and renormalised; b = (p_y, 1 − p_y)
+//   SUM              JEFFREYS of a0, a1 + a6·TOTAL_VARIATION
+//   MIXED_SUM        the same + MIXTURE of a2 … a5
 //
 // A column that both sides mask with −∞ contributes 0. Where D is infinite, W is too, and the gradient of the row is 0,
 // but for FORWARD_KL and DKD, whose gradient stays finite and right.
@@ -61,7 +63,7 @@ template <class R> struct RowSums {
   R odds_s, odds_t;  // log q_y/(1 − q_y), log p_y/(1 − p_y)
 };
 
-// A form is constructed once per row from a0 … a5 and the row's sums; or once per vector of rows, each of which has
+// A form is constructed once per row from a0, a1, … and the row's sums; or once per vector of rows, each of which has
 // one lane of the X: what depends on the row is a P, A itself or such a vector. The flags and what they default to:
 struct Defaults {
   static constexpr bool softmax = true;           // has p and q; without them, w is the gradient with respect to z
@@ -251,6 +253,44 @@ template <class A, class P = A> struct DKD : Defaults {
   }
   template <class X> INLINE X grad_term(const Column<X>& c) const { return a1 * (c.q - c.p); }
 };
+
+// Several at once, in the same pass.
+template <class A, class P, bool mixed> struct SumOf : Defaults {
+  static constexpr bool has_logs = mixed;
+  const Jeffreys<A, P> kl;
+  const Mixture<A, P> mixture;
+  const TotalVariation<A, P> total_variation;
+  const A a6;
+  template <class R> INLINE SumOf(const double* a, const RowSums<R>& row)
+      : kl(a, row), mixture(a + 2, row), total_variation(a, row), a6(a[6]) {}
+
+  template <class X> using Logs = typename Mixture<A, P>::template Logs<X>;
+  template <class X> INLINE Logs<X> logs(const Column<X>& c) const { return mixture.logs(c); }
+  template <class X> INLINE X value(const Column<X>& c, const Logs<X>& k) const {
+    return value_without(c) + mixture.value(c, k);
+  }
+  template <class X> INLINE X grad_term(const Column<X>& c, const Logs<X>& k) const {
+    return grad_term_without(c) + mixture.grad_term(c, k);
+  }
+  template <class X> INLINE X value(const Column<X>& c) const {
+    if constexpr (mixed) return value(c, logs(c));
+    else return value_without(c);
+  }
+  template <class X> INLINE X grad_term(const Column<X>& c) const {
+    if constexpr (mixed) return grad_term(c, logs(c));
+    else return grad_term_without(c);
+  }
+
+ private:
+  template <class X> INLINE X value_without(const Column<X>& c) const {
+    return kl.value(c) + a6 * total_variation.value(c);
+  }
+  template <class X> INLINE X grad_term_without(const Column<X>& c) const {
+    return kl.grad_term(c) + a6 * total_variation.grad_term(c);
+  }
+};
+template <class A, class P = A> using Sum = SumOf<A, P, false>;
+template <class A, class P = A> using MixedSum = SumOf<A, P, true>;
 
 // use.operator()<F>() for the form F of a kernel.
 template <class A, class P = A, class Use> auto with_divergence(KernelId kernel_id, const Use& use) {

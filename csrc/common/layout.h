@@ -22,7 +22,7 @@ enum Option : int64_t {
   Z_LOSS_WEIGHT,
   COEFFICIENTS,  // a0, a1, … from here on
 };
-constexpr int64_t OPTIONS = 16;
+constexpr int64_t OPTIONS = 18;
 
 // Columns of the statistics [N, STATS].
 enum Stat : int64_t {
@@ -88,7 +88,9 @@ constexpr double COUNTED = -__builtin_huge_val();  // a normalizer that is not g
   X(ALPHA_BETA, AlphaBeta)             \
   X(TOTAL_VARIATION, TotalVariation)   \
   X(LOGIT_MSE, LogitMSE)               \
-  X(DKD, DKD)
+  X(DKD, DKD)                          \
+  X(SUM, Sum)                          \
+  X(MIXED_SUM, MixedSum)
 
 // Of the operators with ids; classes: cpu/topk_divergences.h.
 #define FUSEDKD_TOPK_KERNELS(X)                \

@@ -27,7 +27,7 @@ struct LogitsCall {
   const float* weights;   // [N]
   double temperature, teacher_temperature, kd_scale, kd_weight, ce_weight, smoothing, z_loss_weight;
   double softcap, scale, teacher_softcap, teacher_scale;
-  const double* coefficients;  // a0 … a5 of the form
+  const double* coefficients;  // a0, a1, … of the form
   double n_kd, n_ce;
   const double* options;      // [OPTIONS], or of each row [N, OPTIONS]: then those of `of_row` are that row's
   int64_t option_stride = 0;  // from row to row

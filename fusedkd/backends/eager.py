@@ -41,6 +41,8 @@ DEFINITIONS: dict[KernelId, Callable[[Rows, Tensor], tuple[Tensor, Tensor]]] = {
     KernelId.TOTAL_VARIATION: divergences.total_variation,
     KernelId.LOGIT_MSE: divergences.logit_mse,
     KernelId.DKD: divergences.dkd,
+    KernelId.SUM: divergences.total,
+    KernelId.MIXED_SUM: divergences.mixed_total,
 }
 """What each kernel computes, from the rows and the coefficients."""
 

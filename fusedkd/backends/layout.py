@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-OPTIONS = 16
+OPTIONS = 18
 """Elements of the ``options`` tensor, float64: ``(OPTIONS,)``; or ``(N, OPTIONS)`` where a row has temperatures,
 KD_SCALE, KD_WEIGHT or coefficients of its own. The others are then the same in all rows.
 """
@@ -167,6 +167,10 @@ class KernelId(IntEnum):
     TOTAL_VARIATION = 4
     LOGIT_MSE = 5
     DKD = 6
+    SUM = 7
+    """Of JEFFREYS and TOTAL_VARIATION, with weights."""
+    MIXED_SUM = 8
+    """Of these and MIXTURE."""
 
 
 FIRST_DEFINED = 1 << 16

@@ -71,6 +71,14 @@ def dkd(a: Sequence[Tensor], columns: int) -> Tensor:
     return a[0].abs() + a[1].abs()
 
 
+def total(a: Sequence[Tensor], columns: int) -> Tensor:
+    return jeffreys(a, columns) + a[6].abs()
+
+
+def mixed_total(a: Sequence[Tensor], columns: int) -> Tensor:
+    return total(a, columns) + mixture(a[2:], columns)
+
+
 BOUNDS: dict[KernelId, Bound] = {
     KernelId.FORWARD_KL: one,
     KernelId.JEFFREYS: jeffreys,
@@ -79,6 +87,8 @@ BOUNDS: dict[KernelId, Bound] = {
     KernelId.TOTAL_VARIATION: one,
     KernelId.LOGIT_MSE: logit_mse,
     KernelId.DKD: dkd,
+    KernelId.SUM: total,
+    KernelId.MIXED_SUM: mixed_total,
 }
 SPARSE_BOUNDS: dict[TopkKernelId, Bound] = {
     TopkKernelId.RENORMALIZE: one,

@@ -12,9 +12,13 @@ from fusedkd import checks as check
 from fusedkd import teachers
 from fusedkd.backends.statistics import OF_LABEL, OF_TEACHER
 from fusedkd.checks import Real
-from fusedkd.divergences import Divergence
+from fusedkd.divergences import Divergence, resolve
+from fusedkd.divergences.sums import summed
 from fusedkd.losses.options import DEFAULTS, KDOptions
 from fusedkd.losses.rules import Prepared, Rules, prepare, rules_of
+
+WITH_LOGITS = (Tensor, teachers.TeacherLogits, teachers.TeacherHead)
+"""Teachers that kernels compare with the student column by column."""
 
 
 class Member(NamedTuple):
@@ -42,7 +46,7 @@ def members(teacher: Any, options: KDOptions) -> list[Member]:
     found: list[Member] = []
     for each, weight in _teachers(teacher, options):
         first = len(found)
-        for part, share in _divergences(divergence):
+        for share, part in _divergences(divergence, each, options):
             own: KDOptions = {**options, "divergence": part, "teacher_weights": None}  # type: ignore[typeddict-item]
             if found:
                 own["ce_weight"] = 0.0
@@ -62,17 +66,21 @@ def _product(a: Real, b: Real) -> Real:
     return 0.0 if zero else check.exact(a) * check.exact(b)
 
 
-def _divergences(divergence: Any) -> list[tuple[Any, Real]]:
-    """(divergence, weight) of a list of (weight, divergence), or of a single one."""
+def _divergences(divergence: Any, teacher: Any, options: KDOptions) -> list[tuple[Real, Any]]:
+    """(weight, divergence) of a list of them, or of a single one; those that one kernel sums up are one."""
     if not isinstance(divergence, list | tuple):
-        return [(divergence, 1.0)]
+        return [(1.0, divergence)]
     if not divergence:
         raise ValueError("divergence is an empty list: it must hold at least one pair (weight, divergence)")
     for pair in divergence:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or isinstance(pair[0], str | Divergence):
             raise TypeError(f"a list of divergences must hold pairs (weight, divergence), but one is {pair!r}")
         check.real("the weight of a divergence", pair[0], per_row=True)
-    return [(each, weight) for weight, each in divergence]
+    parts = [(weight, resolve(each)) for weight, each in divergence]
+    if not isinstance(teacher, WITH_LOGITS):
+        return parts
+    scaled = options.get("scale_by_t2", DEFAULTS["scale_by_t2"])
+    return summed(parts, options.get("temperature", DEFAULTS["temperature"]) if scaled else 1.0)
 
 
 def _teachers(teacher: Any, options: KDOptions) -> list[tuple[Any, Real]]:

@@ -19,6 +19,7 @@ from fusedkd.backends.layout import COUNTED, NORMALIZERS, OPTIONS, Option, TopkK
 from fusedkd.backends.shard import Shard
 from fusedkd.checks import Real
 from fusedkd.divergences import FAMILIES, Divergence, resolve
+from fusedkd.divergences.sums import Sum
 from fusedkd.losses.options import DEFAULTS, KDOptions
 from fusedkd.teachers import KnownTeacher
 
@@ -192,12 +193,27 @@ def _key(options: Mapping[str, Any]) -> Any:
     """
     divergence = options.get("divergence")
     if isinstance(divergence, Divergence):
-        if type(divergence) is not FAMILIES.get(divergence.name):
+        parameters = _parameters(divergence)
+        if parameters is None:
             return None
-        parameters = {f"divergence.{name}": value for name, value in vars(divergence).items()}
         options = {**options, "divergence": divergence.name, **parameters}
     types = tuple(map(type, options.values()))
     return (*options.items(), types) if PLAIN.issuperset(types) else None
+
+
+def _parameters(divergence: Divergence) -> dict[str, Any] | None:
+    """What a divergence of ours depends on, beside its name."""
+    if isinstance(divergence, Sum):
+        found: dict[str, Any] = {"divergence.temperature": divergence.temperature}
+        for i, (weight, part) in enumerate(divergence.parts):
+            its = _parameters(part)
+            if its is None:
+                return None
+            found |= {f"{i}.weight": weight, f"{i}.name": part.name} | {f"{i}.{name}": x for name, x in its.items()}
+        return found
+    if type(divergence) is not FAMILIES.get(divergence.name):
+        return None
+    return {f"divergence.{name}": value for name, value in vars(divergence).items()}
 
 
 class Prepared(NamedTuple):

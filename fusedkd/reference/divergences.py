@@ -93,6 +93,18 @@ def total_variation(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * (r.p - r.q).abs().sum(-1), chain(0.5 * r.q * sign, r.log_q)
 
 
+def total(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Jeffreys of a₀, a₁ + a₆·total variation."""
+    (value, gradient), (more, slope) = jeffreys(r, a), total_variation(r, a)
+    return value + weighted(a[6], more), gradient + weighted(a[6], slope)
+
+
+def mixed_total(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the mixture of a₂ … a₅."""
+    (value, gradient), (more, slope) = total(r, a), mixture(r, a[2:])
+    return value + more, gradient + slope
+
+
 def logit_mse(r: Rows, a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of (z − a₀·v)². The gradient is with respect to z."""
     both = (r.student == -torch.inf) & (r.teacher == -torch.inf)

@@ -17,7 +17,9 @@ from fusedkd.backends.triton.layout import (
     FORWARD_KL,
     JEFFREYS,
     LOGIT_MSE,
+    MIXED_SUM,
     MIXTURE,
+    SUM,
     TOTAL_VARIATION,
 )
 from fusedkd.backends.triton.math import INFINITY, LOG2E, divergence_factor, expm1, log1p, log_sigmoid
@@ -41,6 +43,10 @@ def divergence(z, v, p, q, delta, log_p, log_q, a, C, KERNEL_ID: tl.constexpr):
         return total_variation(p, q, delta)
     elif KERNEL_ID == LOGIT_MSE:
         return logit_mse(z, v, a.a0, C)
+    elif KERNEL_ID == SUM:
+        return total(p, q, delta, a)
+    elif KERNEL_ID == MIXED_SUM:
+        return mixed_total(p, q, delta, a)
     else:  # p and q without the label's column, which dkd_target is for
         tl.static_assert(KERNEL_ID == DKD)
         value, w = forward_kl(p, q, delta)
@@ -139,6 +145,22 @@ def alpha_beta(p, q, delta, log_p, log_q, alpha, beta):
 def total_variation(p, q, delta):
     """½·|p − q|."""
     return 0.5 * tl.abs(p - q), tl.where(delta == 0, 0.0, tl.where(delta < 0, 0.5, -0.5)) * q
+
+
+@triton.jit
+def total(p, q, delta, a):
+    """Jeffreys of a₀, a₁ + a₆·total variation."""
+    value, w = jeffreys(p, q, delta, a.a0, a.a1)
+    distance, slope = total_variation(p, q, delta)
+    return value + a.a6 * distance, w + a.a6 * slope
+
+
+@triton.jit
+def mixed_total(p, q, delta, a):
+    """The same, and the mixture of a₂ … a₅."""
+    value, w = total(p, q, delta, a)
+    distance, slope = mixture(p, q, delta, a.a2, a.a3, a.a4, a.a5)
+    return value + distance, w + slope
 
 
 @triton.jit

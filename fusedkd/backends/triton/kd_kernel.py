@@ -66,7 +66,7 @@ PARTIALS = tl.constexpr(STATS.value + 2)
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def kd_forward_kernel(
-    # Inputs: [B, L, V], [B, L, C], [N] or None, [N]; float64 [16] and [2]
+    # Inputs: [B, L, V], [B, L, C], [N] or None, [N]; float64 [OPTIONS] and [2]
     student,
     teacher,
     labels,

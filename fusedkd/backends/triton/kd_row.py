@@ -164,7 +164,9 @@ def excluded_label(a, v_y, target, s):
     x_q = s.c_s * (target.z - s.base_s) - s.log_s
     value, pull = dkd_target(x_p, x_q, tl.where(s.empty, INFINITY, h))
     value = tl.where((a.a0 == 0) & (value == INFINITY), 0.0, a.a0 * value)  # NaN shows even so
-    rest = Coefficients(a0=a.a0, a1=tl.where(s.empty, 0.0, a.a1), a2=a.a2, a3=a.a3)
+    rest = Coefficients(
+        a0=a.a0, a1=tl.where(s.empty, 0.0, a.a1), a2=a.a2, a3=a.a3, a4=a.a4, a5=a.a5, a6=a.a6
+    )  # fmt: skip
     return rest, value, a.a0 * pull
 
 

@@ -53,7 +53,7 @@ FAR = tl.constexpr(1 << 30)
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def kd_shard_kernel(
-    # [B, L, V], [B, L, V], [N] or None, [N]; float64 [16] and [2]; A, [N] or [], or None (1)
+    # [B, L, V], [B, L, V], [N] or None, [N]; float64 [OPTIONS] and [2]; A, [N] or [], or None (1)
     student,
     teacher,
     labels,

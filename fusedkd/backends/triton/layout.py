@@ -64,6 +64,8 @@ ALPHA_BETA = tl.constexpr(int(KernelId.ALPHA_BETA))
 TOTAL_VARIATION = tl.constexpr(int(KernelId.TOTAL_VARIATION))
 LOGIT_MSE = tl.constexpr(int(KernelId.LOGIT_MSE))
 DKD = tl.constexpr(int(KernelId.DKD))
+SUM = tl.constexpr(int(KernelId.SUM))
+MIXED_SUM = tl.constexpr(int(KernelId.MIXED_SUM))
 
 RENORMALIZE = tl.constexpr(int(TopkKernelId.RENORMALIZE))
 RENORMALIZE_REVERSE = tl.constexpr(int(TopkKernelId.RENORMALIZE_REVERSE))

@@ -54,6 +54,9 @@ class Coefficients(NamedTuple):
     a1: Any
     a2: Any
     a3: Any
+    a4: Any
+    a5: Any
+    a6: Any
 
 
 @triton.jit
@@ -93,6 +96,9 @@ def load_coefficients(real_options, A: tl.constexpr):
         a1=tl.load(real_options + COEFFICIENTS + 1).to(A),
         a2=tl.load(real_options + COEFFICIENTS + 2).to(A),
         a3=tl.load(real_options + COEFFICIENTS + 3).to(A),
+        a4=tl.load(real_options + COEFFICIENTS + 4).to(A),
+        a5=tl.load(real_options + COEFFICIENTS + 5).to(A),
+        a6=tl.load(real_options + COEFFICIENTS + 6).to(A),
     )
 
 

@@ -111,7 +111,7 @@ def given_or(given, count):
 )
 def linear_unit_kernel(
     weights,  # [N] float32
-    real_options,  # float64 [16]
+    real_options,  # float64 [OPTIONS]
     normalizers,  # float64 [2]
     slope,  # float64 []
     found,  # float64 [3]: the unit, and the normalisers in it
@@ -149,7 +149,7 @@ def weighted_of(b_kd, real_options, i, options_stride, m):
 )
 def kd_terms_kernel(
     row_losses,  # A, [2, N]
-    real_options,  # float64 [16] or [N, 16]
+    real_options,  # float64 [OPTIONS] or [N, OPTIONS]
     normalizers,  # float64 [2]
     loss,  # A, [] or [N]
     terms,  # A, [2] or [2, N], or None

@@ -47,7 +47,7 @@ VECTORS += ["marks", "loss", "terms", "ticket"]
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def topk_forward_kernel(
-    # Inputs: [B, L, V], [B, L, K], [N, K], [N] or None (no cross-entropy), [N]; float64 [16] and [2]
+    # Inputs: [B, L, V], [B, L, K], [N, K], [N] or None (no cross-entropy), [N]; float64 [OPTIONS] and [2]
     student,
     teacher,
     ids,

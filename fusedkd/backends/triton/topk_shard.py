@@ -67,7 +67,7 @@ class OfList(NamedTuple):
 
 @triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=VECTORS)
 def topk_shard_kernel(
-    # [B, L, V], [B, L, K], [N, K], [N] or None, [N]; float64 [16] and [2]; A, [N] or [], or None (1)
+    # [B, L, V], [B, L, K], [N, K], [N] or None, [N]; float64 [OPTIONS] and [2]; A, [N] or [], or None (1)
     student,
     teacher,
     ids,
