@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 GUMBEL = "same_noise or ties or (choice_and_gradient and 2065)"
+STATISTICS = "definitions and bfloat16 or pytorch_has and 301"
 RULES = "where_not_a_number or row_of_nan or (far_from_zero and 0.0) or not_selected"
 
 
@@ -37,6 +38,10 @@ def test_operators_under_the_interpreter() -> None:
 
 def test_rules_under_the_interpreter() -> None:
     interpreted("test_divergence_rules.py", "-k", RULES, FUSEDKD_BACKEND="triton")
+
+
+def test_statistics_under_the_interpreter() -> None:
+    interpreted("test_statistics.py", "-k", STATISTICS, FUSEDKD_BACKEND="triton")
 
 
 def test_gumbel_under_the_interpreter() -> None:

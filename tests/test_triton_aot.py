@@ -33,6 +33,7 @@ from fusedkd.backends.triton.row_kernels import (  # noqa: E402
     kd_terms_kernel,
     linear_unit_kernel,
 )
+from fusedkd.backends.triton.statistics import kd_statistics_kernel  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVIDIA = SM80, SM90, SM100 = [GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)]
@@ -307,6 +308,25 @@ def test_amd(student: Any, teacher: Any, variant: dict[str, Any], tmp_path: Path
     assert "global_load_dwordx4" in kernel.asm["amdgcn"]
     if variant.get("GRADIENT_IN_PHASE", True):
         assert "global_store_dwordx4" in kernel.asm["amdgcn"]
+
+
+@pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=describe)
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP32, FP32)], ids=str)
+@pytest.mark.parametrize("transform", [False, True])
+def test_statistics_do_not_spill(target: GPUTarget, dtypes: Any, transform: bool, tmp_path: Path) -> None:
+    options = layout(
+        *(dtypes[0], 50257, KernelId.FORWARD_KL),
+        teacher=dtypes[1],
+        transform=transform,
+        ce=False,
+        in_phase=not transform,
+        hip=target.backend == "hip",
+    )
+    constants = {"OF_TEACHER": True, "TRANSFORM": transform, "TEACHER_IN_PHASE": not transform}
+    constants |= {key: options.pop(key) for key in ("BLOCK", "GROUP")}
+    types = {"student": f"*{NAMES[dtypes[0]]}", "teacher": f"*{NAMES[dtypes[1]]}", "labels": "*i64"}
+    types |= {"weights": "*fp32", "real_options": "*fp64", "found": "*fp32"}
+    does_not_spill(_compile(kd_statistics_kernel, target, types, constants, options), tmp_path)
 
 
 def test_a_row_that_starts_elsewhere_than_the_student() -> None:

@@ -128,6 +128,30 @@ def launch_kd(
     call(operator, inputs, up, stats, gradient, launch)
 
 
+def launch_statistics(
+    columns: int = 50257,
+    *,
+    n: int = 300,
+    dtypes: tuple[torch.dtype, torch.dtype] = (BF16, BF16),
+    gap: int = 0,
+    labels: bool = True,
+    transform: bool = False,
+    of_teacher: bool = True,
+    aligned: bool = True,
+) -> None:
+    launch.kd_statistics(
+        student=rows(n, columns + gap, dtypes[0], gap),
+        teacher=rows(n, columns, dtypes[1]),
+        labels=vector(n, torch.int64, aligned) if labels else None,
+        row_weights=vector(n, F32, aligned),
+        options=options_of(aligned),
+        transform=transform,
+        of_teacher=of_teacher,
+        columns=columns,
+        ignore_index=-100,
+    )
+
+
 def launch_topk(
     operator: str,
     form: TopkKernelId,
@@ -267,6 +291,14 @@ SHARD = {
     "top-k values": partial(launch_shard, Stage.VALUES, TopkKernelId.IGNORE, k=50),
     "top-k gradient": partial(launch_shard, Stage.GRADIENT, TopkKernelId.BUCKET_REVERSE, k=200, upstream=True),
 }
+STATISTICS = {
+    "both sides": launch_statistics,
+    "of the student": partial(launch_statistics, labels=False, of_teacher=False),
+    "everything": partial(launch_statistics, dtypes=(F16, F32), gap=1, transform=True),
+    "float64": partial(launch_statistics, SHORT, dtypes=(F64, F64)),
+    "few columns": partial(launch_statistics, 2, n=6),
+    "unaligned": partial(launch_statistics, aligned=False),
+}
 SMALL = {
     "weights by labels": partial(launch_weights, None, labels=True, ids=False),
     "weights by a mask": partial(launch_weights, torch.bool, labels=True, ids=False),
@@ -293,6 +325,7 @@ CASES = {
         ("top-k", TOPK),
         ("shard", SHARD),
         ("hidden", HIDDEN),
+        ("statistics", STATISTICS),
         ("small", SMALL),
         ("gumbel", GUMBEL),
         ("layers", LAYERS),
@@ -326,6 +359,9 @@ def test_launches(name: str) -> None:
     elif kind == "hidden":
         assert names == {"hidden_kernel"}
         assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
+    elif kind == "statistics":
+        assert names == {"kd_statistics_kernel"}
+        assert not any(each.spilled for each in launches)
     elif kind in ("layers", "attention"):
         assert not any(each.spilled for each in launches)
     elif kind == "top-k":

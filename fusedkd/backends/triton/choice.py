@@ -92,21 +92,25 @@ def choose(case: Case, device: Device) -> tuple[str, int]:
 
 
 def resident_columns(kernel_id: int, transform: bool) -> int:
-    """The longest row that stays in registers. The soft-capped mixture does not."""
+    """The longest row that stays in registers. A sum with a mixture does not; soft-capped, no sum and no mixture."""
+    if kernel_id == KernelId.MIXED_SUM or (transform and kernel_id in (KernelId.MIXTURE, KernelId.SUM)):
+        return 0
     if kernel_id == KernelId.MIXTURE:
-        return 0 if transform else FEWER_COLUMNS
+        return FEWER_COLUMNS
     return FEWER_COLUMNS if kernel_id == KernelId.ALPHA_BETA and transform else RESIDENT_COLUMNS
 
 
-REGISTERS = 64, 80, 128, 168
-COLUMNS = 4096, 2048, 2048, 1024
+REGISTERS = 64, 80, 128, 168, 255
+COLUMNS = 4096, 2048, 2048, 1024, 1024
 """Steps of a thread's registers, and of a block: a processor runs two programs of 16 warps, three or two of 8, or three
-of 4. COLUMNS do not hold for rows that stay in registers: they have up to 16 warps at every step.
+or two of 4; the last step is for MIXED_SUM alone. COLUMNS do not hold for rows that stay in registers: they have up to
+16 warps at every step.
 """
 PROCESSOR_REGISTERS = 65536
 """A program with more for all of its threads together cannot be launched."""
 
 STEP = {KernelId.JEFFREYS: 1, KernelId.MIXTURE: 2, KernelId.ALPHA_BETA: 2, KernelId.DKD: 2}
+STEP |= {KernelId.SUM: 1, KernelId.MIXED_SUM: 3}
 """Index into REGISTERS and COLUMNS, for two or three passes over 16-bit rows; 0 for other forms. A soft-cap, rows of 32
 bits and rows that stay in registers take one step more each, surplus columns of the student if there is none of these.
 Rows that stay in registers take none if the step is 0 and there is no cross-entropy.
@@ -138,7 +142,7 @@ def layout(
     wide = dtype == torch.float64
     step = STEP.get(KernelId(kernel_id), 0) + transform
     step += max(dtype.itemsize, teacher.itemsize) > 2 or (surplus and not transform and not resident)
-    step = min(step + (resident and (ce or step > 0)), len(REGISTERS) - 1)
+    step = min(step + (resident and (ce or step > 0)), len(REGISTERS) - (1 if kernel_id == KernelId.MIXED_SUM else 2))
     largest = RESIDENT_COLUMNS if resident else min(COLUMNS[step], 2048 if wide else 4096)
     threads = min(_columns(columns), largest) // 8
     block = threads * (4 if wide else 8)

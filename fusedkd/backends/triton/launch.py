@@ -16,12 +16,12 @@ from fusedkd.backends.call import Call
 from fusedkd.backends.composed import whole_loss
 from fusedkd.backends.layout import NORMALIZERS, Stat
 from fusedkd.backends.schema import losses_and_stats, weights_and_counts
-from fusedkd.backends.statistics import kd_statistics as kd_statistics
 from fusedkd.backends.triton import kd, topk
 from fusedkd.backends.triton.choice import FUSED
 from fusedkd.backends.triton.result import NO_RESULT, Result, ticket
 from fusedkd.backends.triton.row import stride_of, upstream_of
 from fusedkd.backends.triton.row_kernels import kd_row_weights_kernel, kd_terms_kernel, linear_unit_kernel
+from fusedkd.backends.triton.statistics import kd_statistics as kd_statistics
 
 
 def kd_row_weights(
