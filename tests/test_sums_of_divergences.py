@@ -9,11 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from families import describe
 from linear_cases import counted_products, problem
 from torch import Tensor
 from truth import operator_calls, pair, targets
 
-from fusedkd import DKD, JSD, Divergence, Jeffreys, SkewKL, TeacherTopK, TotalVariation, kd_loss, linear_kd_loss
+from fusedkd import (
+    DKD,
+    JSD,
+    Divergence,
+    ForwardKL,
+    Jeffreys,
+    SkewKL,
+    TeacherTopK,
+    TotalVariation,
+    kd_loss,
+    linear_kd_loss,
+)
+from fusedkd.backends.layout import KernelId
 
 N, V = 6, 301
 BOTH = {"ce_weight": 0.7, "temperature": 2.0}
@@ -98,6 +111,38 @@ def test_what_one_kernel_sums_up(device: str, parts: list[tuple[float, str]], ca
     with operator_calls() as seen:
         kd_loss(student.requires_grad_(), teacher, targets(N, classes=V, device=device), divergence=parts)
     assert [name for name, _ in seen if name == "kd_loss"] == ["kd_loss"] * calls
+
+
+class Squarely(TotalVariation):
+    temperature_power = 2
+
+
+class Labelled(ForwardKL):
+    needs_labels = True
+
+
+class Forward(Divergence):
+    kernel_id = KernelId.JEFFREYS
+
+    def coefficients(self) -> tuple[float]:
+        return (1.0,)
+
+    def definition(self, log_p: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("own", [Squarely(), Labelled(), Forward()], ids=describe)
+def test_another_class_on_a_kernel_of_ours(device: str, own: Divergence) -> None:
+    """Its T^k, its rows, its coefficients, and what it is with the sides exchanged."""
+    sides = [x.requires_grad_() for x in pair(N, V, device=device)]
+    options = {"temperature": 2.0, "kd_mask": torch.ones(N, device=device), "teacher_gradient": True}
+    parts = [(0.5, own), (1.0, "reverse_kl"), (0.25, "total_variation")]
+    results = []
+    for calls in ([parts], [[part] for part in parts]):
+        losses = [kd_loss(*sides, targets(N, classes=V, device=device), divergence=d, **options) for d in calls]
+        loss = sum(losses, torch.zeros((), device=device))
+        results.append((loss.detach(), *torch.autograd.grad(loss, sides)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
 def test_weights_of_each_row(device: str) -> None:

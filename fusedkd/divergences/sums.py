@@ -9,12 +9,14 @@ from torch import Tensor
 
 from fusedkd.backends.layout import KernelId
 from fusedkd.checks import Real, exact
-from fusedkd.divergences import Divergence, Jeffreys
+from fusedkd.divergences import FAMILIES, Divergence, Jeffreys
 
 Weighted = tuple[Real, Divergence]
 
 SUMMED = (KernelId.FORWARD_KL, KernelId.JEFFREYS, KernelId.TOTAL_VARIATION, KernelId.MIXTURE)
-"""The kernels whose divergences may be in a sum, of the last of them one at most."""
+"""The kernels whose divergences may be in a sum, of the last of them one at most. Only those of `FAMILIES`: another
+class may have a factor T^k, rows or an exchanged divergence of its own.
+"""
 COEFFICIENTS = 7
 
 
@@ -65,7 +67,8 @@ def summed(parts: Sequence[Weighted], temperature: Real) -> list[Weighted]:
     for weight, part in parts:
         mixture = part.kernel_id == KernelId.MIXTURE
         counts = isinstance(weight, Tensor) or weight != 0
-        found = part.kernel_id in SUMMED and counts and not (mixed and mixture)
+        ours = type(part) is FAMILIES.get(part.name) and part.kernel_id in SUMMED
+        found = ours and counts and not (mixed and mixture)
         (one if found else rest).append((weight, part))
         mixed = mixed or (found and mixture)
     if len(one) < 2 or not _alike([temperature, *[x for w, part in one for x in (w, *part.coefficients())]]):
