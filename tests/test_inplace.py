@@ -188,3 +188,16 @@ def test_inplace_is_ignored_where_nothing_may_be_overwritten(device: str) -> Non
         student = leaf.to(dtype) * 1
         kd_loss(student, form, labels, inplace=True, reduction=reduction, **OPTIONS).sum().backward()
         assert torch.equal(student, values.to(dtype))
+
+
+def test_inplace_of_divergences_that_one_kernel_sums_up(device: str) -> None:
+    """It is ignored of others."""
+    values, teacher, labels = batch(device)
+    leaf, kl = values.clone().requires_grad_(), (1.0, "forward_kl")
+    for divergence, written in (([kl, (0.5, "jsd")], True), ([kl, (0.5, "alpha_beta")], False)):
+        options = {"divergence": divergence, **OPTIONS}
+        student = leaf * 1
+        (gradient,) = torch.autograd.grad(kd_loss(student, teacher, labels, inplace=True, **options), leaf)
+        (expected,) = torch.autograd.grad(kd_loss(leaf, teacher, labels, **options), leaf)
+        assert torch.equal(gradient, expected)
+        assert torch.equal(student, expected if written else values)

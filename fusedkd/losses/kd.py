@@ -107,8 +107,9 @@ def kd_loss(
         {options}
         inplace: lets the gradient overwrite the student's logits, which must be neither a leaf nor a view, nor share
             memory with the teacher, unless row by row (``student_logits.detach()``). Ignored under ``torch.compile``,
-            with grad mode off, and where the gradient is computed in backward (float16, ``"none"``, a list of
-            teachers). One backward only; an upstream gradient other than 1 rounds a second time.
+            with grad mode off, where the gradient is computed in backward (float16, ``"none"``), and of several
+            teachers, or divergences that no one kernel sums up. One backward only; an upstream gradient other than 1
+            rounds a second time.
         return_terms: also return :class:`KDTerms`.
         statistics: names of tensors ``(*)`` that the terms then have as well, as :class:`KDTermsAndStatistics`,
             detached, in float32 (float64 for float64 logits): ``student_entropy``, ``teacher_entropy``, in nats;
