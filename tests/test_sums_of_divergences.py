@@ -247,6 +247,36 @@ def test_the_number_0_as_weight_computes_nothing(device: str) -> None:
         assert terms.kd == 0
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_whose_weights_are_all_0_are_not_read(device: str, whole: bool) -> None:
+    student, teacher = pair(N, V, device=device)
+    student[0, 3], student[1] = torch.nan, -torch.inf
+    zero = torch.zeros(N, device=device)
+    zero[2:] = 1.0
+    weights = [zero, zero * 0.5]
+    if whole:
+        weights = [torch.zeros((), device=device)] * 2
+    leaf = student.requires_grad_()
+    for last in ("reverse_kl", "total_variation", "jsd"):
+        parts = list(zip(weights, ("forward_kl", last), strict=True))
+        loss = kd_loss(leaf, teacher, divergence=parts, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        assert not loss[:2].any()
+        assert not gradient[:2].any()
+        assert loss[2:].isfinite().all()
+        assert loss[2:].any() != whole
+
+
+def test_statistics_are_of_the_rows_of_the_first_divergence(device: str) -> None:
+    """Whatever is summed up with what."""
+    student, teacher = pair(N, V, device=device)
+    labels, mask = targets(N, classes=V, device=device), torch.ones(N, device=device)
+    for parts in ([(1.0, "dkd"), (1.0, "forward_kl")], [(1.0, "dkd"), (1.0, "forward_kl"), (1.0, "reverse_kl")]):
+        given = {"divergence": parts, "kd_mask": mask, "return_terms": True, "statistics": ["student_entropy"]}
+        _, terms = kd_loss(student, teacher, labels, **given)
+        assert torch.equal(terms.statistics["student_entropy"] == 0, labels == -100)
+
+
 # -------------------------------------------------- what is refused
 
 

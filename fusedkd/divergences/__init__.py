@@ -10,6 +10,7 @@ serve: most of them for a teacher known at few columns, DKD for the teacher's gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -301,6 +302,15 @@ DivergenceName: TypeAlias = Literal[
     "nla",
 ]
 """The keys of FAMILIES, for type checkers."""
+Divergences: TypeAlias = DivergenceName | Divergence | Sequence[tuple[Real, DivergenceName | Divergence]]
+"""What the losses take: one, or pairs (weight, divergence)."""
+
+
+def parts_of(divergence: Divergences) -> list[Divergence]:
+    """The divergence, or those of a list."""
+    if isinstance(divergence, str | Divergence):
+        return [resolve(divergence)]
+    return [resolve(each) for _, each in divergence]
 
 
 def resolve(divergence: str | Divergence) -> Divergence:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
+import torch
 from torch import Tensor
 
 from fusedkd.backends.layout import KernelId
@@ -60,25 +62,36 @@ class MixedSum(Sum):
 
 
 def summed(parts: Sequence[Weighted], temperature: Real) -> list[Weighted]:
-    """These as few: what a kernel sums up is one. `temperature`: the student's, or 1 if no factor T^k is wanted."""
-    one: list[Weighted] = []
-    rest: list[Weighted] = []
-    mixed = False
-    for weight, part in parts:
-        mixture = part.kernel_id == KernelId.MIXTURE
+    """These as few, in their order: what a kernel sums up is one, in the place of its first. `temperature`: the
+    student's, or 1 if no factor T^k is wanted.
+    """
+    one: list[int] = []
+    for i, (weight, part) in enumerate(parts):
+        again = part.kernel_id == KernelId.MIXTURE and any([_mixed(parts[k]) for k in one])
         counts = isinstance(weight, Tensor) or weight != 0
-        ours = type(part) is FAMILIES.get(part.name) and part.kernel_id in SUMMED
-        found = ours and counts and not (mixed and mixture)
-        (one if found else rest).append((weight, part))
-        mixed = mixed or (found and mixture)
-    if len(one) < 2 or not _alike([temperature, *[x for w, part in one for x in (w, *part.coefficients())]]):
+        if type(part) is FAMILIES.get(part.name) and part.kernel_id in SUMMED and counts and not again:
+            one.append(i)
+    folded = tuple([parts[i] for i in one])
+    if len(one) < 2 or not _alike([temperature, *[x for w, part in folded for x in (w, *part.coefficients())]]):
         return list(parts)
-    if mixed:
-        return [(1.0, MixedSum(tuple(one), temperature)), *rest]
-    total = Sum(tuple(one), temperature)
-    if any([part.kernel_id == KernelId.TOTAL_VARIATION for _, part in one]):
-        return [(1.0, total), *rest]
-    return [(1.0, Jeffreys(*total.coefficients()[:2])), *rest]
+    found: Divergence = Sum(folded, temperature)
+    if any([_mixed(each) for each in folded]):
+        found = MixedSum(folded, temperature)
+    elif not any([part.kernel_id == KernelId.TOTAL_VARIATION for _, part in folded]):
+        found = Jeffreys(*found.coefficients()[:2])
+    rest = [None if i in one else each for i, each in enumerate(parts)]
+    rest[one[0]] = _some([weight for weight, _ in folded]), found
+    return [each for each in rest if each is not None]
+
+
+def _mixed(each: Weighted) -> bool:
+    return each[1].kernel_id == KernelId.MIXTURE
+
+
+def _some(weights: Sequence[Real]) -> Real:
+    """1, or 0 where all weights are: such a row is not read. Numbers here are not 0."""
+    tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+    return 1.0 if len(tensors) < len(weights) else reduce(torch.logical_or, tensors).double()
 
 
 def _alike(values: Sequence[Real]) -> bool:

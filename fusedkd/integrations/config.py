@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fusedkd import checks as check
-from fusedkd.divergences import Divergence, DivergenceName
+from fusedkd.divergences import Divergences
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.offline import COLUMNS
 from fusedkd.losses.linear_kd import checked_linear_options
@@ -34,7 +34,7 @@ class KDConfig:
 
     temperature: float = 2.0
     teacher_temperature: float | None = None
-    divergence: DivergenceName | Divergence = "forward_kl"
+    divergence: Divergences = "forward_kl"
     kd_weight: float = 0.5
     ce_weight: float = 0.5
     scale_by_t2: bool = True

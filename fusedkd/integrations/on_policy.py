@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fusedkd import checks as check
-from fusedkd.divergences import resolve
+from fusedkd.divergences import parts_of
 from fusedkd.integrations import refusals, rollouts, scored
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.kinds import IGNORE
@@ -315,12 +315,13 @@ def _check(trainer: OnPolicyTrainer, teacher: Any, kd: KDConfig, generation: Any
         if not 1 <= top_k <= check.MAX_LISTED:
             raise ValueError(f"student_top_k must be in [1, {check.MAX_LISTED}], not {top_k}")
     own_ce = kd.ce_weight != 0 and lmbda > 0
+    labelled = [part.name for part in parts_of(kd.divergence) if part.needs_labels]
     for wrong, message in (
         (teacher is None, "teacher must be able to score what the student writes, but is None"),
         (kd.kd_on != "labels", f"kd_on must be 'labels', the tokens of the completion, not {kd.kd_on!r}"),
         (own_ce and lmbda == 1, "ce_weight must be 0 with lmbda=1: what the student writes has no cross-entropy"),
-        (own_ce and resolve(kd.divergence).needs_labels,
-         f"ce_weight must be 0 for {resolve(kd.divergence).name}, which reads the labels of the student's own text"),
+        (own_ce and labelled,
+         f"ce_weight must be 0 for {', '.join(labelled)}, which reads the labels of the student's own text"),
         (served is None and (estimator or top_k),
          "estimator and student_top_k are for a teacher that is a function: a model gives the whole distribution"),
         (estimator and top_k, "estimator and student_top_k exclude each other: one token or K of them"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedkd import checks as check
-from fusedkd.divergences import resolve
+from fusedkd.divergences import parts_of, resolve
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.kinds import Kind
@@ -280,7 +280,8 @@ def terms_given(terms: Any, kd: KDConfig, teacher: Any) -> None:
             continue
         if isinstance(term, LogitsTerm):
             needs_labels = resolve(term.divergence).needs_labels
-            if needs_labels and kd.kd_on != "labels" and not resolve(kd.divergence).needs_labels:
+            by_labels = kd.kd_on == "labels" or any([part.needs_labels for part in parts_of(kd.divergence)])
+            if needs_labels and not by_labels:
                 raise ValueError(
                     f"divergence {resolve(term.divergence).name} of the term {term.name!r} needs labels, and its rows "
                     f"are those of kd_on={kd.kd_on!r}: pass KDConfig(kd_on='labels')"

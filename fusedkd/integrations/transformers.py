@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fusedkd.divergences import resolve
+from fusedkd.divergences import parts_of
 from fusedkd.integrations import kinds, refusals
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.classes import End, current_end
@@ -210,7 +210,7 @@ class DistillationTrainer(TermTrainer):
         refusals.batch(batch, self.student)
         kind, attended = self.head.kind, self.attended(batch)
         labels = kinds.labels_of(kind, batch, attended)
-        on_labels = self.kd.kd_on == "labels" or resolve(self.kd.divergence).needs_labels
+        on_labels = self.kd.kd_on == "labels" or any([part.needs_labels for part in parts_of(self.kd.divergence)])
         if labels is None and (on_labels or self.kd.ce_weight != 0):
             hint = "" if kind.classes else ": transformers' DataCollatorForLanguageModeling makes them"
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkd.backends.statistics import OF_TEACHER, STATISTICS
 from fusedkd.checks import Real
-from fusedkd.divergences import Divergence, DivergenceName
+from fusedkd.divergences import Divergences
 from fusedkd.losses.names import by_name
 
 P = ParamSpec("P")
@@ -77,7 +77,7 @@ class KDOptions(TypedDict, total=False):
 
     temperature: Real
     teacher_temperature: Real | None
-    divergence: DivergenceName | Divergence | Sequence[tuple[Real, DivergenceName | Divergence]]
+    divergence: Divergences
     kd_weight: Real
     ce_weight: Real
     scale_by_t2: bool

@@ -99,9 +99,10 @@ def test_distilbert_trainer(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kd_on", ["labels", "attended"])
-def test_own_trainer(kd_on: str, tmp_path) -> None:
+@pytest.mark.parametrize("divergence", ["forward_kl", [(0.5, "forward_kl"), (0.5, "dkd")]], ids=["one", "two"])
+def test_own_trainer(kd_on: str, divergence: Any, tmp_path) -> None:
     """Which never makes logits, of student or teacher."""
-    kd = KDConfig(kd_on=kd_on, temperature=3.0, ce_weight=0.7)
+    kd = KDConfig(kd_on=kd_on, temperature=3.0, ce_weight=0.7, divergence=divergence)
     trainer = DistillationTrainer(gpt2(0), gpt2(1), arguments(tmp_path), default_data_collator, rows(), kd=kd)
     report = kd_check(trainer)
     assert report.ok, report
