@@ -16,6 +16,12 @@ from fusedkd.integrations.command import UsageError, loading
 from fusedkd.integrations.kinds import why_not_causal
 
 LAYER = re.compile(r"\.(layer|h|layers|block|blocks)\.(\d+)\.")
+NUMBERS = ("full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "moe_layers")
+"""Lists of a configuration that hold the numbers of layers, not an entry for each."""
+FIRST, LAST = ("first_k_dense_replace", "num_dense_layers"), ("num_kv_shared_layers",)
+"""How many of the first layers, or of the last, are of another kind."""
+NOT_OF_LAYERS = re.compile(r"^architectures$|_token_ids?$|_limit$|_multipliers$")
+"""Lists that may be as long as the model is deep, and have nothing to do with it."""
 
 
 def causal_model(name: str, flag: str, dtype: Any = torch.float32) -> tuple[PreTrainedModel, Tokenizer]:
@@ -90,9 +96,7 @@ def student_of(
     config: Any = copy.deepcopy(source.config)
     layers = alternate_layers(config.num_hidden_layers) if layers is None else layers
     check_layers(layers, config.num_hidden_layers)
-    config.num_hidden_layers = len(layers)
-    if kinds := getattr(config, "layer_types", None):  # of attention, one for each layer
-        config.layer_types = [kinds[layer] for layer in layers]
+    keep_layers(config, layers)
     if width is not None and width != config.hidden_size:
         if init == "copied":
             raise UsageError(f"--width {width}: copied layers are {config.hidden_size} wide; add --init random")
@@ -110,6 +114,30 @@ def student_of(
             raise UsageError(f"the names of the layers of {type(source).__name__} are not known: give a student")
         body = f"{student.base_model_prefix}." if new_head else ""
         for new in [name for name in own if name.startswith(body)]:
-            own[new] = weights[LAYER.sub(lambda m: f".{m[1]}.{layers[int(m[2])]}.", new)]
+            old = weights.get(LAYER.sub(lambda m: f".{m[1]}.{layers[int(m[2])]}.", new))
+            if old is None or old.shape != own[new].shape:
+                given = ", ".join(map(str, layers))
+                raise UsageError(
+                    f"of the layers {given} of {type(source).__name__} no student is made: its {new} has another "
+                    "shape in the teacher, or is not there; give a student, or other layers"
+                )
+            own[new] = old
         student.load_state_dict(own)
     return student
+
+
+def keep_layers(config: Any, layers: list[int]) -> None:
+    """What the configuration says of each layer, for these alone."""
+    depth = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if name in FIRST and value:
+            setattr(config, name, sum(layer < value for layer in layers))
+        elif name in LAST and value:
+            setattr(config, name, sum(layer >= depth - value for layer in layers))
+        elif not isinstance(value, list | tuple) or NOT_OF_LAYERS.search(name):
+            continue
+        elif name in NUMBERS:
+            setattr(config, name, type(value)(i for i, layer in enumerate(layers) if layer in value))
+        elif len(value) == depth:
+            setattr(config, name, type(value)(value[layer] for layer in layers))
+    config.num_hidden_layers = len(layers)

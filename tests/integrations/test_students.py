@@ -1,0 +1,101 @@
+"""Students cut from models whose layers differ: each kept layer is the layer that it was."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.students import keep_layers, student_of
+
+SIZE = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+SIZE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
+KINDS = ["sliding_attention", "full_attention"]
+EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+
+MODELS = {
+    "no_rope_layers": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SIZE, no_rope_layer_interval=3)),
+    "layer_types": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=3, layer_types=KINDS * 3)
+    ),
+    "first_k_dense_replace": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(**SIZE, **EXPERTS, **LATENT, **GROUPS, first_k_dense_replace=3)
+    ),
+    "mlp_only_layers": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZE, **EXPERTS, head_dim=8, num_experts=4, mlp_only_layers=[1, 3])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_kept_layer_is_the_layer_that_it_was(name):
+    torch.manual_seed(0)
+    source, kept = MODELS[name]().eval(), [0, 2, 3, 5]
+    student = student_of(source, kept).eval()
+    cut = copy.deepcopy(source)
+    cut.model.layers = nn.ModuleList(cut.model.layers[i] for i in kept)
+    cut.config.num_hidden_layers = len(kept)
+    if kinds := getattr(cut.config, "layer_types", None):
+        cut.config.layer_types = [kinds[i] for i in kept]
+    ids = torch.arange(5, 13)[None]
+    with torch.no_grad():
+        found, true = (model(ids, use_cache=False).logits for model in (student, cut))
+    torch.testing.assert_close(found, true, rtol=0, atol=1e-6)
+
+
+def test_what_a_configuration_says_of_layers():
+    config = SimpleNamespace(
+        num_hidden_layers=4,
+        indexer_types=["a", "b", "c", "d"],
+        moe_layers=[0, 1, 2, 3],  # numbers of layers
+        full_attn_idxs=[2],
+        num_dense_layers=2,
+        num_kv_shared_layers=1,
+        first_k_dense_replace=0,
+        eos_token_id=[5, 6, 7, 8],
+        suppress_token_ids=(1, 2, 3, 4),
+        short=["x"],
+    )
+    keep_layers(config, [0, 2, 3])
+    assert vars(config) == {
+        "num_hidden_layers": 3,
+        "indexer_types": ["a", "c", "d"],
+        "moe_layers": [0, 1, 2],
+        "full_attn_idxs": [1],
+        "num_dense_layers": 1,
+        "num_kv_shared_layers": 1,
+        "first_k_dense_replace": 0,
+        "eos_token_id": [5, 6, 7, 8],
+        "suppress_token_ids": (1, 2, 3, 4),
+        "short": ["x"],
+    }
+
+
+def test_several_ends_of_sequences_are_no_layers():
+    source = LlamaForCausalLM(LlamaConfig(**SIZE | {"num_hidden_layers": 2, "eos_token_id": [2, 3]}))
+    assert student_of(source, [0]).config.eos_token_id == [2, 3]
+
+
+def test_layers_that_are_counted_by_their_places_are_refused():
+    """Jamba's attention is every third layer of whatever there is."""
+    config = JambaConfig(**SIZE, attn_layer_period=3, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1)
+    with pytest.raises(UsageError, match=r"layers 0, 2, 3 of JambaForCausalLM no student.*layers\.1\.\S+ has another"):
+        student_of(JambaForCausalLM(config), [0, 2, 3])
