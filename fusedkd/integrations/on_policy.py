@@ -25,6 +25,7 @@ from fusedkd.integrations.offline import COLUMNS, Batch
 from fusedkd.integrations.pair import Form, Pair
 from fusedkd.integrations.prompts import COMPLETION, PROMPT, PromptCollator
 from fusedkd.integrations.states import States
+from fusedkd.integrations.takes import media
 from fusedkd.integrations.teacher import evaluating, known_tokens
 from fusedkd.integrations.transformers import DistillationTrainer
 from fusedkd.losses.options import KDTerms
@@ -164,6 +165,8 @@ class OnPolicyTrainer(DistillationTrainer):
 
     def write(self, batch: Batch, seed: int) -> Batch:
         """The batch with completions by the student in the place of its own."""
+        if names := media(batch):
+            raise ValueError(f"the student writes to prompts of text alone, but the batch has {names[0]}: pass lmbda=0")
         batch = self._prepare_inputs(batch)
         ids, mask = rollouts.prompts(batch, self.attended(batch))
         devices = [ids.device] if ids.is_cuda else []

@@ -18,6 +18,8 @@ from fusedkd.integrations.transformers import KDConfig
 
 from .on_policy_step import END, greedy, llama, rows, scores, trainer
 
+PICTURE = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "pixel_values": [[0.5]]}
+
 
 def first_step(found: Any) -> Any:
     """What is written and scored for it."""
@@ -107,6 +109,7 @@ def test_any_collator_whose_labels_begin_after_the_prompt_will_do() -> None:
         ({"data": [{"input_ids": [3, 4], "labels": [3, 4]}] * 4}, ValueError, "row 0 of the batch has no prompt"),
         ({"data": [{"prompt": "ab"}] * 4}, ValueError, "example 0 is text, for which a tokenizer is needed"),
         ({"data": [{"prompt": []}] * 4}, ValueError, "the prompt of example 0 is empty"),
+        ({"data": [PICTURE] * 4}, ValueError, "prompts of text alone, but the batch has pixel_values: pass lmbda=0"),
         ({"max_new_tokens": 64}, ValueError, "more than the 64 positions of LlamaForCausalLM"),
     ],
 )
