@@ -52,6 +52,8 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
             raise UsageError(f"the chat template does not take conversation {index}: {reason}") from error
         return {"input_ids": ids, "labels": [token if s else IGNORE for token, s in zip(ids, said, strict=True)]}
 
+    if left := [name for name in data.column_names if name != column]:
+        console.print(f"[bold]Left out[/bold]: the columns {', '.join(left)}")
     rows = data.select_columns(column).map(row, with_indices=True, input_columns=column, remove_columns=column)
     labels = [np.concatenate(some["labels"]) for some in rows.with_format("numpy").iter(batch_size=1000)]
     total, labelled = (sum(map(len, each)) for each in (labels, [part[part != IGNORE] for part in labels]))

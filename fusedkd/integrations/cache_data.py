@@ -80,6 +80,8 @@ def kind_of_files(names: list[str]) -> str | None:
     if absent := [name for name in names if not Path(name).is_file()]:
         if len(names) > 1:
             raise UsageError(f"no such file: {absent[0]}; several names of --dataset must be files")
+        if Path(names[0]).suffix in FORMATS and not Path(names[0]).exists():
+            raise UsageError(f"--dataset {names[0]}: no such file")
         return None
     kinds = {FORMATS.get(Path(name).suffix, "text") for name in names}
     if len(kinds) > 1:

@@ -106,6 +106,10 @@ class ChatTrainer(Interruptible, DistillationTrainer):
 class AnswerTrainer(Interruptible, OnPolicyTrainer):
     """On-policy."""
 
+    def write(self, *given: Any) -> Any:
+        with refused():  # prompts that leave no room for an answer, and none at all
+            return super().write(*given)
+
 
 Options = tuple[ModelOptions, DataOptions, LossOptions, ChatArguments]
 

@@ -64,7 +64,8 @@ def rows_of(
     if train < 1:
         raise UsageError(f"--held_out {options.held_out} leaves none of {len(answered)} conversations with an answer")
     console.print(f"[bold]Data[/bold]: {train:,} conversations, {options.held_out:,} held out")
-    return answered.select(range(train)), answered.select(range(train, len(answered)))
+    rest = list(range(train, len(answered)))  # datasets refuses an empty range at the end
+    return answered.select(range(train)), answered.select(rest)
 
 
 def tokenized(data: datasets.Dataset, options: DataOptions, offline: bool, console: Console) -> datasets.Dataset:

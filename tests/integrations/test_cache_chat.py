@@ -69,7 +69,9 @@ def test_labels_are_on_what_the_assistant_says(template, tmp_path, capsys):
     name, data = model(tmp_path / "teacher", template), chats(tmp_path / "chats.jsonl")
     more = ("--top_k", 4, "--logprobs_dtype", "uint8", "--rows", "labelled", "--shard_rows", 2)
     assert run(name, data, tmp_path / "out", *more) == 0
-    assert "10 of 41 tokens are the assistant's" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "10 of 41 tokens are the assistant's" in said
+    assert "Left out: the columns source" in said
     cached = datasets.load_from_disk(tmp_path / "out")
     assert set(cached.column_names) == {"input_ids", "attention_mask", "labels", PACKED}
     assert [text(row, True) for row in cached] == ["a dog [SEP] big red bird [SEP]", "hears sees [SEP]", ""]

@@ -147,6 +147,8 @@ def test_what_is_learnt(made, tmp_path):
     thing, colour = next(iter(COLOURS.items()))
     assert said.split() == [*f"{thing} is {colour}".split(), "<|end|>"]
     whole = len(train[0]["input_ids"])
+    data.held_out = 0
+    assert [len(rows) for rows in rows_of(data, tokenizer, False, Console(quiet=True))] == [120, 0]
     data.max_length = whole - 3
     assert {len(row["input_ids"]) for row in rows_of(data, tokenizer, False, Console(quiet=True))[0]} == {whole - 3}
 
@@ -171,6 +173,9 @@ def test_refusals(made, tmp_path, capsys):
     assert "--student_layers 9: the teacher has 4" in refused(*both, "--student_layers", "9")
     assert "--held_out 500 leaves none of 120 conversations" in refused(*both, "--held_out", "500")
     assert "--divergence jst" in refused(*both, "--divergence", "jst")
+    none, too_long = str(tmp_path / "none.jsonl"), ["--held_out", "0", "--max_new_tokens", "9000"]
+    assert f"--dataset {none}: no such file" in refused("--teacher", teacher, "--dataset", none)
+    assert "and max_new_tokens=9000 are more than" in refused(*both, "--mode", "on_policy", *too_long)
     assert "no such folder" in refused("--teacher", str(tmp_path / "none"), "--dataset", chats)
     assert "--messages_column is one of messages" in refused(*both, "--messages_column", "chat")
     bad = tmp_path / "bad.jsonl"
