@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import DEFAULTS, TAILS, at, describe, samples, top_k
+from families import DEFAULTS, SUMS, TAILS, at, describe, samples, top_k
 from linear_cases import check_linear, problem, small_tiles, teacher_logits, tile_bytes
+from test_statistics import compare, truth
 from torch import Tensor
 from truth import DTYPES, between_nans, check_hidden, check_kd, pair, targets
 
 from fusedkd import JSD, TeacherLogits, TeacherSamples, TeacherTopK, kd_loss
+from fusedkd.backends.statistics import STATISTICS
 from fusedkd.divergences import Divergence
 
 WIDTHS = {"resident": 1003, "whole": 4611, "split": 17011}
@@ -45,10 +47,21 @@ def batch(
 
 
 @kernels
-@pytest.mark.parametrize(("turn", "divergence"), [*enumerate(DEFAULTS)], ids=describe)
+@pytest.mark.parametrize(("turn", "divergence"), [*enumerate([*DEFAULTS, SUMS[0], SUMS[2]])], ids=describe)
 def test_families(device: str, kernel: str, turn: int, divergence: Divergence) -> None:
     student, teacher, labels = batch(kernel, device, turn)
     check_kd(student, teacher, labels, **at(divergence, 2.0), **BOTH)
+
+
+@kernels
+def test_statistics(device: str, kernel: str) -> None:
+    """Of rows of different types, one of them not selected."""
+    for turn in (0, 4):
+        student, teacher, labels = batch(kernel, device, turn)
+        options = {"temperature": 2.0, "return_terms": True, "statistics": STATISTICS}
+        _, terms = kd_loss(student, teacher, labels, **options)
+        flat = [x.flatten(0, -2) for x in (student, teacher)]
+        compare(terms.statistics, truth(*flat, labels.flatten(), 2.0))
 
 
 @kernels

@@ -4,6 +4,7 @@ the assistant says.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -18,13 +19,16 @@ from fusedkd.integrations.kinds import IGNORE
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What marks the assistant's turns in a template."""
+TOOLS = "tools"
+"""The column of the functions that the assistant of a conversation may call."""
 
 
 def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, console: Console) -> datasets.Dataset:
-    """``input_ids`` and ``labels`` of each conversation, a list of messages with a role and a content. Labels are −100
-    outside the assistant's turns. Where these are, with what the template closes them by, says the template
-    (``{% generation %}``); else a turn begins where the conversation before it ends, with the prompt to answer, and
-    ends where the conversation up to it does, or with its first end-of-sequence token.
+    """``input_ids`` and ``labels`` of each conversation, a list of messages with a role and a content; the template is
+    given what a column `TOOLS` lists, too, in JSON or as it is. Labels are −100 outside the assistant's turns. Where
+    these are, with what the template closes them by, says the template (``{% generation %}``); else a turn begins where
+    the conversation before it ends, with the prompt to answer, and ends where the conversation up to it does, or with
+    its first end-of-sequence token.
 
     Raises:
         UsageError: where neither tells, or there is no template, or a conversation that it does not take.
@@ -38,10 +42,17 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
         ) from None
     label = _by_marks if GENERATION.search(template) else _by_prefixes
 
-    def row(messages: Any, index: int) -> dict[str, list[int]]:
+    columns = [column, TOOLS] if TOOLS in data.column_names else [column]
+
+    def row(messages: Any, *rest: Any) -> dict[str, list[int]]:
+        *given, index = rest
+        try:
+            tools = _tools(*given)
+        except ValueError as error:
+            raise UsageError(f"the {TOOLS} of conversation {index} are no JSON: {error}") from None
         try:
             plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            ids, said = label(tokenizer, plain)
+            ids, said = label(tokenizer, plain, **tools)
         except _Untold as error:
             raise UsageError(
                 f"what the assistant says in conversation {index} cannot be told: {error}; give rows of input_ids and "
@@ -52,9 +63,9 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
             raise UsageError(f"the chat template does not take conversation {index}: {reason}") from error
         return {"input_ids": ids, "labels": [token if s else IGNORE for token, s in zip(ids, said, strict=True)]}
 
-    if left := [name for name in data.column_names if name != column]:
+    if left := [name for name in data.column_names if name not in columns]:
         console.print(f"[bold]Left out[/bold]: the columns {', '.join(left)}")
-    rows = data.select_columns(column).map(row, with_indices=True, input_columns=column, remove_columns=column)
+    rows = data.select_columns(columns).map(row, with_indices=True, input_columns=columns, remove_columns=columns)
     labels = [np.concatenate(some["labels"]) for some in rows.with_format("numpy").iter(batch_size=1000)]
     total, labelled = (sum(map(len, each)) for each in (labels, [part[part != IGNORE] for part in labels]))
     if total and not labelled:
@@ -63,12 +74,26 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
     return rows
 
 
+def _tools(given: Any = None) -> dict[str, Any]:
+    """The option of a chat template, if there are any."""
+    given = json.loads(given) if isinstance(given, str) and given else given
+    tools = [json.loads(tool) if isinstance(tool, str) else _known(tool) for tool in given or ()]
+    return {"tools": tools} if tools else {}
+
+
+def _known(value: Any) -> Any:
+    """Without what is None: datasets gives every row the fields of all."""
+    if isinstance(value, dict):
+        return {name: _known(x) for name, x in value.items() if x is not None}
+    return [_known(x) for x in value] if isinstance(value, list) else value
+
+
 class _Untold(Exception):
     """Why."""
 
 
-def _by_marks(tokenizer: Tokenizer, messages: list[Any]) -> tuple[list[int], list[int]]:
-    found: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+def _by_marks(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> tuple[list[int], list[int]]:
+    found: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
     said = found["assistant_masks"]
     roles = [message["role"] if message.get("content") else None for message in messages]
     turns = sum(a == "assistant" != b for a, b in zip(roles, [None, *roles], strict=False))
@@ -78,9 +103,10 @@ def _by_marks(tokenizer: Tokenizer, messages: list[Any]) -> tuple[list[int], lis
     return found["input_ids"], said
 
 
-def _by_prefixes(tokenizer: Tokenizer, messages: list[Any]) -> tuple[list[int], list[int]]:
+def _by_prefixes(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> tuple[list[int], list[int]]:
     def tokens(count: int | None = None, prompt: bool = False) -> list[int]:
-        rendered: Any = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=True)
+        options = {"add_generation_prompt": prompt, "return_dict": True, **more}
+        rendered: Any = tokenizer.apply_chat_template(messages[:count], **options)
         ids: list[int] = rendered["input_ids"]
         return ids
 

@@ -58,9 +58,14 @@ def parse_into(
     if defaults:
         parser.set_defaults(**defaults(parser.parse_known_args(flags)[0]))
     try:
-        return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        *found, unknown = parser.parse_args_into_dataclasses(
+            flags, look_for_args_file=False, return_remaining_strings=True
+        )
     except ValueError as error:  # what the parser and TrainingArguments refuse
         raise UsageError(" ".join(str(error).split())) from None
+    if unknown:
+        raise UsageError(f"no such option: {' '.join(unknown)}")
+    return tuple(found)
 
 
 def flags_of(file: str, names: set[str]) -> list[str]:

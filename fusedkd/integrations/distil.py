@@ -40,7 +40,7 @@ from fusedkd import env
 from fusedkd.divergences import FAMILIES
 from fusedkd.integrations.command import UsageError, command_line, option, parse_divergence, parse_into
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.distil_data import DataOptions, rows_of
+from fusedkd.integrations.distil_data import DataOptions, each_turn, rows_of
 from fusedkd.integrations.interrupt import Arguments, Interruptible, claim, is_finished
 from fusedkd.integrations.on_policy import OnPolicyTrainer
 from fusedkd.integrations.students import causal_model, spread_layers, student_of
@@ -132,6 +132,7 @@ def parse(argv: list[str] | None = None) -> Options:
         and not models.student,
         "--held_out must not be negative": data.held_out < 0,
         "--max_length must be at least 2": data.max_length < 2,
+        f"--lmbda must be in [0, 1], not {loss.lmbda:g}": not 0 <= loss.lmbda <= 1,
         "--packing does not go with --mode on_policy, whose answers are padded": data.packing
         and loss.mode == "on_policy",
         "--ce_weight does not go with --mode on_policy and --lmbda 1: the student would learn its own answers": (
@@ -168,6 +169,7 @@ def distil(options: Options) -> dict[str, Any]:
     teacher, student, tokenizer = models_of(models)
     with arguments.main_process_first():
         train, held_out = rows_of(data, tokenizer, loss.mode == "offline", console)
+        train = each_turn(train) if loss.mode == "on_policy" else train
     with refused():
         trainer = trainer_of(options, student, teacher, tokenizer, train, held_out)
         trainer.data_collator([train[0]])  # refuses a cache of another temperature

@@ -96,6 +96,25 @@ def tokenized(data: datasets.Dataset, options: DataOptions, offline: bool, conso
     return data.with_format("numpy", plain, output_all_columns=True) if plain else data
 
 
+def each_turn(rows: datasets.Dataset) -> datasets.Dataset:
+    """A row for each of the assistant's turns: the conversation up to its end, of which this turn has labels."""
+
+    def turns(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {name: [] for name in batch}
+        for i, labels in enumerate(batch["labels"]):
+            said = [label != IGNORE for label in labels]
+            begins = [j for j in range(len(said)) if said[j] and not (j and said[j - 1])]
+            for begin in begins:
+                end = next((j for j in range(begin, len(said)) if not said[j]), len(said))
+                row = {name: values[i][:end] for name, values in batch.items()}
+                row["labels"] = [IGNORE] * begin + labels[begin:end]
+                for name, values in row.items():
+                    found[name].append(values)
+        return found
+
+    return rows.map(turns, batched=True).filter(_has_answer)
+
+
 def _cut(row: dict[str, Any], length: int) -> dict[str, Any]:
     return {name: row[name][:length] for name in TOKENS if name in row}
 

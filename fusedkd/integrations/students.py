@@ -94,6 +94,8 @@ def student_of(
         UsageError: where the layers are not the source's, or a width does not go with copied layers or the heads.
     """
     config: Any = copy.deepcopy(source.config)
+    if config.is_encoder_decoder or not hasattr(config, "num_hidden_layers"):
+        raise UsageError(f"{type(source).__name__} has more than one stack of layers: give a student")
     layers = alternate_layers(config.num_hidden_layers) if layers is None else layers
     check_layers(layers, config.num_hidden_layers)
     keep_layers(config, layers)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,32 @@ def test_turns_that_change_end_with_an_end_of_sequence_token(tmp_path):
     assert run(name, data, tmp_path / "out", "--top_k", 4) == 0
     cached = datasets.load_from_disk(tmp_path / "out")
     assert [text(row, True) for row in cached] == ["dog [SEP] big red bird [SEP]", "hears sees [SEP]", ""]
+
+
+USED = "{% for tool in tools or [] %}{{ tool['function'] | length }} {{ tool['function']['name'] + ' ' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [MARKED, PROMPTED])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_in_the_prompt(template, as_text, tmp_path, capsys):
+    """With the fields that each of them has; a row may have none."""
+    tools = [[{"function": {"name": "river"}}], None, [{"function": {"name": "bird", "strict": True}}]]
+    rows = [json.loads(line) for line in Path(chats(tmp_path / "chats.jsonl")).read_text().splitlines()]
+    rows = [row | {"tools": json.dumps(own) if as_text else own} for row, own in zip(rows, tools, strict=True)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = model(tmp_path / "teacher", USED + template)
+    assert run(name, str(tmp_path / "chats.jsonl"), tmp_path / "out", "--top_k", 4) == 0
+    assert "Left out: the columns source\n" in capsys.readouterr().out
+    cached = datasets.load_from_disk(tmp_path / "out")
+    begins = [text(row, False).split("[CLS]")[0].split() for row in cached]
+    assert begins == [["[UNK]", "river"], [], ["[UNK]", "bird"]]
+    assert [text(row, True) for row in cached] == ["a dog [SEP] big red bird [SEP]", "hears sees [SEP]", ""]
+
+
+def test_tools_that_are_no_json(tmp_path, capsys):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [], "tools": "{"}) + "\n")
+    assert run(model(tmp_path / "t", MARKED), str(tmp_path / "chats.jsonl"), tmp_path / "out", "--top_k", 4) == 2
+    assert "error: the tools of conversation 0 are no JSON: Expecting" in capsys.readouterr().err
 
 
 REFUSED = {

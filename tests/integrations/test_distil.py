@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fusedkd.__main__ import main
 from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.distil import parse
-from fusedkd.integrations.distil_data import rows_of
+from fusedkd.integrations.distil_data import each_turn, rows_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tiny_chat import COLOURS, cached, conversation, made_here
@@ -128,6 +128,17 @@ def test_rows_of_tokens(made, tmp_path, capsys):
     assert "Left out: 3 conversations without an answer in their first 2 tokens" in capsys.readouterr().out
 
 
+def test_each_turn_is_a_prompt_of_its_own():
+    import datasets
+
+    ids = {"input_ids": [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3]], "attention_mask": [[1] * 7, [1] * 3]}
+    labels = [[-100, -100, 3, 4, -100, 6, -100], [1, -100, 3]]
+    found = each_turn(datasets.Dataset.from_dict({**ids, "labels": labels}))
+    assert found["input_ids"][:] == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 3]]
+    assert found["labels"][:] == [[-100, -100, 3, 4], [-100] * 5 + [6], [-100, -100, 3]]
+    assert [len(mask) for mask in found["attention_mask"]] == [4, 6, 3]
+
+
 def test_on_policy(made, tmp_path):
     found = distilled(made, tmp_path / "out", "--mode", "on_policy", "--max_steps", "6")
     assert found["after"]["kl"] < found["before"]["kl"]
@@ -168,7 +179,8 @@ def test_refusals(made, tmp_path, capsys):
     assert "--packing does not go with --mode on_policy" in refused(*both, "--mode", "on_policy", "--packing", "true")
     assert "--lora_rank needs --student" in refused(*both, "--lora_rank", "4")
     assert "temperature must be above 0" in refused(*both, "--temperature", "0")
-    assert "lmbda must be at least 0" in refused(*both, "--mode", "on_policy", "--lmbda", "2")
+    assert "--lmbda must be in [0, 1], not 2" in refused(*both, "--mode", "on_policy", "--lmbda", "2")
+    assert "no such option: --lr 1" in refused(*both, "--lr", "1")
     assert "the student would learn its own" in refused(*both, "--mode", "on_policy", "--ce_weight", "1")
     assert "--student_layers 9: the teacher has 4" in refused(*both, "--student_layers", "9")
     assert "--held_out 500 leaves none of 120 conversations" in refused(*both, "--held_out", "500")

@@ -19,6 +19,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from fusedkd.integrations.command import UsageError
@@ -87,6 +89,12 @@ def test_what_a_configuration_says_of_layers():
         "suppress_token_ids": (1, 2, 3, 4),
         "short": ["x"],
     }
+
+
+def test_models_of_several_stacks_are_refused():
+    config = T5Config(d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=2, vocab_size=30)
+    with pytest.raises(UsageError, match="T5ForConditionalGeneration has more than one stack of layers"):
+        student_of(T5ForConditionalGeneration(config))
 
 
 def test_several_ends_of_sequences_are_no_layers():
