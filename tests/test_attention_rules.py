@@ -15,6 +15,7 @@ from truth import operator_calls
 import fusedkd
 from fusedkd import attention_kl_from_maps, attention_kl_loss, attention_mse_from_maps, attention_mse_loss
 from fusedkd.backends import attention_loop
+from fusedkd.backends.layout import OPTIONS
 
 M = maps(2, 3, 5, 4)
 X = torch.rand(2, 3, 5, 5)
@@ -210,7 +211,7 @@ def test_no_tensor_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
             teacher_k=m.teacher_k,
             rows=None,
             keys=None,
-            options=torch.ones(16, dtype=torch.float64),
+            options=torch.ones(OPTIONS, dtype=torch.float64),
             normalizers=torch.ones(2, dtype=torch.float64),
             upstream=None,
             kernel_id=0,

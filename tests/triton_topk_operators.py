@@ -29,7 +29,7 @@ from topk_rules import (
 )
 from triton.runtime import interpreter
 
-from fusedkd.backends.layout import TopkKernelId
+from fusedkd.backends.layout import OPTIONS, TopkKernelId
 from fusedkd.backends.triton import launch
 
 truncating = interpreter._convert_float
@@ -105,7 +105,7 @@ def test_float64_and_a_long_list() -> None:
 def test_no_rows() -> None:
     empty, w = torch.empty(0, 3, 7), torch.empty(0)
     ids, n = torch.empty(0, 7, dtype=torch.int64), torch.ones(2).double()
-    inputs = inputs_of(TopkKernelId.RENORMALIZE, Case(empty, empty, ids), None, w, torch.ones(16).double(), n)
+    inputs = inputs_of(TopkKernelId.RENORMALIZE, Case(empty, empty, ids), None, w, torch.ones(OPTIONS).double(), n)
     rows, stats, gradient = operators.forward(inputs, ops=launch)
     assert (rows.shape, stats.shape, gradient.shape) == ((2, 0), (0, 8), (0, 3, 7))
 

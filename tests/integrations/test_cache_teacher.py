@@ -75,7 +75,7 @@ def run(model: str, data: str, out, *more: str) -> int:
 
 
 def log_softmax(model, row, temperature: float) -> torch.Tensor:
-    """The truth, of one sequence by itself: float64 ``(L, V)``."""
+    """The truth, of one sequence by itself: float64 ``(L, V)``. (Of a float32 model, which rounds as its batch is.)"""
     inputs = {name: torch.as_tensor(row[name])[None].long() for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         return (model(**inputs).logits[0].double() / temperature).log_softmax(-1)
@@ -102,7 +102,7 @@ def test_values_are_the_teachers(masked, temperature, folder, tmp_path):
         assert row["teacher_ids"].shape == row["teacher_logprobs"].shape == (len(before["input_ids"]), 5)
         assert torch.equal(torch.from_numpy(row["teacher_ids"])[attended], expected.indices)
         torch.testing.assert_close(
-            torch.from_numpy(row["teacher_logprobs"])[attended].double(), expected.values, rtol=0, atol=2e-6
+            torch.from_numpy(row["teacher_logprobs"])[attended].double(), expected.values, rtol=0, atol=2e-5
         )
         assert (row["teacher_ids"][~attended.numpy()] == -1).all()
 
