@@ -18,8 +18,9 @@ from topk_cases import B, Case, L, N, case, check, inputs_of, run, same
 from topk_rules import RULES
 from truth import DTYPES
 
+from fusedkd.backends import layout
 from fusedkd.backends.dispatch import serving as backends
-from fusedkd.backends.layout import OPTIONS, TopkKernelId
+from fusedkd.backends.layout import TopkKernelId
 
 ops = torch.ops.fusedkd
 compiled = pytest.mark.skipif(backends["kd_forward", "CPU"][0] != "C++", reason="fusedkd._C does not serve the CPU")
@@ -91,7 +92,7 @@ def test_last_row_ends_at_a_fault(dtype: torch.dtype, V: int) -> None:
         student, teacher, ids = case(form, V, min(V, 20))
         student, teacher = student.to(dtype), teacher.to(dtype)
         y, w, n = torch.arange(N).clamp(max=V - 1), torch.ones(N), torch.ones(2).double()
-        rest = y, w, torch.tensor([1.0] * 5 + [0.1] + [1.0] * (OPTIONS - 6)).double(), n
+        rest = y, w, torch.tensor([1.0] * 5 + [0.1] + [1.0] * (layout.OPTIONS - 6)).double(), n
         expected = operators.forward(inputs_of(form, Case(student, teacher, ids), *rest))[2]
         inside = Case(before_a_fault(student), before_a_fault(teacher), before_a_fault(ids))
         operators.forward_(inputs_of(form, inside, *rest))
