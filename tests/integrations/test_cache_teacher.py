@@ -1,5 +1,6 @@
 """`python -m fusedkd.integrations.cache_teacher`: what it writes is the teacher's log-softmax, and nothing is lost."""
 
+import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ def run(model: str, data: str, out, *more: str) -> int:
 
 
 def log_softmax(model, row, temperature: float) -> torch.Tensor:
-    """The truth, of one sequence by itself: float64 ``(L, V)``. (Of a float32 model, which rounds as its batch is.)"""
+    """The truth, of one sequence by itself: float64 ``(L, V)``."""
     inputs = {name: torch.as_tensor(row[name])[None].long() for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         return (model(**inputs).logits[0].double() / temperature).log_softmax(-1)
@@ -84,7 +85,9 @@ def log_softmax(model, row, temperature: float) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_values_are_the_teachers(masked, temperature, folder, tmp_path):
+    """As near to a float64 teacher as its float32 pass over a sequence by itself: a batch rounds otherwise."""
     model = teacher(masked=masked)
+    exact = copy.deepcopy(model).double()
     labels = [[i] * (4 + 3 * (i % 4)) for i in range(7)]
     data = tokenized(tmp_path / "data", labels=labels)
     more = ("--top_k", 5, "--temperature", temperature, "--batch_size", 3, "--shard_rows", 4)
@@ -98,11 +101,12 @@ def test_values_are_the_teachers(masked, temperature, folder, tmp_path):
         for name in ("input_ids", "attention_mask", "labels"):
             assert row[name].tolist() == before[name]
         attended = torch.tensor(before["attention_mask"]).bool()
-        expected = log_softmax(model, before, temperature)[attended].topk(5)
+        truth, rounded = (log_softmax(each, before, temperature)[attended] for each in (exact, model))
+        expected, rounding = truth.topk(5), (rounded - truth).abs().max().item()
         assert row["teacher_ids"].shape == row["teacher_logprobs"].shape == (len(before["input_ids"]), 5)
         assert torch.equal(torch.from_numpy(row["teacher_ids"])[attended], expected.indices)
         torch.testing.assert_close(
-            torch.from_numpy(row["teacher_logprobs"])[attended].double(), expected.values, rtol=0, atol=2e-5
+            torch.from_numpy(row["teacher_logprobs"])[attended].double(), expected.values, rtol=0, atol=3 * rounding
         )
         assert (row["teacher_ids"][~attended.numpy()] == -1).all()
 
