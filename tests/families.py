@@ -30,13 +30,14 @@ from fusedkd import (
 )
 from fusedkd.backends.layout import TOPK_KERNELS, KernelId
 from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence, ForwardKL, ReverseKL, TotalVariation
-from fusedkd.divergences.sums import MixedSum, Sum
+from fusedkd.divergences.sums import Sum
 
 SUMS = [
+    Sum(((1.0, ForwardKL()), (0.5, ReverseKL()))),
     Sum(((1.0, ForwardKL()), (0.5, TotalVariation()))),
     Sum(((0.3, Jeffreys(2.0, 0.5)), (0.7, ReverseKL()), (2.0, TotalVariation()))),
-    MixedSum(((0.3, JSD(0.2)), (2.0, ReverseKL()))),
-    MixedSum(((0.5, TotalVariation()), (1.5, SkewKL(0.1)))),
+    Sum(((0.3, JSD(0.2)), (2.0, ReverseKL()))),
+    Sum(((0.5, TotalVariation()), (1.5, SkewKL(0.1)))),
 ]
 """Of several divergences, by one kernel."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cpu_cases import kd_inputs
-from families import DEFAULTS, PARAMETERS, describe, divergences, parameters
+from families import DEFAULTS, PARAMETERS, SUMS, describe, divergences, parameters
 from torch import Tensor
 from torch.nn import functional as F
 from truth import pair, targets
@@ -21,7 +21,7 @@ from fusedkd.backends import eager
 from fusedkd.backends.eager import DEFINITIONS
 from fusedkd.backends.layout import KernelId
 from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence
-from fusedkd.divergences.sums import MixedSum, Sum
+from fusedkd.divergences.sums import Sum
 from fusedkd.reference import hidden, softmax
 from fusedkd.reference.divergences import Rows
 from fusedkd.reference.softmax import log_softmax
@@ -84,7 +84,6 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "alpha_beta": lambda p, q, d: alpha_beta(p, q, d.alpha, d.beta),
     "total_variation": lambda p, q, d: 0.5 * (p - q).abs().sum(-1),
     "sum": lambda p, q, d: sum(weight * FORMULAS[part.name](p, q, part) for weight, part in d.parts),
-    "mixed_sum": lambda p, q, d: FORMULAS["sum"](p, q, d),
 }
 """From the papers, in probabilities."""
 
@@ -143,8 +142,9 @@ def test_gradients_sum_to_zero(divergence: Divergence) -> None:
 
 def test_every_form_has_a_definition() -> None:
     assert set(DEFINITIONS) == set(KernelId)
-    assert {family.kernel_id for family in [*WITH_KERNEL.values(), Sum, MixedSum]} == set(KernelId)
-    assert {type(d) for d in DEFAULTS} == set(WITH_KERNEL.values()) >= {type(d) for d in PARAMETERS} - {Sum, MixedSum}
+    assert {divergence.kernel_id for divergence in [*DEFAULTS, *SUMS]} == set(KernelId)
+    assert {type(d) for d in DEFAULTS} == set(WITH_KERNEL.values())
+    assert {type(d) for d in PARAMETERS} <= {*WITH_KERNEL.values(), Sum}
 
 
 @pytest.mark.parametrize("temperature", T)

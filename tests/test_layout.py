@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from families import SUMS
 
 import fusedkd
 from fusedkd.backends import eager, layout
@@ -32,7 +33,6 @@ from fusedkd.backends.layout import (
     TopkKernelId,
 )
 from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence, DivergenceName
-from fusedkd.divergences.sums import MixedSum, Sum
 from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
 from fusedkd.nn import KDLossOptions, LinearKDLossOptions
@@ -99,7 +99,7 @@ def test_coefficients_fit() -> None:
 def test_every_kernel_has_a_definition_and_a_user() -> None:
     assert set(eager.DEFINITIONS) == set(KernelId)
     assert {*layout.TOPK_KERNELS.values(), TopkKernelId.SAMPLES} == set(TopkKernelId)
-    assert {family.kernel_id for family in [*WITH_KERNEL.values(), Sum, MixedSum]} == set(KernelId)
+    assert {x.kernel_id for x in [*WITH_KERNEL.values(), *SUMS]} == set(KernelId)
 
 
 # -------------------------------------------------- names and types

@@ -288,9 +288,15 @@ def test_statistics_are_of_the_rows_of_the_first_divergence(device: str) -> None
         ([("forward_kl", 1.0)], TypeError, r"must hold pairs \(weight, divergence\)"),
         ([(1.0, "kl")], ValueError, "divergence must be a Divergence or one of"),
         ([(-1.0, "forward_kl")], ValueError, "the weight of a divergence must be at least 0"),
-        ([(1.0, "jsd"), (torch.ones(2), "forward_kl")], ValueError, r"a coefficient of mixed_sum must have .* \(2,\)"),
+        (
+            [(1.0, "jsd"), (torch.ones(2), "forward_kl")],
+            ValueError,
+            r"the weight of a teacher or divergence must have .* \(2,\)",
+        ),
+        ([(1.0, "reverse_kl"), (torch.ones(2), "forward_kl")], ValueError, r"the weight of a teacher or .* \(2,\)"),
+        ([(1.0, JSD(torch.ones(2) / 2)), (1.0, "forward_kl")], ValueError, r"divergence.beta must have .* \(2,\)"),
         ([(torch.ones(N), "jsd"), (torch.ones(2), "forward_kl")], ValueError, r"the weight of a teacher or .* \(2,\)"),
-        ([(torch.ones(2), "forward_kl")], ValueError, r"the weight of a teacher or divergence must have .* \(2,\)"),
+        ([(torch.ones(2), "forward_kl")], ValueError, r"the weight of a teacher or .* \(2,\)"),
         ([(1.0, "logit_mse")], ValueError, "temperature must be 1 for logit_mse"),
     ],
 )

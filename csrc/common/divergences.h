@@ -254,7 +254,7 @@ template <class A, class P = A> struct DKD : Defaults {
   template <class X> INLINE X grad_term(const Column<X>& c) const { return a1 * (c.q - c.p); }
 };
 
-// Several at once, in the same pass.
+// Several at once, in the same pass; a mixture among them if `mixed`.
 template <class A, class P, bool mixed> struct SumOf : Defaults {
   static constexpr bool has_logs = mixed;
   const Jeffreys<A, P> kl;
@@ -267,25 +267,25 @@ template <class A, class P, bool mixed> struct SumOf : Defaults {
   template <class X> using Logs = typename Mixture<A, P>::template Logs<X>;
   template <class X> INLINE Logs<X> logs(const Column<X>& c) const { return mixture.logs(c); }
   template <class X> INLINE X value(const Column<X>& c, const Logs<X>& k) const {
-    return value_without(c) + mixture.value(c, k);
+    return value_of_two(c) + mixture.value(c, k);
   }
   template <class X> INLINE X grad_term(const Column<X>& c, const Logs<X>& k) const {
-    return grad_term_without(c) + mixture.grad_term(c, k);
+    return grad_term_of_two(c) + mixture.grad_term(c, k);
   }
   template <class X> INLINE X value(const Column<X>& c) const {
     if constexpr (mixed) return value(c, logs(c));
-    else return value_without(c);
+    else return value_of_two(c);
   }
   template <class X> INLINE X grad_term(const Column<X>& c) const {
     if constexpr (mixed) return grad_term(c, logs(c));
-    else return grad_term_without(c);
+    else return grad_term_of_two(c);
   }
 
  private:
-  template <class X> INLINE X value_without(const Column<X>& c) const {
+  template <class X> INLINE X value_of_two(const Column<X>& c) const {
     return kl.value(c) + a6 * total_variation.value(c);
   }
-  template <class X> INLINE X grad_term_without(const Column<X>& c) const {
+  template <class X> INLINE X grad_term_of_two(const Column<X>& c) const {
     return kl.grad_term(c) + a6 * total_variation.grad_term(c);
   }
 };

@@ -1,6 +1,6 @@
 """What rows of logits say of themselves beside the loss, for logging and for gates: entropies, the label's
 log-probability, total variation. Here by PyTorch, on some rows at a time: no tensor of the size of the logits is kept.
-On a CPU, `csrc/cpu/statistics_rows.h` has them in two passes.
+`csrc/cpu/statistics_rows.h` and :mod:`fusedkd.backends.triton.statistics` have them in two passes.
 """
 
 from __future__ import annotations

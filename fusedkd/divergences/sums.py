@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedkd.backends.layout import KernelId
 from fusedkd.checks import Real, exact
-from fusedkd.divergences import FAMILIES, Divergence, Jeffreys
+from fusedkd.divergences import FAMILIES, Divergence
 
 Weighted = tuple[Real, Divergence]
 
@@ -31,7 +31,15 @@ class Sum(Divergence):
     parts: tuple[Weighted, ...]
     temperature: Real = 1.0
     """The student's, or 1 if no factor is wanted."""
-    name, kernel_id, columns = "sum", KernelId.SUM, "sum"
+    name, columns = "sum", "sum"
+
+    @property
+    def kernel_id(self) -> KernelId:  # type: ignore[override]
+        """The one that computes the least of what is not in the sum."""
+        kernels = [part.kernel_id for _, part in self.parts]
+        if KernelId.MIXTURE in kernels:
+            return KernelId.MIXED_SUM
+        return KernelId.SUM if KernelId.TOTAL_VARIATION in kernels else KernelId.JEFFREYS
 
     def coefficients(self) -> tuple[Real, ...]:
         found: list[Real] = [0.0] * COEFFICIENTS
@@ -52,40 +60,27 @@ class Sum(Divergence):
         for weight, part in self.parts:
             factor, other = part.exchanged()
             parts.append((exact(weight) * factor, other))
-        return 1.0, type(self)(tuple(parts), self.temperature)
-
-
-class MixedSum(Sum):
-    """With a mixture."""
-
-    name, kernel_id = "mixed_sum", KernelId.MIXED_SUM
+        return 1.0, Sum(tuple(parts), self.temperature)
 
 
 def summed(parts: Sequence[Weighted], temperature: Real) -> list[Weighted]:
     """These as few, in their order: what a kernel sums up is one, in the place of its first. `temperature`: the
     student's, or 1 if no factor T^k is wanted.
     """
-    one: list[int] = []
-    for i, (weight, part) in enumerate(parts):
-        again = part.kernel_id == KernelId.MIXTURE and any([_mixed(parts[k]) for k in one])
+    folded: list[Weighted] = []
+    found: list[Weighted | None] = []  # None: where the sum goes
+    for weight, part in parts:
+        again = part.kernel_id == KernelId.MIXTURE and KernelId.MIXTURE in [other.kernel_id for _, other in folded]
         counts = isinstance(weight, Tensor) or weight != 0
         if type(part) is FAMILIES.get(part.name) and part.kernel_id in SUMMED and counts and not again:
-            one.append(i)
-    folded = tuple([parts[i] for i in one])
-    if len(one) < 2 or not _alike([temperature, *[x for w, part in folded for x in (w, *part.coefficients())]]):
+            found += [] if folded else [None]
+            folded.append((weight, part))
+        else:
+            found.append((weight, part))
+    if len(folded) < 2 or not _alike([temperature, *[x for w, part in folded for x in (w, *part.coefficients())]]):
         return list(parts)
-    found: Divergence = Sum(folded, temperature)
-    if any([_mixed(each) for each in folded]):
-        found = MixedSum(folded, temperature)
-    elif not any([part.kernel_id == KernelId.TOTAL_VARIATION for _, part in folded]):
-        found = Jeffreys(*found.coefficients()[:2])
-    rest = [None if i in one else each for i, each in enumerate(parts)]
-    rest[one[0]] = _some([weight for weight, _ in folded]), found
-    return [each for each in rest if each is not None]
-
-
-def _mixed(each: Weighted) -> bool:
-    return each[1].kernel_id == KernelId.MIXTURE
+    total = _some([weight for weight, _ in folded]), Sum(tuple(folded), temperature)
+    return [total if each is None else each for each in found]
 
 
 def _some(weights: Sequence[Real]) -> Real:

@@ -137,8 +137,11 @@ class Rules(NamedTuple):
         for name in ("temperature", "teacher_temperature", "kd_weight"):
             check.own_values(name, options[name], student)  # type: ignore[literal-required]
         check.own_values("the weight of a teacher or divergence", self.share, student)
-        for name, value in vars(family).items() if type(family) is FAMILIES.get(family.name) else ():
-            check.own_values(f"divergence.{name}", value, student)
+        parts = family.parts if isinstance(family, Sum) else [(None, family)]
+        for weight, part in parts:
+            check.own_values("the weight of a teacher or divergence", weight, student)
+            for name, value in vars(part).items() if type(part) is FAMILIES.get(part.name) else ():
+                check.own_values(f"divergence.{name}", value, student)
         for value in self.coefficients:
             check.own_values(f"a coefficient of {family.name}", value, student)
 
