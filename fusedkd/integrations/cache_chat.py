@@ -77,15 +77,15 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
 def _tools(given: Any = None) -> dict[str, Any]:
     """The option of a chat template, if there are any."""
     given = json.loads(given) if isinstance(given, str) and given else given
-    tools = [json.loads(tool) if isinstance(tool, str) else _known(tool) for tool in given or ()]
+    tools = [json.loads(tool) if isinstance(tool, str) else _without_none(tool) for tool in given or ()]
     return {"tools": tools} if tools else {}
 
 
-def _known(value: Any) -> Any:
-    """Without what is None: datasets gives every row the fields of all."""
+def _without_none(value: Any) -> Any:
+    """A dict without the fields that are None: datasets gives every row the fields of all rows."""
     if isinstance(value, dict):
-        return {name: _known(x) for name, x in value.items() if x is not None}
-    return [_known(x) for x in value] if isinstance(value, list) else value
+        return {name: _without_none(x) for name, x in value.items() if x is not None}
+    return [_without_none(x) for x in value] if isinstance(value, list) else value
 
 
 class _Untold(Exception):
