@@ -174,7 +174,8 @@ def check(
         bound = 1.25 * rounding + (1e-13 if dtype == torch.float64 else 1e-6) * s * up.abs()
         error = (got - expected).norm(dim=1)
         assert (error <= bound).all(), f"{error / bound}"
-        assert not got[expected.norm(dim=1) == 0].any()
+        equal = (w != 0) & (truth[0] == 0)  # p = q in float64: what float32 leaves of it is within the bound
+        assert not got[(expected.norm(dim=1) == 0) & ~equal].any()
         if V > 1 and expected.any():
             assert (expected.norm(dim=1) > 2 * bound).any(), "zero would pass"
 

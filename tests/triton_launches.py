@@ -73,7 +73,7 @@ def test_options_that_are_tensors(dtype: torch.dtype) -> None:
         assert len(tensors) == len({id(x) for x in values if isinstance(x, Tensor)})
         for backend in (launch, eager):
             _, found = backend.kd_row_weights(**given, normalizers=numbers, given=tensors)
-            assert found.tolist() == [6, expected, 3, 0.25, 9, *range(-5, 8)]
+            assert found.tolist() == [6, expected, 3, 0.25, 9, *table[5:]]
 
 
 def test_row_weights_of_lists() -> None:

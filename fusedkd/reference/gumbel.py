@@ -87,7 +87,9 @@ def choice(noisy: Tensor) -> Tensor:
 
 def relaxed_gradient(noisy: Tensor, slopes: Tensor, temperature: Tensor | float) -> Tensor:
     """∂/∂logits of Σ_j slopes_j·y_j with y = softmax(noisy/T), per row: y·(slopes − Σ y·slopes)/T (Jang et al. 2017,
-    arXiv:1611.01144, eq. 2; straight-through, §2.2: the one-hot choice goes forward, y backward).
+    arXiv:1611.01144, eq. 2; straight-through, §2.2: the one-hot choice goes forward, y backward). Slopes are taken from
+    the choice's: in a sure row the mean is nearly that slope, and the difference of the two would be rounding.
     """
     y = (noisy / temperature).softmax(1)
+    slopes = slopes - slopes.gather(1, noisy.argmax(1, keepdim=True))
     return y * (slopes - (y * slopes).sum(1, keepdim=True)) / temperature
