@@ -94,7 +94,9 @@ def _columns(example: Batch, who: str, tokens: int) -> list[Tensor]:
         except TypeError:
             raise ValueError(f"{name} must have a list of columns for each token, but that of {who} is flat") from None
         if len(value) != tokens:
-            raise ValueError(f"{name} must have a row for each of the {tokens} tokens of {who}, not {len(value)}")
+            decoder = hasattr(example.get("labels"), "__len__") and len(example["labels"]) == len(value)
+            hint = ': of an encoder–decoder, pass of="labels"' if decoder else ""
+            raise ValueError(f"{name} must have a row for each of the {tokens} tokens of {who}, not {len(value)}{hint}")
         if len(set(widths[-1])) > 1:
             rows = [torch.as_tensor(row, dtype=None if len(row) else dtype) for row in value]
             value = pad_sequence([row.to(rows[0].dtype) for row in rows], batch_first=True, padding_value=padding)

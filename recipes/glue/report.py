@@ -141,12 +141,15 @@ def markdown(results: Results) -> str:
     )
     long = f"{its['max_steps']} steps" if its["max_steps"] > 0 else f"{its['num_train_epochs']:g} epochs in steps"
     batch = its["per_device_train_batch_size"] * its["gradient_accumulation_steps"]
-    trained = f"{long} of {batch} at {its['learning_rate']:g}"
-    students = its["student"] or f"of {its['layers'] or 'every other'} layers, {its['init']}"
+    alike = " texts of like length" if its["train_sampling_strategy"] == "group_by_length" else ""
+    trained = f"{long} of {batch}{alike} at {its['learning_rate']:g}"
+    each = [one["seconds"] for students in results["students"].values() for one in students]
+    form = its["student"] or f"of {its['layers'] or 'every other'} layers, {its['init']}"
     lines = [
         f"{where(results)}. {shown.title}; seconds (of the processor) and MB, the growth of memory, are medians.",
-        f"Teacher {source['name']}{package}; students {students};",
+        f"Teacher {source['name']}{package}; students {form};",
         f"{texts}{labels}; {trained}.",
+        f"{len(each)} students, {sum(each) / 60:.0f} processor minutes.",
     ]
     return "\n".join([*markdown_table(shown), "", *lines, "", *(f"- {line}" for line in findings(results))])
 

@@ -161,6 +161,10 @@ def test_lists_of_different_lengths_are_padded():
 
 WRONG = {
     "teacher_ids must have a row for each of the 4 tokens of example 2": {"teacher_ids": torch.zeros(3, 2)},
+    "of the 4 tokens of example 2 of the batch, not 3: of an encoder–decoder, pass of=.labels.": {
+        "teacher_ids": torch.zeros(3, 2),
+        "labels": [5, 6, 7],
+    },
     "teacher_logprobs must have a list of columns for each token": {"teacher_logprobs": torch.zeros(4)},
     "a column for each of teacher_ids, not 2 for 3: token 0 of example 2": {"teacher_logprobs": torch.zeros(4, 2)},
     "position_ids must have one for each of the 4 tokens of example 2": {"position_ids": torch.zeros(5)},
