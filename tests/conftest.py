@@ -3,7 +3,7 @@
 Every conformance test takes the `device` fixture: ``pytest`` runs it on the CPU, ``pytest -m gpu`` on a GPU, and
 ``make sanitize`` on one that is not there (`sanitizer.py`). Who answers on the CPU is the environment's choice, as for
 any user: the C++ extension, ``FUSEDKD_BACKEND=definitions``, or ``FUSEDKD_BACKEND=triton TRITON_INTERPRET=1``, which
-leaves out the tests marked `wide` and still takes 20 minutes.
+leaves out the tests marked `wide` and still takes many minutes.
 
 Functions whose tests take more than 50 ms each are marked `slow`: those of slow.txt, one list, so that a measurement
 renews it as a whole. ``make quick`` runs the others, and names those that should be in the list. Files of which many
@@ -13,9 +13,11 @@ tests are in it start first, and those of FIRST before them: a long file that st
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: more than 50 ms each, listed in tests/slow.txt")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # pytest-xdist would start the files with the most tests
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_once_per_launch()
+
+
+def patch_once_per_launch() -> None:
+    """Triton's interpreter (3.6 to 3.9) replaces the functions of its language when it launches a kernel, and again at
+    each call of a helper, which is more than half of its time: here at the launch, for all modules.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    everything = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = lambda fn: patch(everything)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 
 @pytest.hookimpl(wrapper=True)
