@@ -58,14 +58,13 @@ import transformers
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import HfArgumentParser
 
 from fusedkd.checks import MAX_LISTED
 from fusedkd.integrations.cache_data import Columns, Row, Survey, batches, features_of, read, survey, wanted
 from fusedkd.integrations.cache_model import checksum, fit, is_masked, load, top_k
 from fusedkd.integrations.cache_server import Server
 from fusedkd.integrations.cache_store import BITS, PACKED, encode
-from fusedkd.integrations.command import UsageError, option
+from fusedkd.integrations.command import UsageError, option, parse_into
 
 
 def required(text: str) -> Any:
@@ -144,13 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> Options:
-    parser = HfArgumentParser(
-        Options,  # type: ignore[arg-type]
-        prog="fusedkd cache",
-        usage="%(prog)s --teacher NAME --dataset NAME [NAME ...] --output FOLDER [options]",
-        description="Write a teacher's top-k log-probabilities at every position of a data set to disk.",
-    )
-    (options,) = parser.parse_args_into_dataclasses(argv)
+    (options,) = parse_into([Options], argv, "fusedkd cache")
     if options.server_retries < 0:
         raise UsageError(f"--server_retries must be 0 or more, not {options.server_retries}")
     sizes = ("top_k", "temperature", "block_size", "batch_size", "shard_rows", "server_concurrency", "server_timeout")

@@ -22,6 +22,7 @@ AT_ONE: dict[str, Any] = {
     "scale_by_t2": False,
     "kd_weight": 1.0,
     "label_smoothing": 0.0,
+    "z_loss_weight": 0.0,
     "reduction": "none",
 }
 """The options under which the KD term is the KL divergence, and the cross-entropy the model's own."""

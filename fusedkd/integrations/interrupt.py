@@ -48,6 +48,8 @@ class Arguments(TrainingArguments):
     ddp_timeout: int = option(2 * 24 * 3600, "seconds that the other ranks wait while the first one reads the text")
 
     def __post_init__(self) -> None:
+        if self.deepspeed:
+            raise ValueError("--deepspeed is not supported: use --fsdp")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()

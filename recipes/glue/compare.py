@@ -97,6 +97,8 @@ def write_card(chosen: Chosen, folder: Path, model: PreTrainedModel, made_of: st
     source = f" ({chosen.method.paper})" if chosen.method.paper else ""
     measured = {k: v for k, v in found.items() if isinstance(v, float) and k not in ("seconds", "peak_mb")}
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+    module = type(model).__module__
+    registered = "" if module.startswith("transformers.") else f"import {module}\n"
     ModelCard(
         f"""---
 {known.to_yaml()}
@@ -107,7 +109,7 @@ A {type(model).__name__} of {found["parameters"]:,} parameters, trained by `{cho
 On held-out examples: {numbers}.
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+{registered}from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{folder.resolve().name}")
 model = AutoModelForSequenceClassification.from_pretrained("{folder.resolve().name}")
 ```

@@ -271,6 +271,7 @@ def test_other_columns_are_other_data(folder, tmp_path, capsys):
 
 BAD = {
     "top_k": (["--top_k", "25"], "--top_k must be at most the teacher's vocabulary of 24, not 25"),
+    "unknown": (["--topk", "5"], "no such option: --topk 5"),
     "negative": (["--temperature", "-1"], "--temperature must be positive"),
     "kernels": (["--top_k", "2000"], "--top_k must be at most 1024"),
     "no teacher": (["--teacher", "DATA/nowhere"], "cannot load --teacher"),

@@ -180,6 +180,7 @@ def test_refusals(made, tmp_path, capsys):
     assert "--lora_rank needs --student" in refused(*both, "--lora_rank", "4")
     assert "temperature must be above 0" in refused(*both, "--temperature", "0")
     assert "--lmbda must be in [0, 1], not 2" in refused(*both, "--mode", "on_policy", "--lmbda", "2")
+    assert "--deepspeed is not supported: use --fsdp" in refused(*both, "--deepspeed", "zero.json")
     assert "no such option: --lr 1" in refused(*both, "--lr", "1")
     assert "the student would learn its own" in refused(*both, "--mode", "on_policy", "--ce_weight", "1")
     assert "--student_layers 9: the teacher has 4" in refused(*both, "--student_layers", "9")

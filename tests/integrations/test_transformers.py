@@ -48,6 +48,7 @@ def truth(student, teacher, kd: KDConfig, data=None, causal=True, teacher_logits
         "kd": (t**2 if kd.scale_by_t2 else 1) * F.kl_div(q, p, log_target=True, reduction="batchmean"),
         "ce": F.cross_entropy(z.flatten(0, 1), labels.flatten(), label_smoothing=kd.label_smoothing),
     }
+    terms["ce"] = terms["ce"] + kd.z_loss_weight * z[labels != -100].logsumexp(-1).square().mean()
     loss = kd.kd_weight * terms["kd"] + kd.ce_weight * terms["ce"]
     student.zero_grad()
     loss.backward()
@@ -70,7 +71,7 @@ def assert_equal(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize(("name", "kd_on"), [*((name, "labels") for name in MODELS), ("roberta", "attended")])
 def test_loss_and_gradient_are_those_of_full_logits(name, kd_on):
     student, teacher = make(name, 0), make(name, 1)
-    kd = KDConfig(temperature=3.0, kd_weight=0.7, ce_weight=0.4, kd_on=kd_on, label_smoothing=0.1)
+    kd = KDConfig(temperature=3.0, kd_weight=0.7, ce_weight=0.4, kd_on=kd_on, label_smoothing=0.1, z_loss_weight=0.01)
     expected = truth(student, teacher, kd, causal="bert" not in name)
     assert_equal(gradient(student, teacher, kd), expected)
 
@@ -308,7 +309,7 @@ def test_logs_are_means_over_optimiser_steps_the_last_of_which_is_short():
 @pytest.mark.parametrize("name", ["llama", "distilbert"])
 def test_evaluation(name):
     student, teacher = make(name, 0), make(name, 1)
-    causal, kd = name == "llama", KDConfig(label_smoothing=0.1)
+    causal, kd = name == "llama", KDConfig(label_smoothing=0.1, z_loss_weight=0.1)
     _, objective = truth(student, teacher, kd, causal=causal)
     _, plain = truth(student, teacher, KDConfig(temperature=1.0), causal=causal)
     found = trainer(student, teacher, kd, eval_dataset=list(rows()), per_device_eval_batch_size=3)

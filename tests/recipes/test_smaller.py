@@ -14,6 +14,7 @@ from tiny_run import tiny_run
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from fusedkd.integrations.command import UsageError
+from recipes.glue.compare import write_card
 from recipes.glue.method import methods, parse_method
 from recipes.glue.run import Run
 from recipes.glue.step import Counts, Step
@@ -92,6 +93,10 @@ def test_a_bilstm_is_saved_and_loaded_as_any_model(tmp_path, tokenizer):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     assert torch.equal(run.logits(loaded), run.logits(model))
     assert "sep_token_id" in json.loads((tmp_path / "saved" / "config.json").read_text())
+    write_card(parse_method("bilstm"), tmp_path / "saved", model, "of nothing", {"parameters": 5})
+    assert (
+        "python\nimport recipes.methods.bilstm\nfrom transformers import" in (tmp_path / "saved/README.md").read_text()
+    )
 
 
 def test_a_bilstm_comes_closer_to_its_teacher(tmp_path, tokenizer):
