@@ -152,7 +152,13 @@ def row_weights(of: Shard | None, *, teacher: Tensor, ids: Tensor | None, kd: bo
 
 
 def loss_of(row_losses: Tensor, teachers: Sequence[TeacherRows], terms: Tensor | None, *, per_row: bool) -> Tensor:
-    """The loss of row losses ``(teachers, 2, N)``; `terms` as in `whole_loss`."""
+    """The loss of row losses ``(teachers, 2, N)``; `terms` as in `whole_loss`.
+
+    Inductor (torch 2.13) unpacks the result of an operator that returns one tensor and may write to another, if it is
+    given none to write to: in a compiled graph there always is one.
+    """
+    if terms is None and torch.compiler.is_compiling():
+        terms = row_losses.new_empty(row_losses.shape[: 2 + per_row])
     losses = [
         ops.kd_terms(
             row_losses=row_losses[i],

@@ -43,6 +43,19 @@ def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -
     )
 
 
+def arguments(tensors: Sequence[Any]) -> Sequence[Any]:
+    """Those of a ``torch.autograd.Function``. A compiled graph takes no tensor twice: there a repeated one is a view of
+    itself, and what knows tensors again by identity does not know it.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Any] = []
+    for x in tensors:
+        again = isinstance(x, Tensor) and any([x is other for other in found])
+        found.append(x.view_as(x) if again else x)
+    return found
+
+
 def is_one(upstream: Tensor) -> bool:
     """Whether the upstream gradient is known to be 1, for which the gradient lies there already."""
     return check.readable(upstream) and upstream.item() == 1

@@ -174,7 +174,9 @@ def _attention(
     teacher_gradient: Tensor | None,
     skip_if_one: bool = False,
 ) -> Tensor:
-    """The operator."""
+    """The operator, which in a compiled graph has something to write to: :func:`fusedkd.backends.block.loss_of`."""
+    if gradient is None and teacher_gradient is None and torch.compiler.is_compiling():
+        gradient = rows["student"][0].new_empty((len(rows["student"]), *rows["student"][0].shape))
     return ops.layer_attention(  # type: ignore[no-any-return]
         upstream=upstream,
         **rows,

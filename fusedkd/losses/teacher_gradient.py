@@ -21,7 +21,14 @@ from fusedkd.backends.call import pack
 from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
-from fusedkd.losses.common import gradient_in_forward, is_one, refuse_double_backward, save_teachers, saved_teachers
+from fusedkd.losses.common import (
+    arguments,
+    gradient_in_forward,
+    is_one,
+    refuse_double_backward,
+    save_teachers,
+    saved_teachers,
+)
 from fusedkd.losses.members import Member
 from fusedkd.losses.options import KDOptions
 from fusedkd.losses.rules import Prepared
@@ -123,10 +130,8 @@ def kd_of_both_sides(
         families=families,
         flags=plan.flags,
     )
-    fields = [field for each in given for field in each]
-    loss, terms = BothSidesFunction.apply(
-        student, parts[0].labels if plan.labels_read else None, both, *leaves, *fields
-    )
+    fields = arguments([*leaves, *[field for each in given for field in each]])
+    loss, terms = BothSidesFunction.apply(student, parts[0].labels if plan.labels_read else None, both, *fields)
     return loss, terms
 
 
