@@ -43,9 +43,9 @@ def gradient_in_forward(student: Tensor, per_row: bool, inplace: bool = False) -
     )
 
 
-def arguments(tensors: Sequence[Any]) -> Sequence[Any]:
-    """Those of a ``torch.autograd.Function``. A compiled graph takes no tensor twice: there a repeated one is a view of
-    itself, and what knows tensors again by identity does not know it.
+def distinct(tensors: Sequence[Any]) -> Sequence[Any]:
+    """For the arguments of a ``torch.autograd.Function``: Dynamo refuses a tensor that is among them twice. In a
+    compiled graph the second is a view of the first, so that it is no longer the same by ``is``.
     """
     if not torch.compiler.is_compiling():
         return tensors

@@ -18,7 +18,7 @@ from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.backends.statistics import Statistic
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
-from fusedkd.losses.common import arguments, gradient_in_forward, is_one, refuse_double_backward, save_for_backward
+from fusedkd.losses.common import distinct, gradient_in_forward, is_one, refuse_double_backward, save_for_backward
 from fusedkd.losses.inplace import overwritable
 from fusedkd.losses.members import members, refuse_statistics
 from fusedkd.losses.options import (
@@ -223,7 +223,7 @@ def _kd_of_student(
     given: list[Any] = [part.whole_teacher(each) for part, each in zip(parts, rows, strict=True)]
     try:
         if torch.compiler.is_compiling():  # a compiled graph sees tensors among the arguments alone
-            fields = arguments([field for each in given for field in each])
+            fields = distinct([field for each in given for field in each])
             loss, terms, _ = KDLossFunction.apply(student, labels, plan, *fields)
         elif student.requires_grad and torch.is_grad_enabled():  # fewer arguments take less time
             loss, terms, _ = KDLossFunction.apply(student, labels, plan, given)

@@ -20,7 +20,7 @@ from fusedkd.backends.statistics import OF_LABEL, Statistic
 from fusedkd.divergences import Divergence
 from fusedkd.losses import vocabulary
 from fusedkd.losses.common import (
-    arguments,
+    distinct,
     refuse_double_backward,
     rounded,
     save_for_backward,
@@ -221,7 +221,7 @@ def linear_kd_loss(
         common=first.common(student_weight.shape[0]),
     )
     flat = student_hidden.reshape(lead.numel(), student_hidden.shape[-1])
-    fields = arguments([*leaves, *slopes, *[field for each in given for field in each]])
+    fields = distinct([*leaves, *slopes, *[field for each in given for field in each]])
     labels_read = any([part.rules.labels_read for part in parts]) or not OF_LABEL.isdisjoint(statistics)
     read = first.labels if labels_read else None
     loss, terms, told = LinearKDLossFunction.apply(flat, student_weight, student_bias, read, plan, *fields)

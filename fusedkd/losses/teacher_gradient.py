@@ -22,7 +22,7 @@ from fusedkd.backends.layout import OPTIONS, Option
 from fusedkd.backends.schema import accumulation_dtype
 from fusedkd.divergences import Divergence
 from fusedkd.losses.common import (
-    arguments,
+    distinct,
     gradient_in_forward,
     is_one,
     refuse_double_backward,
@@ -130,7 +130,7 @@ def kd_of_both_sides(
         families=families,
         flags=plan.flags,
     )
-    fields = arguments([*leaves, *[field for each in given for field in each]])
+    fields = distinct([*leaves, *[field for each in given for field in each]])
     loss, terms = BothSidesFunction.apply(student, parts[0].labels if plan.labels_read else None, both, *fields)
     return loss, terms
 
