@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import providers
+from benchmarks import measure, providers
 from benchmarks.measure import MALLOC, set_malloc
 from benchmarks.providers import CASES
 from benchmarks.record import machine
@@ -25,11 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=tuple(CASES),
         help="a list of cases.py or a file beside it; the device's",
     )
+    parser.addoption("--rounds", type=int, help=f"the most of a case; {measure.ROUNDS.stop}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch sees no GPU")
+    if config.getoption("rounds"):
+        measure.ROUNDS = range(min(measure.ROUNDS.start, config.getoption("rounds")), config.getoption("rounds"))
     if config.getoption("benchmark_json"):  # at the end of the run it would be late to find out
         Path(config.getoption("benchmark_json")).parent.mkdir(parents=True, exist_ok=True)
 

@@ -32,6 +32,9 @@ ANY_CLASS = 1 << 62
 
 LARGEST = sys.float_info.max
 
+outside_graphs = torch._disable_dynamo
+"""`torch.compiler.disable`, which imports torch._dynamo when it decorates: as long again as torch itself takes."""
+
 TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 

@@ -291,7 +291,7 @@ class TeacherProjected:
         lead = given.ids.shape[:-1]
         return replace(given, ids=found[0].view(*lead, k), logprobs=found[1].view(*lead, k))
 
-    @torch.compiler.disable
+    @check.outside_graphs
     def listed(self, student: Tensor, temperatures: tuple[Real, Real], vocab_mismatch: str) -> Any:
         """`top_k` for the loss, checked."""
         self.checked_weight(student, vocab_mismatch)

@@ -267,7 +267,7 @@ def known(
     return KnownTeacher(rows, None, kernel_id, coefficients, form.softcap, form.scale)
 
 
-@torch.compiler.disable
+@check.outside_graphs
 def _projected(
     teacher: TeacherProjected,
     student: Tensor,

@@ -48,7 +48,8 @@ HEADINGS = {
 def test_harness_writes_json_table_and_picture(cases, tmp_path):
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("matplotlib")
-    command = f"-m pytest benchmarks --cases {cases} -k not(compile) -p no:cacheprovider -W ignore --benchmark-json"
+    command = f"-m pytest benchmarks --cases {cases} -k not(compile) --rounds 3"
+    command += " -p no:cacheprovider -W ignore --benchmark-json"
     subprocess.run(
         [sys.executable, *command.split(), str(tmp_path / "cpu.json")],
         cwd=ROOT,

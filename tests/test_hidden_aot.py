@@ -4,7 +4,6 @@ where rows are aligned, no spill.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 
 import gpu_stub
 from launch_cases import launch_hidden, launch_layers
-from test_triton_aot import AMD, BF16, FP16, FP32, FP64, NVIDIA, SM80, SM90, SM100, cache, describe, does_not_spill
+from test_triton_aot import ALL, AMD, BF16, FP16, FP32, FP64, NVIDIA, SM80, SM90, SM100, cache, describe, does_not_spill
 
 from fusedkd.backends.layout import HIDDEN_STATS, HiddenDistance, HiddenNormalize
 from fusedkd.backends.triton import hidden, layers
@@ -144,7 +143,7 @@ def test_one_binary_serves_every_width() -> None:
 HOW: list[dict[str, Any]] = [{"how": "backward"}, {"gradient": False}]
 
 
-@pytest.mark.skipif(os.environ.get("FUSEDKD_AOT") != "all", reason="takes minutes: make aot")
+@pytest.mark.skipif(not ALL, reason="takes minutes: make aot")
 @pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=describe)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", HiddenNormalize, ids=str)
@@ -160,7 +159,7 @@ def test_every_hidden_layout(distance: Any, normalize: Any, dtypes: Any, target:
     does_not_spill(compiled(target, hidden_case(distance, normalize, dtypes, most, pieces=4)), tmp_path)
 
 
-@pytest.mark.skipif(os.environ.get("FUSEDKD_AOT") != "all", reason="takes minutes: make aot")
+@pytest.mark.skipif(not ALL, reason="takes minutes: make aot")
 @pytest.mark.parametrize("target", [*NVIDIA, AMD], ids=describe)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("how", LAYERS)

@@ -38,6 +38,13 @@ def backend() -> ModuleType:
     return module
 
 
+def test_an_import_is_that_of_torch() -> None:
+    """torch._dynamo takes as long again, the others longer: they wait until something needs them."""
+    heavy = "torch._dynamo", "torch._inductor", "triton", "transformers", "datasets"
+    code = f"import fusedkd, fusedkd.nn, sys; assert not [name for name in {heavy} if name in sys.modules]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # -------------------------------------------------- a checkout that hides what is installed
 
 

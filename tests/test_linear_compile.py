@@ -31,8 +31,11 @@ def check(p: Problem, function: Any, upstream: Any = 1.0, **options: Any) -> Non
 # -------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=describe)
-@REDUCTIONS
+@pytest.mark.parametrize(
+    ("dtype", "reduction"),
+    [*((dtype, "mean") for dtype in DTYPES), (torch.float32, "sum"), (torch.bfloat16, "none")],
+    ids=describe,
+)
 def test_one_graph(device: str, dtype: torch.dtype, reduction: str) -> None:
     p = problem(3, 5, dtype=dtype, device=device)
 

@@ -22,6 +22,7 @@ from fusedkd.backends.eager import EagerCall
 from fusedkd.backends.layout import FINITE_GRADIENT, FIRST_DEFINED, STATS, Option
 from fusedkd.backends.schema import losses_and_stats
 from fusedkd.backends.vocabulary_map import Projected
+from fusedkd.checks import outside_graphs
 from fusedkd.reference.softmax import log_softmax
 
 ops = torch.ops.fusedkd
@@ -40,7 +41,7 @@ _numbers = itertools.count(FIRST_DEFINED, len(TAILS))
 _defined: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.disable
+@outside_graphs
 def number(divergence: Any, tail: str | None = None) -> int:
     """The ``kernel_id`` of a divergence, or of a teacher's `Projected`, for as long as it is alive. (An operator takes
     numbers, no Python object.)
@@ -59,7 +60,7 @@ def numbered(kernel_id: int) -> tuple[Any, str | None]:
     return _defined[kernel_id - tail], TAILS[tail]
 
 
-@torch.compiler.disable
+@outside_graphs
 def infinite_off_the_list(divergence: Any) -> bool:
     """Whether D is infinite where the student alone has something; False of parameters that are tensors."""
     if any([isinstance(value, Tensor) for value in vars(divergence).values()]):

@@ -26,7 +26,7 @@ def is_split(options: KDOptions, *tensors: object) -> bool:
     return all(check.is_dtensor(each) for each in tensors)
 
 
-@torch.compiler.disable
+@check.outside_graphs
 def eagerly(loss: Any, *arguments: Any, **options: Any) -> Any:
     """In eager mode, also inside of a compiled function: operators know no process groups."""
     return loss(*arguments, **options)
