@@ -39,7 +39,8 @@ class OfflineTeacherCollator:
 
     Raises:
         ValueError: naming the column and the example, where the two columns or the tokens differ in length, where the
-            batch does not hold the examples' tokens, and where a compact column is damaged or of another temperature.
+            batch does not hold the examples' tokens, where the base collator fails on examples of different lengths,
+            and where a compact column is damaged or of another temperature.
     """
 
     def __init__(
@@ -61,13 +62,25 @@ class OfflineTeacherCollator:
         rest = [{name: value for name, value in example.items() if name not in ours} for example in examples]
         tokens = [torch.as_tensor(example[self.of]) for example in rest]
         teacher = [_columns(examples[i], f"example {i} of the batch", len(ids)) for i, ids in enumerate(tokens)]
-        batch = self.base_collator(rest)
+        batch = self._padded(rest, {len(ids) for ids in tokens})
         places = _places(batch, rest, tokens, self.of)
         for name, rows, padding in zip(COLUMNS, zip(*teacher, strict=True), PADDING, strict=True):
             batch[name] = _placed(rows, places, batch[self.of].shape, padding)
         if "position_ids" in examples[0]:
             _add_positions(batch, [_positions(examples[i], i, len(ids)) for i, ids in enumerate(tokens)], places)
         return batch
+
+    def _padded(self, examples: list[Any], lengths: set[int]) -> Batch:
+        try:
+            return self.base_collator(examples)
+        except (ValueError, RuntimeError) as error:
+            if len(lengths) == 1:
+                raise
+            name = getattr(self.base_collator, "__name__", type(self.base_collator).__name__)
+            raise ValueError(
+                f"data_collator must pad examples of different lengths, here of {min(lengths)} to {max(lengths)} tokens, "
+                f"and {name} failed: DataCollatorForSeq2Seq(tokenizer) pads labels as well"
+            ) from error
 
     def _unpacked(self, example: Batch) -> Batch:
         taken, wanted = Header.read(example[PACKED]).temperature, self.logprobs_temperature

@@ -181,6 +181,13 @@ def test_wrong_columns_are_named(message):
         OfflineTeacherCollator(padded("right"))(data)
 
 
+def test_a_collator_that_pads_nothing_is_named():
+    with pytest.raises(ValueError, match="pad examples of different lengths, here of 4 to 9 tokens, and default_data_col"):
+        OfflineTeacherCollator(default_data_collator)(examples())
+    with pytest.raises(RuntimeError, match="stack"):  # of equal lengths, whatever it is
+        OfflineTeacherCollator(lambda rows: torch.stack([torch.zeros(i) for i in range(2)]))(examples()[1::2])
+
+
 def test_a_batch_that_does_not_hold_the_tokens_is_refused():
     collate = padded("right")
     for wrong in (lambda rows: collate(rows[::-1]), lambda rows: {"input_ids": collate(rows)["input_ids"][:, :8]}):
