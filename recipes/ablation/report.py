@@ -100,21 +100,31 @@ def spread(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+       2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)  # fmt: skip
+"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; the last one serves for more."""
+
+
+def interval(count: int, error: float) -> float:
+    """Half of the 95 % interval of a mean of `count` differences with this standard error."""
+    return error * T95[min(count - 2, len(T95) - 1)]
+
+
 def difference(arm: list[float], full: list[float]) -> tuple[float, float]:
-    """Of the means, and its standard error."""
-    error = math.sqrt(spread(arm) ** 2 / len(arm) + spread(full) ** 2 / len(full))
-    return mean(arm) - mean(full), error
+    """Its mean over the seeds, which the two share, and its standard error."""
+    changes = [ours - theirs for ours, theirs in zip(arm, full, strict=True)]
+    return mean(changes), spread(changes) / math.sqrt(len(changes))
 
 
 def verdict(arm: list[float], full: list[float], metric: str) -> str:
-    """Whether an arm differs from the full loss by more than two standard errors."""
+    """Whether an arm differs from the full loss beyond a 95 % interval."""
     change, error = difference(arm, full)
     worse = change > 0 if metric in LOWER_IS_BETTER else change < 0
     outcome = f"{'worse' if worse else 'better'} by {abs(change):.{2 if metric == SCORE else 4}f}"
     if len(full) == 1:
         return f"{outcome} (one seed)" if change else "equal (one seed)"
-    if abs(change) <= 2 * error:
-        return f"no difference beyond two standard errors ({change:+.3f} ± {error:.3f})"
+    if abs(change) <= interval(len(full), error):
+        return f"not told apart ({change:+.3f} ± {error:.3f})"
     return f"{outcome} ± {error:.{2 if metric == SCORE else 4}f}"
 
 

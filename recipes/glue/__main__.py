@@ -69,7 +69,7 @@ class ModelOptions:
     layers: list[int] = option([], "of the teacher, from 0, that the student has; default: every other one")
     width: int | None = option(None, "columns of a random student's hidden states; default: the teacher's")
     init: Literal["copied", "random"] = option(
-        "copied", "the student's layers: of the teacher before fine-tuning, or fresh"
+        "copied", "the student's layers: of the teacher, as it was before it was fine-tuned here, or fresh"
     )
 
 
@@ -83,7 +83,9 @@ class CompareArguments(Arguments):
     logging_steps: float = option(20, "log the loss every so many steps")
     save_strategy: str = option("no", "a student is short: finished ones are kept, and no checkpoints")
     report_to: None | str | list[str] = option("none", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
-    seed: int = option(1, "of the first student: its new weights, the order of its data, its dropout")
+    seed: int = option(
+        1, "of the first student: its new weights (not of --student), its order of the data, its dropout"
+    )
 
 
 SHAPING = ("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "warmup_steps",
@@ -104,6 +106,11 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     wrong |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
     wrong["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
     wrong["it runs in one process, not under torchrun"] = arguments.world_size > 1
+    wrong["it runs on one accelerator: choose one by CUDA_VISIBLE_DEVICES"] = arguments.n_gpu > 1
+    for each in chosen:
+        wrong[f"--predict reads saved students, and {each.text} is saved without {each.method.not_loaded}"] = bool(
+            its.predict and each.method.not_loaded
+        )
     made = models.layers or models.width is not None or models.init != "copied"
     wrong["--layers, --width and --init go without --student, which is as it is"] = bool(models.student and made)
     own = its.label or its.score or (its.text and not its.unlabelled)
@@ -125,6 +132,8 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     folder = Path(str(arguments.output_dir))
     claim(folder, settings, False, kept=any(folder.glob("*/config.json")))
     prepared = prepare(read, its, models, arguments)
+    if prepared.teacher is prepared.source and models.init == "copied" and not models.student:
+        print(f"{models.teacher} is a classifier already: layers copied from it know the task, and hidden labels, too")
     chosen = [each for each in chosen if fits(each, prepared, method.method == ["all"])]
     teacher = prepared.logits(prepared.teacher) if prepared.teacher else None
     results = train(chosen, prepared, method, teacher, folder, f"{models.teacher} as teacher")

@@ -98,6 +98,8 @@ def write_card(chosen: Chosen, folder: Path, model: PreTrainedModel, made_of: st
     measured = {k: v for k, v in found.items() if isinstance(v, float) and k not in ("seconds", "peak_mb")}
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
     module = type(model).__module__
+    left_out = chosen.method.not_loaded
+    without = f", with {left_out}, which `from_pretrained` leaves out" if left_out else ""
     registered = "" if module.startswith("transformers.") else f"import {module}\n"
     ModelCard(
         f"""---
@@ -106,7 +108,7 @@ def write_card(chosen: Chosen, folder: Path, model: PreTrainedModel, made_of: st
 # {folder.resolve().name}
 
 A {type(model).__name__} of {found["parameters"]:,} parameters, trained by `{chosen.text}`, {chosen.method.title}{source}, {made_of}.
-On held-out examples: {numbers}.
+On held-out examples{without}: {numbers}.
 
 ```python
 {registered}from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
     head = Head.of(model)
 
     def fills_in(step: Step) -> Tensor:
-        """A mean over the tokens that are to be masked on average."""
+        """A sum over the masked tokens, divided by `share` of all that are no padding."""
         ids, where = masked(step.batch, run.tokenizer, share)
         inputs = {key: value for key, value in step.batch.items() if key in takes(model)} | {"input_ids": ids}
         hidden, _ = head.hidden_states(step.model, inputs)
@@ -168,7 +169,7 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
         loss = F.cross_entropy(logits.float(), step.batch["input_ids"][where], reduction="sum")
         return loss / (share * step.counts.attended)
 
-    run.fit(model, fills_in, steps=steps, seed=0)
+    replace(run, logs=[]).fit(model, fills_in, steps=steps, seed=0)
     with run.arguments.main_process_first(local=False):  # the other ranks go on when it is there
         if run.arguments.should_save:
             save(model, run.tokenizer, folder)

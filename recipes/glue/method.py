@@ -20,9 +20,10 @@ from recipes.glue.augment import augmented
 if TYPE_CHECKING:
     from recipes.glue.run import Run
 
-Need = Literal["teacher", "classes", "width", "heads", "multiple", "unlabelled"]
-"""A teacher; classes and no score; a student as wide as its teacher; one of as many attention heads; a teacher of a
-multiple of its layers; examples without a label."""
+Need = Literal["teacher", "source", "classes", "width", "heads", "multiple", "unlabelled", "both_directions"]
+"""A teacher; what it was before it was fine-tuned; classes and no score; a student as wide as its teacher; one of as
+many attention heads; a teacher of a multiple of its layers; examples without a label; models whose first token sees the
+others, and which take embeddings without their tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Method:
     paper      its first source
     published  the source's own number, with what it was measured on; empty: none
     needs      what it cannot do without
+    not_loaded what of a saved student `from_pretrained` leaves out, though its scores are with it
     """
 
     train: Callable[..., PreTrainedModel]
@@ -60,6 +62,7 @@ class Method:
     paper: str
     published: str = ""
     needs: tuple[Need, ...] = ("teacher",)
+    not_loaded: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,6 +108,14 @@ class Chosen:
         student, teacher = run.student().config, run.source.config
         absent = {
             "teacher": ("a teacher", run.teacher is None),
+            "source": (
+                "what the teacher was before it was fine-tuned, and this one came as a classifier",
+                run.source is run.teacher,
+            ),
+            "both_directions": (
+                f"models that read in both directions, not {teacher.model_type}",
+                run.tokenizer.cls_token is None,
+            ),
             "classes": ("classes, not a score", not run.task.labels),
             "width": (
                 f"a student as wide as its teacher, {teacher.hidden_size}, not {student.hidden_size}",

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from recipes.ablation.report import cell, circumstances, finish, grid, markdown_table, spread, where
+from recipes.ablation.report import cell, circumstances, finish, grid, interval, markdown_table, spread, where
 from recipes.finetune.tasks import Task
 from recipes.glue.compare import Result
 from recipes.glue.method import Chosen, parse_method
@@ -53,7 +53,7 @@ def score(results: Results, found: Result) -> float:
 
 def paired(ours: Sequence[Result], base: Sequence[Result], results: Results) -> tuple[float, float | None]:
     """The mean difference of two methods' scores over the seeds that both have, and its standard error; None of one
-    seed. A seed is one order of the data and one set of new weights, in all methods.
+    seed. A seed is one set of new weights, and for methods that read the same rows one order of them.
     """
     other = {found["seed"]: score(results, found) for found in base}
     differences = [score(results, found) - other[found["seed"]] for found in ours if found["seed"] in other]
@@ -62,15 +62,6 @@ def paired(ours: Sequence[Result], base: Sequence[Result], results: Results) -> 
     if len(differences) == 1:
         return differences[0], None
     return mean(differences), spread(differences) / math.sqrt(len(differences))
-
-
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; beyond them about 2."""
-
-
-def interval(count: int, error: float) -> float:
-    """Half of the 95 % interval of a mean of `count` differences with this standard error."""
-    return error * (T95[count - 2] if count - 2 < len(T95) else 2.0)
 
 
 def findings(results: Results) -> list[str]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import datasets
 import numpy as np
@@ -30,6 +31,9 @@ from recipes.finetune.trainer import takes
 from recipes.glue.step import Loss, has_label
 from recipes.glue.trainer import IndexedPadding, MethodTrainer
 
+STAGE = 1_000_000
+"""Between the seeds of two stages of a training."""
+
 
 @dataclass
 class Run:
@@ -39,7 +43,8 @@ class Run:
     examples     training texts and `label`: the rows of `train`
     train        tokens, `labels` (−100 or NaN where an example has none) and `index`, its row
     held_out     tokens and `labels`
-    source       what the teacher was before it was fine-tuned, whose layers a student copies
+    source       what the teacher was before it was fine-tuned, whose layers a student copies; the teacher itself, where
+                 that is not known
     teacher      fine-tuned on the task and frozen; None without
     arguments    of a training: batch, learning rate, seed; its number of steps is that of the whole run
     layers, width, init
@@ -66,6 +71,8 @@ class Run:
     """Of all trainings so far."""
     known_logits: dict[Any, Tensor] = field(default_factory=dict)
     """Of the teacher on training rows, for all methods and seeds of a comparison."""
+    trainings: WeakKeyDictionary[PreTrainedModel, int] = field(default_factory=WeakKeyDictionary)
+    """Of each model so far: the stages of a method."""
 
     @property
     def seed(self) -> int:
@@ -127,7 +134,8 @@ class Run:
         steps: int | None = None,
         **arguments: Any,
     ) -> PreTrainedModel:
-        """Train a model and return it.
+        """Train a model and return it. Each further stage of its training has an order of the data and dropout of its
+        own: a stage that is shorter than the data would else read what the one before it has read.
 
         Args:
             model: trained in place.
@@ -150,6 +158,10 @@ class Run:
         if (share := arguments.get("warmup_steps", self.arguments.warmup_steps)) < 1:
             arguments["warmup_steps"] = int(share * steps)  # rounded down: a stage of a step is not to be all warm-up
         options = replace(self.arguments, max_steps=steps, **arguments)
+        before = self.trainings.get(model, 0)
+        self.trainings[model] = before + 1
+        options.seed += STAGE * before
+        options.data_seed = None if options.data_seed is None else options.data_seed + STAGE * before
         read = steps * options.train_batch_size * options.gradient_accumulation_steps * options.world_size
         logits = None
         if teacher is not None and read >= len(rows):  # else it would run on more rows than it teaches

@@ -30,4 +30,4 @@ def adversarial(run: Run, *, epsilon: Weight = 1.0) -> PreTrainedModel:
     return run.fit(student, loss, run.labelled)
 
 
-METHODS = {"adversarial": Method(adversarial, "student + adversarial", "arXiv:1605.07725", needs=())}
+METHODS = {"adversarial": Method(adversarial, "student + adversarial", "arXiv:1605.07725", needs=("both_directions",))}

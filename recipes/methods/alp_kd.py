@@ -38,6 +38,6 @@ METHODS = {
         "ALP-KD",
         "arXiv:2012.14022",
         published="77.01, mean over GLUE's tasks, BERT of 12 layers → 4 (PKD 76.44, KD 76.02, labels alone 74.61)",
-        needs=("teacher", "width"),
+        needs=("teacher", "width", "both_directions"),
     )
 }

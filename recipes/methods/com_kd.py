@@ -68,5 +68,6 @@ METHODS = {
         "Combined-KD",
         "arXiv:2109.05696",
         published="GLUE test, average: 81.5",
+        needs=("teacher", "both_directions"),
     )
 }

@@ -7,9 +7,10 @@ say how many layers there are. Then it is trained with
 
     T²·KL + hidden_weight · Σ mean (h_i − h_j)² + ce_weight · CE
 
-over its layers i, each against the teacher's layer j that it was. The paper's best loss has no CE; it takes few layers,
-behind a trained projection, and sets the weight anew at each step, to logits' loss / layers' loss, which would here
-depend on how a step is cut into micro-batches.
+over its layers i, each against the teacher's layer j that it was. Where a norm lies behind the last layer, the last
+states are not what a layer leaves: the student's are compared with the teacher's last ones or with none. The paper's
+best loss has no CE; it takes few layers, behind a trained projection, and sets the weight anew at each step, to logits'
+loss / layers' loss, which would here depend on how a step is cut into micro-batches.
 """
 
 from typing import Any, Literal
@@ -69,6 +70,11 @@ def important_layers(
     return kept
 
 
+def has_last_norm(model: PreTrainedModel) -> bool:
+    """Whether a norm lies behind the layers, as in models whose layers begin with one: GPT-2, Llama, ModernBERT."""
+    return any("Norm" in type(child).__name__ for child in model.base_model.children())
+
+
 def depth_pruning(
     run: Run,
     *,
@@ -85,7 +91,9 @@ def depth_pruning(
     kept = important_layers(run, count, examples=examples, criterion=criterion, iterative=iterative)
     run.logs.append({f"layer_{i}": float(layer) for i, layer in enumerate(kept)})
     pairs = [(i + 1, layer + 1) for i, layer in enumerate(kept)]
-    terms = [HiddenTerm(pairs, weight=hidden_weight)] if hidden_weight else []
+    if kept[-1] + 1 < teacher.config.num_hidden_layers and has_last_norm(teacher):
+        pairs.pop()
+    terms = [HiddenTerm(pairs, weight=hidden_weight)] if hidden_weight and pairs else []
 
     def loss(step: Step) -> Tensor:
         total = step.soft(temperature=temperature)

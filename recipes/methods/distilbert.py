@@ -57,5 +57,6 @@ METHODS = {
         "DistilBERT(D), two steps",
         "arXiv:1910.01108",
         published="SQuAD 1.1 dev, EM/F1: 79.1/86.9; one step 77.7/85.8, BERT-base 81.2/88.5",
+        needs=("teacher", "source"),
     ),
 }

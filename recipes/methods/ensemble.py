@@ -50,4 +50,6 @@ def ensemble(
     return run.fit(run.student(), loss)
 
 
-METHODS = {"ensemble": Method(ensemble, "logit MSE to an ensemble", "doi:10.1145/1150402.1150464")}
+METHODS = {
+    "ensemble": Method(ensemble, "logit MSE to an ensemble", "doi:10.1145/1150402.1150464", needs=("teacher", "source"))
+}

@@ -97,7 +97,7 @@ METHODS = {
         "FreeLB",
         "arXiv:1909.11764",
         published="GLUE test, BERT-base: 79.4; without 78.3",
-        needs=(),
+        needs=("both_directions",),
     ),
     "freelb_kd": Method(
         freelb_kd,
@@ -105,5 +105,6 @@ METHODS = {
         "arXiv:1909.11764, arXiv:2105.05912",
         published="GLUE dev, DistilRoBERTa from RoBERTa-large: 80.06; KD alone 80.77, FreeLB alone "
         "80.01 (in arXiv:2105.05912)",
+        needs=("teacher", "both_directions"),
     ),
 }

@@ -8,12 +8,14 @@ each of them by the straight-through Gumbel-softmax at temperature 1; x' is the 
 
 at temperature 1, each a mean over examples; of scores both divergences are squared differences. Examples without a
 label have the teacher's terms alone. The steps of the run are those of the student; the generator's come in addition,
-and so do, without `generator=FOLDER`, the `pretraining` steps of one that is made (recipes.glue.generator). G's
-learning rate is that of the published code, which trains for 30 epochs: in short runs G stays almost as it was unless
-the rate is raised.
+and so do, without `generator=FOLDER`, the `pretraining` steps of one that is made (recipes.glue.generator), once for a
+run: the seconds of its first student hold them. G's learning rate is that of the published code, which trains for 30
+epochs: in short runs G stays almost as it was unless the rate is raised. What is masked and drawn depends on how a step
+is cut into micro-batches.
 
 The published code (huawei-noah/KD-NLP, train_adversarial_student.py) takes the cross-entropy −Σ p_T log q_S for both
-divergences. For the student that is the same; the generator then also maximises the teacher's entropy.
+divergences. For the student that is the same; the generator then also maximises the teacher's entropy. It clips G's
+gradients to a norm of 5 and lowers G's rate linearly; here neither is done.
 """
 
 from torch import Tensor
@@ -60,5 +62,6 @@ METHODS = {
         "MATE-KD",
         "arXiv:2105.05912",
         published="GLUE dev, average of 8 tasks, DistilRoBERTa from RoBERTa-large: 82.64 (KD 80.77)",
+        needs=("teacher", "both_directions"),
     )
 }

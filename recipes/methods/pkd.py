@@ -36,6 +36,6 @@ METHODS = {
         "PKD",
         "arXiv:1908.09355",
         published="76.44, mean over GLUE's tasks, BERT of 12 layers → 4 (KD 76.02, labels 74.61; arXiv:2012.14022)",
-        needs=("teacher", "width", "multiple"),
+        needs=("teacher", "width", "multiple", "both_directions"),
     )
 }

@@ -38,13 +38,13 @@ METHODS = {
         "reverse KD (teacher's size)",
         "arXiv:1909.11723",
         "CIFAR-100, ResNet-18 taught by MobileNetV2 of 68.38: 77.28 (labels alone 75.87)",
-        needs=(),
+        needs=("source",),
     ),
     "defective_kd": Method(
         defective_kd,
         "KD from a defective teacher",
         "arXiv:1909.11723",
         "CIFAR-100, MobileNetV2 taught by ResNet-18 of 15.48: 70.65 (labels alone 68.38)",
-        needs=(),
+        needs=("source",),
     ),
 }

@@ -10,10 +10,12 @@ loss has changed by
 to first order in η, and this is what the network minimises, with g scaled to length 1. η is no option, for AdamW
 divides by the gradient's size. ⟨∇loss_i, g⟩ is a difference quotient, (loss_i(θ + εg) − loss_i(θ − εg))/2ε, as in DARTS
 (arXiv:1806.09055): the losses of each example in two forward passes, without dropout. One gradient g, of a batch of
-held-back examples, serves a whole optimiser step. No code was published; the network and what it sees are this
-recipe's choice.
+held-back examples, serves a whole optimiser step. No code was published; the network, what it sees and how fast it
+learns are this recipe's choice.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -49,17 +51,18 @@ def by_example(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
 
 
 class Weights(nn.Module):
-    """(1 − w_i, w_i), ``(B, 2)``: at first a half for all."""
+    """(1 − w_i, w_i), ``(B, 2)``: at first a half for all. `speed` multiplies what the sigmoid is of."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, speed: float = 1.0):
         super().__init__()
+        self.speed = speed
         self.hidden, self.out = nn.Linear(3, width), nn.Linear(width, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, losses: Tensor, known: Tensor) -> Tensor:
         seen = torch.cat([losses.clamp(min=0).log1p(), known[:, None].to(losses.dtype)], -1)
-        w = self.out(self.hidden(seen).tanh()).sigmoid()
+        w = (self.speed * self.out(self.hidden(seen).tanh())).sigmoid()
         return torch.cat([1 - w, w], -1)
 
 
@@ -76,7 +79,7 @@ class HeldBack:
         model: Any = step.model.module if hasattr(step.model, "module") else step.model
         training = model.training
         model.eval()
-        with torch.autocast(step.labels.device.type, enabled=False):
+        with unwrapped(model):
             if step.number != self.number:
                 self.number, self.gradient = step.number, self.direction(model, step.number)
             with torch.no_grad():
@@ -108,10 +111,32 @@ class HeldBack:
         return logits.squeeze(-1) if batch["labels"].is_floating_point() else logits
 
 
+@contextmanager
+def unwrapped(model: Any) -> Iterator[None]:
+    """Within, the model is not in the half precision that accelerate has put around its `forward`: a difference
+    quotient has no digits to lose.
+    """
+    wrapped = vars(model).pop("forward", None)
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
+
 def rw_kd(
-    run: Run, *, temperature: Positive = 2.0, held_back: float = 0.1, batch: Count = 32, width: Count = 16
+    run: Run,
+    *,
+    temperature: Positive = 2.0,
+    held_back: float = 0.1,
+    batch: Count = 32,
+    width: Count = 16,
+    speed: Positive = 100.0,
 ) -> PreTrainedModel:
-    """`held_back`: the share of the labelled examples; `batch`: how many of them g is of; `width`: of the network."""
+    """`held_back`: the share of the labelled examples; `batch`: how many of them g is of; `width`: of the network, one
+    of whose steps moves the sigmoid's argument by up to `width` · `speed` learning rates.
+    """
     labelled = run.labelled
     count = round(held_back * len(labelled))
     if not 0 < count < len(labelled):
@@ -121,13 +146,13 @@ def rw_kd(
     others = run.train.select(np.flatnonzero(~np.isin(run.train["index"], rows["index"])))
     side = HeldBack(run, rows, batch, temperature)
     torch.manual_seed(run.seed)
-    beside = Weights(width)
+    beside = Weights(width, speed)
 
     def loss(step: Step) -> Tensor:
         losses = by_example(step.student.logits, step.teacher.logits, step.labels, temperature)
         weights = beside(losses.detach(), has_label(step.labels))
         counts = torch.stack([step.counts.labelled.clamp(min=1), step.counts.rows])
-        network = -SHARE * (weights * side.gains(step) / counts).sum()
+        network = -SHARE / speed * (weights * side.gains(step) / counts).sum()
         network = network - network.detach()  # a gradient without a value
         return (weights.detach() * losses / counts).sum() + network
 

@@ -1,13 +1,14 @@
 """Without a teacher: a made-up one, or a copy of the student.
 
 label_smoothing    (1 − ε)·CE + ε·KL(u‖q), u uniform: label smoothing up to a constant, log C of each example (Yuan et
-                   al. 2020, arXiv:1909.11723, §3).
+                   al. 2020, arXiv:1909.11723, §3; the published code shares ε out among the other classes alone).
 tf_kd_reg          Tf-KD_reg (there, §5.2): (1 − α)·CE + α·T²·KL(p_T‖q_T) with the virtual teacher p, which gives
                    `correct` to the label and shares the rest; p_T is the softmax of log p/T. The published code
                    (form=code) takes the softmax of the probabilities p/T instead, and the student's at temperature 1:
                    smoothing towards almost equal probabilities. Its mean over classes times 100, for 100 classes, is
                    the sum here. The paper's formulas have no T².
-tf_kd_self         Tf-KD_self (there, §5.1): (1 − α)·CE + α·T²·KL from a copy of the student trained with labels alone.
+tf_kd_self         Tf-KD_self (there, §5.1): (1 − α)·CE + α·T²·KL from a copy of the student trained with labels alone;
+                   the published code has its mean over classes times a factor, 1 as a rule.
 self_distillation  Rounds without labels (Mobahi et al. 2020, arXiv:2002.05715): a student trained with labels teaches a
                    new one, by its predictions alone, and so on. Each round regularises more; beyond a few it underfits.
 

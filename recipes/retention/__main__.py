@@ -54,7 +54,7 @@ def run(options: RetentionOptions) -> None:
         {
             "model": name,
             "parameters": (first["teacher"] if name == "teacher" else first["students"][name][0])["parameters"],
-            "scores": {each["task"]: scores_of(each, name) for each in comparisons},
+            "scores": {each["task"]: scores_of(each, name, methods) for each in comparisons},
         }
         for name in folders
     ]
@@ -83,11 +83,12 @@ def student_folder(run: Path, method: str, results: dict[str, Any]) -> Path:
     return folder
 
 
-def scores_of(results: dict[str, Any], model: str) -> list[float]:
-    """× 100, of each seed."""
-    return [
-        score(results, found) for found in ([results["teacher"]] if model == "teacher" else results["students"][model])
-    ]
+def scores_of(results: dict[str, Any], model: str, methods: list[str]) -> list[float]:
+    """× 100, of each seed that all the methods have: a seed is worth more than most differences between methods."""
+    if model == "teacher":
+        return [score(results, results["teacher"])]
+    seeds = set.intersection(*({found["seed"] for found in results["students"][name]} for name in methods))
+    return [score(results, found) for found in results["students"][model] if found["seed"] in seeds]
 
 
 # ---- time

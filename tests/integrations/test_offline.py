@@ -182,7 +182,7 @@ def test_wrong_columns_are_named(message):
 
 
 def test_a_collator_that_pads_nothing_is_named():
-    with pytest.raises(ValueError, match="pad examples of different lengths, here of 4 to 9 tokens, and default_data_col"):
+    with pytest.raises(ValueError, match="examples of different lengths, here of 4 to 9 tokens, and default_data_col"):
         OfflineTeacherCollator(default_data_collator)(examples())
     with pytest.raises(RuntimeError, match="stack"):  # of equal lengths, whatever it is
         OfflineTeacherCollator(lambda rows: torch.stack([torch.zeros(i) for i in range(2)]))(examples()[1::2])

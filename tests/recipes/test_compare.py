@@ -95,13 +95,16 @@ def test_scores_of_two_texts(tmp_path, encoder):
     assert found["metrics"] == ["pearson", "spearman"]
 
 
-def test_a_classifier_is_a_teacher_as_it_is(tmp_path, tokenizer, glue):
+def test_a_classifier_is_a_teacher_as_it_is(tmp_path, tokenizer, glue, capsys):
     teacher = saved(tmp_path / "ready", tokenizer)
     assert compared(teacher, tmp_path / "runs", "--glue_dir", str(glue), "--method", "kd", "--init", "random",
                     "--width", "16", "--layers", "0") == 0  # fmt: skip
+    assert "a classifier already" not in capsys.readouterr().out
     assert not (tmp_path / "runs" / "teacher").exists()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "kd-seed1")
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 1)
+    assert compared(teacher, tmp_path / "copied", "--glue_dir", str(glue), "--method", "ce") == 0
+    assert "a classifier already: layers copied from it know the task" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,11 @@ def test_a_classifier_is_a_teacher_as_it_is(tmp_path, tokenizer, glue):
         (["--init", "random", "--width", "16", "--method", "pkd"], "pkd needs a student as wide as its teacher, 32"),
         (["--layers", "0", "1", "2", "--method", "pkd"], "a teacher of a multiple of the student's 3 layers, not 4"),
         (["--layers", "7"], "--layers 7: must ascend within the teacher's layers"),
+        (
+            ["--method", "defective_kd"],
+            "defective_kd needs what the teacher was before it was fine-tuned, and",
+        ),
+        (["--method", "early_exit", "--predict", "true"], "early_exit is saved without its exits"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, tokenizer, glue, capsys, options, sentence):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
 from test_compare import compared, encoder, saved  # noqa: F401 (a fixture)
-from tiny_run import classifier, tiny_run
+from tiny_run import classifier, decoder, tiny_run
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -165,3 +166,12 @@ def test_a_student_has_the_kinds_of_its_layers():
     source = ModernBertForSequenceClassification(ModernBertConfig(**size, **tokens, sep_token_id=2))
     kinds = source.config.layer_types
     assert student_of(source, [0, 3]).config.layer_types == [kinds[0], kinds[3]]
+
+
+@pytest.mark.parametrize("method", ["pkd", "alp_kd", "freelb", "adversarial", "early_exit", "mate_kd"])
+def test_what_reads_the_first_token_refuses_decoders(tmp_path, tokenizer, gpt2_tokenizer, method):
+    """Theirs sees itself alone, and from embeddings without their tokens they classify at the padding."""
+    run = replace(tiny_run(tmp_path, tokenizer), tokenizer=gpt2_tokenizer, source=decoder(len(tokenizer)))
+    with pytest.raises(UsageError, match=f"--method {method} needs models that read in both directions, not gpt2"):
+        parse_method(method).check(run)
+    parse_method("kd").check(run)

@@ -15,6 +15,7 @@ from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.states import States
 from recipes.glue.method import methods, parse_method
 from recipes.glue.step import Counts, Outputs, Step
+from recipes.glue.trainer import IndexedPadding
 from recipes.methods import rw_kd, temperature
 from recipes.methods.hard_labels import random_queries
 
@@ -210,6 +211,32 @@ def test_gains_are_products_of_gradients(run):
             own = torch.autograd.grad(losses[i, which], list(weights.values()), retain_graph=True, allow_unused=True)
             true = sum((a * b).sum() for a, b in zip(own, g, strict=True) if a is not None) / length
             torch.testing.assert_close(gains[i, which], torch.as_tensor(true), rtol=2e-2, atol=2e-4)
+
+
+def test_gains_are_not_in_half_precision(run):
+    """accelerate wraps `forward` in autocast, which one around it does not end; it is there again afterwards."""
+    model = run.student().eval()
+    batch = IndexedPadding(run.tokenizer)([run.train[i] for i in range(4)])
+    step = Step(model, run.teacher, batch, Counts.of(batch), None)
+    expected = rw_kd.HeldBack(run, run.labelled, 8, 2.0).gains(step)
+    wrapped = model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    step = Step(model, run.teacher, batch, Counts.of(batch), None)
+    assert step.run(model).logits.dtype == torch.bfloat16
+    assert torch.equal(rw_kd.HeldBack(run, run.labelled, 8, 2.0).gains(step), expected)
+    assert model.forward is wrapped
+
+
+def test_weights_leave_a_half_within_a_short_training():
+    """As AdamW moves them, whose steps are learning rates whatever the gradient's size."""
+    torch.manual_seed(0)
+    network = rw_kd.Weights(16, 100.0)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+    losses, known = torch.rand(32, 2), torch.ones(32, dtype=torch.bool)
+    for _ in range(100):
+        (-rw_kd.SHARE / 100 * network(losses, known)[:, 1].sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert network(losses, known)[:, 1].min() > 0.8
 
 
 def test_examples_that_help_are_weighted_up():

@@ -13,7 +13,7 @@ from tiny_run import classifier
 from transformers import BertModel
 
 from recipes.glue.__main__ import main as compare
-from recipes.retention.__main__ import main
+from recipes.retention.__main__ import main, scores_of
 
 
 @pytest.fixture
@@ -56,3 +56,13 @@ def test_the_table(tmp_path, runs, glue, capsys):
     assert "no results.json" in refused(str(tmp_path))
     (Path(runs[0]) / "kd-seed1" / "result.json").unlink()
     assert "its student kd-seed1 is not there" in refused(*runs)
+
+
+def test_methods_are_compared_on_the_same_seeds():
+    """Else the one with the luckier seeds keeps more."""
+    its = {"ce": {1: 0.5, 2: 0.3}, "kd": {1: 0.6}}
+    students = {name: [{"seed": i, "accuracy": x} for i, x in seeds.items()] for name, seeds in its.items()}
+    results = {"metrics": ["accuracy"], "teacher": {"accuracy": 0.9}, "students": students}
+    assert scores_of(results, "ce", ["ce", "kd"]) == [50.0]
+    assert scores_of(results, "ce", ["ce"]) == [50.0, 30.0]
+    assert scores_of(results, "teacher", ["ce", "kd"]) == [90.0]

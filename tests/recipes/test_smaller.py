@@ -1,6 +1,7 @@
 """Students that are smaller in another way: a BiLSTM, zeros in the weights, layers left out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("torchmetrics")
 
-from tiny_run import tiny_run
+from tiny_run import decoder, tiny_run
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from fusedkd.integrations.command import UsageError
@@ -233,6 +234,25 @@ def test_layers_without_a_function_are_left_out(tmp_path, tokenizer, monkeypatch
     model = depth_pruning.depth_pruning(run, iterative=iterative)
     assert [list(pair) for pair in given["terms"][0].layers] == [[1, 2], [2, 4]]
     torch.testing.assert_close(run.logits(model), run.logits(run.teacher), rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_norm_is_compared_with_a_last_norm(tmp_path, tokenizer, monkeypatch):
+    """A model whose first layers are the teacher's is that teacher cut short: nothing differs that is compared."""
+    gpt2 = decoder(len(tokenizer))
+    run = replace(tiny_run(tmp_path, tokenizer), source=gpt2, teacher=gpt2)
+    monkeypatch.setattr(depth_pruning, "important_layers", lambda run, count, **options: [0, 1])
+    differences = []
+
+    def fit(self, model, loss, terms):
+        bound = self._bound(terms, model.eval(), self.teacher)
+        batch = IndexedPadding(self.tokenizer)([self.train[i] for i in range(4)])
+        differences.append(float(Step(model, self.teacher, batch, Counts.of(batch), bound).terms().detach()))
+        return model
+
+    monkeypatch.setattr(Run, "fit", fit)
+    depth_pruning.depth_pruning(run)
+    assert differences == [pytest.approx(0, abs=1e-10)]
+    assert not depth_pruning.has_last_norm(tiny_run(tmp_path, tokenizer).teacher)
 
 
 def test_layers_are_ranked_by_the_loss_of_labelled_rows(tmp_path, tokenizer, monkeypatch):

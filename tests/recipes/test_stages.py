@@ -181,6 +181,23 @@ def test_stages_share_the_steps(tmp_path, tokenizer, stages, method, expected):
     assert stages == expected
 
 
+def test_a_further_stage_reads_on(tmp_path, tokenizer, monkeypatch):
+    """In an order of its own, though it is the same model and seed; a new model begins as the first one did."""
+    run, read = tiny_run(tmp_path, tokenizer, count=200, arguments={"max_steps": 2}), []
+
+    def loss(step):
+        read[-1] += step.batch["index"].tolist()
+        return step.hard()
+
+    student = run.student()
+    for model in (student, student, run.student()):
+        read.append([])
+        run.fit(model, loss)
+    first, further, again = read
+    assert again == first != further
+    assert len(set(first) & set(further)) < len(first) // 2
+
+
 def test_a_chain_of_assistants(tmp_path, tokenizer, stages):
     run = tiny_run(tmp_path, tokenizer, layers=[0])
     trained("takd:assistants=3+2", run)

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import torch
 from glue_files import labelled
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from recipes.finetune.tasks import TASKS, tokenized
 from recipes.glue.__main__ import CompareArguments
@@ -22,6 +22,12 @@ def classifier(
     size = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
     config = BertConfig(vocab_size=vocab, num_labels=labels, initializer_range=0.2, max_position_embeddings=40, **size)
     return BertForSequenceClassification(config)
+
+
+def decoder(vocab: int) -> GPT2ForSequenceClassification:
+    torch.manual_seed(0)
+    size = {"n_positions": 40, "n_embd": 32, "n_layer": 4, "n_head": 4}
+    return GPT2ForSequenceClassification(GPT2Config(vocab_size=vocab, pad_token_id=0, **size)).eval()
 
 
 def tiny_run(folder: Path, tokenizer: Any, task: str = "sst2", labels: int = 0, count: int = 24, **more: Any) -> Run:
