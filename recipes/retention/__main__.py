@@ -88,6 +88,8 @@ def scores_of(results: dict[str, Any], model: str, methods: list[str]) -> list[f
     if model == "teacher":
         return [score(results, results["teacher"])]
     seeds = set.intersection(*({found["seed"] for found in results["students"][name]} for name in methods))
+    if not seeds:
+        raise UsageError(f"--runs: of {results['task']} there is no seed that all of {', '.join(methods)} have")
     return [score(results, found) for found in results["students"][model] if found["seed"] in seeds]
 
 

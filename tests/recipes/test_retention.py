@@ -12,6 +12,7 @@ pytest.importorskip("torchmetrics")
 from tiny_run import classifier
 from transformers import BertModel
 
+from fusedkd.integrations.command import UsageError
 from recipes.glue.__main__ import main as compare
 from recipes.retention.__main__ import main, scores_of
 
@@ -62,7 +63,10 @@ def test_methods_are_compared_on_the_same_seeds():
     """Else the one with the luckier seeds keeps more."""
     its = {"ce": {1: 0.5, 2: 0.3}, "kd": {1: 0.6}}
     students = {name: [{"seed": i, "accuracy": x} for i, x in seeds.items()] for name, seeds in its.items()}
-    results = {"metrics": ["accuracy"], "teacher": {"accuracy": 0.9}, "students": students}
+    results = {"task": "sst2", "metrics": ["accuracy"], "teacher": {"accuracy": 0.9}, "students": students}
     assert scores_of(results, "ce", ["ce", "kd"]) == [50.0]
     assert scores_of(results, "ce", ["ce"]) == [50.0, 30.0]
     assert scores_of(results, "teacher", ["ce", "kd"]) == [90.0]
+    students["kd"][0]["seed"] = 3
+    with pytest.raises(UsageError, match="--runs: of sst2 there is no seed that all of ce, kd have"):
+        scores_of(results, "kd", ["ce", "kd"])
