@@ -78,8 +78,8 @@ class OfflineTeacherCollator:
                 raise
             name = getattr(self.base_collator, "__name__", type(self.base_collator).__name__)
             raise ValueError(
-                f"data_collator must pad examples of different lengths, here of {min(lengths)} to {max(lengths)} tokens, "
-                f"and {name} failed: DataCollatorForSeq2Seq(tokenizer) pads labels as well"
+                f"data_collator must pad examples of different lengths, here of {min(lengths)} to {max(lengths)} "
+                f"tokens, and {name} failed: DataCollatorForSeq2Seq(tokenizer) pads labels as well"
             ) from error
 
     def _unpacked(self, example: Batch) -> Batch:
