@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -200,7 +201,8 @@ def test_divergences(device: str, divergence: Divergence) -> None:
     student, teacher = pair(4, 33, device=device)
     labels = targets(4, classes=33, device=device)
     leaf, kind = student.requires_grad_(), type(divergence)
-    numbers = {k: x for k, x in vars(divergence).items() if not isinstance(x, bool)}
+    values = {each.name: getattr(divergence, each.name) for each in fields(divergence)}
+    numbers = {k: x for k, x in values.items() if not isinstance(x, bool)}
     options, compilations = at(divergence, 2.0), []
     graphs = CompileCounterWithBackend("aot_eager")
 

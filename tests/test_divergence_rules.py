@@ -4,6 +4,7 @@ vocabularies, parameters as tensors, inplace, several teachers. Values and gradi
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -254,7 +255,7 @@ def test_parameters_as_tensors(device: str, divergence: Divergence) -> None:
 
 def of_tensors(x: Any, device: str) -> Any:
     if isinstance(x, Divergence):
-        return type(x)(**{name: of_tensors(value, device) for name, value in vars(x).items()})
+        return type(x)(**{each.name: of_tensors(getattr(x, each.name), device) for each in fields(x)})
     if isinstance(x, tuple):
         return tuple(of_tensors(value, device) for value in x)
     return torch.tensor(x, dtype=torch.float64, device=device) if isinstance(x, float) else x
