@@ -50,8 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def patch_once_per_launch() -> None:
     """Triton's interpreter (3.6 to 3.9) replaces the functions of its language when it launches a kernel, and again at
-    each call of a helper, which is more than half of its time: here at the launch, for all modules. It also looks at
-    each sum of integers for an overflow, which rows as short as the tests' cannot have: here it does not.
+    each call of a helper, which is more than half of its time: here at the launch, for all modules. It also looks for
+    an overflow in each sum of integers: here it does not, for the tests' rows are too short to have one.
     """
     from triton import language
     from triton.runtime import interpreter

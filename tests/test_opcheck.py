@@ -178,6 +178,7 @@ OF_THEIR_OWN = {"linear_hidden", "attention"}
 def test_opcheck(device: str, name: str) -> None:
     """All cases by the checks that take milliseconds, the first and the last by AOTDispatcher, too."""
     found = operator_arguments(device)[name]
+    assert found
     for arguments in found:
         long = arguments is found[0] or arguments is found[-1]
         torch.library.opcheck(
