@@ -33,8 +33,8 @@ ANY_CLASS = 1 << 62
 LARGEST = sys.float_info.max
 
 outside_graphs = torch._disable_dynamo
-"""Like `torch.compiler.disable`, which would import torch._dynamo, and that takes as long as torch, with the package: this
-imports it when the function is first called."""
+"""Like `torch.compiler.disable`, which would import torch._dynamo, and that takes as long as torch, with the package:
+this imports it when the function is first called."""
 
 TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
