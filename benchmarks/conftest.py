@@ -21,9 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--memory", default="fresh", choices=tuple(MALLOC), help=help)
     parser.addoption(
         "--cases",
-        default=None,
+        nargs="+",
         choices=tuple(CASES),
-        help="a list of cases.py or a file beside it; the device's",
+        help="lists of cases.py or a file beside it; the device's",
     )
     parser.addoption("--rounds", type=int, help=f"the most of a case; {measure.ROUNDS.stop}")
 
@@ -44,7 +44,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     device = metafunc.config.getoption("device")
-    cases = CASES[metafunc.config.getoption("cases") or device]
+    cases = [case for name in metafunc.config.getoption("cases") or [device] for case in CASES[name]]
     tests = [(case, provider) for case in cases for provider in providers.available(case, device)]
     metafunc.parametrize(("case", "provider"), tests, ids=[f"{case}-{provider}" for case, provider in tests])
 

@@ -17,9 +17,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from truth import INTERPRETED
@@ -51,13 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def patch_once_per_launch() -> None:
     """Triton's interpreter (3.6 to 3.9) replaces the functions of its language when it launches a kernel, and again at
     each call of a helper, which is more than half of its time: here at the launch, for all modules. It also looks for
-    an overflow in each sum of integers: here it does not, for the tests' rows are too short to have one.
+    an overflow in each sum of integers: here it does not, for the tests' rows are too short to have one. And it makes
+    its table of NumPy's types anew wherever it needs one of them.
     """
     from triton import language
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
+    of_pointers, of_numbers = np.dtype(np.uint64), cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda of: of_pointers if of.scalar.is_ptr() else of_numbers(of.scalar)
     everything = SimpleNamespace(__globals__={"tl": language, "core": language.core})
     patch = interpreter._patch_lang
     interpreter._patch_lang = lambda fn: patch(everything)

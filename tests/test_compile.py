@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from compiled import fresh_compiler, graph  # noqa: F401
-from families import TAILS, at, families, samples, top_k
+from families import TAILS, at, describe, samples, top_k
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from truth import Truth, assert_gradient, assert_value, hidden_truth, kd_truth, pair, targets
 
-from fusedkd import TeacherLogits, hidden_loss, kd_loss
+from fusedkd import DKD, JSD, AlphaBeta, Jeffreys, LogitMSE, SkewKL, TeacherLogits, hidden_loss, kd_loss
 from fusedkd.divergences import Divergence
 from fusedkd.nn import DistilBertLoss
 
@@ -195,7 +195,9 @@ def test_double_backward_raises(device: str) -> None:
 # -------------------------------------------------- divergences and teachers
 
 
-@families
+@pytest.mark.parametrize(
+    "divergence", [JSD(0.3), Jeffreys(), AlphaBeta(), SkewKL(0.2), LogitMSE(), DKD()], ids=describe
+)
 def test_divergences(device: str, divergence: Divergence) -> None:
     """Parameters, temperature and weight as tensors that change: one graph, no recompilation, the right numbers."""
     student, teacher = pair(4, 33, device=device)

@@ -12,7 +12,7 @@ from linear_cases import Problem, assert_gradients, linear_truth, logits_of, pro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from truth import DTYPES, assert_value, operator_calls
+from truth import assert_value, operator_calls
 
 from fusedkd import JSD, TeacherHead, linear_kd_loss
 
@@ -33,7 +33,7 @@ def check(p: Problem, function: Any, upstream: Any = 1.0, **options: Any) -> Non
 
 @pytest.mark.parametrize(
     ("dtype", "reduction"),
-    [*((dtype, "mean") for dtype in DTYPES), (torch.float32, "sum"), (torch.bfloat16, "none")],
+    [(torch.float64, "mean"), (torch.float32, "sum"), (torch.bfloat16, "none")],
     ids=describe,
 )
 def test_one_graph(device: str, dtype: torch.dtype, reduction: str) -> None:

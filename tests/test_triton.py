@@ -16,7 +16,7 @@ import pytest
 
 GUMBEL = "same_noise or ties or (choice_and_gradient and 2065)"
 STATISTICS = "definitions and bfloat16 or pytorch_has and 301"
-RULES = "where_not_a_number or row_of_nan or (far_from_zero and 0.0) or not_selected"
+RULES = "(where_not_a_number and 0.5 and 0.7) or row_of_nan or (far_from_zero and 0.0) or not_selected"
 ONE_OF_A_KERNEL = "not skew and not reverse"
 
 

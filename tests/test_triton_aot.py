@@ -2,8 +2,9 @@
 GPU has the registers for it.
 
 The pointers to logits are 16-byte aligned and nothing else is specialised, as at run time: the accesses are wide
-whatever the vocabulary, 50257 included. `make aot` runs this file with several versions of Triton, and then, for
-FUSEDKD_AOT=all, over everything that the table of layouts tells apart.
+whatever the vocabulary, 50257 included. What test_triton_launch.py launches on sm_90 is compiled there, spills and
+registers included: here are widths, other GPUs, and what comes closest to the registers. `make aot` runs this file with
+several versions of Triton, and then, for FUSEDKD_AOT=all, over everything that the table of layouts tells apart.
 """
 
 from __future__ import annotations
@@ -64,7 +65,6 @@ STAGES = [
     {"SPLIT": True, "STAGE": VALUES},
     {"SPLIT": True, "STAGE": FINISH, "gradient": None},
 ]
-FORMS = [form for form in KernelId if form != KernelId.FORWARD_KL]
 
 
 def describe(x: Any) -> str | None:
@@ -72,6 +72,13 @@ def describe(x: Any) -> str | None:
     if isinstance(x, KernelId):
         return x.name.lower().replace("_", " ")
     return f"sm_{x.arch}" if isinstance(x, GPUTarget) else str(x)
+
+
+def some(cases: dict[str, Any], *names: str) -> pytest.MarkDecorator:
+    """Of these cases of a test the named ones; all of them in `make aot`."""
+    assert cases.keys() >= set(names)
+    chosen = {name: case for name, case in cases.items() if ALL or name in names}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,18 +164,15 @@ def programs(kernel: CompiledKernel, tmp_path: Path) -> int:
 
 
 # Per access: whole vectors in the loop over the body of a row, then single columns at its two ends.
-@pytest.mark.parametrize(
-    ("target", "student", "teacher", "reads", "writes", "shared"),
-    [
-        *((target, BF16, BF16, [128, 128, 16, 16], [128, 16], 2) for target in NVIDIA),
-        (SM90, FP32, FP32, [128, 128, 128, 128, 32, 32], [128, 128, 32], 3),
-        (SM90, FP32, BF16, [128, 128, 64, 64, 32, 16], [128, 128, 32], 3),  # a thread's columns, whatever their dtype
-    ],
-    ids=describe,
-)
-def test_accesses_are_wide(
-    target: GPUTarget, student: Any, teacher: Any, reads: list, writes: list, shared: int, tmp_path: Path
-) -> None:
+ACCESSES = {describe(target): (target, BF16, BF16, [128, 128, 16, 16], [128, 16], 2) for target in NVIDIA} | {
+    "fp32": (SM90, FP32, FP32, [128, 128, 128, 128, 32, 32], [128, 128, 32], 3),
+    "a thread's columns, whatever their dtype": (SM90, FP32, BF16, [128, 128, 64, 64, 32, 16], [128, 128, 32], 3),
+}
+
+
+@some(ACCESSES, "sm_90", "a thread's columns, whatever their dtype")
+def test_accesses_are_wide(case: tuple, tmp_path: Path) -> None:
+    target, student, teacher, reads, writes, shared = case
     kernel = compiled(target, student, teacher, **FORWARD)
     ptx = kernel.asm["ptx"]
     assert bits(ptx, "ld", "evict_last") == reads, "first pass"
@@ -177,26 +181,31 @@ def test_accesses_are_wide(
     assert programs(kernel, tmp_path) >= shared
 
 
-@pytest.mark.parametrize("form", FORMS, ids=describe)
-def test_forms(form: KernelId, tmp_path: Path) -> None:
-    kernel = compiled(SM90, BF16, BF16, KERNEL_ID=form, **FORWARD)
+FORMS = {describe(form): form for form in KernelId if form != KernelId.FORWARD_KL}
+
+
+@some(FORMS, "mixture", "total variation")
+def test_forms(case: KernelId, tmp_path: Path) -> None:
+    kernel = compiled(SM90, BF16, BF16, KERNEL_ID=case, **FORWARD)
     ptx = kernel.asm["ptx"]
-    passes = 3 if form in NEEDS_WEIGHT_SUM else 2
+    passes = 3 if case in NEEDS_WEIGHT_SUM else 2
     assert bits(ptx, "ld", "evict_last") == [128] * 2 * (passes - 1) + [16] * 2 * (passes - 1)
     assert bits(ptx, "ld", "evict_first") == [128, 128, 16, 16]
     assert bits(ptx, "st", "evict_first") == [128, 16]
     assert programs(kernel, tmp_path) >= 2
 
 
-@pytest.mark.parametrize(
-    ("form", "ce", "shared"),
-    [
-        *((form, False, 2) for form in (KernelId.FORWARD_KL, KernelId.TOTAL_VARIATION, KernelId.LOGIT_MSE)),
-        *((form, True, 1) for form in (KernelId.FORWARD_KL, KernelId.TOTAL_VARIATION, KernelId.MIXTURE, KernelId.DKD)),
-    ],
-    ids=describe,
-)
-def test_resident_rows_are_read_once(form: KernelId, ce: bool, shared: int, tmp_path: Path) -> None:
+ONCE = (KernelId.FORWARD_KL, KernelId.TOTAL_VARIATION)
+ONCE = {
+    f"{describe(form)}, {'both terms' if ce else 'no labels'}": (form, ce, 1 if ce else 2)
+    for ce, forms in ((False, [*ONCE, KernelId.LOGIT_MSE]), (True, [*ONCE, KernelId.MIXTURE, KernelId.DKD]))
+    for form in forms
+}
+
+
+@some(ONCE, "forward kl, no labels", "mixture, both terms")
+def test_resident_rows_are_read_once(case: tuple[KernelId, bool, int], tmp_path: Path) -> None:
+    form, ce, shared = case
     kernel = compiled(SM90, BF16, BF16, KERNEL_ID=form, CE=ce, SURPLUS=True, **RESIDENT)
     assert bits(kernel.asm["ptx"], "ld", "evict_first") == [128, 128, 16, 16]
     assert not bits(kernel.asm["ptx"], "ld", "evict_last")
@@ -236,8 +245,9 @@ for _stage, _form in zip(STAGES, (KernelId.FORWARD_KL, KernelId.FORWARD_KL, Kern
     VARIANTS[f"{describe(_form)}, stage {_stage['STAGE'].value}"] = SM90, _stage | {"KERNEL_ID": _form}
 
 
-@pytest.mark.parametrize(("target", "variant"), VARIANTS.values(), ids=VARIANTS.keys())
-def test_nothing_spills(target: GPUTarget, variant: dict[str, Any], tmp_path: Path) -> None:
+@some(VARIANTS, "without gradient", "resident dkd, out of phase, everything", "dkd, everything")
+def test_nothing_spills(case: tuple[GPUTarget, dict[str, Any]], tmp_path: Path) -> None:
+    target, variant = case
     does_not_spill(compiled(target, BF16, BF16, **variant), tmp_path)
 
 
@@ -257,9 +267,9 @@ VARIANTS_32_BITS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS_32_BITS.values(), ids=VARIANTS_32_BITS.keys())
-def test_rows_of_32_bits_do_not_spill(variant: dict[str, Any], tmp_path: Path) -> None:
-    does_not_spill(compiled(SM90, FP32, FP32, **variant), tmp_path)
+@some(VARIANTS_32_BITS, "mixture, everything", "resident mixture", "jeffreys, stage 1")
+def test_rows_of_32_bits_do_not_spill(case: dict[str, Any], tmp_path: Path) -> None:
+    does_not_spill(compiled(SM90, FP32, FP32, **case), tmp_path)
 
 
 SURPLUS = {"SURPLUS": True}
@@ -292,18 +302,18 @@ def test_float64_does_not_spill(tmp_path: Path) -> None:
     does_not_spill(compiled(SM90, FP64, FP64, **FORWARD), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "variant"),
-    [
-        (BF16, BF16, FORWARD),
-        (BF16, BF16, BACKWARD),
-        (FP32, BF16, FORWARD | EVERYTHING | OUT_OF_PHASE),
-        (BF16, BF16, FORWARD | {"KERNEL_ID": KernelId.MIXTURE}),
-        (BF16, BF16, RESIDENT),
-    ],
-    ids=["forward", "backward", "everything", "mixture", "resident"],
-)
-def test_amd(student: Any, teacher: Any, variant: dict[str, Any], tmp_path: Path) -> None:
+ON_AMD = {
+    "forward": (BF16, BF16, FORWARD),
+    "backward": (BF16, BF16, BACKWARD),
+    "everything": (FP32, BF16, FORWARD | EVERYTHING | OUT_OF_PHASE),
+    "mixture": (BF16, BF16, FORWARD | {"KERNEL_ID": KernelId.MIXTURE}),
+    "resident": (BF16, BF16, RESIDENT),
+}
+
+
+@some(ON_AMD, "backward", "everything")
+def test_amd(case: tuple[torch.dtype, torch.dtype, dict[str, Any]], tmp_path: Path) -> None:
+    student, teacher, variant = case
     kernel = compiled(AMD, student, teacher, **variant)
     does_not_spill(kernel, tmp_path)
     assert "global_load_dwordx4" in kernel.asm["amdgcn"]
@@ -311,17 +321,15 @@ def test_amd(student: Any, teacher: Any, variant: dict[str, Any], tmp_path: Path
         assert "global_store_dwordx4" in kernel.asm["amdgcn"]
 
 
-# What comes closest to the registers, or all
-STATISTICS_OF = [
-    (SM90, (BF16, BF16), False),
-    *((target, dtypes, True) for target, dtypes in ((SM90, (FP32, FP32)), (SM100, (BF16, BF16)), (AMD, (BF16, BF16)))),
-]
-if ALL:
-    STATISTICS_OF = list(product([*NVIDIA, AMD], [(BF16, BF16), (FP32, FP32)], [False, True]))
+STATISTICS_OF = {
+    f"{describe(target)}, {NAMES[dtypes[0]]}{', transform' * transform}": (target, dtypes, transform)
+    for target, dtypes, transform in product([*NVIDIA, AMD], [(BF16, BF16), (FP32, FP32)], [False, True])
+}
 
 
-@pytest.mark.parametrize(("target", "dtypes", "transform"), STATISTICS_OF, ids=describe)
-def test_statistics_do_not_spill(target: GPUTarget, dtypes: Any, transform: bool, tmp_path: Path) -> None:
+@some(STATISTICS_OF, "sm_100, bf16, transform", "sm_gfx942, bf16, transform")
+def test_statistics_do_not_spill(case: tuple[GPUTarget, tuple[torch.dtype, torch.dtype], bool], tmp_path: Path) -> None:
+    target, dtypes, transform = case
     options = layout(
         *(dtypes[0], 50257, KernelId.FORWARD_KL),
         teacher=dtypes[1],

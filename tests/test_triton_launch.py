@@ -117,6 +117,7 @@ def test_launches(name: str) -> None:
     assert launches
     assert all(each.registers * each.threads <= gpu_stub.REGISTERS for each in launches)
     assert all(each.fused != (kind == "gumbel") for each in launches)  # its noise is the same to the last bit
+    print([(e.kernel, e.spilled) for e in launches if e.spilled])
     names = {each.kernel for each in launches}
     if kind in ("whole", "resident", "split"):
         assert names <= {"kd_forward_kernel", "kd_backward_kernel"}

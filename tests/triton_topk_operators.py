@@ -56,7 +56,7 @@ def test_options(form: TopkKernelId) -> None:
     check(launch, form, case(form, 127, 20), dtype, temperature=3.0, transform=(8.0, 1.5), smoothing=0.1)
 
 
-@forms
+@pytest.mark.parametrize("form", [*TopkKernelId][::2])
 def test_masked_columns(form: TopkKernelId) -> None:
     masked_columns(launch, form)
 
