@@ -117,7 +117,7 @@ def test_launches(name: str) -> None:
     assert launches
     assert all(each.registers * each.threads <= gpu_stub.REGISTERS for each in launches)
     assert all(each.fused != (kind == "gumbel") for each in launches)  # its noise is the same to the last bit
-    print([(e.kernel, e.spilled) for e in launches if e.spilled])
+    assert name == "shard: float64" or not any(each.spilled for each in launches)  # 16 bytes
     names = {each.kernel for each in launches}
     if kind in ("whole", "resident", "split"):
         assert names <= {"kd_forward_kernel", "kd_backward_kernel"}
@@ -129,12 +129,9 @@ def test_launches(name: str) -> None:
         assert len(launches) - len(forward) == (waits or not forward)
     elif kind == "hidden":
         assert names == {"hidden_kernel"}
-        assert all(each.constants["HELD"] == ("not held" not in name) and not each.spilled for each in launches)
+        assert all(each.constants["HELD"] == ("not held" not in name) for each in launches)
     elif kind == "statistics":
         assert names == {"kd_statistics_kernel"}
-        assert not any(each.spilled for each in launches)
-    elif kind in ("layers", "attention"):
-        assert not any(each.spilled for each in launches)
     elif kind == "top-k":
         assert names in ({"topk_forward_kernel"}, {"topk_backward_kernel"})
 
