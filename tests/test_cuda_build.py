@@ -1,69 +1,65 @@
-"""Every CUDA source compiles for Ampere and Hopper with no spill and no stack, and rows move 16 bytes at a time; the
-kernels of kd_cluster.cu by bulk copies, and on Hopper alone.
+"""The CUDA library as it was built: its kernels have no spill and no stack, for Ampere and Hopper, and rows move 16
+bytes at a time; the kernels of kd_cluster.cu by bulk copies, and on Hopper alone.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
 
+import fusedkd
 from fusedkd.backends.layout import KernelId
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+triton = pytest.importorskip("triton")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LIBRARY = Path(fusedkd.__file__).with_name("_C_cuda.abi3.so")
+KERNELS = 3 * (len(KernelId) + 1)
+"""Dtypes; forms, and soft-caps with forward KL."""
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="nvcc was not on PATH when fusedkd was built")
 
 
-@pytest.fixture(scope="module", params=SOURCES, ids=lambda source: source.name)
-def source(request):
-    return request.param
+def dump(option: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, LIBRARY], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module", params=["80", "90a"])
-def compiled(request, source, tmp_path_factory) -> tuple[str, str]:
-    """What ptxas reports, and the PTX."""
-    folder = tmp_path_factory.mktemp(f"{source.stem}_sm_{request.param}")
-    command = ["nvcc", "-std=c++20", "-O3", f"-gencode=arch=compute_{request.param},code=sm_{request.param}", "-cubin"]
-    command += ["-Xptxas=-v", "--keep", f"--keep-dir={folder}", "-DUSE_CUDA", f"-o={folder}/kernels.cubin", str(source)]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-isystem={path}" for path in include_paths())]
-    command += ["--split-compile=0"]  # the kernels of a file on all cores
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stderr, (folder / f"{source.stem}.ptx").read_text()
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_no_spill_and_no_stack(arch):
+    machine_code = [
+        part for part in dump("--dump-resource-usage").split("Fatbin elf code:") if f"arch = {arch}\n" in part
+    ]
+    if not machine_code:
+        pytest.skip("FUSEDKD_CUDA_ARCHS left it out")
+    frames = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", "".join(machine_code))
+    assert len(frames) >= KERNELS
+    assert set(frames) == {("0", "0")}
 
 
-def test_no_spill_and_no_stack(compiled):
-    report, ptx = compiled
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(frames) == ptx.count(".entry") > 0
-    assert set(frames) == {("0", "0", "0")}, report
+def kernels_of(code: str, start: str) -> list[str]:
+    kernels = [part for part in code.split(start)[1:] if re.match(r"\S*kd_cluster_kernelI", part)]
+    assert len(kernels) == KERNELS
+    return kernels
 
 
-def entries_of(ptx: str, kernel: str) -> list[str]:
-    return [entry for entry in re.split(r"\.entry ", ptx)[1:] if re.match(rf"\S*{kernel}", entry)]
+def test_no_cluster_but_on_hopper():
+    """The PTX for the GPUs after it."""
+    for kernel in kernels_of(dump("--dump-ptx"), ".entry "):
+        assert "trap;" in kernel
+        assert re.search(r"\.maxntid 1\b", kernel), "cluster_fits() would take it for a kernel"
 
 
-def test_clusters_copy_in_bulk_and_store_16_bytes(source, compiled):
-    if source.name != "kd_cluster.cu":
-        pytest.skip("of kd_cluster.cu")
-    _, ptx = compiled
-    kernels = entries_of(ptx, "kd_cluster_kernelI")
-    assert len(kernels) == 3 * (len(KernelId) + 1)  # dtypes; forms, and soft-caps with forward KL
-    for kernel in kernels:
-        copies = kernel.count("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes")
-        if ".target sm_80" in ptx:
-            assert "trap;" in kernel
-            assert re.search(r"\.maxntid 1\b", kernel), "cluster_fits() would take it for a kernel"
-            continue
-        assert re.search(r"\.maxntid 192\b", kernel)
-        assert copies > 0
-        assert "mbarrier.try_wait" in kernel
-        assert "st.shared::cluster" in kernel
-        assert "barrier.cluster.wait.acquire" in kernel
-        assert len(re.findall(r"st\.global\.cs\.v4", kernel)) >= 2
-        assert len(re.findall(r"ld\.shared\.v4", kernel)) + len(re.findall(r"ld\.v4", kernel)) >= 4
-        assert ".local" not in kernel
+def test_clusters_copy_in_bulk_and_store_16_bytes():
+    """In Hopper's machine code: bulk copies, barriers of shared memory and of the cluster, wide accesses."""
+    if "sm_90a" not in dump("--list-elf"):
+        pytest.skip("FUSEDKD_CUDA_ARCHS left it out")
+    machine_code = dump("--dump-sass").split("arch = sm_90a\n")[-1].split("Fatbin ptx code:")[0]
+    for kernel in kernels_of(machine_code, "Function : "):
+        assert "UBLKCP.S.G" in kernel
+        assert "SYNCS.PHASECHK.TRANS64.TRYWAIT" in kernel
+        assert "UCGABAR_WAIT" in kernel
+        assert kernel.count("STG.E.EF.128 ") >= 2
+        assert kernel.count("LDS.128 ") + kernel.count("LD.E.128 ") >= 4
+        assert not re.search(r"\b(LDL|STL)\b", kernel), "memory of a thread's own"
+    assert dump("--dump-elf").count("0xc0 0x1 0x1") == KERNELS, "most threads of a block: 192"
