@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -43,17 +44,18 @@ inline int min(int x, int y) { return std::min(x, y); }
 inline int max(int x, int y) { return std::max(x, y); }
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf state;       // where it goes on: swapcontext would ask the system for its signal mask at each turn
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(1 << 16);
   dim3 index;
   unsigned rank;  // of its block in the cluster
-  bool running;
+  bool started, running;
   long barriers, shuffles;  // passed
   long arrived, waited;     // at barriers of the cluster
   unsigned long value;      // offered to the other lanes
 };
 inline std::vector<Fiber> fibers(2048);  // block by block
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Fiber* fiber;
 inline std::function<void()> body;
 inline unsigned ranks = 1;                          // blocks of a cluster
@@ -61,8 +63,15 @@ inline std::vector<std::vector<char>> memories{1};  // their dynamic shared memo
 
 // Lets every other thread of the cluster reach its next barrier or shuffle.
 inline void yield() {
-  Fiber* const self = fiber;
-  swapcontext(&self->context, &scheduler);
+  if (_setjmp(fiber->state) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs a thread to where it lets the others run.
+inline void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber->started) _longjmp(fiber->state, 1);
+  fiber->started = true;
+  setcontext(&fiber->context);
 }
 
 inline void require(bool condition, const char* what) {
@@ -107,6 +116,7 @@ inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }
 inline void run_fiber() {
   body();
   fiber->running = false;
+  _longjmp(scheduler, 1);
 }
 
 // Every other cluster runs its threads backwards: what depends on their order, for want of a barrier, shows.
@@ -117,9 +127,10 @@ inline void run_cluster(unsigned cluster) {
     Fiber& f = fibers[i];
     const unsigned thread = i % threads;
     f.index = {thread % blockDim.x, thread / blockDim.x, 0}, f.rank = i / threads, f.running = true;
+    f.started = false;
     f.barriers = f.shuffles = f.arrived = f.waited = 0;
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = 1 << 16, f.context.uc_link = &scheduler;
+    f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = 1 << 16;
     makecontext(&f.context, run_fiber, 0);
   }
   for (bool running = true; running;) {
@@ -129,7 +140,7 @@ inline void run_cluster(unsigned cluster) {
       if (!f.running) continue;
       running = true, fiber = &f, threadIdx = f.index;
       blockIdx.x = cluster * ranks + fiber->rank;
-      swapcontext(&scheduler, &fiber->context);
+      resume();
     }
   }
 }

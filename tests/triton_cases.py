@@ -37,8 +37,6 @@ LABELS = (5, 0, -100, 3, -100, 2)  # modulo V
 WEIGHTS = (1.0, 0.0, 1.0, 0.25, 0.0, 1.0)  # with the labels: both terms, CE alone, KD alone, weighted, neither, both
 KERNELS = {"whole": 1, "resident": 1, "split": 3}  # and into how many parts a row is split
 FORMS = [ForwardKL(), Jeffreys(0.3, 1.2), JSD(0.3), AlphaBeta(), TotalVariation(), LogitMSE(0.9), DKD()]
-kernels = pytest.mark.parametrize("kernel", KERNELS)
-forms = pytest.mark.parametrize("divergence", FORMS, ids=describe)
 
 
 def in_turn(first: int) -> pytest.MarkDecorator:

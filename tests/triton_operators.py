@@ -11,16 +11,15 @@ from families import PARAMETERS, describe
 from triton_cases import (
     FORMS,
     INF,
+    KERNELS,
     LABELS,
     NAN,
     WEIGHTS,
     B,
     L,
     check,
-    forms,
     in_turn,
     inputs_of,
-    kernels,
     logits,
     options_for,
 )
@@ -35,8 +34,16 @@ from fusedkd.divergences import Divergence, ForwardKL
 
 
 # One column; less than a vector; two blocks and more than one of ends
-@kernels
-@pytest.mark.parametrize(("V", "dtype"), [(1, torch.float32), (7, torch.float16), (1200, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("V", "dtype", "kernel"),
+    [
+        *((1200, torch.bfloat16, kernel) for kernel in KERNELS),
+        (1, torch.float32, "whole"),
+        (1, torch.float32, "split"),
+        (7, torch.float16, "resident"),
+    ],
+    ids=describe,
+)
 def test_both_terms(V: int, dtype: torch.dtype, kernel: str) -> None:
     student, teacher = logits(V, b=B if V == 7 else 1)
     check(student.to(dtype), teacher.to(dtype), kernel=kernel, temperature=2.0, in_place=V == 1200)
@@ -308,8 +315,7 @@ def test_rows_that_no_term_needs_are_not_read(bad: float) -> None:
     assert not gradient[1, 1].any()
 
 
-@forms
-@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize(("divergence", "bad"), [*zip(FORMS, [NAN, INF] * 4, strict=False)], ids=describe)
 def test_broken_logits_show(divergence: Divergence, bad: float) -> None:
     student, teacher = (x.float() for x in logits(257))
     student[0, 0, 0] = student[0, 2, 256] = teacher[0, 2, 100] = bad
