@@ -288,9 +288,14 @@ def real(
                 f"{name} must be a number or a real 0-d tensor{rows} without gradient, not a tensor of shape "
                 f"{tuple(value.shape)}, {value.dtype}, with requires_grad={value.requires_grad}"
             )
-    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a 0-d tensor, not {type(value).__name__}")
-    elif not (low < value if open_low else low <= value) or value > high or abs(value) > LARGEST:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (low < number if open_low else low <= number) or number > high or abs(number) > LARGEST:
         floor = f"{'above' if open_low else 'at least'} {low:g}"
         ceiling = f"at most {high:g}" if high < math.inf else "finite"
         raise ValueError(f"{name} must be {floor} and {ceiling}, not {value}")

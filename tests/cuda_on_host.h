@@ -147,14 +147,6 @@ inline void run_cluster(unsigned cluster) {
 
 namespace fusedkd {
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const torch::stable::Tensor&,
-            const Arguments&... arguments) {
-  body = [&] { kernel(arguments...); };
-  gridDim = grid, blockDim = block, ranks = 1;
-  for (unsigned i = 0; i < grid.x; ++i) run_cluster(i);
-}
-
 // ------------------------------------------------------------------------------------------- csrc/cuda/cluster.cuh
 
 struct Multiprocessors {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from truth import operator_calls, pair, targets
@@ -87,6 +89,8 @@ KD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ignore_index": 1 << 63}, ValueError, "ignore_index must be an integer of 64 bits, not 9223372036854775808"),
     ({"scale_by_t2": "false"}, TypeError, "scale_by_t2 must be True or False, not 'false'"),
     ({"scale_by_t2": None}, TypeError, "scale_by_t2 must be True or False, not None"),
+    ({"inplace": "no"}, TypeError, "inplace must be True or False, not 'no'"),
+    ({"return_terms": "false"}, TypeError, "return_terms must be True or False, not 'false'"),
     ({"temperature": 10**400}, ValueError, "temperature must be above 0 and finite, not 1000"),
     ({"reduction": "sum", "kd_normalizer": 3}, ValueError, "kd_normalizer .*reduction='sum'"),
     ({"reduction": "none", "ce_normalizer": 3}, ValueError, "ce_normalizer .*reduction='none'"),
@@ -120,6 +124,14 @@ def test_kd_loss_errors(change: dict[str, Any], error: type[Exception], message:
     with operator_calls() as calls, pytest.raises(error, match=message):
         kd_loss(**arguments)
     assert not calls
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8])
+def test_numbers_of_numpy(dtype: Any) -> None:
+    """No warning of a cast: what is compared is a float of Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kd_loss(Z, V, temperature=dtype(2)) == kd_loss(Z, V, temperature=2)
 
 
 PARAMETER_ERRORS: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [

@@ -123,6 +123,16 @@ def test_no_selected_row(device: str) -> None:
         assert not torch.autograd.grad(loss, leaf)[0].any()
 
 
+def test_no_row(device: str) -> None:
+    student, teacher = (x[:0] for x in pair(4, 16, device=device))
+    for memory in (None, bank(3, 16, teacher)):
+        for mask in (None, torch.ones(0, dtype=torch.bool, device=device)):
+            leaf = student.detach().requires_grad_()
+            loss = contrastive_hidden_loss(leaf, teacher, mask=mask, negatives=memory)
+            assert loss == 0
+            assert torch.autograd.grad(loss, leaf)[0].shape == (0, 16)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="one row more is a tile more")
 def test_scores_exist_a_tile_at_a_time(device: str) -> None:
     """The head of linear_kd_loss is the teacher's rows; no operator is given anything of N × N."""

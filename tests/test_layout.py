@@ -36,6 +36,7 @@ from fusedkd.divergences import FAMILIES, WITH_KERNEL, Divergence, DivergenceNam
 from fusedkd.integrations.config import KDConfig
 from fusedkd.losses.options import DEFAULTS, KDOptions
 from fusedkd.nn import KDLossOptions, LinearKDLossOptions
+from fusedkd.reference.sparse import MOST_LOST
 
 
 @cache
@@ -64,6 +65,8 @@ def members(enum: type[IntEnum]) -> dict[str, int]:
 
 
 def test_cpp_has_the_numbers_of_python() -> None:
+    lists = (Path(__file__).parents[1] / "csrc/cpu/topk_divergences.h").read_text()
+    assert f"constexpr double MOST_LOST = 1. / {1 / MOST_LOST:.0f};" in lists
     assert enumerators("Option") == members(Option)
     assert enumerators("Stat") == {**members(Stat), "STATS": len(Stat)}
     assert enumerators("GumbelStat") == {**members(GumbelStat), "GUMBEL_STATS": len(GumbelStat)}

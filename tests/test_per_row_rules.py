@@ -13,6 +13,7 @@ from torch import Tensor
 from truth import pair
 
 from fusedkd import JSD, TeacherHead, attention_kl_loss, kd_loss, linear_kd_loss
+from fusedkd.backends.call import pack
 from fusedkd.divergences import FAMILIES
 
 # -------------------------------------------------- what is refused
@@ -55,6 +56,12 @@ def test_no_rows() -> None:
     none = torch.ones(0)
     kd_loss(student, torch.randn(0, 10), temperature=none, kd_weight=none, divergence=JSD(none)).backward()
     assert student.grad.shape == (0, 10)
+
+
+def test_options_of_no_row_are_not_the_constants_of_others() -> None:
+    device = torch.device("cpu")
+    pack([torch.ones(0), 3.5], device).fill_(7)
+    assert pack([1.0, 3.5], device).tolist() == [1.0, 3.5]
 
 
 def test_every_family_is_here() -> None:

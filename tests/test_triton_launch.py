@@ -45,6 +45,7 @@ from launch_cases import (  # noqa: E402
     LAYERS,
     MSE,
     NONE,
+    launch_attention,
     launch_hidden,
     vector,
 )
@@ -219,6 +220,13 @@ def test_numbers_in_tuples_compile_nothing_of_their_own() -> None:
     assert all(len(each) == 1 for each in launches)
     for same in (launches[:4], launches[4:]):
         assert len({(str(x.signature), str(x.constants), x.aligned) for (x,) in same}) == 1
+
+
+def test_strides_of_attention_compile_nothing_of_their_own() -> None:
+    """A sequence of another length has others, of which some are multiples of 16."""
+    launches = [launches_of(partial(launch_attention, L=L)) for L in (296, 300, 304)]
+    for same in zip(*launches, strict=True):
+        assert len({(str(x.signature), str(x.constants), x.aligned) for x in same}) == 1
 
 
 def test_launches_of_layers() -> None:

@@ -103,6 +103,14 @@ def test_unit(n: int, largest: float) -> None:
         torch.testing.assert_close(launch.linear_unit(*given), truth, rtol=1e-15, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_unit_of_weights_that_are_repeated(mask: bool) -> None:
+    """As for attention: of each query one weight for all heads, or one for all there is."""
+    own = torch.tensor([[0.0] * 8, [3.0] * 8])[:, None] if mask else torch.tensor([2.0, 1e30])[0]
+    given = [[own.expand(2, 4, 8)], [options_for(ForwardKL())], [torch.ones(2).double()], [torch.ones(()).double()]]
+    torch.testing.assert_close(launch.linear_unit(*given), linear_loop.linear_unit(*given), rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("n", [1, 6, 3000])
 def test_terms(n: int) -> None:
     rows = torch.rand(2, n, generator=torch.Generator().manual_seed(0))

@@ -16,15 +16,6 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const torch::stable::Tensor& where,
-            const Arguments&... arguments) {
-  const int device = where.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  kernel<<<grid, block, 0, current_stream(device)>>>(arguments...);
-  check_cuda(cudaGetLastError());
-}
-
 inline Multiprocessors multiprocessors(const torch::stable::Tensor& where) {
   return multiprocessors(where.get_device_index());
 }

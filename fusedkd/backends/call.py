@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple, cast
@@ -36,7 +37,7 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
     """Real options in one float64 tensor. Numbers alone are copied to a device once and kept, so that no later call
     waits for the copy. ``(values,)``; ``(N, values)`` where one of them is a tensor of a value per row.
     """
-    rows = own_rows(values)
+    given, rows = values, own_rows(values)
     if rows == 0:  # nothing reads them
         rows, values = None, [1.0 if isinstance(value, Tensor) and value.dim() else value for value in values]
     if check.tracing():
@@ -46,7 +47,7 @@ def pack(values: Sequence[Real], device: torch.device) -> Tensor:
         return torch.stack([x.reshape(-1) if x.dim() else x.expand(rows) for x in found], 1)
     constant = _constant(tuple([0.0 if isinstance(value, Tensor) else float(value) for value in values]), device)
     if not any([isinstance(value, Tensor) for value in values]):
-        return kept(constant)
+        return kept(constant) if own_rows(given) is None else constant.clone()
     if rows is not None:
         return _of_rows(values, constant, rows)
     packed, stop = constant.clone(), 0
@@ -141,8 +142,24 @@ def real_tensor(value: Real, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return lasting(lambda: torch.tensor(values, dtype=torch.float64, device=device), device)
+
+
+def lasting(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """A tensor that is kept from call to call. On a GPU a thread of its own makes it: what this one allocates may be of
+    the pool of a CUDA graph that torch.compile ("reduce-overhead") warms up, which refuses whatever outlives the call.
+    """
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float64, device=device)
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return make()
+
+    def wait() -> Tensor:  # for streams that do not wait for this thread's
+        made = make()
+        torch.cuda.current_stream(device).synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(wait).result()
 
 
 _captured: dict[int, Tensor] = {}

@@ -27,7 +27,7 @@ from fusedkd.backends.layout import (
     Stat,
     TopkKernelId,
 )
-from fusedkd.backends.schema import by_layer, layers_and_stats
+from fusedkd.backends.schema import accumulation_dtype, by_layer, layers_and_stats
 from fusedkd.backends.statistics import kd_statistics as kd_statistics
 from fusedkd.reference import divergences, gumbel, hidden, layers, softmax, sparse
 from fusedkd.reference.divergences import Rows
@@ -210,17 +210,13 @@ class EagerCall(Call):
         return grad.to(self.student.dtype).view(self.student.shape)
 
 
-def _accumulation_dtype(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
 def skipped(upstream: Tensor, skip_if_one: bool) -> bool:
     return skip_if_one and upstream.is_cpu and bool((upstream == 1).all())  # a GPU would have to be waited for
 
 
 def kd_forward(*, gradient: Tensor | None, **inputs: Any) -> tuple[Tensor, Tensor]:
     call = EagerCall(**inputs)
-    dtype = _accumulation_dtype(call.student)
+    dtype = accumulation_dtype(call.student.dtype)
     value, slope = call.divergence()
     row_losses = call.row_losses(value).to(dtype)
     if gradient is not None:
@@ -319,7 +315,7 @@ def layer_attention(
         for to, of in ((gradient, of_student), (teacher_gradient, of_teacher)):
             if to is not None:
                 to.copy_(torch.where(scale != 0, scale * of, 0).view(to.shape))
-    return torch.where(w != 0, w * losses, 0).to(_accumulation_dtype(student[0]))
+    return torch.where(w != 0, w * losses, 0).to(accumulation_dtype(student[0].dtype))
 
 
 def layer_distances(
@@ -327,7 +323,7 @@ def layer_distances(
 ) -> Tensor:
     rows = layers.pairwise_mse(_layers(student, weights), _layers(teacher, weights))
     w = torch.ones_like(rows[:, 0, 0]) if weights is None else weights.double()
-    return (torch.einsum("n,njk->jk", w, rows) / normalizer).to(_accumulation_dtype(student[0]))
+    return (torch.einsum("n,njk->jk", w, rows) / normalizer).to(accumulation_dtype(student[0].dtype))
 
 
 def layer_distances_backward(

@@ -59,8 +59,8 @@ def kd_backward(
             ops.kd_forward(**whole, gradient=None) if inputs["kernel_id"] < FIRST_DEFINED else (None, stats[part])
         )
         found = whole["student"].new_empty(whole["student"].shape)
-        of_part = upstream[part] if upstream.dim() else upstream
-        operator(**whole, upstream=of_part, stats=state, gradient=found, skip_if_one=False)
+        its_upstream = upstream[part] if upstream.dim() else upstream
+        operator(**whole, upstream=its_upstream, stats=state, gradient=found, skip_if_one=False)
         to[part, : shard.own] = found[0, :, shard.offset : shard.offset + shard.own]
         to[part, shard.own :] = 0
 

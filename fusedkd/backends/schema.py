@@ -10,7 +10,7 @@ statistics and kernels are numbered in :mod:`fusedkd.backends.layout`; what is c
                     normalisers, ``(2,)`` float64: those given, but where one is COUNTED, or None is, the selected rows,
                     or the sum of a float mask, and the labelled rows; 1 for none. With `given`, tensors on a GPU among
                     the real options or normalisers: `normalizers` is the recipe by which both are made of them
-                    (:func:`fusedkd.backends.call.recipe`), and the options come after the normalisers, ``(18,)``.
+                    (:func:`fusedkd.backends.call.recipe`), and the options come after the normalisers, ``(20,)``.
 ``kd_forward``      row losses ``(2, N)``: T^k·w·D and CE (of ``ce`` alone: a divergence may need the labels for
                     itself); statistics ``(N, 8)``; and into `gradient`, unless it is None, the gradient for upstream 1.
                     It may be the student's own memory.

@@ -49,8 +49,8 @@ class Projected:
         operator = ops.defined_backward if self.kernel_id >= FIRST_DEFINED else ops.kd_backward
         to = gradient.view(-1, gradient.shape[-1])
         for part, call in self._tiles(inputs):
-            of_part = {"upstream": upstream[part] if upstream.dim() else upstream, "stats": stats[part]}
-            operator(**call, **of_part, gradient=to[part].unsqueeze(0), skip_if_one=False)
+            more = {"upstream": upstream[part] if upstream.dim() else upstream, "stats": stats[part]}
+            operator(**call, **more, gradient=to[part].unsqueeze(0), skip_if_one=False)
 
     def _tiles(self, inputs: dict[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
         """(rows, what is given of them)."""

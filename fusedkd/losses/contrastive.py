@@ -114,8 +114,8 @@ def _in_batch(student: Tensor, teacher: Tensor, selected: Tensor | None, **optio
     if selected is not None:
         labels = torch.where(selected, labels, -100)
         bias = torch.where(selected, 0.0, -torch.inf).to(teacher.dtype)
-    if len(teacher) == 1:  # nothing to be told from: 0, by a second column that no softmax sees
-        teacher = F.pad(teacher, (0, 0, 0, 1))
+    if len(teacher) < 2:  # nothing to be told from: 0, by a second column that no softmax sees
+        teacher = F.pad(teacher, (0, 0, 0, 2 - len(teacher)))
         bias = torch.arange(2.0, device=teacher.device).log().flip(0).to(teacher.dtype)
     return _cross_entropy(student, teacher, labels, student_bias=bias, **options)
 

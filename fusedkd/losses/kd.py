@@ -133,6 +133,7 @@ def kd_loss(
         ValueError, TypeError: before any kernel starts, naming the argument, what it was and what it must be. On a GPU
             a label out of range makes that row's loss NaN and its gradient 0 instead.
     """
+    check.flag("inplace", inplace)
     shard = None
     split = vocabulary.is_split(options, student_logits)
     teacher_gradient = wants_teacher_gradient(options, split, inplace)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, Ty
 import torch
 from torch import Tensor
 
+from fusedkd import checks as check
 from fusedkd.backends.statistics import OF_TEACHER, STATISTICS
 from fusedkd.checks import Real
 from fusedkd.divergences import Divergences
@@ -150,6 +151,7 @@ def logged(terms: Tensor, weights: Sequence[Real], statistics: dict[str, Tensor]
 
 def checked_statistics(names: Any, return_terms: bool, split: bool) -> tuple[bool, bool]:
     """(whether any are asked for, whether any is of the teacher), of statistics that can be had."""
+    check.flag("return_terms", return_terms)
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"statistics must be a list of names of {', '.join(STATISTICS)}, not {type(names).__name__}")
     for name in names:

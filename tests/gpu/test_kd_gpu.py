@@ -146,6 +146,19 @@ def test_cuda_graph(step: Callable[..., Tensor], dtype: torch.dtype) -> None:
         assert not torch.equal(actual, stale)
 
 
+@steps
+def test_compiled_into_cuda_graphs(step: Callable[..., Tensor]) -> None:
+    """By torch.compile, which warms up on a stream and in a pool of its own."""
+    student, teacher, labels = batch(12, 1000, dtype=torch.bfloat16)
+    compiled = torch.compile(step, mode="reduce-overhead")
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        leaf = student.detach().requires_grad_()
+        (found,) = torch.autograd.grad(compiled(leaf, teacher, labels), leaf)
+        (expected,) = torch.autograd.grad(step(leaf, teacher, labels), leaf)
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("rows", [2, 5] if EMULATED else [3, 600])
 def test_deterministic(rows: int) -> None:
     student, teacher, labels = batch(rows, 50257)

@@ -16,6 +16,7 @@ from fusedkd.backends.triton.attention_kernel import (
     attention_statistics_kernel,
 )
 from fusedkd.backends.triton.choice import FUSED, PROCESSOR_REGISTERS
+from fusedkd.backends.triton.row import unspecialized
 
 KERNELS = KernelId.FORWARD_KL, KernelId.LOGIT_MSE
 WIDE = 8
@@ -102,7 +103,7 @@ def attention_pairs(
     stats = row_losses.new_empty(4, B * heads * L) if softmax else None
     strides = [x.stride()[:3] for x in operands]
     unit = WIDE if all([stride % WIDE == 0 for each in strides for stride in each]) else 1
-    of_student, of_keys, of_teacher, of_teacher_keys = (tuple([n // unit for n in each]) for each in strides)
+    of_student, of_keys, of_teacher, of_teacher_keys = (unspecialized(n // unit for n in each) for each in strides)
     given: dict[str, Any] = {
         "student_q": student_q,
         "student_k": student_k,

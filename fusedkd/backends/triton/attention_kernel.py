@@ -25,9 +25,10 @@ from fusedkd.backends.triton.kd_row import LOWEST, delta_of, softmaxes
 from fusedkd.backends.triton.layout import FORWARD_KL, LOGIT_MSE
 from fusedkd.backends.triton.math import INFINITY
 from fusedkd.backends.triton.options import exponent_scale, load_coefficients, load_options, load_weights
+from fusedkd.backends.triton.row import number
 from fusedkd.backends.triton.softmax import Stats, accumulate, nothing
 
-INTEGERS = ["L", "heads", "pairs", "student_strides", "key_strides", "teacher_strides", "teacher_key_strides"]
+INTEGERS = ["L", "heads", "pairs"]
 VECTORS = ["rows", "keys", "real_options", "normalizers", "upstream", "stats", "row_losses"]
 
 
@@ -58,8 +59,8 @@ def pair_of(L, heads, BLOCK: tl.constexpr):
 @triton.jit
 def side_of(x, strides, at, MULTIPLE: tl.constexpr):
     """Of x, [B, heads, L, d]; strides are in units of MULTIPLE, of which Triton sees that accesses may be wide."""
-    o = (at.b * strides[0] + at.h * strides[1]) * MULTIPLE
-    return Side(pointer=x + o, stride=tl.cast(strides[2], tl.int64) * MULTIPLE)
+    o = (at.b * number(strides, 0, 1, 0) + at.h * number(strides, 1, 1, 0)) * MULTIPLE
+    return Side(pointer=x + o, stride=tl.cast(number(strides, 2, 1, 0), tl.int64) * MULTIPLE)
 
 
 @triton.jit

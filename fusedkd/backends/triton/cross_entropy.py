@@ -61,7 +61,7 @@ def cross_entropy(label, z_y, shifted, top, rest, weights, V):
 
 @triton.jit
 def cross_entropy_gradient(a, z_y, top, rest, weights, V):
-    """a: the weight of the row's cross-entropy in the loss, 0 for none. An infinite cross-entropy has gradient 0."""
+    """a: the weight of the row's cross-entropy in the loss, 0 for none. A row of nothing but −∞ has gradient 0."""
     a = tl.where(rest == -1, 0.0, a)
     z_loss = tl.where(weights.z_loss_weight == 0, 0.0, 2.0 * weights.z_loss_weight * (top + log1p(rest)))
     x = z_y - finite_or_zero(top)

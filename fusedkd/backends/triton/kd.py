@@ -78,7 +78,7 @@ def launch_shard(call: Call, stats: Tensor, gradient: Tensor | None, **place: An
     for of_whole in ("parts", "C", "SURPLUS", "SPLIT"):
         del given[of_whole]
     with torch.cuda.device_of(call.student):
-        kd_shard_kernel[call.student.shape[0] * call.student.shape[1], 1](**given, **place)
+        kd_shard_kernel[(call.student.shape[0] * call.student.shape[1],)](**given, **place)
 
 
 def _backward(given: dict[str, Any], upstream: Tensor | None, skip_if_one: bool, grid: tuple[int, int]) -> None:

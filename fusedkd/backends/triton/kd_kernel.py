@@ -84,7 +84,7 @@ def kd_forward_kernel(
     # From stage to stage: A, [N, PARTIALS, parts], or None
     partials,
     # Sizes; first element and strides, in elements. Never specialised, nor is where a vector starts: one binary serves
-    # every shape and every slice. The three pointers to logits are always aligned (`aligned`).
+    # every shape and every slice. The three pointers to logits are aligned (`aligned`).
     ignore_index: tl.int64,
     options_stride,  # from row to row, 0 where all share their options
     parts,

@@ -112,8 +112,7 @@ def kd_shard_kernel(
     o_student = first_column(student_o, student_b, student_l, i_row, L)
     o_teacher = first_column(teacher_o, teacher_b, teacher_l, i_row, L)
     o_gradient = first_column(gradient_o, gradient_b, gradient_l, i_row, L)
-    part = tl.program_id(1)
-    row = locate(phase_of(o_student), V, V, part, 1, False, BLOCK, vocabulary)
+    row = locate(phase_of(o_student), V, V, 0, 1, False, BLOCK, vocabulary)
     p_student = base_of(student, o_student, row.phase, True)
     p_teacher = base_of(teacher, o_teacher, row.phase, TEACHER_IN_PHASE)
     z = side_of(p_student, row, V, term.active, option.softcap, option.scale)
@@ -137,7 +136,7 @@ def kd_shard_kernel(
         gap = tl.full((), 0, A)
         if CE or KERNEL_ID != LOGIT_MSE:
             found, shifted = statistics_pass(
-                row, z, v, None, own, term.active, part, option, KERNEL_ID, CE, TRANSFORM, False, BLOCK, GROUP
+                row, z, v, None, own, term.active, 0, option, KERNEL_ID, CE, TRANSFORM, False, BLOCK, GROUP
             )
             gap = V * (found.ce_max - finite_or_zero(own.z)) - shifted
             gap = tl.where(shifted == -INFINITY, INFINITY, gap)

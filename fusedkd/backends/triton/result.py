@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedkd.backends.call import lasting
+
 
 class Result(NamedTuple):
     """Arguments of the forward kernels, by their names."""
@@ -35,5 +37,4 @@ def ticket(device: torch.device) -> Tensor:
 
 @cache
 def _ticket(device: torch.device, stream: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(1, dtype=torch.int32, device=device)
+    return lasting(lambda: torch.zeros(1, dtype=torch.int32, device=device), device)

@@ -20,10 +20,10 @@ def kd_row_weights_kernel(
     ids,  # [N, C] or None
     labels,  # [N] or None
     kd_mask,  # [N] or None
-    normalizers,  # [2] float64 or None: those that are not counted; or with `given` the recipe, [3, 18]
+    normalizers,  # [2] float64 or None: those that are not counted; or with `given` the recipe, [3, 20]
     given,  # real options and normalisers that are tensors, or None
     weights,  # [N] float32
-    counts,  # [2] float64; with `given` [18]: the options after them
+    counts,  # [2] float64; with `given` [20]: the options after them
     partials,  # float64 [2, programs]: what each program has counted
     ticket,  # int32 [1]: 0, and again when the launch is done
     ignore_index: tl.int64,
