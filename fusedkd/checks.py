@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 Real = float | Tensor
 """A real option: a number, or a 0-d tensor, with which a schedule recompiles nothing. Where rows may have values of
@@ -57,9 +58,24 @@ def plain(name: str, tensor: object, hidden: bool = False) -> Tensor:
             f"{name} is a DTensor, but must be an ordinary tensor: pass its full_tensor(), or its to_local() where "
             "each rank holds whole rows"
         )
+    if not torch.compiler.is_compiling() and _transformed(tensor):
+        raise TypeError(
+            f"{name} must be an ordinary tensor, not one of torch.func (vmap, grad, jvp, …) or with a tangent: take "
+            "gradients by backward() or torch.autograd.grad"
+        )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, not one of layout {tensor.layout}: pad it, or make it dense")
     return tensor
+
+
+def _transformed(tensor: Tensor) -> bool:
+    """Of a transform that the operators would not see: forward-mode derivatives would be 0 without a word."""
+    functorch = torch._C._functorch
+    return (
+        functorch.is_batchedtensor(tensor)
+        or functorch.is_gradtrackingtensor(tensor)
+        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
+    )
 
 
 def is_dtensor(tensor: object) -> bool:

@@ -24,6 +24,7 @@ from fusedkd import (
     cosine_hidden_loss,
     hidden_loss,
     kd_loss,
+    linear_kd_loss,
 )
 
 Z, V = pair(3, 4, 10)
@@ -132,6 +133,34 @@ def test_numbers_of_numpy(dtype: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kd_loss(Z, V, temperature=dtype(2)) == kd_loss(Z, V, temperature=2)
+
+
+def jvp(function: Any, x: torch.Tensor) -> Any:
+    return torch.func.jvp(function, (x,), (x,))
+
+
+def dual(function: Any, x: torch.Tensor) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(x, x))
+
+
+TRANSFORMS = {
+    "jvp": jvp,
+    "dual": dual,
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "grad": lambda function, x: torch.func.grad(function)(x),
+    "vmap": lambda function, x: torch.func.vmap(function)(x[None]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_refused(name: str) -> None:
+    """Some would have given 0 for a derivative."""
+    losses = {"student_logits": lambda z: kd_loss(z, V), "student": lambda z: hidden_loss(z, V)}
+    losses["student_hidden"] = lambda z: linear_kd_loss(z, torch.ones(7, 10), V[..., :7])
+    for argument, loss in losses.items():
+        with pytest.raises(TypeError, match=f"{argument} must be an ordinary tensor, not one of torch.func"):
+            TRANSFORMS[name](loss, Z)
 
 
 PARAMETER_ERRORS: list[tuple[Any, tuple[Any, ...], type[Exception], str]] = [

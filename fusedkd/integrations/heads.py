@@ -172,9 +172,14 @@ def checked(whole: Any) -> nn.Linear:
     linear, name = output_head(whole), type(whole).__name__
     head = f"the output head of {name}"
     if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save"):
-        raise ValueError(f"{name} has an adapter on its output head: leave it out of target_modules")
+        raise ValueError(
+            f"{name} has an adapter on its output head, or on embeddings tied to it: leave them out of target_modules "
+            "and modules_to_save"
+        )
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        raise ValueError(f"{head} must be a torch.nn.Linear, not {type(linear).__name__}: keep it unquantized")
+        raise ValueError(
+            f"{head} must be a torch.nn.Linear, not {type(linear).__name__}: keep it unquantized, and adapters off it"
+        )
     for parameter in (linear.weight, linear.bias):
         if parameter is None:
             continue

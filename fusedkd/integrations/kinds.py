@@ -28,6 +28,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from fusedkd.integrations.offline import restarts
+
 IGNORE = -100
 Batch = Mapping[str, Any]
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
@@ -134,6 +136,15 @@ def attended(batch: Batch) -> Tensor:
     return (torch.ones_like(ids) if given is None or given.shape != ids.shape else given) != 0
 
 
+def packed(batch: Batch) -> bool:
+    """Whether a row holds several documents, which `position_ids` that start anew keep apart."""
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    seen = attended(batch)  # left padding has positions that start anew, too
+    return bool((restarts(positions)[:, 1:] & seen[:, 1:] & seen[:, :-1]).any())
+
+
 def attended_rows(kind: Kind, batch: Batch) -> Tensor:
     """Of the kind's tokens those that are no padding. A decoder's, without a mask, are those with a label."""
     if not kind.decoder:
@@ -172,7 +183,9 @@ def predicting(kind: Kind, batch: Batch, attended: Tensor, config: Any) -> Tenso
         return attended.any(1, keepdim=True)
     if not kind.causal:
         return attended
-    mask, ids = attended & F.pad(attended[:, 1:], (0, 1)), batch["input_ids"]
+    mask, ids, positions = attended & F.pad(attended[:, 1:], (0, 1)), batch["input_ids"], batch.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2:  # the last of a document says nothing of the next one
+        mask = mask & F.pad(~restarts(positions)[:, 1:], (0, 1))
     for token in {getattr(config, name, None) for name in PLACEHOLDERS} - {None}:
         mask = mask & F.pad(ids[:, 1:] != token, (0, 1))
     return mask

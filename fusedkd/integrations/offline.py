@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -56,8 +57,14 @@ class OfflineTeacherCollator:
     def __call__(self, examples: list[Any]) -> Batch:
         if PACKED in examples[0]:
             examples = [self._unpacked(example) for example in examples]
-        if isinstance(self.base_collator, OfflineTeacherCollator) or any(c not in examples[0] for c in COLUMNS):
+        without = [i for i, example in enumerate(examples) if any(example.get(name) is None for name in COLUMNS)]
+        if isinstance(self.base_collator, OfflineTeacherCollator) or len(without) == len(examples):
             return self.base_collator(examples)
+        if without:
+            raise ValueError(
+                f"every example must have {' and '.join(COLUMNS)}, or none of a batch, but example {without[0]} of the "
+                "batch has none"
+            )
         ours = (*COLUMNS, "position_ids")
         rest = [{name: value for name, value in example.items() if name not in ours} for example in examples]
         tokens = [torch.as_tensor(example[self.of]) for example in rest]
@@ -111,14 +118,26 @@ def _columns(example: Batch, who: str, tokens: int) -> list[Tensor]:
             hint = ': of an encoder–decoder, pass of="labels"' if decoder else ""
             raise ValueError(f"{name} must have a row for each of the {tokens} tokens of {who}, not {len(value)}{hint}")
         if len(set(widths[-1])) > 1:
-            rows = [torch.as_tensor(row, dtype=None if len(row) else dtype) for row in value]
-            value = pad_sequence([row.to(rows[0].dtype) for row in rows], batch_first=True, padding_value=padding)
-        found.append(torch.as_tensor(value))
+            value = pad_sequence(_of_one_type([_typed(row, dtype) for row in value]), True, padding)
+        found.append(_typed(value, dtype))
     if widths[0] != widths[1]:
         at, ids, logprobs = next((i, a, b) for i, (a, b) in enumerate(zip(*widths, strict=True)) if a != b)
         where = f"{logprobs} for {ids}: token {at} of {who}"
         raise ValueError(f"teacher_logprobs must have a column for each of teacher_ids, not {where}")
     return found
+
+
+def _typed(values: Any, dtype: torch.dtype) -> Tensor:
+    """As a tensor, of the type that it has; of `dtype`, where a list cannot say it: of nothing, or of whole numbers."""
+    found = torch.as_tensor(values)
+    unsaid = found.numel() == 0 or not (isinstance(values, Tensor) or found.is_floating_point())
+    return found.to(dtype) if unsaid else found
+
+
+def _of_one_type(rows: Sequence[Tensor]) -> list[Tensor]:
+    """That of all, so that which comes first does not matter."""
+    common = reduce(torch.promote_types, {row.dtype for row in rows if row.numel()} or {rows[0].dtype})
+    return [row.to(common) for row in rows]
 
 
 def _positions(example: Batch, index: int, tokens: int) -> Tensor:
@@ -168,6 +187,7 @@ def _places(batch: Batch, examples: list[Any], tokens: list[Tensor], of: str) ->
 
 
 def _placed(rows: Sequence[Tensor], places: list[tuple[int, int]], shape: torch.Size, padding: float) -> Tensor:
+    rows = _of_one_type(rows)
     width = [max(row.shape[1] for row in rows)] if rows[0].dim() > 1 else []
     result = torch.full((*shape, *width), padding, dtype=rows[0].dtype)
     for values, (row, start) in zip(rows, places, strict=True):

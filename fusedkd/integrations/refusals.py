@@ -14,8 +14,8 @@ from fusedkd import checks as check
 from fusedkd.divergences import parts_of, resolve
 from fusedkd.integrations.cache_store import PACKED
 from fusedkd.integrations.config import KDConfig
-from fusedkd.integrations.kinds import Kind
-from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator, restarts
+from fusedkd.integrations.kinds import Kind, packed
+from fusedkd.integrations.offline import COLUMNS, OfflineTeacherCollator
 from fusedkd.integrations.routed import is_none
 from fusedkd.integrations.sharded import units
 from fusedkd.integrations.takes import media, refuse_media
@@ -322,10 +322,10 @@ def attention_batch(inputs: Mapping[str, Any]) -> None:
     """A batch of which attention maps are not those of one text per row."""
     for name in media(inputs):
         raise ValueError(f"an AttentionTerm knows the attention of text alone, but the batch has {name}")
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() != 2:
         raise ValueError(f"an AttentionTerm needs an attention_mask (B, L), not {tuple(mask.shape)}")
-    if isinstance(positions, Tensor) and mask is None and restarts(positions)[..., 1:].any():
+    if packed(inputs):
         raise ValueError(
             "an AttentionTerm knows no packed documents, but position_ids start anew within a row: pad them instead"
         )

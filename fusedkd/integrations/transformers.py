@@ -273,7 +273,9 @@ class DistillationTrainer(TermTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The numbers of rows of `masks` in one optimiser step over all ranks."""
-        counts = torch.stack([torch.stack([mask.sum() for mask in self.masks(batch)]) for batch in batch_samples])
+        of_batches = [torch.stack([mask.sum() for mask in self.masks(batch)]) for batch in batch_samples]
+        nothing = torch.zeros(0, 2 + len(self.kinds), dtype=torch.int64)  # where a stream ends: of a step that is none
+        counts = torch.stack(of_batches) if of_batches else nothing.to(device)
         self.blank = self.blank + (counts == 0).sum(0)
         total = counts.sum(0).to(device)
         if self.args.world_size == 1:
@@ -338,6 +340,8 @@ class DistillationTrainer(TermTrainer):
         """What of a batch the models are given."""
         ours = ("labels", "shift_labels", *COLUMNS, *((self.kd.teacher_column,) if self.routed else ()))
         given = {name: value for name, value in batch.items() if name not in ours}
+        if "attention_mask" in given and self.head.kind.causal and kinds.packed(batch):
+            del given["attention_mask"]  # with it, transformers does not go by the positions
         given |= self.wanted(given)
         if self.head.kind.tokens not in given:
             given[self.head.kind.tokens] = kinds.decoder_inputs(base_model(self.student), batch["labels"])

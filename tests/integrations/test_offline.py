@@ -159,6 +159,34 @@ def test_lists_of_different_lengths_are_padded():
     assert not batch["teacher_ids"].is_floating_point()
 
 
+def test_the_first_example_does_not_say_of_which_type_all_are():
+    """That of one that lists nothing, of whole numbers, of fewer digits."""
+    full = {"input_ids": [5, 6], "teacher_ids": [[1, 2], [3, 4]], "teacher_logprobs": [[-0.123456, -2.0]] * 2}
+    nothing = full | {"teacher_ids": [[], []], "teacher_logprobs": [[], []]}
+    whole = full | {"teacher_ids": [[1], [300]], "teacher_logprobs": [[0], [-0.5]]}
+    ragged = full | {"teacher_ids": [[1], [3, 4]], "teacher_logprobs": [[0], [-0.3, -0.4]]}
+    rounded = full | {"teacher_logprobs": torch.tensor(full["teacher_logprobs"], dtype=torch.bfloat16)}
+    for first in (nothing, whole, ragged, rounded):
+        one, other = (OfflineTeacherCollator(default_data_collator)(rows) for rows in ([first, full], [full, first]))
+        for name in ("teacher_ids", "teacher_logprobs"):
+            assert torch.equal(one[name], other[name].flip(0))
+            assert one[name].dtype == (torch.int64 if name == "teacher_ids" else torch.float32)
+        assert one["teacher_logprobs"][1, 0, 0] == torch.tensor(-0.123456)
+        if first is ragged:
+            assert one["teacher_logprobs"][0, 1].tolist() == pytest.approx([-0.3, -0.4])
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("how", ["absent", "none"])
+def test_an_example_without_a_teacher_is_named(missing, how):
+    data = [dict(row) for row in examples()]
+    data[missing] |= {"teacher_ids": None}
+    if how == "absent":
+        del data[missing]["teacher_ids"]
+    with pytest.raises(ValueError, match=f"or none of a batch, but example {missing} of the batch has none"):
+        OfflineTeacherCollator(padded("right"))(data)
+
+
 WRONG = {
     "teacher_ids must have a row for each of the 4 tokens of example 2": {"teacher_ids": torch.zeros(3, 2)},
     "of the 4 tokens of example 2 of the batch, not 3: of an encoder–decoder, pass of=.labels.": {

@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fusedkd.integrations import kinds
 from fusedkd.integrations.check import kd_check
 from fusedkd.integrations.teacher import listed
 from fusedkd.integrations.transformers import KDConfig
@@ -64,6 +65,27 @@ def test_packed_documents_are_those_alone(name):
     ]
     assert found[0]["eval_kl"] > 0.1
     assert found[0]["eval_kl"] == pytest.approx(found[1]["eval_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kd_on", ["labels", "attended"])
+def test_a_mask_of_packed_documents_joins_none(kd_on):
+    """transformers goes by positions where there is no mask. The last token of a document predicts none."""
+    kd = KDConfig(kd_weight=1.0, ce_weight=0.0, kd_on=kd_on)
+    masked = [row | {"attention_mask": torch.ones(10, dtype=torch.int64)} for row in documents(True)]
+    alone, *others = (
+        trainer(*llamas(), kd, eval_dataset=data).evaluate()["eval_kl"]
+        for data in (documents(False), documents(True), masked)
+    )
+    assert others == pytest.approx([alone] * 2, rel=1e-5)
+
+
+def test_left_padding_is_no_document():
+    """Its positions, as generation counts them, start anew at the first token."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    batch = {"input_ids": mask, "position_ids": positions}
+    assert not kinds.packed(batch | {"attention_mask": mask})
+    assert kinds.packed(batch)
 
 
 def test_a_student_of_model_init_sees_packed_documents_alone():

@@ -71,6 +71,17 @@ def test_an_evaluation_of_relations_with_grouped_values():
     assert found["eval_relations"] == pytest.approx(logs["relations"], rel=1e-5)
 
 
+def test_autocast_behind_rotary_embeddings():
+    """Queries are of 32 bits there, the attention that the term is told apart from another by of 16."""
+    found = []
+    for bf16 in (False, True):
+        run = trainer(*models("llama"), NONE, terms=presets.minilm()["terms"], bf16=bf16)
+        run.train()
+        found.append(run.state.log_history[0]["relations"])
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[0] > 0
+
+
 # ---- projections
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -119,6 +120,14 @@ def test_batches_without_a_label_are_told_of_once():
     with warnings.catch_warnings(action="error", category=UserWarning):
         trainer(student, teacher, data=data, **options).train()
         trainer(student, teacher, ATTENDED, blank, **options).train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_that_ends_begins_again(accumulation):
+    stream = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4).to_iterable_dataset()
+    run = trainer(*llamas(), data=stream, batch=1, max_steps=9, accumulation=accumulation)
+    run.train()
+    assert run.state.global_step == 9
 
 
 def test_the_model_of_model_init_is_trained():
