@@ -340,6 +340,14 @@ def warn_of_blank(terms: set[str]) -> None:
         )
 
 
+def warn_of_stream() -> None:
+    """Of batches that no step is made of."""
+    check.warn(
+        "the training stream ended within an optimiser step: its last batches, fewer than gradient_accumulation_steps, "
+        "are left out"
+    )
+
+
 def unknown_ids(ids: Tensor, unknown: Tensor, name: str, vocabulary: int) -> None:
     """On a CPU: on a GPU it would wait for the device, and what is unknown shows as a NaN instead."""
     if ids.is_cpu and unknown.any():

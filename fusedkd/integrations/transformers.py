@@ -8,7 +8,8 @@ all ranks, so that one step has one gradient however it is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -270,6 +271,16 @@ class DistillationTrainer(TermTrainer):
         if not isinstance(pair.teacher, list):
             options["teacher_weights"] = None
         return compared(pair, self.head.softcap, self.head.scale, self.kd.options() | options)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
+        """Those of an optimiser step. A stream may end within one: the Trainer would take no step then, and leave the
+        gradient to the next.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if 0 < len(batches) < num_batches:
+            refusals.warn_of_stream()
+            batches = []
+        return super().get_batch_samples(iter(batches), len(batches), device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         """The numbers of rows of `masks` in one optimiser step over all ranks."""

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import ClassVar
 
 import datasets
 import pytest
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+from transformers import TrainerCallback
 
 from fusedkd.integrations.transformers import KDConfig
 
@@ -128,6 +131,26 @@ def test_a_stream_that_ends_begins_again(accumulation):
     run = trainer(*llamas(), data=stream, batch=1, max_steps=9, accumulation=accumulation)
     run.train()
     assert run.state.global_step == 9
+
+
+def test_what_a_stream_ends_with_is_left_out():
+    """Three batches, two in a step: each epoch has one step of the first two."""
+
+    class Norm(TrainerCallback):
+        found: ClassVar[list[float]] = []
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **more):
+            self.found.append(sum(p.grad.square().sum() for p in model.parameters()).item())
+
+    data = [{name: row[name] for name in ("input_ids", "labels")} for row in list(rows())[:3]]
+    stream = datasets.Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in data]).to_iterable_dataset()
+    run = trainer(*llamas(), data=stream, batch=1, max_steps=4, accumulation=2, learning_rate=0.0)
+    run.add_callback(Norm)
+    with pytest.warns(UserWarning, match="the training stream ended within an optimiser step"):
+        run.train()
+    assert Norm.found == pytest.approx([Norm.found[0]] * 4)
+    logs = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert logs == pytest.approx([logs[0]] * 4)
 
 
 def test_the_model_of_model_init_is_trained():
