@@ -69,7 +69,7 @@ def maps(
     t_q, t_k = normal(*(teacher or (heads, d)))
     if noise is not None:
         q, k = (t + noise * x for t, x in ((t_q, q), (t_k, k)))
-    return Maps(*(x.to(device, dtype) for x in (q, k + offset, t_q, t_k + offset)))
+    return Maps(*(x.to(dtype).to(device) for x in (q, k + offset, t_q, t_k + offset)))
 
 
 def padding(kind: str | None, B: int, L: int, device: str = "cpu") -> Tensor | None:

@@ -150,7 +150,7 @@ def lasting(make: Callable[[], Tensor], device: torch.device) -> Tensor:
     the pool of a CUDA graph that torch.compile ("reduce-overhead") warms up, which refuses whatever outlives the call.
     """
     with torch.inference_mode(False):
-        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing() or not torch.backends.cuda.is_built():
             return make()
 
     def wait() -> Tensor:  # for streams that do not wait for this thread's

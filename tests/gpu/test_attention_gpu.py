@@ -47,6 +47,14 @@ def test_kernels(
     check(m, padding(kind, 2, 70, "cuda"), mse=mse, reduction="none", upstream=torch.linspace(-1, 2, 70).cuda())
 
 
+@pytest.mark.parametrize("kind", [None, "left"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_float16_of_what_the_loop_serves(divergence: str, kind: str | None) -> None:
+    """In units that all heads and queries share, of weights that are repeated."""
+    m = maps(2, 3, 37, 20, dtype=F16, device="cuda")
+    check(m, padding(kind, 2, 37, "cuda"), divergence=divergence, upstream=3.0)
+
+
 def test_deterministic() -> None:
     q, k, *teacher = maps(1, 2, 130, 64, dtype=BF16, device="cuda")
     leaves = [q.requires_grad_(), k.requires_grad_()]

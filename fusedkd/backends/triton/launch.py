@@ -93,7 +93,7 @@ def linear_unit(
     """Of one teacher, as most often; of several, or where rows have options of their own, by PyTorch."""
     if len(row_weights) > 1 or options[0].dim() == 2:
         return linear_loop.linear_unit(row_weights, options, normalizers, slopes)
-    weights = row_weights[0].reshape(-1)
+    weights = row_weights[0].flatten().contiguous()  # of attention they are repeated
     found = weights.new_empty(1 + NORMALIZERS, dtype=torch.float64)
     with torch.cuda.device_of(weights):
         linear_unit_kernel[(1,)](
