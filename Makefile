@@ -52,7 +52,8 @@ aot: .venv/ready $(TRITONS:%=.aot/%/triton)
 
 # The tests marked `gpu`, of which .ci/run takes a part. ttsem 0.1.0 knows the modules of Triton 3.8.0.
 SANITIZED_ci := $(addprefix tests/,test_every_kernel.py test_emulation.py test_kd_loss.py::test_strides \
-	gpu/test_kd_gpu.py::test_served_by_triton gpu/test_attention_gpu.py::test_float16_of_what_the_loop_serves) -k 'not skew and not reverse'
+	gpu/test_kd_gpu.py::test_served_by_triton gpu/test_attention_gpu.py::test_float16_of_what_the_loop_serves) \
+	-k 'not skew and not reverse'
 SANITIZED := $(or $(SANITIZED_$(SUBSET)),tests)
 
 sanitize: .sanitize/ready
