@@ -220,6 +220,9 @@ def survey(data: datasets.Dataset) -> Survey:
     names = ["input_ids", *(name for name in data.column_names if name != "input_ids")]
     for batch in data.with_format("arrow").iter(batch_size=10_000):
         columns = {name: batch[name].combine_chunks() for name in names}
+        for name, column in columns.items():
+            if column.null_count or column.flatten().null_count:
+                raise UsageError(f"the column {name} must have numbers in every row, but one of its values is null")
         flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in columns.items()}
         lengths = {name: _lengths(column) for name, column in columns.items()}
         for name in names:
@@ -228,6 +231,8 @@ def survey(data: datasets.Dataset) -> Survey:
             flat[name] = flat[name].astype(np.float64 if flat[name].dtype.kind == "f" else np.int64)
             crc = zlib.crc32(lengths[name].tobytes(), zlib.crc32(flat[name].tobytes(), crc))
         ids, last = flat["input_ids"], np.cumsum(lengths["input_ids"])
+        if ids.min(initial=0) < 0:
+            raise UsageError(f"the column input_ids must have ids of at least 0, but one is {ids.min()}")
         tokens, largest = tokens + len(ids), max(largest, int(ids.max(initial=0)))
         needed = flat["position_ids"] + 1 if "position_ids" in flat else lengths["input_ids"]
         positions = max(positions, int(needed.max(initial=0)))
@@ -254,7 +259,8 @@ def features_of(data: datasets.Dataset, k: int, labels: bool, compact: bool) -> 
         types["attention_mask"] = "int8"
     if labels:
         types["labels"] = "int32"
-    types = {name: "int32" if dtype == "int64" else dtype for name, dtype in types.items()}
+    small = ("input_ids", "labels", *PER_TOKEN)
+    types = {name: "int32" if dtype == "int64" and name in small else dtype for name, dtype in types.items()}
     columns: dict[str, Any] = {COMPACT: datasets.Value("binary")}
     if not compact:
         kinds = {"teacher_ids": "int32", "teacher_logprobs": "float32"}

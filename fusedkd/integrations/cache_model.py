@@ -100,6 +100,10 @@ def top_k(model: Any, batch: list[Row], k: int, temperature: float) -> Iterator[
 def checksum(model: torch.nn.Module) -> int:
     """Of the beginning of every parameter, which tells a teacher from a later version of it."""
     crc = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UsageError(
+                f"the teacher does not fit: {name} and others are offloaded, and cannot be compared with a later run's"
+            )
         crc = zlib.crc32(parameter.detach().flatten()[:1024].float().cpu().numpy().tobytes(), crc)
     return crc

@@ -32,6 +32,9 @@ BITS = {"uint8": 8, "uint10": 10, "uint12": 12, "uint16": 16}
 MOST_MASS = 1.05
 """Of a row's columns; above 1 by what a server rounds to 16 bits."""
 
+LEAST_MASS = float(np.finfo(np.float32).tiny)
+"""What float32 has all digits of."""
+
 HEADER = struct.Struct("<4sHHIIf")
 MAGIC, END = b"fkd1", b"."
 """The end is there because NumPy, as a format of datasets, takes zeros off the end of bytes."""
@@ -163,6 +166,12 @@ def _refuse(ids: np.ndarray, listed: np.ndarray, mass: np.ndarray, rows: np.ndar
     if (twice := (np.diff(ids, axis=1) == 0) & listed[:, 1:]).any():
         at, column = np.argwhere(twice)[0]
         raise ValueError(f"ids must be unique per row, but row {rows[at]} has {ids[at, column]} twice")
+    if (mass < LEAST_MASS).any():
+        at = (mass < LEAST_MASS).argmax()
+        raise ValueError(
+            f"the probabilities of a row must sum to at least {LEAST_MASS:.0e}, but those of row {rows[at]} to "
+            f"{mass[at]:.0e}"
+        )
     if not (mass < MOST_MASS).all():
         at = (~(mass < MOST_MASS)).argmax()
         raise ValueError(f"the probabilities of a row must sum to at most 1, but those of row {rows[at]} to {mass[at]}")

@@ -49,6 +49,9 @@ class EvaluatingTrainer(Trainer):
 
         with torch.no_grad(), self.compute_loss_context_manager():
             columns, outputs = self._run(model, inputs, compute, not prediction_loss_only, True)
+        end = self.accelerator.gradient_state
+        if self.args.world_size > 1 and end.end_of_dataloader and end.remainder > 0:
+            refusals.flattened_evaluation(len(columns), self.args.per_device_eval_batch_size)
         of_all = self.accelerator.gather_for_metrics(columns).sum(0)
         for name, value in zip(names, of_all, strict=True):
             self.eval_sums[name] = self.eval_sums.get(name, 0) + value

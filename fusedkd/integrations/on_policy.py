@@ -73,7 +73,8 @@ class OnPolicyTrainer(DistillationTrainer):
             what the model's own configuration has (a repetition penalty, for example); top_k is then 50.
         student_top_k: the K most probable tokens of the student, in each row, are what a served teacher is asked for.
         estimator: "policy", "k1", "k2" or "k3", of a teacher that gives the token's log-probability alone: see
-            :func:`fusedkd.sampled_kl`. Only the student's own text is distilled then.
+            :func:`fusedkd.sampled_kl`. Only the student's own text is distilled then. A student with dropout is
+            refused: what it writes without is no sample of its distribution with it.
         args, …: as for DistillationTrainer.
 
     Raises:
@@ -122,6 +123,8 @@ class OnPolicyTrainer(DistillationTrainer):
         super().__init__(model, None if self.served else teacher, args, data_collator, *more, kd=kd, **options)
         if not self.head.kind.causal:
             raise ValueError(f"OnPolicyTrainer's student must be a causal LM, but is {self.head.kind.noun}")
+        if estimator is not None:
+            rollouts.without_dropout(self.student)
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("OnPolicyTrainer does not go with FSDP1: use FSDP2, fsdp_config={'version': 2}")
         end: Any = self.head

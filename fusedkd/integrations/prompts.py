@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fusedkd.integrations.offline import Batch
+from fusedkd.integrations.tokenizers import cut_behind
 
 PROMPT, COMPLETION = "prompt", "completion"
 
@@ -63,7 +64,24 @@ class PromptCollator:
                     "completion: pass both as text or token ids"
                 )
             return ids, whole[len(ids) :]
-        return ids, self._ids(completion, f"the completion of example {index}", begins=False)
+        what = f"the completion of example {index}"
+        if _kind(completion) == "text" and self.tokenizer is not None:
+            return ids, self._behind(prompt, ids, completion, what)
+        return ids, self._ids(completion, what, begins=False)
+
+    def _behind(self, prompt: Any, ids: Tensor, completion: str, what: str) -> Tensor:
+        """The tokens of text as it goes on: some tokenizers put a space before a text of its own."""
+        if _kind(prompt) == "text":
+            whole = self._ids(prompt + completion, what, begins=True)
+            found = whole[len(ids) :] if torch.equal(whole[: len(ids)], ids) else whole[:0]
+        else:
+            found = ids[:0]
+        if len(found) == 0:
+            found = torch.tensor(cut_behind(self.tokenizer, [completion])[0], dtype=torch.int64)
+        if len(found) == 0:
+            return self._ids(completion, what, begins=False)
+        end = self.tokenizer.eos_token_id
+        return found if end is None else torch.cat([found, torch.tensor([end])])
 
     def _ids(self, given: Any, what: str, begins: bool) -> Tensor:
         kind = _kind(given)

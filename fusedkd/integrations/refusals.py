@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from fusedkd import checks as check
 from fusedkd.divergences import parts_of, resolve
@@ -225,7 +226,8 @@ def has_columns(data: Any, collator: Any, names: Sequence[str], why: str, advice
 
 def known_columns(data: Any) -> list[str] | None:
     """Of a data set, as far as can be told without reading it."""
-    first = data[0] if isinstance(data, list | tuple) and data else None
+    listed = isinstance(data, list | tuple | Dataset) and not isinstance(data, IterableDataset)
+    first = data[0] if listed and len(data) else None  # type: ignore[arg-type]
     return getattr(data, "column_names", None) or (list(first) if isinstance(first, Mapping) else None)
 
 
@@ -245,6 +247,15 @@ def uneven_evaluation(batches: list[int]) -> None:
         raise ValueError(
             f"the processes have {' and '.join(map(str, batches))} batches to evaluate, and must have equally many: "
             "leave even_batches of accelerator_config as it is, True"
+        )
+
+
+def flattened_evaluation(rows: int, examples: int) -> None:
+    """At the end of data that were repeated to give each rank as many: what is repeated is cut off by rows."""
+    if rows == 1 < examples:
+        raise ValueError(
+            "the data to evaluate must have a multiple of processes × per_device_eval_batch_size examples, where a "
+            "collator puts several into one row: pad them instead, or evaluate in one process"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import GenerationConfig
 
 from fusedkd.integrations.heads import base_model
@@ -23,20 +24,40 @@ def plain(max_new_tokens: int, temperature: float) -> GenerationConfig:
     )
 
 
-NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1}
-"""Options of sampling, and the values with which they change nothing."""
-UNSET = (
-    *("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"),
-    *("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
-    *("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "watermarking_config"),
+NEUTRAL = {
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), 1.0),
+    **dict.fromkeys(("guidance_scale", "length_penalty", "num_beams", "num_beam_groups", "num_return_sequences"), 1),
+}
+"""Options, and the values with which they change nothing; as None and 0 do, of any option."""
+BESIDE = (
+    *("do_sample", "top_k", "max_length", "max_new_tokens", "max_time", "stop_strings", "transformers_version"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "compile_config", "disable_compile"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
 )
-"""Those that change nothing where they are None or 0."""
+"""Options that say nothing of how a token is drawn, or that `is_plain` looks at itself."""
 
 
 def is_plain(config: GenerationConfig) -> bool:
-    """Whether tokens are drawn from the softmax at temperature 1, all of it. (A top_k of None is 50.)"""
-    neutral = all(getattr(config, name) in (None, value) for name, value in NEUTRAL.items())
-    return bool(config.do_sample and config.top_k == 0 and neutral and not any(getattr(config, n, None) for n in UNSET))
+    """Whether tokens are drawn from the softmax at temperature 1, all of it. (A top_k of None is 50.) An option that is
+    not known here counts as one that changes it.
+    """
+    usual = GenerationConfig().to_dict()
+    others = {name: value for name, value in config.to_dict().items() if name not in BESIDE}
+    unchanged = all(not value or value in (NEUTRAL.get(name), usual.get(name)) for name, value in others.items())
+    return bool(config.do_sample and config.top_k == 0 and unchanged)
+
+
+def without_dropout(student: torch.nn.Module) -> None:
+    """What is written without dropout is no sample of the distribution with it, of which the loss would be."""
+    found = [name for name, module in student.named_modules() if isinstance(module, _DropoutNd) and module.p > 0]
+    config = base_model(student).config.get_text_config()
+    found += [name for name in ("attention_dropout", "attn_pdrop") if getattr(config, name, 0)]
+    if found:
+        raise ValueError(
+            f"estimator= needs a student without dropout, whose samples are of the distribution in the loss, but "
+            f"{found[0]} has some: set it to 0 (of LoRA, lora_dropout=0)"
+        )
 
 
 def completed(config: GenerationConfig, model: Any, tokenizer: Any, unknown: range = range(0)) -> GenerationConfig:

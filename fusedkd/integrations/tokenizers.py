@@ -94,7 +94,7 @@ def projection(student: Any, teacher: Any, *, decay: float = 0.0, columns: tuple
             entries.append((known[key], i, 1.0))
         elif key[0] == "text" and key[1]:
             others.append((i, key[1]))
-    for (i, _), pieces in zip(others, _cut(student, [text for _, text in others]), strict=True):
+    for (i, _), pieces in zip(others, cut_behind(student, [text for _, text in others]), strict=True):
         weights = [float(decay) ** k for k in range(len(pieces))]
         entries += [(piece, i, w / sum(weights)) for piece, w in zip(pieces, weights, strict=True) if w]
     sizes = columns or tuple(max(each.get_vocab().values()) + 1 for each in (student, teacher))
@@ -190,6 +190,9 @@ def paired(
     for b in range(len(texts)):
         spans = [_spans(side["offset_mapping"][b], side["special_tokens_mask"][b]) for side in sides]
         groups = align(*spans)
+        if groups:  # of which the first may have lost its beginning, on one side, with truncation_side="left"
+            begins = [each[group[0]][0] for each, group in zip(spans, groups[0], strict=True)]  # type: ignore[index]
+            groups = groups[bool(texts[b][min(begins) : max(begins)].strip()) :]
         if causal:
             found = [(g.student[0] - 1, g.teacher[0] - 1) for g in groups]
             found += _ends(groups, spans, [side["input_ids"][b] for side in sides], tokenizers)
@@ -262,12 +265,12 @@ def _ids_by_key(tokenizer: Any) -> dict[Key, int]:
     for i, key in _keys(tokenizer).items():
         by_key.setdefault(key, []).append(i)
     several = [key for key, ids in by_key.items() if len(ids) > 1]
-    for key, pieces in zip(several, _cut(tokenizer, [text for _, text in several]), strict=True):
+    for key, pieces in zip(several, cut_behind(tokenizer, [text for _, text in several]), strict=True):
         by_key[key].sort(key=lambda i: [i] != pieces)
     return {key: ids[0] for key, ids in by_key.items()}
 
 
-def _cut(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def cut_behind(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text as it stands behind other text; none where the tokenizer does not know it."""
     found: list[list[int]] = [[] for _ in texts]
     left = list(range(len(texts)))

@@ -124,6 +124,7 @@ BAD = {
     "ids must be unique per row, but row 1 has 3 twice": ([[0, 1], [3, 3]], [[-1.0, -2.0], [-1.0, -2.0]]),
     "those of row 0 to 1.5": ([[0, 1]], [[0.0, np.log(0.5)]]),
     "those of row 0 to nan": ([[0, 1]], [[-1.0, np.nan]]),
+    "must sum to at least 1e-38, but those of row 0 to 2e-48": ([[0, 1]], [[-110.0, -112.0]]),
     "must be \\(L, K\\) both": ([[0, 1]], [[-1.0]]),
 }
 

@@ -284,6 +284,12 @@ BAD = {
     "tokenizer": (["--tokenizer", "DATA/nowhere"], "cannot load the tokenizer"),
     "mask": (["--dataset", "DATA/mask"], "the column attention_mask must have as many numbers per row as input_ids"),
     "nested": (["--dataset", "DATA/nested"], "the column position_ids must hold a list of numbers per row"),
+    "below 0": (["--dataset", "DATA/below"], "the column input_ids must have ids of at least 0, but one is -1"),
+    "null": (
+        ["--dataset", "DATA/null"],
+        "the column labels must have numbers in every row, but one of its values is n",
+    ),
+    "within": (["--dataset", "DATA/within"], "the column extra must have numbers in every row, but one of its values"),
     "packed": (["--dataset", "DATA/index"], "the column seq_idx says that documents are packed"),
     "positions": (
         ["--dataset", "DATA/far", "--top_k", "3"],
@@ -300,6 +306,9 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
         "empty": {"input_ids": [[]]},
         "mask": {"input_ids": [[5, 6]], "attention_mask": [[1]]},
         "nested": {"input_ids": [[5, 6]], "position_ids": [[[0, 1]] * 3]},
+        "below": {"input_ids": [[5, -1]]},
+        "null": {"input_ids": [[5, 6], [7, 8]], "labels": [[5, 6], None]},
+        "within": {"input_ids": [[5, 6], [7, 8]], "extra": [[1, None], [2, 3]]},
         "index": {"input_ids": [[5, 6]], "seq_idx": [[0, 1]]},
         "lengths": {"input_ids": [[5, 6]], "seq_lengths": [[1, 2]]},
         "far": {"input_ids": [[5, 6]], "position_ids": [[63, 64]]},

@@ -16,9 +16,32 @@ from fusedkd.integrations import rollouts
 from fusedkd.integrations.prompts import PromptCollator
 from fusedkd.integrations.transformers import KDConfig
 
+from .made_tokenizers import metaspace
 from .on_policy_step import END, greedy, llama, rows, scores, trainer
 
 PICTURE = {"input_ids": [3, 4, 5], "labels": [-100, 4, 5], "pixel_values": [[0.5]]}
+
+
+def sampled(**more: Any) -> GenerationConfig:
+    return GenerationConfig(do_sample=True, top_k=0, max_new_tokens=4, **more)
+
+
+def dropping() -> Any:
+    student = llama(0)
+    student.config.attention_dropout = 0.1
+    return student
+
+
+def test_what_changes_a_distribution_is_not_plain() -> None:
+    assert rollouts.is_plain(rollouts.plain(5, 1.0))
+    assert rollouts.is_plain(sampled(num_beams=1, repetition_penalty=1.0, eos_token_id=3, guidance_scale=1))
+    for more in (
+        {"top_h": 0.4},
+        {"exponential_decay_length_penalty": (2, 1.5)},
+        {"dola_layers": "high"},
+        {"min_p": 0.1},
+    ):
+        assert not rollouts.is_plain(sampled(**more)), more
 
 
 def first_step(found: Any) -> Any:
@@ -37,6 +60,25 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool, **_: Any) -> list[int]:
         turns = [[4 if m["role"] == "user" else 5, *self(m["content"], False)["input_ids"], END] for m in messages]
         return [i for turn in turns for i in turn] + [5] * add_generation_prompt
+
+
+@pytest.mark.parametrize("prompt", ["the number is 4", "the answer is ", [5, 6]])
+def test_text_goes_on_where_the_prompt_ends(prompt: Any) -> None:
+    """With a tokenizer that puts a space before a text of its own."""
+    tokenizer = metaspace(300)
+    (row,) = PromptCollator(tokenizer)([{"prompt": prompt, "completion": "2"}])["labels"]
+    assert tokenizer.convert_ids_to_tokens(row[row >= 0].tolist()) == ["2", "</s>"]
+
+
+def test_columns_of_a_data_set_of_torch() -> None:
+    class Rows(torch.utils.data.Dataset):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return {"prompt": [3, 4, 5], "completion": [6] * (i + 1)}
+
+        def __len__(self) -> int:
+            return 4
+
+    assert isinstance(trainer(llama(0), llama(1), Rows()).data_collator, PromptCollator)
 
 
 def test_prompts_are_text_ids_or_messages() -> None:
@@ -97,6 +139,12 @@ def test_any_collator_whose_labels_begin_after_the_prompt_will_do() -> None:
             ValueError,
             "whole distribution alone",
         ),
+        (
+            {"teacher": "token", "estimator": "k1", "generation": sampled(top_h=0.4)},
+            ValueError,
+            "whole distribution alone",
+        ),
+        ({"teacher": "token", "estimator": "k1", "student": dropping()}, ValueError, "needs a student without dropout"),
         ({"teacher": "token"}, TypeError, "teacher must return a TeacherTopK or a dict .* not Tensor"),
         ({"teacher": "topk", "estimator": "k2"}, TypeError, "what teacher returned must be a tensor"),
         ({"teacher": "topk", "kd": KDConfig(temperature=1.0, ce_weight=0.0)}, ValueError, "tail='bucket', but kd has"),
@@ -114,8 +162,8 @@ def test_any_collator_whose_labels_begin_after_the_prompt_will_do() -> None:
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], error: type[Exception], sentence: str) -> None:
-    given = {"teacher": llama(1), **change}
+    given = {"student": llama(0), "teacher": llama(1), **change}
     if isinstance(given["teacher"], str):
         given["teacher"] = scores(llama(1), given["teacher"])
     with pytest.raises(error, match=sentence):
-        first_step(trainer(llama(0), **given))
+        first_step(trainer(**given))

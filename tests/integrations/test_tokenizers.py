@@ -220,6 +220,19 @@ def test_masked_models_and_cut_texts(three: tuple[Any, Any, Any]) -> None:
     short = paired(TEXT[:2], of_piece, of_byte, max_length=12)
     assert short.student["input_ids"].shape[1] == short.teacher["input_ids"].shape[1] == 12
     assert short.mask.any()
+    for tokenizer in (of_byte, of_piece):
+        tokenizer.truncation_side = "left"
+    try:
+        last = paired(TEXT[:2], of_piece, of_byte, max_length=12)
+    finally:
+        for tokenizer in (of_byte, of_piece):
+            tokenizer.truncation_side = "right"
+    ids = last.teacher["input_ids"].flatten()
+    for b, i in last.mask.nonzero().tolist():  # both have read what comes before; the beginnings are cut off elsewhere
+        before = of_piece.decode(last.student["input_ids"][b, 1 : i + 1], skip_special_tokens=True)
+        other = of_byte.decode(ids[b * 12 : last.rows[b, i] + 1], skip_special_tokens=True)
+        assert before.split()[-1:] == other.lower().split()[-1:] or before[-1:] == other.lower().strip()[-1:]
+        assert before
     slow = type("Slow", (), {"get_vocab": dict})()
     with pytest.raises(TypeError, match="the teacher's tokenizer must be a fast one"):
         paired(TEXT[:1], of_piece, slow)

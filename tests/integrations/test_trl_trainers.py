@@ -265,6 +265,9 @@ def test_patching_is_undone() -> None:
     with fused.patch(kind):
         assert kind.generalized_jsd_loss is fused.generalized_jsd_loss
         fused.patch(kind)  # twice is once
+        with fused.patch(kind):
+            pass
+        assert kind.generalized_jsd_loss is fused.generalized_jsd_loss
     assert inspect.getattr_static(kind, "generalized_jsd_loss") is before
     fused.patch(kind, trainer_class("SDFTTrainer"))
     fused.unpatch(kind)

@@ -121,9 +121,10 @@ class patch(AbstractContextManager["patch"]):
                 tried = ", ".join(VERSIONS[name])
                 told = f"fusedkd tried the {name} of TRL {tried}, not of {version}: compare a step"
                 warnings.warn(told, stacklevel=2)
+        self.seams = [seam for seam in self.seams if (seam.place, seam.name) not in _replaced]  # else of a patch before
         for seam in self.seams:
             key, owner = (seam.place, seam.name), seam.owner()
-            _replaced.setdefault(key, inspect.getattr_static(owner, seam.name))
+            _replaced[key] = inspect.getattr_static(owner, seam.name)
             setattr(owner, seam.name, staticmethod(seam.ours) if seam.static else seam.ours)
 
     def __exit__(self, *_: object) -> None:
