@@ -90,11 +90,16 @@ def test_padding_and_packed_documents_are_not_sent(ask, tmp_path):
 
 def test_requests_run_side_by_side_and_keep_their_order(ask, tmp_path):
     meet = threading.Barrier(3, timeout=20)
+
+    def before(number):
+        if number <= 3:
+            meet.wait()
+
     with running(Served("vllm", len(VOCAB))) as served:
-        served.before = lambda number: meet.wait() and None if number <= 3 else None
+        served.before = before
         data = tokenized(tmp_path / "data")
         assert ask(served, data, tmp_path / "out", "--batch_size", 1, "--server_concurrency", 3) == 0
-        assert served.most_at_once == 3
+        assert (served.most_at_once, len(served.asked)) == (3, 7)  # none of them again
     assert_right(datasets.load_from_disk(tmp_path / "out"))
 
 
