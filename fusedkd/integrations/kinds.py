@@ -138,11 +138,17 @@ def attended(batch: Batch) -> Tensor:
 
 def packed(batch: Batch) -> bool:
     """Whether a row holds several documents, which `position_ids` that start anew keep apart."""
-    positions = batch.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
+    begins = _begins(batch)
+    if begins is None:
         return False
     seen = attended(batch)  # left padding has positions that start anew, too
-    return bool((restarts(positions)[:, 1:] & seen[:, 1:] & seen[:, :-1]).any())
+    return bool((begins[:, 1:] & seen[:, 1:] & seen[:, :-1]).any())
+
+
+def _begins(batch: Batch) -> Tensor | None:
+    """Where the positions of a row start anew, ``(B, L)`` bool; None without positions of text."""
+    positions = batch.get("position_ids")
+    return restarts(positions) if isinstance(positions, Tensor) and positions.dim() == 2 else None
 
 
 def attended_rows(kind: Kind, batch: Batch) -> Tensor:
@@ -183,9 +189,9 @@ def predicting(kind: Kind, batch: Batch, attended: Tensor, config: Any) -> Tenso
         return attended.any(1, keepdim=True)
     if not kind.causal:
         return attended
-    mask, ids, positions = attended & F.pad(attended[:, 1:], (0, 1)), batch["input_ids"], batch.get("position_ids")
-    if isinstance(positions, Tensor) and positions.dim() == 2:  # the last of a document says nothing of the next one
-        mask = mask & F.pad(~restarts(positions)[:, 1:], (0, 1))
+    mask, ids, begins = attended & F.pad(attended[:, 1:], (0, 1)), batch["input_ids"], _begins(batch)
+    if begins is not None:  # the last token of a document says nothing of the next one
+        mask = mask & F.pad(~begins[:, 1:], (0, 1))
     for token in {getattr(config, name, None) for name in PLACEHOLDERS} - {None}:
         mask = mask & F.pad(ids[:, 1:] != token, (0, 1))
     return mask

@@ -190,14 +190,15 @@ def paired(
     for b in range(len(texts)):
         spans = [_spans(side["offset_mapping"][b], side["special_tokens_mask"][b]) for side in sides]
         groups = align(*spans)
+        complete = groups
         if groups:  # of which the first may have lost its beginning, on one side, with truncation_side="left"
             begins = [each[group[0]][0] for each, group in zip(spans, groups[0], strict=True)]  # type: ignore[index]
-            groups = groups[bool(texts[b][min(begins) : max(begins)].strip()) :]
+            complete = groups[bool(texts[b][min(begins) : max(begins)].strip()) :]
         if causal:
-            found = [(g.student[0] - 1, g.teacher[0] - 1) for g in groups]
+            found = [(g.student[0] - 1, g.teacher[0] - 1) for g in complete]
             found += _ends(groups, spans, [side["input_ids"][b] for side in sides], tokenizers)
         else:
-            found = [(g.student[0], g.teacher[0]) for g in groups if len(g.student) == len(g.teacher) == 1]
+            found = [(g.student[0], g.teacher[0]) for g in complete if len(g.student) == len(g.teacher) == 1]
         for of_student, of_teacher in found:
             if of_student >= 0 and of_teacher >= 0:
                 rows[b, of_student] = b * width + of_teacher
