@@ -5,9 +5,7 @@ and as two groups of two.
 
 from __future__ import annotations
 
-import os
 import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,16 @@ import parallel_rule_cases  # noqa: F401
 import pytest
 import torch
 from parallel_cases import CASES, Rank
+from ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 WORLD = 4
 
 
-def one_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    group, timeout = torch.distributed, timedelta(seconds=60)
-    group.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timeout)
-    pairs = [group.new_group([0, 1]), group.new_group([2, 3])]
+def one_rank(folder: Path) -> None:
+    group = torch.distributed
+    rank, pairs = group.get_rank(), [group.new_group([0, 1]), group.new_group([2, 3])]
 
     def run(ranks: Rank, names: list[str]) -> None:
         for name in names:
@@ -40,8 +37,6 @@ def one_rank(rank: int, folder: Path) -> None:
     names = list(CASES)
     run(Rank(group.group.WORLD, rank, WORLD), names)
     run(Rank(pairs[rank // 2], rank % 2, 2), names[rank // 2 :: 2])
-    group.barrier()
-    os._exit(0)  # gloo's threads may still run when the interpreter takes them down, and abort the process
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], st
     folder = tmp_path_factory.mktemp("ranks")
     stopped = ""
     try:
-        torch.multiprocessing.spawn(one_rank, (folder,), nprocs=WORLD)
+        on_ranks(WORLD, one_rank, folder)
     except (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException) as error:
         stopped = f"{error}"
     found = {tuple(file.name.split(" ")[:2]): file.read_text() for file in folder.glob("? *")}

@@ -1,10 +1,6 @@
 """The loss of the Trainer is exact: one optimiser step has one gradient, however it is cut into batches and ranks."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +8,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+from ranks import on_ranks
 
 from fusedkd.backends import products
 from fusedkd.nn import DistilBertLoss
@@ -111,14 +109,9 @@ def test_two_processes_are_exact(tmp_path):
     """Gradient, logs and evaluation on an odd number of blocks, under DistributedDataParallel and FSDP2; and SIGTERM
     to one of them.
     """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [*launch, one_step.__file__, str(tmp_path / "result.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = torch.load(tmp_path / "result.pt")
+    result = on_ranks(2, one_step.on_two_ranks, tmp_path)
     assert len(result) == 6
-    saved = tmp_path / "stopped" / "checkpoint-2"
+    saved = tmp_path / "checkpoint-2"
     line = f"SIGTERM ended the training after step 2; the last checkpoint is {saved}"
     assert result.pop("stopped") == [(line, 143)] * 2
     for (kind, *_), found in result.items():

@@ -1,8 +1,6 @@
-"""The gradient of one step of DistillationTrainer; under torchrun: `distil_step.py BATCH ACCUMULATION OUT`."""
+"""The gradient of one step of DistillationTrainer; `on_two_ranks` on two processes."""
 
 import importlib.util
-import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -139,13 +137,12 @@ def sharded_gradient(batch: int, own_unit: bool, teacher=None):
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}, mean
 
 
-if __name__ == "__main__":
+def on_two_ranks(batch: int, accumulation: int, folder: Path):
+    from . import on_policy_step, term_step
+
     with tempfile.TemporaryDirectory() as temporary:
-        batch, accumulation = int(sys.argv[1]), int(sys.argv[2])
         options = {"batch": batch, "accumulation": accumulation, "folder": temporary}
         result = {"DDP": gradient(*llamas(), KDConfig(), **options)}
-        from integrations import on_policy_step, term_step
-
         own = {"generation": on_policy_step.greedy(), **options}
         result["on policy"] = on_policy_step.step(on_policy_step.llama(0), on_policy_step.llama(1), **own)[0]
 
@@ -160,12 +157,9 @@ if __name__ == "__main__":
     except RuntimeError as error:
         result["refusal"] = str(error)
     result["on policy FSDP2"] = on_policy_step.sharded_step(ROWS // 2)
-    result["FSDP2 terms"] = term_step.sharded_step("llama", Path(sys.argv[3]).parent)
+    result["FSDP2 terms"] = term_step.sharded_step("llama", folder)
     try:
-        term_step.sharded_step("llama", Path(sys.argv[3]).parent, own_unit=True)
+        term_step.sharded_step("llama", folder, own_unit=True)
     except RuntimeError as error:
         result["refusal of projections"] = str(error)
-    if torch.distributed.get_rank() == 0:
-        torch.save(result, Path(sys.argv[3]))
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may still run when the interpreter takes them down, and abort the process
+    return result

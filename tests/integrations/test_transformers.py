@@ -2,10 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+from ranks import on_ranks
 
 import fusedkd
 from fusedkd.integrations.transformers import KDConfig, OfflineTeacherCollator
@@ -85,13 +83,7 @@ def test_accumulation_is_exact(batch, accumulation, kd_on):
 
 
 def test_two_processes_are_exact(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = os.pathsep.join(map(str, Path(__file__).parents[1:3]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    command = [*launch, distil_step.__file__, "2", "2", str(tmp_path / "result.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = torch.load(tmp_path / "result.pt")
+    result = on_ranks(2, distil_step.on_two_ranks, 2, 2, tmp_path)
     expected = truth(*llamas(), KDConfig())
     assert_equal(result["DDP"], expected)
     if "adapters off" in result:

@@ -1,7 +1,5 @@
-"""The gradient of one optimiser step of TaskTrainer; under torchrun: `one_task_step TASK BATCH ACCUMULATION OUT`."""
+"""The gradient of one optimiser step of TaskTrainer."""
 
-import os
-import sys
 import tempfile
 
 import torch
@@ -119,11 +117,3 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     error = torch.stack([(found[k] - g).norm() for k, g in expected.items()]).norm()
     assert size > 0.1
     assert error < 1e-6 * size
-
-
-if __name__ == "__main__":
-    result = gradient(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), count=8)
-    if torch.distributed.get_rank() == 0:
-        torch.save(result, sys.argv[4])
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may still run when the interpreter takes them down, and abort the process
