@@ -27,8 +27,8 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
     """``input_ids`` and ``labels`` of each conversation, a list of messages with a role and a content; the template is
     given what a column `TOOLS` lists, too, in JSON or as it is. Labels are −100 outside the assistant's turns. Where
     these are, with what the template closes them by, says the template (``{% generation %}``); else a turn begins where
-    the conversation before it ends, with the prompt to answer, and ends where the conversation up to it does, or with
-    its first end-of-sequence token.
+    the conversation before it ends, with the prompt to answer (the first message: where its content begins), and ends
+    where the conversation up to it does, with or without an end-of-sequence token, or with its own first one.
 
     Raises:
         UsageError: where neither tells, or there is no template, or a conversation that it does not take.
@@ -51,8 +51,7 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
         except ValueError as error:
             raise UsageError(f"the {TOOLS} of conversation {index} are no JSON: {error}") from None
         try:
-            plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            ids, said = label(tokenizer, plain, **tools)
+            ids, said = label(tokenizer, _without_none(list(messages)), **tools)
         except _Untold as error:
             raise UsageError(
                 f"what the assistant says in conversation {index} cannot be told: {error}; give rows of input_ids and "
@@ -77,6 +76,7 @@ def conversations(data: datasets.Dataset, column: str, tokenizer: Tokenizer, con
 def _tools(given: Any = None) -> dict[str, Any]:
     """The option of a chat template, if there are any."""
     given = json.loads(given) if isinstance(given, str) and given else given
+    given = [given] if isinstance(given, dict) else given
     tools = [json.loads(tool) if isinstance(tool, str) else _without_none(tool) for tool in given or ()]
     return {"tools": tools} if tools else {}
 
@@ -104,22 +104,34 @@ def _by_marks(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> tuple[l
 
 
 def _by_prefixes(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> tuple[list[int], list[int]]:
-    def tokens(count: int | None = None, prompt: bool = False) -> list[int]:
+    def tokens(messages: list[Any], prompt: bool = False) -> list[int]:
         options = {"add_generation_prompt": prompt, "return_dict": True, **more}
-        rendered: Any = tokenizer.apply_chat_template(messages[:count], **options)
+        rendered: Any = tokenizer.apply_chat_template(messages, **options)
         ids: list[int] = rendered["input_ids"]
         return ids
 
-    whole = tokens()
+    whole, eos = tokens(messages), tokenizer.eos_token_id
     said = [0] * len(whole)
+
+    def begin_of(i: int) -> int:
+        """Where the content of a message does: what another one leaves the same. At the end, if there is none."""
+        if i == len(messages):
+            return len(whole)
+        another = "B" if str(messages[i].get("content")).startswith("A") else "A"
+        other = tokens([*messages[:i], messages[i] | {"content": another}, *messages[i + 1 :]])
+        return next((n for n, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), len(other))
+
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, through = tokens(i, prompt=True) if i else [], tokens(i + 1)
+        before, through = tokens(messages[:i], prompt=True) if i else whole[: begin_of(0)], tokens(messages[: i + 1])
         start, end = len(before), len(through)
         ends = whole[:end] == through
-        if not ends and tokenizer.eos_token_id in whole[start:]:
-            ends, end = True, whole.index(tokenizer.eos_token_id, start) + 1
+        if not ends and through[-1:] == [eos]:  # one for all the conversation
+            end -= 1
+            ends = whole[:end] == through[:end] and start < end
+        if not ends and eos in whole[start : begin_of(i + 1)]:
+            ends, end = True, whole.index(eos, start) + 1
         if not ends or whole[:start] != before:
             raise _Untold("the chat template marks no generation, and renders earlier turns otherwise in later ones")
         said[start:end] = [1] * (end - start)

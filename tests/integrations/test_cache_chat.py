@@ -91,16 +91,54 @@ def test_turns_that_change_end_with_an_end_of_sequence_token(tmp_path):
     assert [text(row, True) for row in cached] == ["dog [SEP] big red bird [SEP]", "hears sees [SEP]", ""]
 
 
+CLOSED = HEAD + (  # one end-of-sequence token, behind everything that is said
+    "{{ message['content'] + ' old ' }}{% endfor %}"
+    "{% if add_generation_prompt %}[CLS] assistant {% else %}{{ '[SEP]' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("later", ["user", "assistant"])
+def test_turns_before_the_only_end_of_sequence_token(later, tmp_path):
+    chat = [*CHATS[0][:3], (later, "big red bird")]
+    name, data = model(tmp_path / "teacher", CLOSED, eos_token="[SEP]"), chats(tmp_path / "chats.jsonl", [chat])
+    assert run(name, data, tmp_path / "out", "--top_k", 4) == 0
+    (row,) = datasets.load_from_disk(tmp_path / "out")
+    assert text(row, True) == "a dog old" + (" big red bird old [SEP]" if later == "assistant" else "")
+
+
+FAR = FORGETS.replace("' [SEP] ' }}", "' ' }}{% if message['role'] == 'user' %}{{ '[SEP] ' }}{% endif %}")
+
+
+@pytest.mark.parametrize("template", [CHATML, PROMPTED])
+def test_of_a_first_message_of_the_assistant_the_content_is_labelled(template, tmp_path):
+    name, data = model(tmp_path / "teacher", template), chats(tmp_path / "chats.jsonl", [CHATS[1][1:]])
+    assert run(name, data, tmp_path / "out", "--top_k", 4) == 0
+    (row,) = datasets.load_from_disk(tmp_path / "out")
+    assert (text(row, False), text(row, True)) == ("[CLS] assistant", "hears sees [SEP]")
+
+
+def test_arguments_of_other_rows_calls_are_no_arguments(tmp_path):
+    """Arrow gives the arguments of every call the names of all calls."""
+    calls = [[{"function": {"name": "river", "arguments": {word: "red"}}}] for word in ("bird", "cat")]
+    rows = [[{"role": "assistant", "content": "", "tool_calls": call}] for call in calls]
+    datasets.Dataset.from_dict({"messages": rows}).save_to_disk(tmp_path / "chats")
+    called = "{% for call in message.tool_calls or [] %}{{ call.function.arguments | join(' ') + ' ' }}{% endfor %}"
+    name = model(tmp_path / "teacher", PROMPTED.replace("{% endfor %}", called + "{% endfor %}", 1))
+    assert run(name, str(tmp_path / "chats"), tmp_path / "out", "--top_k", 4) == 0
+    cached = datasets.load_from_disk(tmp_path / "out")
+    assert [text(row, True) for row in cached] == ["[SEP] bird", "[SEP] cat"]
+
+
 USED = "{% for tool in tools or [] %}{{ tool['function'] | length }} {{ tool['function']['name'] + ' ' }}{% endfor %}"
 
 
 @pytest.mark.parametrize("template", [MARKED, PROMPTED])
-@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("as_text", [False, True, "one"])
 def test_tools_are_in_the_prompt(template, as_text, tmp_path, capsys):
     """With the fields that each of them has; a row may have none."""
     tools = [[{"function": {"name": "river"}}], None, [{"function": {"name": "bird", "strict": True}}]]
     rows = [json.loads(line) for line in Path(chats(tmp_path / "chats.jsonl")).read_text().splitlines()]
-    rows = [row | {"tools": json.dumps(own) if as_text else own} for row, own in zip(rows, tools, strict=True)]
+    rows = [row | {"tools": json.dumps(own[0] if own and as_text == "one" else own) if as_text else own} for row, own in zip(rows, tools, strict=True)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = model(tmp_path / "teacher", USED + template)
     assert run(name, str(tmp_path / "chats.jsonl"), tmp_path / "out", "--top_k", 4) == 0
@@ -120,6 +158,7 @@ def test_tools_that_are_no_json(tmp_path, capsys):
 REFUSED = {
     "no template": (None, CHATS, "needs a tokenizer with a chat template"),
     "turns that change": (FORGETS, CHATS, "conversation 0 cannot be told: .* renders earlier turns otherwise"),
+    "an end of sequence in a later turn": (FAR, CHATS, "conversation 0 cannot be told: .* renders earlier turns"),
     "a mark that ends in a space": (TRAILING, CHATS, "conversation 0 cannot be told: .* fewer than its 2 turns"),
     "no answer": (PROMPTED, CHATS[2:], "no conversation of the column messages has tokens of the assistant"),
     "template": ("{{ raise_exception('roles must alternate') }}", CHATS, "conversation 0: roles must alternate"),
@@ -130,7 +169,8 @@ REFUSED = {
 def test_what_cannot_be_told_is_refused(case, tmp_path, capsys):
     template, conversations, message = REFUSED[case]
     data = chats(tmp_path / "chats.jsonl", conversations)
-    assert run(model(tmp_path / "teacher", template), data, tmp_path / "out", "--top_k", 4) == 2
+    its = {"eos_token": "[SEP]"} if template == FAR else {}
+    assert run(model(tmp_path / "teacher", template, **its), data, tmp_path / "out", "--top_k", 4) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(message, error.splitlines()[-1])
     assert error.splitlines()[-1].startswith("error: ")
