@@ -42,6 +42,8 @@ class Cut:
         self.head, self.tail = ([], []) if causal else ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
         self.end = [tokenizer.eos_token_id] if causal else []  # of each line
         self.body = block_size - len(self.head) - len(self.tail)
+        if self.body < 1:
+            raise UsageError(f"--block_size must be at least {block_size - self.body + 1}, not {block_size}")
         self.unknown = "<unk>" if causal else tokenizer.unk_token or ""  # GPT-2 has no such token: the text as it came
 
     def fingerprint(self, text: datasets.Dataset) -> str | None:

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from fusedkd.integrations.cache_teacher import Options
 
 Row = dict[str, np.ndarray]
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".arrow": "arrow"}
 """Of files that are not text, by their ending."""
-NUMBERS = ("int", "uint", "float", "bool", "null")  # the last: of an empty data set
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""Endings behind those."""
+INTEGERS = ("int", "uint", "null")  # the last: of an empty data set
+NUMBERS = (*INTEGERS, "float", "bool")
 PER_TOKEN = ("attention_mask", "token_type_ids", "position_ids")
 PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 """Other marks of packed documents than position_ids and TRL's seq_lengths."""
@@ -80,13 +83,18 @@ def kind_of_files(names: list[str]) -> str | None:
     if absent := [name for name in names if not Path(name).is_file()]:
         if len(names) > 1:
             raise UsageError(f"no such file: {absent[0]}; several names of --dataset must be files")
-        if Path(names[0]).suffix in FORMATS and not Path(names[0]).exists():
+        if _format(names[0]) != "text" and not Path(names[0]).exists():
             raise UsageError(f"--dataset {names[0]}: no such file")
         return None
-    kinds = {FORMATS.get(Path(name).suffix, "text") for name in names}
+    kinds = {_format(name) for name in names}
     if len(kinds) > 1:
         raise UsageError(f"the files of --dataset must be of one kind, not {' and '.join(sorted(kinds))}")
     return kinds.pop()
+
+
+def _format(name: str) -> str:
+    path = Path(name.lower())
+    return FORMATS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix, "text")
 
 
 def opened(names: list[str], config: str | None, split: str, keep_linebreaks: bool = True) -> datasets.Dataset:
@@ -98,8 +106,9 @@ def opened(names: list[str], config: str | None, split: str, keep_linebreaks: bo
     kind, first = kind_of_files(names), Path(names[0])
     try:
         if kind is not None:
-            options: dict[str, Any] = {"keep_linebreaks": keep_linebreaks} if kind == "text" else {}
-            return datasets.load_dataset(kind, data_files=names, split="train", **options)
+            options: dict[str, Any] = {"text": {"keep_linebreaks": keep_linebreaks}, "tsv": {"sep": "\t"}}.get(kind, {})
+            builder = "csv" if kind == "tsv" else kind
+            return datasets.load_dataset(builder, data_files=names, split="train", **options)
         if (first / "state.json").is_file() or (first / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(first)
         else:
@@ -118,14 +127,16 @@ def tokenized(data: datasets.Dataset, console: Console) -> datasets.Dataset:
     position_ids.
     """
 
-    def holds_numbers(name: str) -> bool:
+    def holds(name: str, kinds: tuple[str, ...]) -> bool:
         inner = getattr(data.features[name], "feature", None)
-        return isinstance(inner, datasets.Value) and inner.dtype.startswith(NUMBERS)
+        return isinstance(inner, datasets.Value) and inner.dtype.startswith(kinds)
 
-    kept = [name for name in data.column_names if holds_numbers(name)]
+    kept = [name for name in data.column_names if holds(name, NUMBERS)]
     for name in ("input_ids", *PER_TOKEN):
-        if name in data.column_names and name not in kept:
-            raise UsageError(f"the column {name} must hold a list of numbers per row, not {data.features[name]}")
+        whole = name in ("input_ids", "position_ids")
+        if name in data.column_names and not holds(name, INTEGERS if whole else NUMBERS):
+            what = f"a list of {'whole ' * whole}numbers per row"
+            raise UsageError(f"the column {name} must hold {what}, not {data.features[name]}")
     if "seq_lengths" in kept and "position_ids" not in kept:
         data = data.map(_positions, input_columns="seq_lengths")
         kept.append("position_ids")
@@ -151,7 +162,8 @@ def pack_documents(text: datasets.Dataset, tokenizer: Tokenizer, size: int, whol
     eos = [tokenizer.eos_token_id] if whole and tokenizer.eos_token_id is not None else []
 
     def blocks(documents: list[str]) -> dict[str, list[list[int]]]:
-        tokens = tokenizer(documents, add_special_tokens=whole, verbose=False)["input_ids"]
+        given = documents if whole else ["".join(documents)]  # some tokenizers begin each text with a space
+        tokens = tokenizer(given, add_special_tokens=whole, verbose=False)["input_ids"]
         ids = list(chain.from_iterable(t if t[-1:] == eos else t + eos for t in tokens))
         return {"input_ids": [ids[i : i + size] for i in range(0, len(ids), size)]}
 
@@ -176,7 +188,7 @@ def wanted(row: Row, masked: bool) -> np.ndarray:
     if labels.shape != row["input_ids"].shape:
         raise UsageError(f"labels must be one per token, {len(row['input_ids'])}, not {len(labels)}: see --rows")
     known: np.ndarray = labels != IGNORE
-    return known if masked else np.append(known[1:], False)
+    return known if masked else np.append(known, False)[1:]
 
 
 def blank(batch: list[Row], k: int) -> list[Columns]:

@@ -68,13 +68,16 @@ class Server:
         self.tokenizer = tokenizer_of(options) if options.server_kind == "openai" else None
         try:
             models = list(self._ask("/v1/models", None, tries=1)["data"])
-            named = {name: model for model in models for name in (model.get("root"), model["id"]) if name}
+            named = [model for model in models if model["id"] == options.teacher]
+            named = named or [
+                model for model in models if model.get("root") == options.teacher
+            ]  # that of its adapters too
         except (AttributeError, LookupError, TypeError):
             raise UsageError(f"{self.url}/v1/models lists no models: is it a {options.server_kind} server?") from None
-        if options.teacher not in named:
+        if len(named) != 1:
             known = ", ".join(model["id"] for model in models)
             raise UsageError(f"the server at {self.url} serves {known}: --teacher must be one of these")
-        model = named[options.teacher]
+        (model,) = named
         self.positions: int | None = model.get("max_model_len")
         self.model: str = model["id"]
         self.identity = f"{self.model} of {model.get('root')}"

@@ -21,7 +21,7 @@ row, documents are packed: none sees another. Beside position_ids no attention_m
 transformers keeps documents apart only without one.
 
 A token takes 164 (vocabulary 49,152) to 184 (262,144) bytes for 64 columns of uint8, 520 plain. What is listed, and the
-mass off the list, is exact; a log-probability is off by at most 1/255 of the row's range, in the last columns, and
+mass off the list, is exact; a log-probability is off by at most 2/255 of the row's range, in the last columns, and
 KL(true ‖ stored) is some 1e-5, less than what bfloat16 logits lose (tests/integrations/test_cache_store.py). uint10
 divides that KL by 16, uint12 by 256. float16 is not offered: its rounding, 2⁻¹² of log p, is worse than uint12's.
 

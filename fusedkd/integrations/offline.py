@@ -55,8 +55,7 @@ class OfflineTeacherCollator:
         self.logprobs_temperature = logprobs_temperature
 
     def __call__(self, examples: list[Any]) -> Batch:
-        if PACKED in examples[0]:
-            examples = [self._unpacked(example) for example in examples]
+        examples = [self._unpacked(example) if PACKED in example else example for example in examples]
         without = [i for i, example in enumerate(examples) if any(example.get(name) is None for name in COLUMNS)]
         if isinstance(self.base_collator, OfflineTeacherCollator) or len(without) == len(examples):
             return self.base_collator(examples)
@@ -90,10 +89,13 @@ class OfflineTeacherCollator:
             ) from error
 
     def _unpacked(self, example: Batch) -> Batch:
+        rest = {name: value for name, value in example.items() if name != PACKED}
+        if example[PACKED] is None:  # data sets that were concatenated
+            return rest
         taken, wanted = Header.read(example[PACKED]).temperature, self.logprobs_temperature
         if wanted is not None and abs(taken - wanted) > 1e-6 * taken:
             raise ValueError(f"logprobs_temperature must be {taken:g}, at which {PACKED} was taken, not {wanted:g}")
-        return {name: value for name, value in example.items() if name != PACKED} | decode(example[PACKED])
+        return rest | decode(example[PACKED])
 
 
 def restarts(position_ids: Tensor) -> Tensor:

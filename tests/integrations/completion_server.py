@@ -31,11 +31,15 @@ class Served:
     cap         most columns; above it, a refusal; of "openai", fewer
     before      called with the number of the request before it is answered: (status, body) instead of the answer, or
                 None
+    models      what it lists
     texts       "openai" names tokens by their texts, those of this list, else by token_id:N
     """
 
-    def __init__(self, kind: str, vocabulary: int, cap: int = 20, texts: list[str] | None = None):
+    def __init__(
+        self, kind: str, vocabulary: int, cap: int = 20, texts: list[str] | None = None, models: list[Any] | None = None
+    ):
         self.kind, self.vocabulary, self.cap, self.texts = kind, vocabulary, cap, texts
+        self.models = models or [{"id": MODEL, "root": "/models/tiny", "max_model_len": 64}]
         self.before: Callable[[int], Answer | None] = lambda number: None
         self.asked: list[Any] = []
         self.keys: set[str | None] = set()
@@ -45,7 +49,7 @@ class Served:
 
     def answer(self, path: str, body: Any) -> Answer:
         if path == "/v1/models":
-            return 200, {"data": [{"id": MODEL, "root": "/models/tiny", "max_model_len": 64}]}
+            return 200, {"data": self.models}
         if path != ("/generate" if self.kind == "sglang" else "/v1/completions"):
             return 404, {"detail": "Not Found"}
         if self.kind != "sglang" and body["model"] != MODEL:

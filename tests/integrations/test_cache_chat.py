@@ -138,7 +138,10 @@ def test_tools_are_in_the_prompt(template, as_text, tmp_path, capsys):
     """With the fields that each of them has; a row may have none."""
     tools = [[{"function": {"name": "river"}}], None, [{"function": {"name": "bird", "strict": True}}]]
     rows = [json.loads(line) for line in Path(chats(tmp_path / "chats.jsonl")).read_text().splitlines()]
-    rows = [row | {"tools": json.dumps(own[0] if own and as_text == "one" else own) if as_text else own} for row, own in zip(rows, tools, strict=True)]
+    rows = [
+        row | {"tools": json.dumps(own[0] if own and as_text == "one" else own) if as_text else own}
+        for row, own in zip(rows, tools, strict=True)
+    ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = model(tmp_path / "teacher", USED + template)
     assert run(name, str(tmp_path / "chats.jsonl"), tmp_path / "out", "--top_k", 4) == 0

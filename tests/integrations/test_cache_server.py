@@ -128,6 +128,18 @@ def test_a_run_whose_server_went_away_continues(ask, tmp_path, capsys):
     assert_right(datasets.load_from_disk(out))
 
 
+def test_an_adapter_is_not_its_base(ask, tmp_path, capsys):
+    """vLLM lists adapters with the name of their base as root."""
+    adapter = {"id": "lora", "root": "tiny", "parent": "tiny"}
+    with running(Served("vllm", len(VOCAB), models=[{"id": "tiny", "root": "tiny"}, adapter])) as served:
+        assert ask(served, tokenized(tmp_path / "data"), tmp_path / "out") == 0
+        assert {body["model"] for body in served.asked} == {"tiny"}
+    many = [{"id": "tiny", "root": "base"}, {"id": "lora", "root": "base"}]
+    with running(Served("vllm", len(VOCAB), models=many)) as served:
+        assert ask(served, tokenized(tmp_path / "data"), tmp_path / "other", model="base") == 2
+    assert "serves tiny, lora: --teacher must be one of these" in capsys.readouterr().err
+
+
 REFUSED = {
     "cap": (
         "vllm",

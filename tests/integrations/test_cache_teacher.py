@@ -1,6 +1,8 @@
 """`python -m fusedkd.integrations.cache_teacher`: what it writes is the teacher's log-softmax, and nothing is lost."""
 
 import copy
+import gzip
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +14,20 @@ pytest.importorskip("datasets")
 
 import datasets
 import numpy as np
+import tokenizers
 import torch
 import transformers
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fusedkd.integrations import cache_teacher
+from fusedkd.integrations.cache_data import opened, pack_documents
 from fusedkd.integrations.command import UsageError
 
 WORDS = ("the a cat dog bird sees hears follows small big red old house river on under near and then").split()  # noqa: SIM905
@@ -168,6 +179,44 @@ def test_text_files_become_blocks(folder, text_file, tmp_path):
     assert words == " ".join(Path(text_file).read_text().split())
 
 
+def test_lines_of_a_tokenizer_that_begins_texts_with_a_space():
+    """They follow each other as they stand in the file."""
+    lines, letters = ["ab\n", "  b\n", "\n", "a b\n"], ["▁", "a", "b", "\n"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    data = datasets.Dataset.from_dict({"text": lines})
+    (row,) = pack_documents(data, PreTrainedTokenizerFast(tokenizer_object=backend), 64, whole=False)
+    assert "".join(letters[i] for i in row["input_ids"]) == "▁ab\n▁▁b\n\na▁b\n"
+
+
+def test_files_are_what_their_endings_say(tmp_path):
+    """In capitals and compressed, too."""
+    rows = [{"id": 1, "text": "the cat"}, {"id": 2, "text": "a dog"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.JSONL").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    (tmp_path / "c.csv").write_text("id,text\n1,the cat\n2,a dog\n")
+    (tmp_path / "d.tsv").write_text("id\ttext\n1\tthe cat\n2\ta dog\n")
+    for name in ("a.JSONL", "b.jsonl.gz", "c.csv", "d.tsv"):
+        assert list(opened([str(tmp_path / name)], None, "train")) == rows, name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_blocks_that_hold_no_token_are_refused(size, folder, text_file, tmp_path, capsys):
+    assert run(folder(teacher(masked=True)), text_file, tmp_path / "out", "--block_size", size, "--top_k", 3) == 2
+    assert f"--block_size must be at least 3, not {size}" in capsys.readouterr().err
+
+
+def test_an_empty_row_has_no_labelled_position(folder, tmp_path):
+    rows = [[7, 8], [], [9, 10, 11]]
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(tmp_path / "data")
+    out = tmp_path / "out"
+    assert run(folder(teacher()), str(tmp_path / "data"), out, "--top_k", 3, "--rows", "labelled") == 0
+    assert [len(row["input_ids"]) for row in datasets.load_from_disk(out)] == [2, 0, 3]
+
+
 def test_a_masked_teacher_sees_masked_text(folder, text_file, tmp_path):
     model = teacher(masked=True)
     for out, size in (("out", 4), ("other", 3)):
@@ -283,7 +332,8 @@ BAD = {
     "empty": (["--dataset", "DATA/empty"], "--dataset is empty"),
     "tokenizer": (["--tokenizer", "DATA/nowhere"], "cannot load the tokenizer"),
     "mask": (["--dataset", "DATA/mask"], "the column attention_mask must have as many numbers per row as input_ids"),
-    "nested": (["--dataset", "DATA/nested"], "the column position_ids must hold a list of numbers per row"),
+    "nested": (["--dataset", "DATA/nested"], "the column position_ids must hold a list of whole numbers per"),
+    "fractions": (["--dataset", "DATA/fractions"], "the column input_ids must hold a list of whole numbers per row"),
     "below 0": (["--dataset", "DATA/below"], "the column input_ids must have ids of at least 0, but one is -1"),
     "null": (
         ["--dataset", "DATA/null"],
@@ -306,6 +356,7 @@ def test_bad_input_is_one_line_and_writes_nothing(case, folder, text_file, tmp_p
         "empty": {"input_ids": [[]]},
         "mask": {"input_ids": [[5, 6]], "attention_mask": [[1]]},
         "nested": {"input_ids": [[5, 6]], "position_ids": [[[0, 1]] * 3]},
+        "fractions": {"input_ids": [[7.0, 8.9]]},
         "below": {"input_ids": [[5, -1]]},
         "null": {"input_ids": [[5, 6], [7, 8]], "labels": [[5, 6], None]},
         "within": {"input_ids": [[5, 6], [7, 8]], "extra": [[1, None], [2, 3]]},

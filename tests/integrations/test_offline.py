@@ -9,6 +9,7 @@ pytest.importorskip("accelerate")
 
 from transformers import DataCollatorWithFlattening, default_data_collator
 
+from fusedkd.integrations.cache_store import PACKED, encode
 from fusedkd.integrations.offline import OfflineTeacherCollator, restarts
 from fusedkd.integrations.transformers import KDConfig
 
@@ -185,6 +186,21 @@ def test_an_example_without_a_teacher_is_named(missing, how):
         del data[missing]["teacher_ids"]
     with pytest.raises(ValueError, match=f"or none of a batch, but example {missing} of the batch has none"):
         OfflineTeacherCollator(padded("right"))(data)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_compact_columns_beside_others(first):
+    """Of each example by itself: plain ones, None as of data sets that were concatenated, or nothing at all."""
+    plain = examples()[1]
+    plain["teacher_logprobs"] -= plain["teacher_logprobs"].logsumexp(1, keepdim=True)
+    packed = {"input_ids": plain["input_ids"], PACKED: encode(plain["teacher_ids"], plain["teacher_logprobs"])}
+    bare = {"input_ids": plain["input_ids"]}
+    for data in ([packed, plain], [packed, plain | {PACKED: None}]):
+        batch = OfflineTeacherCollator(padded("right"))(data[:: 1 - 2 * first])
+        assert torch.equal(*batch["teacher_ids"])
+    for data in ([packed, bare], [packed, bare | {PACKED: None}]):
+        with pytest.raises(ValueError, match=f"or none of a batch, but example {1 - first} of the batch has none"):
+            OfflineTeacherCollator(padded("right"))(data[:: 1 - 2 * first])
 
 
 WRONG = {
