@@ -106,9 +106,9 @@ def opened(names: list[str], config: str | None, split: str, keep_linebreaks: bo
     kind, first = kind_of_files(names), Path(names[0])
     try:
         if kind is not None:
-            options: dict[str, Any] = {"text": {"keep_linebreaks": keep_linebreaks}, "tsv": {"sep": "\t"}}.get(kind, {})
+            more: dict[str, dict[str, Any]] = {"text": {"keep_linebreaks": keep_linebreaks}, "tsv": {"sep": "\t"}}
             builder = "csv" if kind == "tsv" else kind
-            return datasets.load_dataset(builder, data_files=names, split="train", **options)
+            return datasets.load_dataset(builder, data_files=names, split="train", **more.get(kind, {}))
         if (first / "state.json").is_file() or (first / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(first)
         else:

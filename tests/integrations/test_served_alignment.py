@@ -43,6 +43,22 @@ def test_where_the_offset_cannot_be_told_it_is_asked_for():
     assert "not checked against the tokens' probabilities (5 rows)" in few.report
 
 
+def test_text_that_repeats_itself_is_not_refused():
+    """Each token is the one before it, or any other: a row is about the next token, but expects its own again."""
+    chance, vocabulary = np.random.default_rng(3), 40
+    for _ in range(20):
+        tokens = [0]
+        for stays in chance.random(60) < 0.75:
+            tokens.append(tokens[-1] if stays else int(chance.integers(vocabulary)))
+        p = np.full((len(tokens), vocabulary), 0.25 / vocabulary)
+        p[np.arange(len(tokens)), tokens] += 0.75
+        logprobs, ids = torch.from_numpy(p).log().topk(6)
+        rows = {"teacher_ids": ids.numpy(), "teacher_logprobs": logprobs.numpy()}
+        from_columns(rows, tokens)
+        with pytest.raises(ValueError, match="give offset=0 or offset=1"):
+            from_columns(rows, tokens, offset=None)
+
+
 def test_a_teacher_that_knows_nothing_is_not_refused():
     """Random rows: no offset is better than another, 100 times."""
     chance = np.random.default_rng(1)

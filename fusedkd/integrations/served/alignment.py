@@ -2,7 +2,9 @@
 
 An entry at position i is the distribution of token i + offset: offset 0 where a server gives each token with what came
 before it, 1 where it gives what comes after. Text has a high probability under the rows that are about it, and a low
-one under their neighbours: the offset shows in the mean.
+one under their neighbours: the offset shows in the mean. Text that repeats itself is another matter: its rows favour the
+token before their own, which scores above it. But their own scores what they promise themselves, by their entropy; the
+tokens of a wrong offset score less.
 """
 
 from __future__ import annotations
@@ -33,11 +35,23 @@ def scores(ids: np.ndarray, logprobs: np.ndarray, positions: np.ndarray, tokens:
     there = (at >= 0) & (at < len(tokens)) & (ids >= 0).any(1)
     wanted = tokens[np.where(there, at, 0)]
     hit = (ids == wanted[:, None]) & (ids >= 0)
-    listed = np.where(ids >= 0, logprobs, np.inf).min(1, initial=np.inf)
-    mass = np.where(ids >= 0, np.exp(logprobs, dtype=np.float64), 0.0).sum(1)
-    rest = np.log(np.maximum(1.0 - mass, LEAST_REST) / UNLISTED)
-    found = np.where(hit.any(1), np.where(hit, logprobs, 0.0).sum(1), np.minimum(listed, rest))
+    found = np.where(hit.any(1), np.where(hit, logprobs, 0.0).sum(1), _unlisted(ids, logprobs)[1])
     return np.where(there, found, np.nan)
+
+
+def promised(ids: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    """The score that each entry expects of its own token: Σ p·log p, ``(n,)``."""
+    rest, guess = _unlisted(ids, logprobs)
+    listed = np.where(ids >= 0, logprobs, -np.inf).astype(np.float64)
+    own = np.exp(listed) * np.maximum(listed, -1e3)
+    return own.sum(1) + np.where(rest > 0, rest * guess, 0.0)
+
+
+def _unlisted(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The probability that is not listed, and the guess at the log-probability of a token that is not."""
+    rest = 1.0 - np.where(ids >= 0, np.exp(logprobs, dtype=np.float64), 0.0).sum(1)
+    least = np.where(ids >= 0, logprobs, np.inf).min(1, initial=np.inf)
+    return rest, np.minimum(least, np.log(np.maximum(rest, LEAST_REST) / UNLISTED))
 
 
 def better(a: np.ndarray, b: np.ndarray) -> bool:
@@ -64,17 +78,21 @@ def find(
     if offset not in (None, 0, 1):
         raise ValueError(f"offset must be 0, 1 or None, not {offset}")
     found = {o: scores(ids, logprobs, positions, tokens, o) for o in WINDOW}
-    rows = int((~np.isnan(found[0 if offset is None else offset])).sum())
+    rows, own = int((~np.isnan(found[0 if offset is None else offset])).sum()), promised(ids, logprobs)
+
+    def refutes(a: int, b: int) -> bool:
+        return better(found[a], found[b]) and better(own, found[b])
+
     best = offset
     if offset is None:
-        best = next((a for a, b in ((0, 1), (1, 0)) if better(found[a], found[b])), None)
+        best = next((a for a, b in ((0, 1), (1, 0)) if refutes(a, b)), None)
     if best is None:
         raise ValueError(
             f"{source}: the tokens do not tell whose distribution the entries are (mean log-probability "
             f"{_mean(found[0])} if entry i is about token i, {_mean(found[1])} if it is about token i + 1, over {rows} "
             "rows): give offset=0 or offset=1"
         )
-    rival = max((o for o in WINDOW if better(found[o], found[best])), key=lambda o: np.nanmean(found[o]), default=None)
+    rival = max((o for o in WINDOW if refutes(o, best)), key=lambda o: np.nanmean(found[o]), default=None)
     if rival is not None:
         raise ValueError(
             f"{source}: token_ids do not go with its rows: the tokens have a mean log-probability of "
