@@ -2,9 +2,9 @@
 
 An entry at position i is the distribution of token i + offset: offset 0 where a server gives each token with what came
 before it, 1 where it gives what comes after. Text has a high probability under the rows that are about it, and a low
-one under their neighbours: the offset shows in the mean. Text that repeats itself is another matter: its rows favour the
-token before their own, which scores above it. But their own scores what they promise themselves, by their entropy; the
-tokens of a wrong offset score less.
+one under their neighbours: the offset shows in the mean. Text that repeats itself is another matter: its rows favour
+the token before their own, which scores above it. But their own scores what they promise themselves, by their entropy;
+the tokens of a wrong offset score less.
 """
 
 from __future__ import annotations
