@@ -13,6 +13,8 @@ from fusedkd.integrations.served import (
     from_llama_cpp,
     from_parquet,
     from_safetensors,
+    from_tensorrt_llm,
+    from_trl,
 )
 
 from . import served_cases as case
@@ -154,6 +156,37 @@ def test_axolotl_prepared(offset):
     assert sorted(ids) == sorted(after(TOKENS[12:13])[0][0])
     with pytest.raises(ValueError, match="if it is about token i"):
         from_axolotl(row, offset=1 - offset)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_axolotl_rows_as_data_sets_give_them(kind):
+    """In NumPy's or PyTorch's format; a mask of one number per row."""
+    ids, logprobs = after(TOKENS)
+    raw = {"input_ids": kind(TOKENS), "logprobs": kind(logprobs), "target_token_ids": kind(ids)}
+    assert abs(loss(from_axolotl(raw, offset=1))[0]) < 1e-6
+    flat = {"input_ids": TOKENS, "target_logprobs": logprobs.tolist(), "target_token_ids": ids.tolist()}
+    assert abs(loss(from_axolotl(flat | {"target_mask": [1] * LENGTH}, offset=1))[0]) < 1e-6
+
+
+WRONG = {
+    "prompt_logprobs must be a list of dicts, not None": lambda: from_tensorrt_llm(None, TOKENS),
+    "result must have logprob_token_ids, but it has logprobs": lambda: from_trl({"logprobs": [[]]}, TOKENS, 3),
+    "one of the 1 sequences of result, not 1": lambda: from_trl(
+        {"logprobs": [[[0.0]]], "logprob_token_ids": [[[1]]]}, TOKENS, 3, index=1
+    ),
+    "config must have exact_k, k of": lambda: from_distillkit(
+        {"input_ids": TOKENS, "compressed_logprobs": [[1]], "bytepacked_indices": [[1]]}, config={"d": 5}
+    ),
+    "temperature must be above 0, not 0": lambda: from_columns(
+        dict(zip(("teacher_ids", "teacher_logprobs"), after(TOKENS), strict=True)), TOKENS, temperature=0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_cannot_be_read_is_named(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message]()
 
 
 def test_axolotl_rows_that_it_cut_are_refused():

@@ -88,7 +88,8 @@ def from_axolotl(
         return _plain("from_axolotl", row, token_ids, offset, top_k, temperature, masks)
     tokens = _tokens(row, token_ids)
     raw = row[logprobs_field]
-    named = row.get("target_token_ids") or [None] * len(raw)
+    named = row.get("target_token_ids")
+    named = [None] * len(raw) if named is None else named
     if len(named) != len(raw):
         raise ValueError(f"{logprobs_field} has {len(raw)} entries, but target_token_ids {len(named)}")
     entries = [_axolotl_entry(entry, ids) for entry, ids in zip(raw, named, strict=True)][: len(tokens)]
@@ -100,7 +101,7 @@ def from_axolotl(
 
 
 def _axolotl_entry(entry: Any, ids: Any) -> Entry | None:
-    if not entry:
+    if entry is None or len(entry) == 0:
         return None
     if ids is not None:
         return ids, entry
@@ -142,6 +143,8 @@ def from_distillkit(
         return _plain("from_distillkit", row, token_ids, 1, top_k, temperature)
     if config is None:
         raise ValueError("config is needed for compressed_logprobs: the logprob_compressor that they were written with")
+    if absent := {"d", "k", "exact_k"} - set(config):
+        raise ValueError(f"config must have {', '.join(sorted(absent))} of DistillKit's logprob_compressor")
     tokens = _tokens(row, token_ids)
     packed, names = (_byte_rows(name, row) for name in ("compressed_logprobs", "bytepacked_indices"))
     logprobs = decompress(packed, config)
@@ -208,7 +211,7 @@ def _plain(
     ids, logprobs = _tables(names, row)
     _fits(len(ids), tokens)
     if mask is not None:
-        ids = np.where(np.asarray(mask)[:, :1] != 0, ids, -1)
+        ids = np.where(np.asarray(mask).reshape(len(mask), -1)[:, :1] != 0, ids, -1)
     return to_served(source, ids, logprobs, tokens, offset=offset, top_k=top_k, temperature=temperature)
 
 

@@ -105,6 +105,8 @@ def to_served(
     positions = np.arange(len(ids)) if positions is None else np.asarray(positions)
     if len(positions) and not (positions.min() >= 0 and positions.max() < len(tokens)):
         raise ValueError(f"{source}: {len(ids)} entries do not fit token_ids of {len(tokens)} tokens")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if len(tokens) > 1 and not (ids >= 0).any():

@@ -176,6 +176,8 @@ def from_tensorrt_llm(prompt_logprobs: Any, token_ids: Sequence[int], *, top_k: 
             raise ValueError(f"context_logits must be (L, V), with a top_k, not {tuple(logits.shape)}, top_k {top_k}")
         best, where = torch.log_softmax(logits.float(), -1).topk(min(top_k, logits.shape[-1]), -1)
         ids, logprobs = where.cpu().numpy(), best.cpu().numpy()
+    elif prompt_logprobs is None:
+        raise ValueError("prompt_logprobs must be a list of dicts, not None: was it asked for?")
     else:
         ids, logprobs = padded(_entry(entry) for entry in prompt_logprobs)
     _as_many(name, len(ids), tokens)
@@ -207,7 +209,7 @@ def from_tinker(response: Any, token_ids: Sequence[int], *, top_k: int | None = 
         ids, logprobs = padded(None if e is None else ([i for i, _ in e], [p for _, p in e]) for e in table)
     _as_many("topk_prompt_logprobs", len(ids), tokens)
     own = part(response, "prompt_logprobs")
-    own = None if own is response or not own else own
+    own = None if own is response or own is None or len(own) == 0 else own
     return to_served("from_tinker", ids, logprobs, tokens, offset=0, own=own, top_k=top_k)
 
 
@@ -233,8 +235,12 @@ def from_trl(
         top_k: keep so many columns of each row; None: all.
         temperature: 1 unless the server runs with ``--logprobs-mode processed_logprobs``: then that of the request.
     """
-    tokens = token_row(token_ids)
-    ids, logprobs = padded(zip(result["logprob_token_ids"][index], result["logprobs"][index], strict=True))
+    tokens, names = token_row(token_ids), ("logprob_token_ids", "logprobs")
+    if absent := [name for name in names if not result.get(name)]:
+        raise ValueError(f"result must have {absent[0]}, but it has {', '.join(result) or 'nothing'}")
+    if not 0 <= index < len(result["logprobs"]):
+        raise ValueError(f"index must be that of one of the {len(result['logprobs'])} sequences of result, not {index}")
+    ids, logprobs = padded(zip(*(result[name][index] for name in names), strict=True))
     if not 0 < prompt_length <= len(tokens) or len(ids) != len(tokens) - prompt_length:
         raise ValueError(
             f"prompt_length {prompt_length} and {len(ids)} entries must add up to the {len(tokens)} tokens of token_ids"
