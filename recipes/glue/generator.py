@@ -146,8 +146,15 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
     It is kept in the run's folder, beside the teacher, for the methods and seeds that follow.
     """
     folder = Path(str(run.arguments.output_dir)) / f"generator-{steps}-steps-{share:g}"
-    if (folder / "config.json").is_file():
-        return loaded(run, str(folder))
+    if not (folder / "config.json").is_file():
+        model = trained(run, steps, share)
+        with run.arguments.main_process_first(local=False):  # the other ranks go on when it is there
+            if run.arguments.should_save:
+                save(model, run.tokenizer, folder)
+    return loaded(run, str(folder))  # also when it was just made: a model that was trained keeps the Trainer's autocast
+
+
+def trained(run: Run, steps: int, share: float) -> PreTrainedModel:
     config = copy.deepcopy(run.source.config)
     config.tie_word_embeddings = True
     with torch.random.fork_rng([]):
@@ -165,12 +172,9 @@ def made(run: Run, steps: int, share: float) -> PreTrainedModel:
         ids, where = masked(step.batch, run.tokenizer, share)
         inputs = {key: value for key, value in step.batch.items() if key in takes(model)} | {"input_ids": ids}
         hidden, _ = head.hidden_states(step.model, inputs)
-        logits = F.linear(hidden[where], *head.parameters())
+        weight, bias = head.parameters()
+        logits = F.linear(hidden[where].to(weight.dtype), weight, bias)  # with --bf16 the states have fewer bits
         loss = F.cross_entropy(logits.float(), step.batch["input_ids"][where], reduction="sum")
         return loss / (share * step.counts.attended)
 
-    replace(run, logs=[]).fit(model, fills_in, steps=steps, seed=0)
-    with run.arguments.main_process_first(local=False):  # the other ranks go on when it is there
-        if run.arguments.should_save:
-            save(model, run.tokenizer, folder)
-    return model  # type: ignore[no-any-return]
+    return replace(run, logs=[]).fit(model, fills_in, steps=steps, seed=0)

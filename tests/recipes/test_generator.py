@@ -20,6 +20,7 @@ from fusedkd.reference import gumbel
 from recipes.glue import generator as module
 from recipes.glue.adversary import Adversary
 from recipes.glue.generator import Generator, batches, embedded, made, masked
+from recipes.glue.method import parse_method
 from recipes.glue.run import Run
 from recipes.methods import com_kd, mate
 
@@ -228,6 +229,14 @@ def test_one_is_made_once_and_learns_to_fill_in(tmp_path, tokenizer, monkeypatch
     start = made(run, 0, 0.3)
     body = run.source.base_model.state_dict()
     assert is_as(start.base_model, body)
+
+
+@pytest.mark.parametrize("text", ["mate_kd:generator_steps=1", "com_kd:generator_steps=1", "augmented_kd:times=1"])
+def test_one_is_made_with_bf16(tmp_path, tokenizer, text):
+    """The Trainer's autocast ends with the model's forward; and what was just made is what is found the next time."""
+    run, chosen = tiny_run(tmp_path, tokenizer, arguments={"bf16": True}), parse_method(f"{text},pretraining=2")
+    first, again = (chosen.train(replace(run, logs=[])) for _ in range(2))
+    assert is_as(first, again.state_dict())
 
 
 def test_other_generators_are_refused(tmp_path, tokenizer, roberta_tokenizer):
