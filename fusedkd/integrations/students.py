@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fusedkd.integrations.command import UsageError, loading
 from fusedkd.integrations.kinds import why_not_causal
 
+WIDTHS = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim", "moe_intermediate_size", "pooler_hidden_size")
+"""Sizes that grow with the hidden states, where a configuration has them: those of BERT and Llama, of DistilBERT, of
+GPT-2, of OPT, of experts, of DeBERTa's pooler."""
 LAYER = re.compile(r"\.(layer|h|layers|block|blocks)\.(\d+)\.")
 NUMBERS = ("full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "moe_layers")
 """Lists of a configuration that hold the numbers of layers, not an entry for each."""
@@ -91,7 +95,8 @@ def student_of(
         new_head: a copied student has fresh weights behind its body all the same, as where those of the source are.
 
     Raises:
-        UsageError: where the layers are not the source's, or a width does not go with copied layers or the heads.
+        UsageError: where the layers are not the source's, or a width does not go with copied layers, the heads or the
+            model's other sizes.
     """
     config: Any = copy.deepcopy(source.config)
     if config.is_encoder_decoder or not hasattr(config, "num_hidden_layers"):
@@ -105,11 +110,21 @@ def student_of(
         columns = config.hidden_size // config.num_attention_heads
         if width <= 0 or width % columns:
             raise UsageError(f"--width {width} must be a multiple of {columns}, the columns of a head")
-        config.intermediate_size = config.intermediate_size * width // config.hidden_size
-        config.hidden_size, config.num_attention_heads = width, width // columns
+        change_width(config, width, width // columns)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        student: PreTrainedModel = type(source)(config)
+        try:
+            student: PreTrainedModel = type(source)(config)
+            if width is not None:  # its sizes may be refused only where they meet
+                with torch.no_grad():
+                    student.eval()(input_ids=torch.arange(4)[None])
+        except Exception as error:  # whatever the model's own code raises
+            reason, given = " ".join(str(error).split()), ",".join(map(str, layers))
+            raise UsageError(
+                f"--layers {given} and --width {config.hidden_size} make no {type(source).__name__}: {reason}; give a "
+                "student, or other sizes"
+            ) from None
+        student.train()
     if init == "copied":
         weights, own = source.state_dict(), student.state_dict()
         if not any(map(LAYER.search, own)):
@@ -126,6 +141,16 @@ def student_of(
             own[new] = old
         student.load_state_dict(own)
     return student
+
+
+def change_width(config: Any, width: int, heads: int) -> None:
+    """What the configuration says of the width of each layer."""
+    own = vars(config)  # by their own names alone: a size is not to be changed once more by another name of it
+    for name in [name for name in WIDTHS if isinstance(own.get(name), int)]:
+        setattr(config, name, own[name] * width // config.hidden_size)
+    if isinstance(own.get("num_key_value_heads"), int):  # which share out the heads
+        config.num_key_value_heads = math.gcd(config.num_key_value_heads, heads)
+    config.hidden_size, config.num_attention_heads = width, heads
 
 
 def keep_layers(config: Any, layers: list[int]) -> None:

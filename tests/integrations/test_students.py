@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     JambaConfig,
     JambaForCausalLM,
     LlamaConfig,
@@ -107,3 +113,42 @@ def test_layers_that_are_counted_by_their_places_are_refused():
     config = JambaConfig(**SIZE, attn_layer_period=3, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1)
     with pytest.raises(UsageError, match=r"layers 0, 2, 3 of JambaForCausalLM no student.*layers\.1\.\S+ has another"):
         student_of(JambaForCausalLM(config), [0, 2, 3])
+
+
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+NARROW = {
+    "distilbert": lambda: DistilBertForSequenceClassification(DistilBertConfig(**SMALL, hidden_dim=64)),
+    "gpt2": lambda: GPT2ForSequenceClassification(GPT2Config(**SMALL, n_inner=64)),
+    "gpt2 without n_inner": lambda: GPT2ForSequenceClassification(GPT2Config(**SMALL)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=4)),
+    "grouped llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2)),
+    "deberta": lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**SMALL, intermediate_size=64)),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("width", [8, 24])
+def test_a_narrow_student_runs(name, width):
+    """Whatever its class calls its sizes: they keep their proportions, and so does what grows with a layer's width."""
+    source = NARROW[name]()
+    student = student_of(source, width=width, init="random")
+    assert student.training
+    assert student.config.hidden_size == width
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (student, source)]
+    ends = ("lin1.weight", "c_fc.weight", "up_proj.weight", "intermediate.dense.weight", "pooler.dense.weight")
+    inner = [key for key in shapes[0] if key.endswith(ends)]
+    assert inner
+    for key in inner:
+        assert [n * 32 // width for n in shapes[0][key]] == [*shapes[1][key]]
+    assert student.eval()(input_ids=torch.arange(5)[None]).logits.isfinite().all()
+
+
+def test_sizes_that_do_not_go_together_are_one_sentence():
+    class Odd(LlamaForCausalLM):
+        def forward(self, input_ids):
+            raise RuntimeError("mat1 and mat2\nshapes")
+
+    odd = Odd(LlamaConfig(**SMALL, intermediate_size=64))
+    sentence = "^--layers 0 and --width 8 make no Odd: mat1 and mat2 shapes; give a student, or other sizes$"
+    with pytest.raises(UsageError, match=sentence):
+        student_of(odd, width=8, init="random")
