@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_into
+from recipes import teachers
 from recipes.finetune.tasks import TASKS, read
 from recipes.glue.compare import finished
 from recipes.glue.method import parse_method
@@ -47,8 +48,9 @@ def run(options: RetentionOptions) -> None:
     tasks = [each["task"] for each in comparisons]
     if twice := {task for task in tasks if tasks.count(task) > 1}:
         raise UsageError(f"--runs has {', '.join(twice)} twice: give one run of each task")
-    methods = [name for name in first["students"] if all(name in each["students"] for each in comparisons)]
-    folders = {"teacher": Path(options.runs[0]) / "teacher"}
+    shared = [name for name in first["students"] if all(name in each["students"] for each in comparisons)]
+    methods = [name for name in shared if is_whole(name)]
+    folders = {"teacher": teacher_folder(Path(options.runs[0]), first)}
     folders |= {name: student_folder(Path(options.runs[0]), name, first) for name in methods}
     rows = [
         {
@@ -73,6 +75,19 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if found.get("recipe") != "glue" or found["metrics"][0] not in found["teacher"]:
         raise UsageError(f"--runs {folder}: it must be of recipes.glue, with a teacher that was fine-tuned")
     return found
+
+
+def is_whole(method: str) -> bool:
+    """Whether what is saved of its students, whose time is measured, is all that their scores are of."""
+    if absent := parse_method(method).method.not_loaded:
+        print(f"left out: {method}, which is saved without {absent}", flush=True)
+    return not absent
+
+
+def teacher_folder(run: Path, results: dict[str, Any]) -> Path:
+    """Of the one that was fine-tuned in the run, or that came as a classifier."""
+    own = run / "teacher"
+    return own if own.is_dir() else Path(teachers.folder_of(results["settings"]["teacher"]))
 
 
 def student_folder(run: Path, method: str, results: dict[str, Any]) -> Path:
@@ -107,7 +122,8 @@ def latencies(folders: dict[str, Path], pairs: list[tuple[str, str]], max_length
     """Of each model the processor's seconds, one thread, for a pass over the pairs one by one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(folders["teacher"])
+    with loading("--runs", str(folders["teacher"])):
+        tokenizer = AutoTokenizer.from_pretrained(folders["teacher"])
     options: dict[str, Any] = {"truncation": True, "max_length": max_length, "return_tensors": "pt"}
     inputs = [dict(tokenizer(*pair, **options)) for pair in [pairs[0], *pairs]]
     models = {name: loaded(folder) for name, folder in folders.items()}

@@ -51,12 +51,13 @@ def findings(results: Results) -> list[str]:
     if not students:
         return []
     best = max(students, key=means)
-    fewer = 1 - best["parameters"] / teacher["parameters"]
+    change = best["parameters"] / teacher["parameters"] - 1
     faster = seconds["teacher"] / seconds[best["model"]]
     line = f"The best students by mean score are those of {best['model']}"
     if means(teacher) > 0:
         line += f": they keep {means(best) / means(teacher):.1%} of the teacher's mean score"
-    return [f"{line}, with {fewer:.0%} fewer parameters, and are {faster:.2f} times as fast.", PUBLISHED]
+    line += f", with {abs(change):.0%} {'more' if change > 0 else 'fewer'} parameters"
+    return [f"{line}, and are {faster:.2f} times as fast.", PUBLISHED]
 
 
 def markdown(results: Results) -> str:

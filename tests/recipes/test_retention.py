@@ -59,6 +59,33 @@ def test_the_table(tmp_path, runs, glue, capsys):
     assert "its student kd-seed1 is not there" in refused(*runs)
 
 
+def test_a_teacher_given_and_students_of_their_own_classes(tmp_path, tokenizer, glue, capsys):
+    """The teacher lies where it came from. A BiLSTM takes no token types, and here has more parameters; an early exit
+    is saved without its exits: nothing that is loaded has its score.
+    """
+    run, teacher = str(tmp_path / "runs"), tmp_path / "ready"
+    classifier(len(tokenizer)).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    common = ["--teacher", str(teacher), "--max_length", "32", "--max_steps", "1", "--glue_dir", str(glue)]
+    common += ["--task", "rte", "--disable_tqdm", "true", "--output_dir", run]
+    assert compare([*common, "--method", "bilstm", "early_exit"]) == 0
+    out = tmp_path / "out"
+    command = ["--runs", run, "--glue_dir", str(glue), "--output_dir", str(out), "--pairs", "2"]
+    assert main(command) == 0, capsys.readouterr().err
+    results = json.loads((out / "results.json").read_text())
+    assert [row["model"] for row in results["models"]] == ["teacher", "bilstm"]
+    assert results["latency"]["seconds"]["bilstm"] > 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "left out: early_exit, which is saved without its exits" in text
+    teacher_size, size = (row["parameters"] for row in results["models"])
+    assert size > teacher_size
+    assert f"with {size / teacher_size - 1:.0%} more parameters" in text
+    for file in teacher.iterdir():
+        file.unlink()
+    assert main(command) == 2
+    assert "the folder holds no model" in capsys.readouterr().err
+
+
 def test_methods_are_compared_on_the_same_seeds():
     """Else the one with the luckier seeds keeps more."""
     its = {"ce": {1: 0.5, 2: 0.3}, "kd": {1: 0.6}}
