@@ -135,8 +135,10 @@ def numbered(task: Task, rows: pandas.DataFrame, source: str) -> datasets.Datase
     """The texts, and the label as a number: files have names of classes."""
     label = rows["label"].astype(str)
     found = label.map(task.numbers) if task.labels else pandas.to_numeric(label, errors="coerce")
-    if not (known := np.isfinite(found.astype(float))).all():
-        what = f"one of {', '.join(task.labels)}" if task.labels else "a number"
+    with np.errstate(over="ignore"):
+        known = np.isfinite(found.astype(np.float32))  # in which scores are kept
+    if not known.all():
+        what = f"one of {', '.join(task.labels)}" if task.labels else "a number that float32 holds"
         raise UsageError(f"{source}, row {known.idxmin()}: the label is not {what}: {label[known.idxmin()]!r}")
     columns = {name: rows[name].tolist() for name in task.texts} | {"label": found.tolist()}
     features = {name: datasets.Value("string") for name in task.texts}

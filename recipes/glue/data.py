@@ -31,6 +31,10 @@ NAMED = frozenset(["rte", "qnli", "mnli"])
 """Tasks whose predictions are names of classes there."""
 
 
+WHOLE = re.compile(r"(-?\d+(\.0+)?)?")
+"""The whole numbers as classes, which one file has as 1 and another as 1.0; an empty cell is no class."""
+
+
 class Data(NamedTuple):
     """Texts and `label`, a number; −100, or NaN of a score, where an example has none."""
 
@@ -99,9 +103,10 @@ def of_files(sources: Sequence[str], texts: Sequence[str], label: str | None, sc
     for name, part in zip(names, parts, strict=True):
         if missing := [column for column in columns if column not in part]:
             raise UsageError(f"{name} has no column {missing[0]}; it has {', '.join(map(str, part.columns))}")
-    parts = [part[list(columns)].rename(columns=columns).astype(object) for part in parts]
-    parts = [part.where(part.notna(), "").astype(str) for part in parts]
+    parts = [_cells(part[[*columns]], name).rename(columns=columns) for name, part in zip(names, parts, strict=True)]
     parts = [part.assign(label=part["label"].str.strip()) for part in parts]
+    if label and all(WHOLE.fullmatch(name) for part in parts for name in part["label"]):  # 1.0 is the class 1
+        parts = [part.assign(label=part["label"].str.replace(r"\..*", "", regex=True)) for part in parts]
     classes = _classes(label, names, parts) if label else ()
     metrics = ("accuracy",) if label else ("pearson", "spearman")
     task = Task("own", tuple(columns[text] for text in texts), classes, metrics, "")
@@ -120,10 +125,21 @@ def with_texts(data: Data, file: str, texts: Sequence[str]) -> Data:
     named = dict(zip(texts, data.task.texts, strict=True))
     if missing := [column for column in named if column not in frame]:
         raise UsageError(f"--unlabelled {file} has no column {missing[0]}; it has {', '.join(frame.columns)}")
-    rows = frame[list(named)].rename(columns=named)
-    rows = rows.where(rows.notna(), "").astype(str)
-    rows["label"] = ""
+    if not len(frame):
+        raise UsageError(f"--unlabelled {file} must have a text at least, but has none")
+    rows = _cells(frame[[*named]], f"--unlabelled {file}").rename(columns=named).assign(label="")
     return data._replace(train=datasets.concatenate_datasets([data.train, _numbered(data.task, rows, file)]))
+
+
+def _cells(rows: pandas.DataFrame, source: str) -> pandas.DataFrame:
+    """As text; empty ones are empty texts. Of a JSON file or a data set they may be lists."""
+    rows = rows.astype(object)
+    for name, column in rows.items():
+        if not (is_one := column.map(pandas.api.types.is_scalar)).all():
+            row = is_one.idxmin()
+            kind = type(column[row]).__name__
+            raise UsageError(f"{source}, row {row}: {name} must be a text or a number, not of the type {kind}")
+    return rows.where(rows.notna(), "").astype(str)
 
 
 def _frame(file: str) -> pandas.DataFrame:

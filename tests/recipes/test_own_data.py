@@ -45,6 +45,43 @@ def test_a_missing_class_in_json_leaves_the_others_as_they_are(tmp_path):
     assert pairs(found.train, found.task) == [("a", "1"), ("b", ""), ("c", ""), ("12", "2")]
 
 
+def test_a_class_is_one_however_its_number_is_written(tmp_path):
+    """pandas writes 1.0 where a column has empty cells, JSON where it was a float; names keep their points."""
+    rows = [[("a", 0), ("b", 1)], [("a", 1.0), ("b", 0.0), ("c", 2.0)]]
+    texts = ["".join(json.dumps({"text": text, "label": i}) + "\n" for text, i in part) for part in rows]
+    with pytest.warns(UserWarning, match="has not: 2$"):
+        found = read(tmp_path, *texts, ending=".jsonl")
+    assert found.task.labels == ("0", "1", "2")
+    assert pairs(found.held_out, found.task) == [("a", "1"), ("b", "0"), ("c", "2")]
+    found = read(tmp_path, "text,label\na,1.0\nb,1.5\n", "text,label\na,1.0\n")
+    assert found.task.labels == ("1.0", "1.5")
+
+
+@pytest.mark.parametrize("cell", [["x"], {"x": 1}])
+def test_cells_of_several_values_are_refused(tmp_path, cell):
+    good = '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n'
+    bad = good + json.dumps({"text": cell, "label": 1}) + "\n"
+    kind = type(cell).__name__
+    with pytest.raises(UsageError, match=rf"dev.jsonl, row 2: text must be a text or a number, not of the type {kind}"):
+        read(tmp_path, good, bad, ending=".jsonl")
+    (tmp_path / "more.jsonl").write_text(bad)
+    with pytest.raises(UsageError, match=r"--unlabelled .*more.jsonl, row 2: text must be a text"):
+        data.with_texts(read(tmp_path, good, good, ending=".jsonl"), str(tmp_path / "more.jsonl"), ["text"])
+
+
+def test_a_file_without_texts_is_refused(tmp_path):
+    good = "text,label\nx,a\ny,b\n"
+    (tmp_path / "more.csv").write_text("text\n")
+    with pytest.raises(UsageError, match=r"--unlabelled .*more.csv must have a text at least, but has none"):
+        data.with_texts(read(tmp_path, good, good), str(tmp_path / "more.csv"), ["text"])
+
+
+def test_a_score_beyond_float32_is_refused(tmp_path):
+    bad = "text,score\na,1\nb,1e39\n"
+    with pytest.raises(UsageError, match=r"row 1: the label is not a number that float32 holds: '1e39'"):
+        read(tmp_path, bad, bad, label=None, score="score")
+
+
 def test_cells_are_text(tmp_path):
     text = 'text,label\nnan,a\n"one, ""two""\nlines", b\n007,a \n,b\nNA,\n'
     found = read(tmp_path, text, "text,label\nx,a\ny,b\n")
