@@ -153,8 +153,8 @@ class HiddenTerm(_OfHiddenStates):
 class ContrastiveTerm(_OfHiddenStates):
     """InfoNCE of mean-pooled hidden states, summed over pairs of layers: :func:`fusedkd.contrastive_hidden_loss`.
 
-    A sequence's negatives are the other sequences of its micro-batch, on its rank: unlike other terms this one depends
-    on how a step is cut.
+    A sequence's negatives are the other sequences of its micro-batch, on its rank: the term depends on how a step is
+    cut.
 
     Args:
         layers, projection, shared: as for :class:`HiddenTerm`, one layer of the teacher in a pair.
@@ -242,7 +242,8 @@ class AttentionTerm(Term):
     :func:`fusedkd.attention_mse_loss`. The sum over relations and pairs of layers.
 
     Args:
-        kind: "kl", the divergence of the maps, or "mse", the squared difference of their scores.
+        kind: "kl", the divergence of the maps, or "mse", the squared difference of their scores: a mean over all keys
+            of a batch, padded ones too, which depends on how a step is cut into micro-batches of other lengths.
         relations: of what the maps are made: "qk" of queries and keys, "qq", "kk" and "vv" of one with itself. Queries
             and keys are taken after rotary embeddings.
         layers: pairs of indices of attention layers, from 0, or the name of a map of :mod:`fusedkd.layer_maps`:

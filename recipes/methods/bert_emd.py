@@ -9,9 +9,10 @@ have a flow each, but the same weights, the mean of those of both. All this is a
 
 Differences from that code: its F is exact, here it is Sinkhorn's, smoothed by an entropy whose factor is a fiftieth of
 the mean cost (no solver of transport problems is a requirement of this repository). It is the F of the step before, and
-at first w_i·v_j, so that a step has one loss however it is cut into micro-batches; a process with several devices has
-an F on each. The published code takes the mean over classes, too, of the cross-entropy with the teacher's predictions.
-Of hidden states padding is left out, which that code counts; of attention scores, as there, padded queries count.
+at first w_i·v_j, so that all micro-batches of a step have one F; a process with several devices has an F on each. The
+published code takes the mean over classes, too, of the cross-entropy with the teacher's predictions. Of hidden states
+padding is left out, which that code counts; the mean over attention scores counts, as there, padded keys and queries:
+it depends on the padding, and so on how a step is cut into micro-batches of other lengths.
 α = 1 is that of its table of best runs, whose β is 0.001 to 0.01 by task, and T 1, 3 or 7.
 """
 

@@ -4,8 +4,8 @@
 the means of all layers put together; the student's are projected to the teacher's width, and InfoNCE is
 −log of the softmax of cos(s_i, t_j)/τ at j = i, a mean over examples. What an example is told from:
 
-cilda   the other examples of its micro-batch, on its device (Haidar et al. 2022, arXiv:2204.07674): alone of all losses
-        it depends on how a step is cut. The paper's generator of adversarial text is another method's.
+cilda   the other examples of its micro-batch, on its device (Haidar et al. 2022, arXiv:2204.07674): the loss depends
+        on how a step is cut. The paper's generator of adversarial text is another method's.
 codir   examples of another class in a bank of the last `bank` examples (Sun et al. 2020, arXiv:2009.14167, §3). The
         class is the one that the teacher predicts, of a score the nearest whole number, so that examples without a
         label have one; in the paper it is the label. The bank takes up the examples of a step after it. It holds the

@@ -6,7 +6,10 @@
 2. The cross-entropy with the teacher's predictions at temperature 1. Its gradient is that of the KL divergence, which
    is what is computed here.
 
-Differences from the published code: hidden states of padding are left out; the cross-entropy is a mean over examples,
+As in the published code, the mean over attention scores counts padded keys and queries: the first stage's loss depends
+on the padding, and so on how a step is cut into micro-batches of other lengths.
+
+Differences from that code: hidden states of padding are left out; the cross-entropy is a mean over examples,
 there over examples and classes; with scores, as in STS-B, the target is the teacher's score, there the label. The code
 trains 10 to 20 epochs of the first stage and 3 of the second, on augmented data (here `--method tinybert:augment=20`),
 starting from a TinyBERT that was distilled on general text; here two thirds of the steps are of the first.
