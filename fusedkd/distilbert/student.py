@@ -262,9 +262,12 @@ def freeze_embeddings(model: PreTrainedModel, position: bool, token: bool) -> No
 # ---- what is exported
 
 
-def usable_positions(config: PreTrainedConfig) -> int:
-    """The longest sequence a model takes. RoBERTa's first token has position pad_token_id + 1: 512 of its 514 rows."""
-    return config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+def usable_positions(config: PreTrainedConfig) -> float:
+    """The longest sequence a model takes; without a table of positions any. RoBERTa's first token has position
+    pad_token_id + 1: 512 of its 514 rows.
+    """
+    positions: float = getattr(config, "max_position_embeddings", math.inf)
+    return positions - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
 def tokenizer_for(config: PreTrainedConfig, tokenizer: Tokenizer) -> Tokenizer:

@@ -152,6 +152,7 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
     """A model for the task, in float32, and its tokenizer.
 
     From a language model: its whole body must arrive, only the head is new. `--teacher` must have its head as well.
+    The outputs of a classifier are brought into the order of the task's classes.
     """
     sizes: dict[str, Any] = {}
     kind: Any = AutoModelForQuestionAnswering
@@ -169,26 +170,28 @@ def load_model(name: str, task: Task, max_length: int, flag: str) -> tuple[PreTr
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     body = [k for k in absent if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]
     positions, pieces = usable_positions(config), len(tokenizer)
+    least = tokenizer.num_special_tokens_to_add(len(task.texts) == 2) + len(task.texts)
     wrong = {
         f"{len(body)} weights missing or of another size, {body[:1]} the first": body,
         f"it is not fine-tuned on {task.name}: no {absent[:1]}, or of another size": absent and flag == "--teacher",
         "it has no tokenizer": pieces <= len(tokenizer.all_special_ids),  # what the library makes of a folder without
         f"it has {config.vocab_size} vocabulary rows, its tokenizer {pieces} tokens": pieces > config.vocab_size,
         f"--max_length {max_length} exceeds its {positions} positions": max_length > positions,
+        f"--max_length {max_length} leaves a text without a token: it must be {least} or more": max_length < least,
         f"squad needs a model that reads in both directions, not {config.model_type}": task.name == "squad"
         and tokenizer.cls_token is None,
     }
     if sentence := next((sentence for sentence, holds in wrong.items() if holds), None):
         raise UsageError(f"{flag} {name}: {sentence}")
-    if flag == "--teacher" and task.labels:
-        reorder(model, [str(own[i]) for i in sorted(own)], task)
+    if task.labels and not absent:  # a classifier: its head has arrived
+        reorder(model, [str(own[i]) for i in sorted(own)], task, flag)
     if tokenizer.pad_token is None:  # GPT-2, which then classifies at the last token that is not this one
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer_for(config, tokenizer)
 
 
-def reorder(model: Any, own: list[str], task: Task) -> None:
+def reorder(model: Any, own: list[str], task: Task, flag: str) -> None:
     """Put a classifier's outputs, whose names are these, in the order of the task's: on the hub many have another."""
     given, wanted = ([name.lower().replace(" ", "_") for name in names] for names in (own, task.labels))
     if given == wanted or sorted(given) != sorted(wanted):
@@ -196,7 +199,7 @@ def reorder(model: Any, own: list[str], task: Task) -> None:
     order = [given.index(name) for name in wanted]
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     if linear.out_features != len(order):
-        raise UsageError(f"--teacher: its classes are {', '.join(own)}, not in the order {', '.join(task.labels)}")
+        raise UsageError(f"{flag}: its classes are {', '.join(own)}, not in the order {', '.join(task.labels)}")
     with torch.no_grad():
         for parameter in linear.parameters():
             parameter.copy_(parameter[order])

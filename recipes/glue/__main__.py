@@ -6,6 +6,7 @@ The teacher is fine-tuned once and kept; each method trains a student for each s
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
 
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -104,6 +105,10 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     chosen = chosen_methods(method.method)
     wrong = {"--seeds must be positive": method.seeds < 1, "--max_length must be positive": its.max_length < 1}
     wrong |= {f"--{n} must not be negative": getattr(its, n) < 0 for n in ("labels", "examples")}
+    wrong[f"--teacher_max_steps must not be negative, but is {models.teacher_max_steps}"] = models.teacher_max_steps < 0
+    wrong[f"--teacher_epochs must be positive and finite, but is {models.teacher_epochs:g}"] = not (
+        0 < models.teacher_epochs < math.inf
+    )
     wrong["--predict goes with a task of GLUE, not with --data"] = its.predict and bool(its.data)
     wrong["it runs in one process, not under torchrun"] = arguments.world_size > 1
     wrong["it runs on one accelerator: choose one by CUDA_VISIBLE_DEVICES"] = arguments.n_gpu > 1
@@ -137,6 +142,8 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     chosen = [each for each in chosen if fits(each, prepared, method.method == ["all"])]
     teacher = prepared.logits(prepared.teacher) if prepared.teacher else None
     results = train(chosen, prepared, method, teacher, folder, f"{models.teacher} as teacher")
+    if not results:
+        raise UsageError("--method all: every method was left out, for the reasons above")
     counts = {"examples": len(prepared.train), "labels": len(prepared.labelled)}
     of_teacher = {**teachers.described(models.teacher), "parameters": prepared.source.num_parameters()}
     of_teacher |= compare.scores(prepared, prepared.teacher, teacher) if prepared.teacher else {}
@@ -224,6 +231,7 @@ def prepare(read: data.Data, its: DataOptions, models: ModelOptions, arguments: 
         prepared.given, other = load_model(models.student, task, its.max_length, "--student")
         if other.get_vocab() != tokenizer.get_vocab():
             raise UsageError(f"--student {models.student} has another vocabulary than --teacher {models.teacher}")
+    prepared.student()  # one that cannot be made is refused before the teacher is fine-tuned
     folder = Path(str(arguments.output_dir)) / "teacher"
     tuning: Any = {"num_train_epochs": models.teacher_epochs, "max_steps": models.teacher_max_steps or -1}
     tuning |= {"learning_rate": models.teacher_learning_rate, "seed": 0}

@@ -18,6 +18,7 @@ class EnsembleConfig(PreTrainedConfig):
 
     def __init__(self, member: dict[str, Any] | None = None, count: int = 1, **more: Any):
         self.member, self.count = member or {}, count
+        self.vocab_size = self.member.get("vocab_size", 0)
         self.type_vocab_size = self.member.get("type_vocab_size", 1)
         super().__init__(**more)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fusedkd.integrations.command import UsageError
 from fusedkd.integrations.terms import first
 from recipes.glue.method import Method, Share
 from recipes.glue.run import Run
@@ -54,13 +55,16 @@ class Exits(nn.Module):
 def early_exit(
     run: Run, *, of: Literal["teacher", "student"] = "teacher", speed: Share = 0.1, alpha: Share = 0.5
 ) -> PreTrainedModel:
-    model, steps = copy.deepcopy(run.teacher), run.steps
+    model = run.student() if of == "student" else copy.deepcopy(run.teacher)
+    assert model is not None
+    if (depth := model.config.num_hidden_layers) < 2:
+        raise UsageError(f"--method early_exit:of={of}: the {of} must have two layers or more, not {depth}")
+    steps = run.steps
     if of == "student":
         before, steps = run.split(1, 1)
-        model = run.fit(run.student(), hinton(alpha, 2.0), steps=before)
-    assert model is not None
+        run.fit(model, hinton(alpha, 2.0), steps=before)
     torch.manual_seed(run.seed)
-    exits = Exits(model.config.num_hidden_layers, model.config.hidden_size, len(run.task.labels))
+    exits = Exits(depth, model.config.hidden_size, len(run.task.labels))
     run.fit(model.requires_grad_(False), taught_by_the_last, hidden=True, beside=exits, steps=steps)
     with_exits(model, exits, speed)
     run.logits(model)

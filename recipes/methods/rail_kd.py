@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from fusedkd import hidden_loss, layer_maps
 from fusedkd.integrations import presets
+from fusedkd.integrations.command import UsageError
 from recipes.glue.method import Method, Positive
 from recipes.glue.preset import by_preset, other_width
 from recipes.glue.run import Run
@@ -41,6 +42,11 @@ def rail_kd(
         [getattr(model.config, name) for model in (student, run.teacher)]  # type: ignore[union-attr]
         for name in ("num_hidden_layers", "hidden_size")
     )
+    if depths[0] > depths[1]:
+        raise UsageError(
+            f"--method rail_kd:variant={variant}: the student must not be deeper than its teacher, but has {depths[0]} "
+            f"layers and not {depths[1]} or fewer"
+        )
     torch.manual_seed(run.seed)
     linear = nn.Linear(depths[0] * widths[0], depths[0] * widths[1])
     return run.fit(student, concatenated(by_preset({**recipe, "terms": []}), run.seed), hidden=True, beside=linear)

@@ -147,6 +147,12 @@ def test_models_that_are_refused(tmp_path, student_folder, teacher_folder):
         load_model(str(teacher_folder), TASKS["sst2"], 32, "--teacher")
     with pytest.raises(UsageError, match="--max_length 65 exceeds its 64 positions"):
         load_model(str(student_folder), TASKS["sst2"], 65, "--model")
+    for task, least in (("sst2", 3), ("rte", 5)):  # [CLS], [SEP] and once more [SEP]
+        with pytest.raises(
+            UsageError, match=f"--max_length {least - 1} leaves a text without a token: it must be {least}"
+        ):
+            load_model(str(student_folder), TASKS[task], least - 1, "--model")
+        load_model(str(student_folder), TASKS[task], least, "--model")
     with pytest.raises(UsageError, match=r"^--model .*nowhere: no such folder$"):
         load_model(str(tmp_path / "nowhere"), TASKS["sst2"], 32, "--model")
     config = json.loads((student_folder / "config.json").read_text())

@@ -16,6 +16,7 @@ pytest.importorskip("torchmetrics")
 from test_compare import compared, encoder, saved  # noqa: F401 (a fixture)
 from tiny_run import classifier, decoder, tiny_run
 from transformers import (
+    BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ModernBertConfig,
@@ -28,12 +29,15 @@ from fusedkd.integrations.interrupt import Stopped
 from fusedkd.integrations.students import student_of
 from recipes.finetune.__main__ import load_model
 from recipes.finetune.tasks import TASKS
+from recipes.glue import compare
 from recipes.glue.compare import fine_tuned
 from recipes.glue.method import parse_method
+from recipes.glue.run import Run
 from recipes.glue.step import Step
 
 
-def test_a_teachers_classes_are_brought_into_the_order_of_the_tasks(tmp_path, tokenizer):
+@pytest.mark.parametrize("flag", ["--teacher", "--student", "--model"])
+def test_a_models_classes_are_brought_into_the_order_of_the_tasks(tmp_path, tokenizer, flag):
     """MNLI's models have them in any order; the outputs of unnamed ones stay as they are."""
     names = ("CONTRADICTION", "Neutral", "entailment")
     model = classifier(len(tokenizer), labels=3).eval()
@@ -42,7 +46,7 @@ def test_a_teachers_classes_are_brought_into_the_order_of_the_tasks(tmp_path, to
         model.config.id2label = dict(enumerate(own))
         model.save_pretrained(tmp_path / own[0])
         tokenizer.save_pretrained(tmp_path / own[0])
-        found, _ = load_model(str(tmp_path / own[0]), TASKS["mnli"], 16, "--teacher")
+        found, _ = load_model(str(tmp_path / own[0]), TASKS["mnli"], 16, flag)
         assert torch.allclose(found.eval()(input_ids=ids).logits, model(input_ids=ids).logits[:, order], atol=1e-5)
         assert found.config.id2label == dict(enumerate(TASKS["mnli"].labels))
 
@@ -124,12 +128,34 @@ def test_all_methods_are_those_that_fit(tmp_path, tokenizer, glue, capsys, monke
     assert compared(teacher, tmp_path / "runs", *options) == 2
 
 
+def test_what_fits_no_method_is_refused(tmp_path, tokenizer, glue, capsys, monkeypatch):
+    """Before the teacher is fine-tuned, not after all methods have been left out for it."""
+    monkeypatch.setattr(compare, "fine_tuned", lambda *given, **more: pytest.fail("the teacher was fine-tuned"))
+    BertModel.from_pretrained(saved(tmp_path / "ready", tokenizer)).save_pretrained(tmp_path / "ready")
+    options = ["--glue_dir", str(glue), "--examples", "16", "--method", "all"]
+    assert compared(tmp_path / "ready", tmp_path / "runs", *options, "--layers", "9") == 2
+    assert capsys.readouterr().err.startswith("error: --layers 9: must ascend within the teacher's layers, 0 to 3")
+
+
+def test_nothing_is_reported_of_no_student(tmp_path, tokenizer, glue, capsys, monkeypatch):
+    """As where every training diverges."""
+    monkeypatch.setattr(recipes.glue.__main__, "chosen_methods", lambda texts: [parse_method("ce")])
+    teacher = saved(tmp_path / "ready", tokenizer)
+    options = ["--glue_dir", str(glue), "--examples", "16", "--method", "all", "--learning_rate", "1e30"]
+    assert compared(teacher, tmp_path / "runs", *options) == 2
+    output = capsys.readouterr()
+    assert "left out: ce, seed 1: training diverged" in output.out
+    assert output.err == "error: --method all: every method was left out, for the reasons above\n"
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--student", "x", "--width", "16"], "--layers, --width and --init go without --student"),
         (["--label", "x"], "--text, --label and --score go with --data"),
         (["--label_smoothing_factor", "0.1"], "take --method label_smoothing"),
+        (["--teacher_max_steps", "-5"], "--teacher_max_steps must not be negative, but is -5"),
+        (["--teacher_epochs", "-1"], "--teacher_epochs must be positive and finite, but is -1"),
         (["--eval_strategy", "steps"], "leave out --eval_strategy"),
         (["--resume_from_checkpoint", "true"], "there are no checkpoints to go on from"),
     ],
@@ -166,6 +192,34 @@ def test_a_student_has_the_kinds_of_its_layers():
     source = ModernBertForSequenceClassification(ModernBertConfig(**size, **tokens, sep_token_id=2))
     kinds = source.config.layer_types
     assert student_of(source, [0, 3]).config.layer_types == [kinds[0], kinds[3]]
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "sentence"),
+    [
+        ("early_exit:of=student", 1, "early_exit:of=student: the student must have two layers or more, not 1"),
+        (
+            "rail_kd:variant=concatenated",
+            5,
+            "the student must not be deeper than its teacher, but has 5 layers and not 4",
+        ),
+    ],
+)
+def test_a_student_of_the_wrong_depth_is_not_trained(tmp_path, tokenizer, monkeypatch, method, layers, sentence):
+    monkeypatch.setattr(Run, "fit", lambda *given, **more: pytest.fail("it was trained"))
+    run = tiny_run(tmp_path, tokenizer, given=classifier(len(tokenizer), layers=layers))
+    with pytest.raises(UsageError, match=sentence):
+        parse_method(method).train(run)
+
+
+@pytest.mark.parametrize("name", ["bilstm", "born_again_ensemble"])
+def test_a_student_of_a_class_of_its_own_predicts(tmp_path, tokenizer, glue, name):
+    """It is saved and found again with what its configuration has, which names no positions."""
+    (glue / "SST-2" / "test.tsv").write_text("index\tsentence\n0\tcat sees\n1\tdog hears\n")
+    teacher, folder = saved(tmp_path / "ready", tokenizer), tmp_path / "runs"
+    options = ["--glue_dir", str(glue), "--examples", "16", "--predict", "true", "--method", name]
+    assert compared(teacher, folder, *options) == 0
+    assert len((folder / f"{name}-seed1" / "SST-2.tsv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("method", ["pkd", "alp_kd", "freelb", "adversarial", "early_exit", "mate_kd"])
