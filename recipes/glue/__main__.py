@@ -174,7 +174,7 @@ def train(
         for each in chosen:
             own = folder / f"{each.folder}-seed{seed}"
             late = results and 0 < 60 * options.minutes < time.perf_counter() - start
-            if late and not compare.finished(own):
+            if late and not compare.finished(own, each.text):
                 continue
             its = replace(prepared, arguments=replace(prepared.arguments, seed=seed), logs=[])
             try:

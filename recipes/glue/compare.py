@@ -48,16 +48,17 @@ def partly_labelled(rows: datasets.Dataset, count: int, task: Task) -> datasets.
 RESULT = "result.json"
 
 
-def finished(folder: Path) -> bool:
-    """Whether a student lies there whole: what is known of it is written last."""
-    return (folder / RESULT).is_file()
+def finished(folder: Path, method: str) -> Result | None:
+    """What is known of the method's student that lies there whole, since this is written last; None without one."""
+    file = folder / RESULT
+    found: Result = json.loads(file.read_text()) if file.is_file() else {}
+    return found if found.get("method") == method else None
 
 
 def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card: str) -> Result:
     """One student: trained, scored and saved, or found finished; what is known of it."""
-    file = folder / RESULT
-    if finished(folder):
-        return dict(json.loads(file.read_text()))
+    if before := finished(folder, chosen.text):
+        return before
     transformers.set_seed(run.seed)
     models = []
     clock = time.process_time if run.arguments.device.type == "cpu" else time.perf_counter  # whatever else runs there
@@ -71,7 +72,7 @@ def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card
     models[0].save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     write_card(chosen, folder, models[0], card, found)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import quote
 
 from transformers import PreTrainedModel
 
@@ -93,8 +94,12 @@ class Chosen:
 
     @property
     def folder(self) -> str:
-        """The text as the name of a folder."""
-        return re.sub(r"[^\w.=-]+", "-", self.text)
+        """The text as the name of a folder, of no other text: a hyphen stands before each option, and in a value only
+        before a digit, with which no option begins; what else a name may lack is percent-encoded.
+        """
+        method, *options = self.text.split(":", 1)
+        parts = [method, *(options[0].split(",") if options else [])]
+        return "-".join(re.sub(r"-(?!\d)", "%2D", quote(part, safe="=")) for part in parts)
 
     def train(self, run: Run) -> PreTrainedModel:
         """On augmented data, if so asked."""

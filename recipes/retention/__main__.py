@@ -93,7 +93,7 @@ def teacher_folder(run: Path, results: dict[str, Any]) -> Path:
 def student_folder(run: Path, method: str, results: dict[str, Any]) -> Path:
     """Of a method's first student."""
     folder = run / f"{parse_method(method).folder}-seed{results['students'][method][0]['seed']}"
-    if not finished(folder):
+    if not finished(folder, method):
         raise UsageError(f"--runs {run}: its student {folder.name} is not there")
     return folder
 

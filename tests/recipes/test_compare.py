@@ -17,6 +17,7 @@ import recipes.glue.__main__
 from fusedkd.integrations.students import student_of
 from recipes.glue import report
 from recipes.glue.__main__ import main
+from recipes.glue.compare import finished
 from recipes.glue.method import chosen_methods
 
 
@@ -67,6 +68,14 @@ def test_a_comparison(tmp_path, encoder, glue, capsys):
     assert {name: len(its) for name, its in results["students"].items()} == {"ce": 2, "kd": 2, "pkd:variant=last": 2}
     assert compared(encoder, folder, *task, "--method", "ce", "--width", "16") == 2
     assert "holds a run with width None, not 16" in capsys.readouterr().err
+
+
+def test_a_student_of_another_method_is_none(tmp_path):
+    """Folders of earlier versions could be those of two texts."""
+    (tmp_path / "result.json").write_text(json.dumps({"method": "pkd:beta=1e+2", "accuracy": 0.5}))
+    assert finished(tmp_path, "pkd:beta=1e+2") == {"method": "pkd:beta=1e+2", "accuracy": 0.5}
+    assert finished(tmp_path, "pkd:beta=1e-2") is None
+    assert finished(tmp_path / "nothing", "ce") is None
 
 
 def test_data_of_ones_own(tmp_path, tokenizer, encoder):

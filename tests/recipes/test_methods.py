@@ -47,6 +47,18 @@ def test_names_and_options_are_parsed():
     assert isinstance(chosen.options["beta"], float)
 
 
+def test_each_text_has_a_folder_of_its_own():
+    """Those of plain names and numbers are spelt as they are written."""
+    plain = {"ce": "ce", "pkd:variant=last,beta=1e-2": "pkd-variant=last-beta=1e-2"}
+    assert {text: parse_method(text).folder for text in plain} == plain
+    texts = ["pkd:beta=1e+2", "pkd:beta=1e-2", "pkd:", "pkd", "pkd:beta=1,", "pkd:beta=1"]
+    texts += [f"kd:augment=1,generator={path}" for path in ("a/b", "a-b", "a_b", "a:b", "a%2Fb", "a b")]
+    texts += ["kd:augment=1,generator=a,temperature=2", "kd:augment=1,generator=a-temperature=2"]
+    names = [parse_method(text).folder for text in texts]
+    assert len({*names}) == len(texts)
+    assert not any("/" in name for name in names)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
