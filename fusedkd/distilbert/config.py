@@ -14,6 +14,7 @@ from fusedkd.divergences import FAMILIES
 from fusedkd.integrations import presets
 from fusedkd.integrations.command import UsageError, option, parse_divergence, parse_into
 from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.run_folder import by_name, shaping
 from fusedkd.integrations.term import Term
 from fusedkd.nn import DistilBertLoss
 
@@ -130,10 +131,12 @@ class Config:
         return Path(str(self.training.output_dir))
 
     def settings(self) -> dict[str, Any]:
-        """What a student depends on, flat; local inputs by their last names."""
+        """What a student depends on, flat; local inputs by their last names, since a run adds checksums of what it has
+        read.
+        """
         groups = (self.text, self.teacher, self.student, self.loss)
         flat: dict[str, Any] = {name: value for group in groups for name, value in asdict(group).items()}
-        flat |= {name: getattr(self.training, name) for name in SHAPING} | {"processes": self.training.world_size}
+        flat |= shaping(self.training)
         return {name: by_name(value) if name in INPUTS else value for name, value in flat.items()}
 
     def teacher_settings(self) -> dict[str, Any]:
@@ -147,22 +150,12 @@ class Config:
 TRAINED_HERE: dict[str, Any] = {"block_size": 64, "mlm_probability": 0.4, "mask_smoothing": 0.0, "learning_rate": 1e-3}
 PUBLISHED: dict[str, Any] = {"block_size": 128, "mlm_probability": 0.15, "mask_smoothing": 0.7, "learning_rate": 5e-4}
 
-SHAPING: tuple[str, ...] = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay")
-SHAPING += ("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "seed")
-SHAPING += ("adam_beta1", "adam_beta2", "adam_epsilon", "eval_steps")
 INPUTS = ("train_files", "eval_files", "vocab_file", "dataset", "teacher")
 POSITIVE = {"vocab_size", "num_proc", "teacher_layers", "teacher_hidden", "teacher_heads", "teacher_steps"}
 POSITIVE |= {"teacher_learning_rate", "learning_rate", "temperature", "per_device_train_batch_size", "eval_steps"}
 POSITIVE |= {"gradient_accumulation_steps", "num_train_epochs", "max_length", "per_device_eval_batch_size"}
 NOT_NEGATIVE = {"alpha_distil", "alpha_mlm", "alpha_cos", "alpha_mse", "alpha_kd", "alpha_hard", "mask_smoothing"}
 NOT_NEGATIVE |= {"eval_blocks", "weight_decay", "max_grad_norm", "doc_stride", "max_train_examples"}
-
-
-def by_name(value: Any) -> Any:
-    """A local file or folder without those it is in."""
-    if isinstance(value, list):
-        return [by_name(each) for each in value]
-    return Path(value).resolve().name if value and Path(value).exists() else value
 
 
 def parse(argv: list[str] | None, prog: str = "python -m fusedkd.distilbert", more: Sequence[Any] = ()) -> Any:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedModel, Traine
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd.distilbert import data
-from fusedkd.distilbert.config import Config, by_name, parse_terms
+from fusedkd.distilbert.config import Config, parse_terms
 from fusedkd.distilbert.student import (
     Teacher,
     check_folding,
@@ -28,7 +28,8 @@ from fusedkd.distilbert.student import (
 from fusedkd.distilbert.trainer import DistilBertTrainer
 from fusedkd.integrations import blocks
 from fusedkd.integrations.command import parse_divergence
-from fusedkd.integrations.interrupt import STATE, claim, is_finished, is_kept
+from fusedkd.integrations.interrupt import STATE
+from fusedkd.integrations.run_folder import by_name, claim, is_finished, is_kept
 from fusedkd.nn import DistilBertLoss
 
 EVAL_SEED = 0  # the held-out masks are the same for every model and every run

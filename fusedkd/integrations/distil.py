@@ -41,8 +41,9 @@ from fusedkd.divergences import FAMILIES
 from fusedkd.integrations.command import UsageError, command_line, option, parse_divergence, parse_into
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.distil_data import DataOptions, each_turn, rows_of
-from fusedkd.integrations.interrupt import Arguments, Interruptible, claim, is_finished
+from fusedkd.integrations.interrupt import Arguments, Interruptible
 from fusedkd.integrations.on_policy import OnPolicyTrainer
+from fusedkd.integrations.run_folder import claim, contents, is_finished, shaping
 from fusedkd.integrations.students import causal_model, spread_layers, student_of
 from fusedkd.integrations.tokenizers import check_same_vocabulary
 from fusedkd.integrations.transformers import DistillationTrainer
@@ -92,11 +93,6 @@ class ChatArguments(Arguments):
     max_grad_norm: float = option(1.0, "gradient clipping")
     logging_steps: float = option(10, "log every so many steps")
     report_to: None | str | list[str] = option("none", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
-
-
-SHAPING = ("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
-           "gradient_accumulation_steps", "max_grad_norm", "weight_decay", "bf16", "fp16", "seed")  # fmt: skip
-"""Of the training, what a student depends on."""
 
 
 class ChatTrainer(Interruptible, DistillationTrainer):
@@ -161,7 +157,7 @@ def distil(options: Options) -> dict[str, Any]:
     folder, first = Path(str(arguments.output_dir)), arguments.process_index == 0
     console = Console(highlight=False, width=120, quiet=not first)
     settings = {**asdict(models), **asdict(data), **asdict(loss)}
-    settings |= {name: getattr(arguments, name) for name in SHAPING}
+    settings |= contents({name: settings[name] for name in ("teacher", "student", "dataset")}) | shaping(arguments)
     checkpoint = claim(folder, settings, arguments.resume_from_checkpoint)
     if is_finished(folder):
         console.print(f"finished: {folder}")

@@ -149,53 +149,6 @@ def last(trainer: Any) -> str:
     return f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
 
 
-# -------------------------------------------------- folders
-
-
-def claim(folder: Path, settings: dict[str, Any], resume: bool, kept: bool | None = None) -> str | None:
-    """Make the folder that of a run with these settings, kept in its run.json; the checkpoint to go on from.
-
-    UsageError where the folder holds anything else, also a run with other settings of which something is kept, or a
-    checkpoint that is not wanted, since training would replace it. `kept`: whether something is; None: whether a
-    finished model or a checkpoint is.
-    """
-    file, checkpoint = folder / "run.json", last_checkpoint(folder)
-    settings = json.loads(json.dumps(settings))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not file.is_file()):
-        raise UsageError(f"{folder} holds something else (no run.json): choose another --output_dir")
-    kept = is_kept(folder) if kept is None else kept
-    if kept:
-        try:
-            before = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError):
-            raise UsageError(f"{folder} holds something else (its run.json is not ours): choose another") from None
-        for name, now in settings.items():
-            if (was := before.get(name)) != now:
-                raise UsageError(f"{folder} holds a run with {name} {was}, not {now}: choose another --output_dir")
-    if checkpoint and not resume and not is_finished(folder):
-        raise UsageError(
-            f"{folder} holds a run that did not end: --resume_from_checkpoint goes on from {Path(checkpoint).name}; to "
-            "start again, remove the folder or choose another --output_dir"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not kept:
-            file.write_text(json.dumps(settings, indent=1) + "\n")
-    except OSError as error:
-        raise UsageError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
-    return checkpoint if resume else None
-
-
-def is_finished(folder: Path) -> bool:
-    """The Trainer's state is what a finished model's folder gets last."""
-    return (folder / STATE).is_file()
-
-
-def is_kept(folder: Path) -> bool:
-    """Whether the folder holds something that a run must not replace."""
-    return is_finished(folder) or last_checkpoint(folder) is not None
-
-
 # -------------------------------------------------- numbers
 
 

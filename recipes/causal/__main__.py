@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import transformers
 
-from fusedkd.distilbert.config import TextOptions, by_name, refuse
+from fusedkd.distilbert.config import TextOptions, refuse
 from fusedkd.distilbert.data import read_text
 from fusedkd.integrations.command import UsageError, command_line, option, parse_into
 from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.run_folder import by_name, check_settings, contents, shaping
 from fusedkd.integrations.students import alternate_layers, student_of
 from recipes import teachers
 from recipes.causal import eager, report, training
@@ -59,16 +60,6 @@ class CausalArguments(Arguments):
     save_strategy: str = option("no", "a student is short: there are no checkpoints")
     report_to: None | str | list[str] = option("none", "tensorboard, wandb, ..., none")  # noqa: RUF036 (parser)
     seed: int = option(1, "of the order of the data")
-
-
-SHAPING: tuple[str, ...] = (
-    "max_steps",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-)
-SHAPING += ("optim", "weight_decay", "bf16", "fp16", "seed")
 
 
 def compare(options: CausalOptions, arguments: CausalArguments) -> None:
@@ -122,9 +113,11 @@ def prepare(options: CausalOptions, arguments: CausalArguments) -> tuple[Shared,
     held_out = blocks_of(eval_text, tokenizer, options.block_size, "held-out")
     if 0 < options.eval_blocks < len(held_out):
         held_out = held_out.shuffle(seed=0).select(range(options.eval_blocks))
+    inputs = {name: getattr(options, name) for name in ("teacher", "train_files", "eval_files")}
     settings = {
-        **{name: getattr(arguments, name) for name in SHAPING},
-        **{name: by_name(getattr(options, name)) for name in ("teacher", "train_files", "eval_files")},
+        **shaping(arguments, "max_steps"),
+        **{name: by_name(value) for name, value in inputs.items()},
+        **contents(inputs),
         **{name: getattr(options, name) for name in ("block_size", "eval_blocks")},
         **{name: getattr(options, name) for name in ("temperature", "kd_weight", "ce_weight")},
         "layers": options.layers or alternate_layers(depth),
@@ -134,12 +127,9 @@ def prepare(options: CausalOptions, arguments: CausalArguments) -> tuple[Shared,
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
     """UsageError where the folder holds results of other settings."""
-    file, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    file = folder / "settings.json"
     if file.is_file():
-        before = json.loads(file.read_text())
-        if other := [name for name in settings if settings[name] != before.get(name)]:
-            was, now = before.get(other[0]), settings[other[0]]
-            raise UsageError(f"{folder} holds a run with {other[0]} {was}, not {now}: choose another --output_dir")
+        check_settings(folder, json.loads(file.read_text()), settings)
     elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise UsageError(f"{folder} holds something else (no settings.json): choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 import transformers
@@ -26,10 +27,11 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fusedkd.distilbert.config import SHAPING, by_name, refuse
+from fusedkd.distilbert.config import refuse
 from fusedkd.distilbert.student import tokenizer_for, usable_positions
 from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_divergence, parse_into
-from fusedkd.integrations.interrupt import Arguments, claim, is_finished
+from fusedkd.integrations.interrupt import Arguments
+from fusedkd.integrations.run_folder import by_name, claim, contents, is_finished, shaping
 from recipes.finetune import squad, tasks
 from recipes.finetune.tasks import TASKS, Task
 from recipes.finetune.trainer import Padding, TaskTrainer
@@ -79,11 +81,13 @@ def check(options: GlueOptions, arguments: GlueArguments) -> None:
     parse_divergence(options.divergence, options.temperature)
 
 
-def settings(options: GlueOptions, arguments: GlueArguments) -> dict[str, Any]:
-    """What the model depends on; local inputs by their last names."""
-    of_run = {name: getattr(arguments, name) for name in (*SHAPING, "num_train_epochs", "train_sampling_strategy")}
+def settings(options: GlueOptions, arguments: GlueArguments, rows: list[datasets.Dataset]) -> dict[str, Any]:
+    """What the model depends on; local inputs by their last names, and by what they hold."""
     inputs = ("model", "teacher", "glue_dir", "squad_files", "dataset")
-    return of_run | {name: by_name(value) if name in inputs else value for name, value in asdict(options).items()}
+    found = {name: by_name(value) if name in inputs else value for name, value in asdict(options).items()}
+    found |= contents({"model": options.model, "teacher": options.teacher})
+    parts = dict(zip(("train", "held_out"), rows, strict=True))
+    return shaping(arguments) | found | {"data_sha256": tasks.digest(TASKS[options.task], parts)}
 
 
 def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]:
@@ -105,7 +109,7 @@ def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]
         rows = tasks.read(task, options.dataset, options.glue_dir, options.squad_files)
         if not all(map(len, rows)):
             raise UsageError("there are no training or no held-out examples")
-        checkpoint = claim(folder, settings(options, arguments), arguments.resume_from_checkpoint)
+        checkpoint = claim(folder, settings(options, arguments, rows), arguments.resume_from_checkpoint)
         if is_finished(folder):
             return dict(json.loads(results.read_text()))
         if 0 < options.max_train_examples < len(rows[0]):

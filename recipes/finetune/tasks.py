@@ -1,6 +1,8 @@
 """The tasks: what GLUE and SQuAD look like on the hub and in files, and how they are scored."""
 
 import csv
+import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -166,6 +168,14 @@ def squad_file(file: str) -> datasets.Dataset:
     if "paragraphs" not in articles.column_names:
         raise UsageError(f"{file} is no SQuAD file: its articles have no paragraphs")
     return articles.map(flat, batched=True, batch_size=10, remove_columns=articles.column_names)
+
+
+def digest(task: Task, parts: dict[str, datasets.Dataset]) -> str:
+    """Of all texts and labels, and of what the classes are."""
+    found = hashlib.sha256(json.dumps(task.labels).encode())
+    for name, rows in parts.items():
+        found.update(json.dumps([name, rows.to_dict()]).encode())
+    return found.hexdigest()
 
 
 def tokenized(task: Task, rows: datasets.Dataset, tokenizer: Tokenizer, max_length: int) -> datasets.Dataset:

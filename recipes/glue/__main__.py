@@ -18,9 +18,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
-from fusedkd.distilbert.config import by_name, refuse
+from fusedkd.distilbert.config import refuse
 from fusedkd.integrations.command import UsageError, command_line, loading, option, parse_into
-from fusedkd.integrations.interrupt import Arguments, Stopped, claim
+from fusedkd.integrations.interrupt import Arguments, Stopped
+from fusedkd.integrations.run_folder import by_name, claim, contents, shaping
 from recipes import teachers
 from recipes.finetune.__main__ import load_model
 from recipes.finetune.tasks import TASKS, tokenized
@@ -89,13 +90,6 @@ class CompareArguments(Arguments):
     )
 
 
-SHAPING = ("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "warmup_steps",
-           "gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay", "max_grad_norm",
-           "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "data_seed",
-           "train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha")  # fmt: skip
-"""Of the training, what a student depends on."""
-
-
 def parse(argv: list[str] | None) -> tuple[Any, ...]:
     kinds = [MethodOptions, DataOptions, ModelOptions, CompareArguments]
     return parse_into(kinds, argv, "python -m recipes.glue")
@@ -129,11 +123,11 @@ def run(method: MethodOptions, its: DataOptions, models: ModelOptions, arguments
     )
     refuse(wrong, method, its, models, arguments)
     read = read_data(its)
-    settings = {name: getattr(arguments, name) for name in SHAPING} | asdict(its) | asdict(models)
-    for name in ("glue_dir", "data", "unlabelled", "student"):
+    settings = shaping(arguments, "seed") | asdict(its) | asdict(models)
+    for name in ("glue_dir", "data", "unlabelled", "teacher", "student"):
         settings[name] = by_name(settings[name]) if settings[name] else None
     del settings["predict"]
-    settings["data_sha256"] = data.digest(read)
+    settings |= {"data_sha256": data.digest(read), **contents({"teacher": models.teacher, "student": models.student})}
     folder = Path(str(arguments.output_dir))
     claim(folder, settings, False, kept=any(folder.glob("*/config.json")))
     prepared = prepare(read, its, models, arguments)

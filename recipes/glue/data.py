@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 import re
 import sys
@@ -222,12 +221,7 @@ def _numbered(task: Task, rows: pandas.DataFrame, source: str) -> datasets.Datas
 
 
 def digest(data: Data) -> str:
-    """Of all texts and labels, and of what the classes are."""
-    parts = {"train": data.train, "held_out": data.held_out, **data.others}
-    found = hashlib.sha256(json.dumps(data.task.labels).encode())
-    for name, rows in parts.items():
-        found.update(json.dumps([name, rows.to_dict()]).encode())
-    return found.hexdigest()
+    return tasks.digest(data.task, {"train": data.train, "held_out": data.held_out, **data.others})
 
 
 # ---- predictions

@@ -56,6 +56,22 @@ def test_online(made, tmp_path, capsys):
     assert "finished" in capsys.readouterr().out
     assert main(["distil", *made, "--output_dir", str(tmp_path / "out"), "--temperature", "2"]) == 2
     assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
+    assert main(["distil", *made, "--output_dir", str(tmp_path / "out"), "--adam_beta2", "0.5"]) == 2
+    assert "holds a run with adam_beta2 0.999, not 0.5" in capsys.readouterr().err
+
+
+def test_other_conversations_of_the_same_name(made, tmp_path, capsys):
+    chats = tmp_path / "chats.jsonl"
+    lines = Path(value(made, "--dataset")).read_text().splitlines(keepends=True)
+    chats.write_text("".join(lines))
+    given = [*made, "--dataset", str(chats), "--max_steps", "1"]
+    found = distilled(given, tmp_path / "out")
+    chats.write_text("".join(lines[:-1]))
+    capsys.readouterr()
+    assert main(["distil", *given, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "holds a run with dataset_sha256" in capsys.readouterr().err
+    chats.unlink()
+    assert distilled(given, tmp_path / "out") == found  # what is finished is still read
 
 
 def test_runs_side_by_side(made, tmp_path, capsys):

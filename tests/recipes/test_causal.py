@@ -13,6 +13,7 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("matplotlib")
 
 from importlib import metadata, util
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -90,6 +91,19 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_was(tmp_path, command, mon
     assert [kd.divergence for kd in made] == ["jsd"]
     assert causal.main([*command, "--temperature", "2"]) == 2
     assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
+
+
+def test_steps_name_their_files_and_other_settings_are_refused(tmp_path, command, text_files, capsys):
+    command += ["--arms", "ce"]
+    assert causal.main([*command, "--max_steps", "2"]) == 0
+    assert causal.main([*command, "--max_steps", "1"]) == 0
+    assert {file.name for file in (tmp_path / "runs").glob("ce-*")} == {"ce-1-steps.json", "ce-2-steps.json"}
+    assert causal.main([*command, "--max_steps", "2", "--adam_beta2", "0.5"]) == 2
+    assert "holds a run with adam_beta2 0.999, not 0.5" in capsys.readouterr().err
+    train = Path(text_files[0])
+    train.write_text(train.read_text() + "the cat sees\n")
+    assert causal.main([*command, "--max_steps", "2"]) == 2
+    assert "holds a run with train_files_sha256" in capsys.readouterr().err
 
 
 def test_all_arms_see_the_same_data_and_one_without_a_teacher_runs_none(shared, monkeypatch):

@@ -1,6 +1,7 @@
 """`python -m recipes.glue`: a teacher fine-tuned once, students of every method and seed, a report; and refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def compared(teacher: Path, folder: Path, *options: str) -> int:
     return main([*common, "--learning_rate", "1e-3", "--disable_tqdm", "true", *options])
 
 
-def test_a_comparison(tmp_path, encoder, glue, capsys):
+def test_a_comparison(tmp_path, tokenizer, encoder, glue, capsys):
     """And once more, with one method more: what is finished is kept."""
     (glue / "SST-2" / "test.tsv").write_text("index\tsentence\n0\tcat sees\n1\tdog hears\n")
     task = ["--glue_dir", str(glue), "--task", "sst2", "--teacher_epochs", "1", "--seeds", "2", "--labels", "8"]
@@ -68,6 +69,12 @@ def test_a_comparison(tmp_path, encoder, glue, capsys):
     assert {name: len(its) for name, its in results["students"].items()} == {"ce": 2, "kd": 2, "pkd:variant=last": 2}
     assert compared(encoder, folder, *task, "--method", "ce", "--width", "16") == 2
     assert "holds a run with width None, not 16" in capsys.readouterr().err
+    other = tmp_path / "elsewhere" / encoder.name
+    shutil.copytree(encoder, other)
+    assert compared(other, folder, *task, "--method", "ce", "kd") == 0
+    BertModel.from_pretrained(saved(tmp_path / "another", tokenizer, seed=7)).save_pretrained(other)
+    assert compared(other, folder, *task, "--method", "ce", "kd") == 2
+    assert "holds a run with teacher_sha256" in capsys.readouterr().err
 
 
 def test_a_student_of_another_method_is_none(tmp_path):

@@ -5,6 +5,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -209,6 +210,24 @@ def test_a_score_is_learnt_and_examples_are_limited(tmp_path, glue, student_fold
     assert max(curve(tmp_path / "out", "pearson")) > 0.6
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 60  # 80 examples in batches of 8
+
+
+def test_other_inputs_of_the_same_name(tmp_path, glue, student_folder):
+    """A model in another folder, and other rows in the same files."""
+    run = options(student_folder, glue, tmp_path / "out", task="rte", max_steps=1)
+    found = finetune(*run)
+    other = tmp_path / "elsewhere" / student_folder.name
+    shutil.copytree(student_folder, other)
+    assert finetune(*options(other, glue, tmp_path / "out", task="rte", max_steps=1)) == found
+    model = DistilBertForMaskedLM.from_pretrained(other)
+    torch.nn.init.zeros_(model.distilbert.embeddings.word_embeddings.weight)
+    model.save_pretrained(other)
+    with pytest.raises(UsageError, match="holds a run with model_sha256 "):
+        finetune(*options(other, glue, tmp_path / "out", task="rte", max_steps=1))
+    file = glue / "RTE" / "dev.tsv"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UsageError, match="holds a run with data_sha256 "):
+        finetune(*run)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, glue, student_folder, monkeypatch):
