@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from fusedkd.integrations.command import UsageError, option
 
@@ -62,6 +62,7 @@ class Interruptible(Trainer):
     Raises:
         Stopped: in training, when the loss is no number, on SIGTERM and SIGINT (Ctrl-C), and where a model or a
             checkpoint cannot be written.
+        UsageError: for a training without a batch.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -73,6 +74,16 @@ class Interruptible(Trainer):
     def train(self, *args: Any, **options: Any) -> Any:
         with self.interrupt:
             return super().train(*args, **options)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_drop_last and has_length(loader) and not len(loader):
+            rows: Any = self.train_dataset
+            count, batch = len(rows), self.args.train_batch_size * self.args.world_size
+            raise UsageError(
+                f"--dataloader_drop_last must be false, not true: {count} examples fill no batch of {batch}"
+            )
+        return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def test_other_conversations_of_the_same_name(made, tmp_path, capsys):
     assert "holds a run with dataset_sha256" in capsys.readouterr().err
     chats.unlink()
     assert distilled(given, tmp_path / "out") == found  # what is finished is still read
+
+
+def test_fewer_conversations_than_a_batch(made, tmp_path, capsys):
+    more = ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "5000"]
+    assert main(["distil", *made, "--output_dir", str(tmp_path / "out"), *more]) == 2
+    assert re.search(
+        r"--dataloader_drop_last must be false, not true: \d+ examples fill no batch of 5000", capsys.readouterr().err
+    )
 
 
 def test_runs_side_by_side(made, tmp_path, capsys):

@@ -106,6 +106,12 @@ def test_steps_name_their_files_and_other_settings_are_refused(tmp_path, command
     assert "holds a run with train_files_sha256" in capsys.readouterr().err
 
 
+def test_fewer_blocks_than_a_batch(tmp_path, command, capsys):
+    more = ["--arms", "ce", "--dataloader_drop_last", "true", "--per_device_train_batch_size", "50000"]
+    assert causal.main([*command, *more]) == 2
+    assert "--dataloader_drop_last must be false, not true:" in capsys.readouterr().err
+
+
 def test_all_arms_see_the_same_data_and_one_without_a_teacher_runs_none(shared, monkeypatch):
     seen: dict[str, list] = {}
     asked = []

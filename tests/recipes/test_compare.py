@@ -77,6 +77,13 @@ def test_a_comparison(tmp_path, tokenizer, encoder, glue, capsys):
     assert "holds a run with teacher_sha256" in capsys.readouterr().err
 
 
+def test_fewer_examples_than_a_batch(tmp_path, tokenizer, glue, capsys):
+    teacher, few = saved(tmp_path / "ready", tokenizer), ["--glue_dir", str(glue), "--examples", "8"]
+    assert compared(teacher, tmp_path / "runs", *few, "--method", "ce", "--dataloader_drop_last", "true") == 2
+    sentence = "--dataloader_drop_last must be false, not true: 8 examples fill no batch of 32"
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_student_of_another_method_is_none(tmp_path):
     """Folders of earlier versions could be those of two texts."""
     (tmp_path / "result.json").write_text(json.dumps({"method": "pkd:beta=1e+2", "accuracy": 0.5}))

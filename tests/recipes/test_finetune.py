@@ -265,6 +265,11 @@ def test_what_is_refused(tmp_path, glue, student_folder, teacher_folder):
         with pytest.raises(UsageError, match=message):
             finetune(own, arguments)
     assert not (tmp_path / "out").exists()
+    few = {"dataloader_drop_last": True, "max_train_examples": 5, "max_steps": 1}
+    with pytest.raises(
+        UsageError, match=r"^--dataloader_drop_last must be false, not true: 5 examples fill no batch of 8$"
+    ):
+        finetune(*options(student_folder, glue, tmp_path / "few", **few))
 
 
 def test_the_command(tmp_path, glue, student_folder, capsys):
