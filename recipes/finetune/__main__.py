@@ -76,6 +76,9 @@ def check(options: GlueOptions, arguments: GlueArguments) -> None:
         "--model is missing: a folder or hub name to start from": not options.model,
         "--alpha_kd and --alpha_hard are both 0: there is nothing to learn": options.teacher
         and not options.alpha_kd + options.alpha_hard,
+        f"--label_smoothing_factor must be 0, not {arguments.label_smoothing_factor:g}: the losses here have none": (
+            arguments.label_smoothing_factor
+        ),
     }
     refuse(wrong, options, arguments)
     parse_divergence(options.divergence, options.temperature)
@@ -91,7 +94,7 @@ def settings(options: GlueOptions, arguments: GlueArguments, rows: list[datasets
 
 
 def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]:
-    """Train, evaluate after each epoch, save the model of the last one; its metrics, all fractions (F1 0.86, not 86).
+    """Train, evaluate after each epoch, save the last model or the best one; its metrics, fractions (F1 0.86, not 86).
 
     A finished model that is found in the folder is not trained again.
     """
@@ -145,7 +148,9 @@ def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    last = next(entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {"step": 0})
+    if arguments.load_best_model_at_end or last["step"] < trainer.state.global_step:  # of another model than is saved
+        last = trainer.evaluate()
     found = {name: last[f"eval_{name}"] for name in task.metrics}
     trainer.save_metrics("eval", found)
     trainer.save_state()  # last: now it is finished

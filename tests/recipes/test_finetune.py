@@ -212,6 +212,20 @@ def test_a_score_is_learnt_and_examples_are_limited(tmp_path, glue, student_fold
     assert state["global_step"] == 60  # 80 examples in batches of 8
 
 
+def test_what_is_saved_is_what_is_scored(tmp_path, glue, student_folder):
+    """Whenever it was evaluated on the way: never, before the last step, or when it was better."""
+    ways = {
+        "never": {"eval_strategy": "no", "save_strategy": "no", "max_steps": 2},
+        "before": {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "learning_rate": 0.1},
+        "better": {"load_best_model_at_end": True, "num_train_epochs": 3, "learning_rate": 0.1},
+    }
+    for name, way in ways.items():
+        out = tmp_path / name
+        found = finetune(*options(student_folder, glue, out, task="stsb", **way))
+        again = options(out, glue, tmp_path / f"{name} again", task="stsb", learning_rate=1e-30, max_steps=1)
+        assert finetune(*again) == pytest.approx(found)
+
+
 def test_other_inputs_of_the_same_name(tmp_path, glue, student_folder):
     """A model in another folder, and other rows in the same files."""
     run = options(student_folder, glue, tmp_path / "out", task="rte", max_steps=1)
@@ -254,6 +268,7 @@ def test_what_is_refused(tmp_path, glue, student_folder, teacher_folder):
         "--model is missing": {"model": ""},
         "--num_train_epochs must be positive": {"num_train_epochs": 0},
         "--divergence logit_mse needs --temperature 1": {"divergence": "logit_mse"},
+        "--label_smoothing_factor must be 0, not 0.3": {"label_smoothing_factor": 0.3},
         "both 0": {"teacher": "x", "alpha_kd": 0.0, "alpha_hard": 0.0},
         "it is not fine-tuned": {"teacher": str(teacher_folder)},
         "no such file": {"glue_dir": str(tmp_path)},
