@@ -1,7 +1,8 @@
 """`python -m recipes.retention --runs runs/sst2 runs/cola --glue_dir GLUE`: tables 1 and 3 of the DistilBERT paper.
 
 Of finished comparisons of `recipes.glue`, one a task: the mean score of each method's students, what share of the
-teacher's they keep, their parameters, and the time of one pass over the held-out pairs of STS-B at batch 1 on one core.
+teacher's they keep, their parameters, and the time of one pass over the held-out pairs of STS-B at batch 1 on one core:
+of the models that the first of the folders holds.
 """
 
 # ruff: noqa: RUF009 (`option` returns a dataclass field)
@@ -31,6 +32,9 @@ from recipes.turns import seconds_in_turns
 class RetentionOptions:
     _argument_group_name = "retention"
     runs: list[str] = option([], "output folders of recipes.glue, of one teacher, one of each task")
+    teacher: str | None = option(
+        None, "the teacher that came as a classifier; default: of the name in the first run"
+    )
     glue_dir: str | None = option(None, "folder with the files of GLUE's download; default: the hub's nyu-mll/glue")
     output_dir: str = option("runs/retention", "where table and picture go")
     pairs: int = option(0, "of STS-B's held-out pairs, whose time is measured; 0: all")
@@ -50,15 +54,15 @@ def run(options: RetentionOptions) -> None:
         raise UsageError(f"--runs has {', '.join(twice)} twice: give one run of each task")
     shared = [name for name in first["students"] if all(name in each["students"] for each in comparisons)]
     methods = [name for name in shared if is_whole(name)]
-    folders = {"teacher": teacher_folder(Path(options.runs[0]), first)}
-    folders |= {name: student_folder(Path(options.runs[0]), name, first) for name in methods}
+    folders = {"teacher": teacher_folder(Path(options.runs[0]), options.teacher or first["settings"]["teacher"])}
+    folders |= {name: folder for name in methods if (folder := student_folder(Path(options.runs[0]), name, first))}
     rows = [
         {
             "model": name,
             "parameters": (first["teacher"] if name == "teacher" else first["students"][name][0])["parameters"],
             "scores": {each["task"]: scores_of(each, name, methods) for each in comparisons},
         }
-        for name in folders
+        for name in ("teacher", *methods)
     ]
     seconds = latencies(folders, pairs_of(options), options.max_length)
     folder = Path(options.output_dir)
@@ -84,18 +88,19 @@ def is_whole(method: str) -> bool:
     return not absent
 
 
-def teacher_folder(run: Path, results: dict[str, Any]) -> Path:
+def teacher_folder(run: Path, given: str) -> Path:
     """Of the one that was fine-tuned in the run, or that came as a classifier."""
     own = run / "teacher"
-    return own if own.is_dir() else Path(teachers.folder_of(results["settings"]["teacher"]))
+    return own if own.is_dir() else Path(teachers.folder_of(given))
 
 
-def student_folder(run: Path, method: str, results: dict[str, Any]) -> Path:
-    """Of a method's first student."""
+def student_folder(run: Path, method: str, results: dict[str, Any]) -> Path | None:
+    """Of a method's first student, if its model was kept."""
     folder = run / f"{parse_method(method).folder}-seed{results['students'][method][0]['seed']}"
-    if not finished(folder, method):
-        raise UsageError(f"--runs {run}: its student {folder.name} is not there")
-    return folder
+    if finished(folder, method) and (folder / "config.json").is_file():
+        return folder
+    print(f"no time of {method}: there is no model in {folder}", flush=True)
+    return None
 
 
 def scores_of(results: dict[str, Any], model: str, methods: list[str]) -> list[float]:

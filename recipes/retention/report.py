@@ -38,7 +38,8 @@ def table(results: Results) -> Table:
     title = f"Scores × 100, mean of {count} seeds ± standard deviation"
     found = grid(title, "model", "parameters", f"s for {latency['pairs']:,} pairs", *tasks, "mean", "of the teacher's")
     for row in results["models"]:
-        cells = [row["model"], f"{row['parameters']:,}", f"{latency['seconds'][row['model']]:.1f}"]
+        time = latency["seconds"].get(row["model"])
+        cells = [row["model"], f"{row['parameters']:,}", "" if time is None else f"{time:.1f}"]
         cells += [cell(row["scores"][task], 1) for task in tasks]
         found.add_row(*cells, f"{means(row):.1f}", f"{means(row) / means(teacher):.1%}" if means(teacher) > 0 else "")
     return found
@@ -52,12 +53,13 @@ def findings(results: Results) -> list[str]:
         return []
     best = max(students, key=means)
     change = best["parameters"] / teacher["parameters"] - 1
-    faster = seconds["teacher"] / seconds[best["model"]]
     line = f"The best students by mean score are those of {best['model']}"
     if means(teacher) > 0:
         line += f": they keep {means(best) / means(teacher):.1%} of the teacher's mean score"
     line += f", with {abs(change):.0%} {'more' if change > 0 else 'fewer'} parameters"
-    return [f"{line}, and are {faster:.2f} times as fast.", PUBLISHED]
+    if best["model"] in seconds:
+        line += f", and are {seconds['teacher'] / seconds[best['model']]:.2f} times as fast"
+    return [f"{line}.", PUBLISHED]
 
 
 def markdown(results: Results) -> str:
@@ -72,6 +74,8 @@ def plot(results: Results, file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for row in results["models"]:
+        if row["model"] not in results["latency"]["seconds"]:
+            continue
         at = results["latency"]["seconds"][row["model"]], means(row)
         axis.plot(
             *at, "s" if row["model"] == "teacher" else "o", color="0.35" if row["model"] == "teacher" else "#0b6e99"

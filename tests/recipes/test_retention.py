@@ -1,6 +1,7 @@
 """`python -m recipes.retention`: parameters, time and scores of finished comparisons, beside the teacher's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,8 +56,12 @@ def test_the_table(tmp_path, runs, glue, capsys):
 
     assert "has sst2 twice" in refused(runs[0], runs[0])
     assert "no results.json" in refused(str(tmp_path))
-    (Path(runs[0]) / "kd-seed1" / "result.json").unlink()
-    assert "its student kd-seed1 is not there" in refused(*runs)
+    shutil.rmtree(Path(runs[0]) / "kd-seed1")
+    assert main(command) == 0
+    assert f"no time of kd: there is no model in {Path(runs[0]) / 'kd-seed1'}" in capsys.readouterr().out
+    again = json.loads((out / "results.json").read_text())
+    assert again["models"] == results["models"]
+    assert list(again["latency"]["seconds"]) == ["teacher"]
 
 
 def test_a_teacher_given_and_students_of_their_own_classes(tmp_path, tokenizer, glue, capsys):
@@ -71,6 +76,7 @@ def test_a_teacher_given_and_students_of_their_own_classes(tmp_path, tokenizer, 
     assert compare([*common, "--method", "bilstm", "early_exit"]) == 0
     out = tmp_path / "out"
     command = ["--runs", run, "--glue_dir", str(glue), "--output_dir", str(out), "--pairs", "2"]
+    command += ["--teacher", str(teacher)]
     assert main(command) == 0, capsys.readouterr().err
     results = json.loads((out / "results.json").read_text())
     assert [row["model"] for row in results["models"]] == ["teacher", "bilstm"]
