@@ -36,6 +36,10 @@ MISTAKES = {
     "fusedkd.kd_loss(z, v, temprature=2.0)": "call-overload",
 }
 
+UNREAD = ("_dynamo", "_inductor", "distributed", "fx", "export", "_export", "ao", "onnx", "utils", "jit", "_functorch")
+UNREAD += ("_higher_order_ops", "_subclasses", "cuda", "optim", "backends")
+"""Of torch, what no user's call of ours has a type of: two thirds of the time."""
+
 
 def installed(folder: Path) -> Path:
     """The package as pip puts it there, without its libraries, from a copy: a build leaves files behind."""
@@ -56,7 +60,10 @@ def test_uses_pass_and_mistakes_fail(tmp_path: Path) -> None:
     expected = {first + i: code for i, code in enumerate(MISTAKES.values())}
     environment = {name: value for name, value in os.environ.items() if name != "MYPYPATH"}
     environment["PYTHONPATH"] = str(installed(tmp_path))
-    command = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--follow-imports=silent"]
+    config = tmp_path / "mypy.ini"
+    unread = ",".join(["numpy.*", "sympy.*", *(f"torch.{name}.*" for name in UNREAD)])
+    config.write_text(f"[mypy]\n[mypy-{unread}]\nfollow_imports = skip\n")
+    command = [sys.executable, "-m", "mypy", f"--config-file={config}", "--strict", "--follow-imports=silent"]
     command += ["--hide-error-context", "--no-error-summary", f"--cache-dir={tmp_path / 'cache'}", user.name]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     errors = [line for line in run.stdout.splitlines() if ": error: " in line]

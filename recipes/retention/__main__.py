@@ -32,9 +32,7 @@ from recipes.turns import seconds_in_turns
 class RetentionOptions:
     _argument_group_name = "retention"
     runs: list[str] = option([], "output folders of recipes.glue, of one teacher, one of each task")
-    teacher: str | None = option(
-        None, "the teacher that came as a classifier; default: of the name in the first run"
-    )
+    teacher: str | None = option(None, "the teacher that came as a classifier; default: of the name in the first run")
     glue_dir: str | None = option(None, "folder with the files of GLUE's download; default: the hub's nyu-mll/glue")
     output_dir: str = option("runs/retention", "where table and picture go")
     pairs: int = option(0, "of STS-B's held-out pairs, whose time is measured; 0: all")
