@@ -35,7 +35,7 @@ def table(results: Results) -> Table:
     tasks = list(teacher["scores"])
     seeds = sorted({len(scores) for row in results["models"][1:] for scores in row["scores"].values()})
     count = " to ".join(str(n) for n in sorted({*seeds[:1], *seeds[-1:]}))
-    title = f"Scores × 100, mean of {count} seeds ± standard deviation"
+    title = "Scores × 100, " + ("of one seed" if count == "1" else f"mean of {count} seeds ± standard deviation")
     found = grid(title, "model", "parameters", f"s for {latency['pairs']:,} pairs", *tasks, "mean", "of the teacher's")
     for row in results["models"]:
         time = latency["seconds"].get(row["model"])
