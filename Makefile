@@ -1,7 +1,7 @@
 # make demo    distil a small DistilBERT on real text, beside the same student without its teacher; ends with a table and
 #              a picture of the curves
 # make test    the test suite
-# make quick   its tests below 50 ms each, in half a minute: all but those of tests/slow.txt
+# make quick   its tests below 50 ms each, in two minutes: all but those of tests/slow.txt
 # make sanitize    the Triton kernels executed without a GPU, bounds and races checked; with SUBSET=ci, minutes of it
 # make bench   CPU benchmarks against PyTorch and torch.compile, speed and accuracy, into $(RESULTS)
 # make gpu     each GPU kernel once, headline benchmarks, GPU tests, all GPU benchmarks, into $(RESULTS), or as much of it
