@@ -204,6 +204,8 @@ def refuse(wrong: dict[str, Any], *groups: Any) -> None:
         given = {name: value for name, value in vars(group).items() if isinstance(value, int | float)}
         found += [f"--{name} must be positive" for name, value in given.items() if name in POSITIVE and value <= 0]
         found += [f"--{n} must not be negative" for n, value in given.items() if n in NOT_NEGATIVE and value < 0]
+        if smoothing := getattr(group, "label_smoothing_factor", 0):
+            found.append(f"--label_smoothing_factor must be 0, not {smoothing:g}: the losses here have none")
         absent = set(getattr(group, "report_to", [])) - set(trackers)
         found += [f"--report_to {name}: not installed; there are {', '.join(trackers)}, none" for name in absent]
     if found:

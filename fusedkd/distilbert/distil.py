@@ -27,7 +27,7 @@ from fusedkd.distilbert.student import (
 )
 from fusedkd.distilbert.trainer import DistilBertTrainer
 from fusedkd.integrations import blocks
-from fusedkd.integrations.command import parse_divergence
+from fusedkd.integrations.command import parse_divergence, refused
 from fusedkd.integrations.interrupt import STATE
 from fusedkd.integrations.run_folder import by_name, claim, is_finished, is_kept
 from fusedkd.nn import DistilBertLoss
@@ -160,17 +160,19 @@ def make_trainer(
     run: Run, config: Config, folder: Path, model: Any, teacher: Teacher | None, loss: dict[str, Any], **own: Any
 ) -> DistilBertTrainer:
     arguments = replace(config.training, output_dir=str(folder), **config.text.trainer_arguments, **own)
-    return DistilBertTrainer(
-        model,
-        teacher,
-        arguments,
-        run.collator(arguments.seed),
-        data.in_order(run.train, arguments.train_batch_size * arguments.world_size, arguments.seed),
-        run.held_out,
-        tokenizer_for(model.config, run.tokenizer),
-        eval_collator=run.collator(EVAL_SEED),
-        **loss,
-    )
+    rows = data.in_order(run.train, arguments.train_batch_size * arguments.world_size, arguments.seed)
+    with refused():
+        return DistilBertTrainer(
+            model,
+            teacher,
+            arguments,
+            run.collator(arguments.seed),
+            rows,
+            run.held_out,
+            tokenizer_for(model.config, run.tokenizer),
+            eval_collator=run.collator(EVAL_SEED),
+            **loss,
+        )
 
 
 def train(
@@ -198,9 +200,10 @@ def train(
     if checkpoint:
         trainer.state.log_history.pop()  # the runtime, which is not that of all steps
     trainer.save_model()
+    final = trainer.final_evaluation()
     if trainer.is_world_process_zero():
         name_tokenizer_class(folder)
-        write_card(config, folder, model, teacher, evaluations(trainer.state.log_history)[-1])
+        write_card(config, folder, model, teacher, final)
         trainer.state.save_to_json(str(part := folder / f"{STATE}.part"))
         part.replace(folder / STATE)  # last, and whole: now it is finished
         for leftover in folder.glob("checkpoint-*"):

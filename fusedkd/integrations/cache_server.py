@@ -69,9 +69,7 @@ class Server:
         try:
             models = list(self._ask("/v1/models", None, tries=1)["data"])
             named = [model for model in models if model["id"] == options.teacher]
-            named = named or [
-                model for model in models if model.get("root") == options.teacher
-            ]  # that of its adapters too
+            named = named or [model for model in models if model.get("root") == options.teacher]
         except (AttributeError, LookupError, TypeError):
             raise UsageError(f"{self.url}/v1/models lists no models: is it a {options.server_kind} server?") from None
         if len(named) != 1:

@@ -75,7 +75,8 @@ def required(text: str) -> Any:
 class Options:
     teacher: str = required("a causal or masked language model: a folder, a name on the hub, or a .gguf file")
     dataset: list[str] = required(
-        "files: text, .jsonl or .parquet; or a folder of save_to_disk; or a name or folder for datasets.load_dataset. "
+        "files: text, .jsonl, .csv, .tsv, .arrow or .parquet; or a folder of save_to_disk; or a name or folder for "
+        "datasets.load_dataset. "
         "One that has a column input_ids is taken as it is, row by row; one of conversations by the chat template"
     )
     output: str = required("the folder to write, or to continue")

@@ -103,6 +103,15 @@ def loading(flag: str, name: str, config: bool = True) -> Iterator[None]:
         raise UsageError(f"cannot load {flag} {name}: {absent}{reason}") from error
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """What a trainer and its options refuse, as one line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+
+
 def parse_divergence(text: str, temperature: float) -> Divergence:
     """The divergence that `name` or `name:parameter=value,...` describes, of the option --divergence."""
     name, _, given = text.partition(":")

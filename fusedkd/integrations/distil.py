@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +36,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fusedkd import env
 from fusedkd.divergences import FAMILIES
-from fusedkd.integrations.command import UsageError, command_line, option, parse_divergence, parse_into
+from fusedkd.integrations.command import UsageError, command_line, option, parse_divergence, parse_into, refused
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.distil_data import DataOptions, each_turn, rows_of
 from fusedkd.integrations.interrupt import Arguments, Interruptible
@@ -140,15 +138,6 @@ def parse(argv: list[str] | None = None) -> Options:
     with refused():
         config_of(loss)
     return found  # type: ignore[return-value]
-
-
-@contextmanager
-def refused() -> Iterator[None]:
-    """What the trainer and its options refuse, as one line."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from error
 
 
 def distil(options: Options) -> dict[str, Any]:

@@ -85,6 +85,24 @@ class Interruptible(Trainer):
             )
         return loader
 
+    def get_eval_dataloader(self, *given: Any) -> Any:
+        """Of all rows: in transformers `dataloader_drop_last` drops held-out ones, too."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*given)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
+    def final_evaluation(self) -> dict[str, float]:
+        """Of the model that training left: that of the log, or a new one where the log's last is of another model, or
+        there is none.
+        """
+        logged = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        if self.args.load_best_model_at_end or not logged or logged[-1]["step"] < self.state.global_step:
+            self.evaluate()
+            logged.append(self.state.log_history[-1])
+        return logged[-1]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             check_finite(self, logs)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from benchmarks.measure import peak_bytes
 from fusedkd.integrations.blocks import CausalCollator
-from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.command import UsageError, refused
 from fusedkd.integrations.config import KDConfig
 from fusedkd.integrations.interrupt import Arguments, Interruptible
 from fusedkd.integrations.transformers import DistillationTrainer
@@ -111,16 +111,17 @@ class Shared:
         the student, to be evaluated.
         """
         most = 10**6 if budget.steps is None else budget.steps
-        return BudgetTrainer(
-            student,
-            None if student is self.teacher else self.teacher,
-            replace(self.arguments, max_steps=most),
-            CausalCollator(self.tokenizer),
-            self.train,
-            self.held_out,
-            kd=kd,
-            budget=budget,
-        )
+        with refused():
+            return BudgetTrainer(
+                student,
+                None if student is self.teacher else self.teacher,
+                replace(self.arguments, max_steps=most),
+                CausalCollator(self.tokenizer),
+                self.train,
+                self.held_out,
+                kd=kd,
+                budget=budget,
+            )
 
 
 def blocks_of(text: Any, tokenizer: Tokenizer, size: int, what: str) -> datasets.Dataset:

@@ -76,9 +76,6 @@ def check(options: GlueOptions, arguments: GlueArguments) -> None:
         "--model is missing: a folder or hub name to start from": not options.model,
         "--alpha_kd and --alpha_hard are both 0: there is nothing to learn": options.teacher
         and not options.alpha_kd + options.alpha_hard,
-        f"--label_smoothing_factor must be 0, not {arguments.label_smoothing_factor:g}: the losses here have none": (
-            arguments.label_smoothing_factor
-        ),
     }
     refuse(wrong, options, arguments)
     parse_divergence(options.divergence, options.temperature)
@@ -148,9 +145,7 @@ def finetune(options: GlueOptions, arguments: GlueArguments) -> dict[str, float]
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), {"step": 0})
-    if arguments.load_best_model_at_end or last["step"] < trainer.state.global_step:  # of another model than is saved
-        last = trainer.evaluate()
+    last = trainer.final_evaluation()
     found = {name: last[f"eval_{name}"] for name in task.metrics}
     trainer.save_metrics("eval", found)
     trainer.save_state()  # last: now it is finished

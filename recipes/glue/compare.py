@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from benchmarks.measure import peak_bytes
+from fusedkd.integrations.run_folder import check_settings, contents
 from recipes.finetune import tasks
 from recipes.finetune.tasks import Task
 from recipes.glue.method import Chosen
@@ -57,14 +58,16 @@ def finished(folder: Path, method: str) -> Result | None:
 
 def student(chosen: Chosen, run: Run, folder: Path, teacher: Tensor | None, card: str) -> Result:
     """One student: trained, scored and saved, or found finished; what is known of it."""
+    made_of = contents({"generator": chosen.options.get("generator")})
     if before := finished(folder, chosen.text):
+        check_settings(folder, before, made_of)
         return before
     transformers.set_seed(run.seed)
     models = []
     clock = time.process_time if run.arguments.device.type == "cpu" else time.perf_counter  # whatever else runs there
     start = clock()
     peak = peak_bytes(lambda: models.append(chosen.train(run)), run.arguments.device.type)
-    found: Result = {"method": chosen.text, "seed": run.seed, "seconds": clock() - start}
+    found: Result = {"method": chosen.text, **made_of, "seed": run.seed, "seconds": clock() - start}
     found |= {"peak_mb": None if peak is None else peak / 2**20, "parameters": models[0].num_parameters()}
     found |= scores(run, models[0], teacher)
     found["curve"] = [{k: e[k] for k in ("step", "loss")} for e in run.logs if "loss" in e]

@@ -45,6 +45,30 @@ def curve(folder: Path) -> Logs:
     return evaluations(TrainerState.load_from_json(folder / "trainer_state.json").log_history)
 
 
+def test_what_is_saved_is_what_the_card_tells_of(tmp_path, text_files, capsys):
+    """Without an evaluation in training, and where the best model is not the last one."""
+    common = [*files(text_files), *SHORT, "--mask_smoothing", "0"]
+    never = ["--eval_strategy", "no", "--save_strategy", "no"]
+    best = ["--load_best_model_at_end", "true", "--save_steps", "2", "--eval_steps", "2"]
+    for name, way in {"never": never, "best": [*best, "--teacher_learning_rate", "3"]}.items():
+        out, again = tmp_path / name, tmp_path / f"{name} again"
+        assert main([*common, *SMALL, "--vocab_size", "60", *way, "--output_dir", str(out)]) == 0, name
+        told = capsys.readouterr().out
+        assert f"student            held-out loss {curve(out / 'student')[-1]['eval_ce']:.3f}" in told
+        found = re.search(r"held-out loss ([\d.]+),", (out / "teacher" / "README.md").read_text())[1]
+        assert f"teacher            held-out loss {found}, " in told
+        assert main([*common, "--teacher", str(out / "teacher"), "--output_dir", str(again)]) == 0
+        assert f"teacher            held-out loss {found}, " in capsys.readouterr().out, name
+    *_, last, saved = curve(tmp_path / "best" / "teacher")
+    assert saved["eval_ce"] < last["eval_ce"]
+
+
+def test_what_the_trainer_refuses_is_one_line(tmp_path, text_files, capsys):
+    arguments = [*files(text_files), *SHORT, *SMALL, "--vocab_size", "60", "--torch_compile", "true"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: torch_compile is not supported: ")
+
+
 def test_everything_from_text_files_and_again(tmp_path, text_files, capsys, monkeypatch):
     """Tokenizer, teacher, student; a card that says nothing of the machine, and loads the model."""
     out = tmp_path / "out"
@@ -192,6 +216,7 @@ def bad(tmp_path, text_files, teacher_folder):
         ),
         "positions": ([*text, "--teacher", str(teacher_folder), "--block_size", "128"], "exceeds the teacher's 64"),
         "negative steps": ([*text, "--max_steps", "-1"], "--max_steps must be positive"),
+        "smoothing": ([*text, "--label_smoothing_factor", "0.1"], "--label_smoothing_factor must be 0, not 0.1"),
         "negative weight": ([*text, "--alpha_distil", "-1"], "--alpha_distil must not be negative"),
         "heads": ([*text, "--teacher_hidden", "30", "--teacher_heads", "4"], "multiple of twice --teacher_heads"),
         "binary vocabulary": ([*text, "--vocab_file", str(tmp_path / "latin.txt")], "it is not UTF-8 text"),
@@ -205,7 +230,7 @@ CASES = ["missing file", "folder as text", "file of no bytes", "held-out file of
          "a teacher's folder without one", "a file as teacher", "tracker",
          "layers of a teacher to be trained", "not utf-8", "empty held-out text", "no such data set", "no such teacher",
          "teacher's tokenizer too large", "another vocabulary", "positions", "negative steps", "negative weight",
-         "heads", "binary vocabulary", "unknown option", "layers"]  # fmt: skip
+         "smoothing", "heads", "binary vocabulary", "unknown option", "layers"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -148,6 +148,13 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, whole, number, step):
     assert history(resumed)[-2:] == history(whole)[-2:]
 
 
+def test_an_evaluation_has_all_rows(tmp_path):
+    """Six of them fill no batch."""
+    whole, dropping = (make(tmp_path, dataloader_drop_last=drop) for drop in (False, True))
+    assert dropping.evaluate()["eval_ce"] == whole.evaluate()["eval_ce"]
+    assert dropping.args.dataloader_drop_last
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, 3, send(signal.SIGINT, signal.SIGINT)).train()

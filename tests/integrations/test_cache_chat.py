@@ -106,6 +106,7 @@ def test_turns_before_the_only_end_of_sequence_token(later, tmp_path):
     assert text(row, True) == "a dog old" + (" big red bird old [SEP]" if later == "assistant" else "")
 
 
+# as FORGETS, but the end-of-sequence token stands behind what the user says
 FAR = FORGETS.replace("' [SEP] ' }}", "' ' }}{% if message['role'] == 'user' %}{{ '[SEP] ' }}{% endif %}")
 
 

@@ -169,7 +169,7 @@ def test_axolotl_rows_as_data_sets_give_them(kind):
 
 
 WRONG = {
-    "prompt_logprobs must be a list of dicts, not None": lambda: from_tensorrt_llm(None, TOKENS),
+    "prompt_logprobs must be a list of dicts, not NoneType": lambda: from_tensorrt_llm(None, TOKENS),
     "result must have logprob_token_ids, but it has logprobs": lambda: from_trl({"logprobs": [[]]}, TOKENS, 3),
     "one of the 1 sequences of result, not 1": lambda: from_trl(
         {"logprobs": [[[0.0]]], "logprob_token_ids": [[[1]]]}, TOKENS, 3, index=1

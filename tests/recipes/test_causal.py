@@ -89,6 +89,8 @@ def test_a_run_ends_with_a_table_and_goes_on_where_it_was(tmp_path, command, mon
     monkeypatch.setattr(training, "train", lambda *given: made.append(given[2]) or whole(*given))
     assert causal.main([*command, "--seconds", "0.2"]) == 0
     assert [kd.divergence for kd in made] == ["jsd"]
+    assert causal.main([*command, "--label_smoothing_factor", "0.1"]) == 2
+    assert "--label_smoothing_factor must be 0, not 0.1" in capsys.readouterr().err
     assert causal.main([*command, "--temperature", "2"]) == 2
     assert "holds a run with temperature 1.0, not 2.0" in capsys.readouterr().err
 

@@ -15,11 +15,13 @@ from tiny_run import classifier, tiny_run
 from transformers import AutoModelForSequenceClassification, BertModel
 
 import recipes.glue.__main__
+from fusedkd.integrations.command import UsageError
+from fusedkd.integrations.run_folder import contents
 from fusedkd.integrations.students import student_of
-from recipes.glue import report
+from recipes.glue import compare, report
 from recipes.glue.__main__ import main
 from recipes.glue.compare import finished
-from recipes.glue.method import chosen_methods
+from recipes.glue.method import chosen_methods, parse_method
 
 
 @pytest.fixture
@@ -90,6 +92,21 @@ def test_a_student_of_another_method_is_none(tmp_path):
     assert finished(tmp_path, "pkd:beta=1e+2") == {"method": "pkd:beta=1e+2", "accuracy": 0.5}
     assert finished(tmp_path, "pkd:beta=1e-2") is None
     assert finished(tmp_path / "nothing", "ce") is None
+
+
+def test_a_student_of_another_generator_is_refused(tmp_path):
+    """Of the same name, with other contents."""
+    generator, folder = tmp_path / "generator", tmp_path / "student"
+    generator.mkdir()
+    folder.mkdir()
+    (generator / "config.json").write_text("{}")
+    chosen = parse_method(f"mate_kd:generator={generator}")
+    found = {"method": chosen.text, **contents({"generator": str(generator)})}
+    (folder / "result.json").write_text(json.dumps(found))
+    assert compare.student(chosen, None, folder, None, "") == found
+    (generator / "config.json").write_text('{"a": 1}')
+    with pytest.raises(UsageError, match="holds a run with generator_sha256 "):
+        compare.student(chosen, None, folder, None, "")
 
 
 def test_data_of_ones_own(tmp_path, tokenizer, encoder):

@@ -56,9 +56,7 @@ def from_vllm(
         )
     entries = part(prompt_logprobs, "prompt_logprobs")
     flat = member(entries, "start_indices") is not None
-    if not flat and not isinstance(entries, Sequence):
-        raise ValueError(f"prompt_logprobs must be a list of dicts, not {type(entries).__name__}: was it asked for?")
-    ids, logprobs = _flat(entries) if flat else padded(_entry(entry) for entry in entries)
+    ids, logprobs = _flat(entries) if flat else _listed(entries)
     _as_many("prompt_logprobs", len(ids), tokens)
     known = (ids >= 0).any(1)
     lost = np.flatnonzero(known & ~(ids == tokens[:, None]).any(1))
@@ -176,10 +174,8 @@ def from_tensorrt_llm(prompt_logprobs: Any, token_ids: Sequence[int], *, top_k: 
             raise ValueError(f"context_logits must be (L, V), with a top_k, not {tuple(logits.shape)}, top_k {top_k}")
         best, where = torch.log_softmax(logits.float(), -1).topk(min(top_k, logits.shape[-1]), -1)
         ids, logprobs = where.cpu().numpy(), best.cpu().numpy()
-    elif prompt_logprobs is None:
-        raise ValueError("prompt_logprobs must be a list of dicts, not None: was it asked for?")
     else:
-        ids, logprobs = padded(_entry(entry) for entry in prompt_logprobs)
+        ids, logprobs = _listed(prompt_logprobs)
     _as_many(name, len(ids), tokens)
     return to_served("from_tensorrt_llm", ids, logprobs, tokens, offset=1, top_k=top_k)
 
@@ -236,7 +232,7 @@ def from_trl(
         temperature: 1 unless the server runs with ``--logprobs-mode processed_logprobs``: then that of the request.
     """
     tokens, names = token_row(token_ids), ("logprob_token_ids", "logprobs")
-    if absent := [name for name in names if not result.get(name)]:
+    if absent := [name for name in names if result.get(name) is None]:
         raise ValueError(f"result must have {absent[0]}, but it has {', '.join(result) or 'nothing'}")
     if not 0 <= index < len(result["logprobs"]):
         raise ValueError(f"index must be that of one of the {len(result['logprobs'])} sequences of result, not {index}")
@@ -290,6 +286,13 @@ def _as_many(name: str, entries: int, tokens: np.ndarray) -> None:
         raise ValueError(
             f"{name} has {entries} entries, but token_ids {len(tokens)} tokens: they must be of one prompt"
         )
+
+
+def _listed(entries: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities of an engine's list of dicts."""
+    if not isinstance(entries, Sequence):
+        raise ValueError(f"prompt_logprobs must be a list of dicts, not {type(entries).__name__}: was it asked for?")
+    return padded(_entry(entry) for entry in entries)
 
 
 def _entry(entry: Any) -> Entry | None:
